@@ -1,0 +1,137 @@
+"""What a model is, without its arithmetic: the Card of blocks that plans, rules and the pipeline work from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter by its name in the module, its global shape, and the logical axis of each dimension (or None)."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    trainable: bool = True
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of the forward pass of one sample: (rows x inner) @ (inner x columns).
+
+    `split` is the logical axis that tensor parallelism divides it by ("" if it does not).
+    """
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    split: str = ""
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Softmax attention of one sample: heads x head_dim queries over kv_heads keys and values, seq_len long."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    seq_len: int
+    causal: bool = True
+
+    @property
+    def flops(self) -> int:
+        """Forward flops of both products (scores, values), the causal half counted once."""
+        whole = 4 * self.heads * self.head_dim * self.seq_len * self.seq_len
+        return whole // 2 if self.causal else whole
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An activation kept for the backward pass: elements of one sample, and who splits it.
+
+    `split`: "tp" is divided by tensor parallelism always, "sp" only with sequence parallelism, "" never.
+    `bytes_per_element` 0 means the compute precision. `selective` is dropped by selective recompute.
+    """
+
+    name: str
+    elements: int
+    split: str = ""
+    bytes_per_element: int = 0
+    selective: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of the ordered list a pipeline may cut between. `output_elements` is what it hands on, a sample."""
+
+    name: str
+    kind: str
+    parameters: tuple[Parameter, ...]
+    products: tuple[Product, ...] = ()
+    attention: AttentionShape | None = None
+    saved: tuple[Saved, ...] = ()
+    output_elements: int = 0
+    elementwise_elements: int = 0  # elements read or written by memory-bound operations of one sample's forward
+
+    @property
+    def parameter_elements(self) -> int:
+        return sum(parameter.elements for parameter in self.parameters)
+
+    @property
+    def forward_flops(self) -> int:
+        """Forward flops of one sample: matrix products and attention."""
+        return sum(p.flops for p in self.products) + (self.attention.flops if self.attention else 0)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model as its ordered blocks. `unit` is what speed is counted in: "tokens" or "samples".
+
+    `units_per_sample` is the sequence length of a language model and 1 of a classifier. `tied` lists pairs of
+    parameter names that share one tensor (the second is the alias; its block lists no such parameter of its own).
+    `splittable` says what `apply` may do to it: "pp" when it names its blocks, "tp" when its parameters have axes.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    unit: str = "samples"
+    units_per_sample: int = 1
+    tied: tuple[tuple[str, str], ...] = ()
+    splittable: frozenset[str] = field(default_factory=frozenset)
+    stateful_buffers: tuple[str, ...] = ()  # buffers that training changes (running statistics)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(parameter for block in self.blocks for parameter in block.parameters)
+
+    @property
+    def parameter_elements(self) -> int:
+        return sum(block.parameter_elements for block in self.blocks)
+
+    @property
+    def forward_flops(self) -> int:
+        """Forward flops of one sample."""
+        return sum(block.forward_flops for block in self.blocks)
+
+    def axis_sizes(self) -> dict[str, set[int]]:
+        """Sizes that each logical axis has, for the divisibility rules. Attention axes count heads, not features."""
+        sizes: dict[str, set[int]] = {}
+        for block in self.blocks:
+            if block.attention:
+                sizes.setdefault("heads", set()).add(block.attention.heads)
+                sizes.setdefault("kv_heads", set()).add(block.attention.kv_heads)
+            for parameter in block.parameters:
+                for size, axis in zip(parameter.shape, parameter.axes, strict=True):
+                    if axis is not None and axis not in ("heads", "kv_heads"):
+                        sizes.setdefault(axis, set()).add(size)
+        return sizes

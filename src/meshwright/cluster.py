@@ -1,0 +1,314 @@
+"""What there is to run on: the Device, the Links between devices, and the Cluster they make. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from meshwright.errors import InputError, Problem, nearest_name
+
+GIB = 1024**3
+DEVICES_FILE = Path(__file__).with_name("devices.csv")
+
+#: Flops a cycle of one core: (cpu flag that must be there, fp32, bf16); the first row that matches counts.
+#: fp32 is 32 (two 8-wide fused multiply-adds) unless the vendor's library uses 512-bit registers for it.
+CPU_FLOPS_PER_CYCLE: tuple[tuple[str, int, int], ...] = (
+    ("amx_bf16", 64, 1024),
+    ("avx512_bf16", 32, 128),
+    ("avx512f", 64, 32),
+    ("avx2", 32, 16),
+    ("", 8, 4),
+)
+CPU_MEMORY_BYTES_PER_SECOND = 30e9  # what one thread reads on servers of 2020 and later
+CPU_LAUNCH_SECONDS = 6e-6  # eager dispatch of one operation, forward or backward
+CUDA_LAUNCH_SECONDS = 6e-6
+GLOO_BYTES_PER_SECOND = 1.0e9
+GLOO_LATENCY_SECONDS = 0.35e-3
+
+
+class ClusterWish(Protocol):
+    """The job's [cluster] section: what it says about devices; None where it says nothing."""
+
+    @property
+    def devices(self) -> int | None: ...
+    @property
+    def devices_per_node(self) -> int | None: ...
+    @property
+    def named(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: peak `flops` a second by precision ("fp32", "bf16"), memory, and what an operation costs to start."""
+
+    name: str
+    kind: str  # "cpu" or "cuda"
+    memory_bytes: int
+    flops: Mapping[str, float]
+    memory_bytes_per_second: float
+    launch_seconds: float
+
+    def __post_init__(self) -> None:
+        figures = {
+            "memory_bytes": self.memory_bytes,
+            "memory_bytes_per_second": self.memory_bytes_per_second,
+            **{f"flops.{precision}": rate for precision, rate in self.flops.items()},
+        }
+        problems = [
+            Problem(f"device {self.name}", f"{key} is {value:g}", "it must be above zero")
+            for key, value in figures.items()
+            if not value > 0
+        ]
+        if problems:
+            raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between devices: bytes a second in one direction per device, and the latency of one message."""
+
+    name: str
+    bytes_per_second: float
+    latency_seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_second > 0:
+            raise InputError(Problem(f"link {self.name}", "bandwidth is zero or negative", "give bytes per second > 0"))
+        if self.latency_seconds < 0:
+            raise InputError(Problem(f"link {self.name}", "latency is negative", "give seconds >= 0"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`devices` equal devices, `devices_per_node` of them joined by `intra`, the nodes by `inter`.
+
+    `assumed` lists, in words, every figure that was not read or given but supposed.
+    """
+
+    device: Device
+    devices: int
+    devices_per_node: int
+    intra: Link
+    inter: Link
+    dollars_per_hour: float | None = None  # of one device
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise InputError(Problem("cluster.devices", f"{self.devices} devices", "give 1 or more"))
+        if self.devices_per_node < 1:
+            raise InputError(Problem("cluster.devices_per_node", f"{self.devices_per_node} devices", "give 1 or more"))
+        if self.devices % self.devices_per_node:
+            near = max(d for d in _divisors(self.devices) if d <= self.devices_per_node)
+            more = -(-self.devices // self.devices_per_node) * self.devices_per_node
+            raise InputError(
+                Problem(
+                    "cluster.devices_per_node",
+                    f"{self.devices} devices are not a whole number of nodes of {self.devices_per_node}",
+                    f"nearest: devices_per_node={near} or devices={more}",
+                )
+            )
+
+    @property
+    def nodes(self) -> int:
+        return self.devices // self.devices_per_node
+
+    def link(self, extent: int) -> Link:
+        """The slowest link of a group whose ranks lie within `extent` adjacent ranks."""
+        return self.intra if extent <= self.devices_per_node else self.inter
+
+    def resolve_precision(self, word: str) -> str:
+        """ "auto" follows the device: bf16 where it is at least half again as fast as fp32; other words stand."""
+        if word != "auto":
+            return word
+        return "bf16" if self.device.flops.get("bf16", 0.0) >= 1.5 * self.device.flops["fp32"] else "fp32"
+
+    def __str__(self) -> str:
+        nodes = f" in {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.devices} x {self.device.name}{nodes}"
+
+
+def resolve_cluster(wish: ClusterWish) -> Cluster:
+    """The cluster a job asks for: a named device of the table, or this machine's GPUs, or this machine's cores.
+
+    Raises InputError for an unknown name, counts below one, nodes that do not divide, more GPUs than there are.
+    """
+    if wish.named is not None:
+        return named_cluster(wish.named, wish.devices, wish.devices_per_node)
+    return this_machine(wish.devices, wish.devices_per_node)
+
+
+def named_cluster(name: str, devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
+    """A cluster of a device of the table; `devices` defaults to one node of them."""
+    table = _device_table()
+    if name not in table:
+        near = [known for known in table if name.lower() in known]
+        hint = "nearest: " + ", ".join(near) if name and near else nearest_name(name, list(table))
+        raise InputError(Problem("cluster.named", f"unknown device '{name}'", hint))
+    return _table_cluster(table[name], devices, devices_per_node, ())
+
+
+def device_names() -> tuple[str, ...]:
+    """Names that `cluster.named` takes."""
+    return tuple(_device_table())
+
+
+def this_machine(devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
+    """This machine: its GPUs if it has any, else its CPU cores."""
+    gpus = _nvidia_gpus()
+    return _cuda_cluster(gpus, devices, devices_per_node) if gpus else cpu_cluster(devices, devices_per_node)
+
+
+def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
+    """This machine's CPU: one device is one process, by default one a core. Fewer processes than cores have several
+    threads each, as `launch` starts them; more share the cores. All share the memory."""
+    cores = available_cores()
+    count = cores if devices is None else devices
+    assumed = [
+        f"memory speed of a core: {CPU_MEMORY_BYTES_PER_SECOND / 1e9:g} GB/s",
+        f"gloo between processes: {GLOO_BYTES_PER_SECOND / 1e9:g} GB/s",
+    ]
+    rates, said = _core_flops(*_cpuinfo())
+    assumed.extend(said)
+    threads = max(1, cores // max(count, 1))
+    share = min(1.0, cores / max(count, 1))
+    if share < 1.0:
+        assumed.append(f"{count} processes share {cores} cores")
+    speed = threads * share
+    device = Device(
+        name="CPU core" if threads == 1 else f"process on {threads} CPU cores",
+        kind="cpu",
+        memory_bytes=_memory_bytes() // max(count, 1),
+        flops={precision: rate * speed for precision, rate in rates.items()},
+        memory_bytes_per_second=CPU_MEMORY_BYTES_PER_SECOND * speed,
+        launch_seconds=CPU_LAUNCH_SECONDS / share,
+    )
+    link = Link("shared memory, gloo", GLOO_BYTES_PER_SECOND * share, GLOO_LATENCY_SECONDS / share)
+    per_node = count if devices_per_node is None else devices_per_node
+    return Cluster(device, count, per_node, intra=link, inter=link, assumed=tuple(assumed))
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        allowed, period = quota.read_text().split()[:2]
+        if allowed != "max":
+            cores = min(cores, max(1, int(allowed) // int(period)))
+    return cores
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@cache
+def _device_table() -> dict[str, dict[str, str]]:
+    lines = [line for line in DEVICES_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return {row["name"]: row for row in csv.DictReader(lines)}
+
+
+def _table_cluster(
+    row: Mapping[str, str], devices: int | None, devices_per_node: int | None, assumed: tuple[str, ...]
+) -> Cluster:
+    usual = int(row["devices_per_node"])
+    count = usual if devices is None else devices
+    if devices_per_node is None:
+        devices_per_node = max((d for d in range(1, usual + 1) if count > 0 and count % d == 0), default=1)
+        if count > usual and devices_per_node != usual:
+            assumed = (*assumed, f"{devices_per_node} devices a node, since {usual} do not divide {count}")
+    device = Device(
+        name=row["name"],
+        kind="cuda",
+        memory_bytes=int(float(row["memory_gb"]) * 1e9),
+        flops={"fp32": float(row["fp32_tflops"]) * 1e12, "bf16": float(row["bf16_tflops"]) * 1e12},
+        memory_bytes_per_second=float(row["memory_gbps"]) * 1e9,
+        launch_seconds=CUDA_LAUNCH_SECONDS,
+    )
+    intra = Link(row["intra_name"], float(row["intra_gbps"]) * 1e9, 8e-6)
+    inter = Link("network", float(row["inter_gbps"]) * 1e9, 15e-6)
+    if count > devices_per_node:
+        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")
+    return Cluster(device, count, devices_per_node, intra, inter, assumed=assumed)
+
+
+def _nvidia_gpus() -> list[tuple[str, int]]:
+    """(name, memory in bytes) of each GPU that nvidia-smi lists; empty where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if answer.returncode != 0:
+        return []
+    rows = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if "," in line]
+    return [(name.strip(), int(float(mebibytes)) * 1024**2) for name, mebibytes in rows]
+
+
+def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_node: int | None) -> Cluster:
+    if devices is not None and devices > len(gpus):
+        raise InputError(
+            Problem(
+                "cluster.devices",
+                f"{devices} devices asked for, this machine has {len(gpus)} GPUs",
+                f"devices={len(gpus)}, or name a device to plan for: cluster.named=h100-sxm-80gb",
+            )
+        )
+    name, memory_bytes = gpus[0]
+    count = len(gpus) if devices is None else devices
+    table = _device_table()
+    rows = [row for row in table.values() if re.search(row["pattern"], name)]
+    assumed: tuple[str, ...] = ()
+    if not rows:  # a GPU we have no figures for: the row nearest in memory, and say so
+        rows = [min(table.values(), key=lambda row: abs(float(row["memory_gb"]) * 1e9 - memory_bytes))]
+        assumed = (f"'{name}' is not in the table of devices: speeds of {rows[0]['name']}",)
+    row = {**rows[0], "name": name, "memory_gb": str(memory_bytes / 1e9)}
+    return _table_cluster(row, count, count if devices_per_node is None else devices_per_node, assumed)
+
+
+def _cpuinfo() -> tuple[str, frozenset[str], float | None]:
+    """(vendor, flags, MHz) of the first core, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    megahertz = float(fields["cpu MHz"]) if "cpu MHz" in fields else None
+    return fields.get("vendor_id", ""), frozenset(fields.get("flags", "").split()), megahertz
+
+
+def _core_flops(vendor: str, flags: frozenset[str], megahertz: float | None) -> tuple[dict[str, float], list[str]]:
+    """Peak flops a second of one core by precision, and what had to be supposed."""
+    assumed = []
+    if megahertz is None:
+        megahertz = 2500.0
+        assumed.append("clock of a core: 2.5 GHz")
+    if not flags:
+        flags = frozenset({"avx2"})
+        assumed.append("instructions of a core: 256-bit vectors")
+    fp32, bf16 = next((a, b) for flag, a, b in CPU_FLOPS_PER_CYCLE if not flag or flag in flags)
+    if vendor == "AuthenticAMD":
+        fp32 = min(fp32, 32)  # torch's fp32 products take the 256-bit path there
+    return {"fp32": fp32 * megahertz * 1e6, "bf16": bf16 * megahertz * 1e6}, assumed
+
+
+def _memory_bytes() -> int:
+    """Memory of this machine, or of the container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+    return total

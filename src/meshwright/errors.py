@@ -1,0 +1,77 @@
+"""What can go wrong, as one small tree.
+
+    MeshwrightError            exit  raised when
+    ├── InputError               2   a file, key, argument or request is wrong; lists every problem at once
+    ├── CannotWork               3   the request is well-formed but does not fit, or no layout can do it
+    ├── RunFailed                4   a process failed while working; carries the command that resumes
+    └── LayoutsDisagree          5   `verify` found a layout that computes something else
+
+Every message says what is wrong, where (file and key, or rank and step), and the nearest thing that works.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: `where` names file and key (or rank and step), `nearest` the closest value that works."""
+
+    where: str
+    what: str
+    nearest: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}; {self.nearest}" if self.nearest else text
+
+
+class MeshwrightError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with; `problems` is never empty."""
+
+    exit_code = 4
+
+    def __init__(self, problems: Problem | str | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = [Problem("", problems)]
+        elif isinstance(problems, Problem):
+            problems = [problems]
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class InputError(MeshwrightError):
+    """Bad input: a file, a key, an argument or a request."""
+
+    exit_code = 2
+
+
+class CannotWork(MeshwrightError):
+    """Well-formed, but it does not fit or cannot be done; `nearest` of each problem says what can."""
+
+    exit_code = 3
+
+
+class RunFailed(MeshwrightError):
+    """A process failed at run time; `resume` is the command that goes on from the last checkpoint ("" if none)."""
+
+    exit_code = 4
+
+    def __init__(self, problems: Problem | str | Iterable[Problem], resume: str = "") -> None:
+        super().__init__(problems)
+        self.resume = resume
+
+
+class LayoutsDisagree(MeshwrightError):
+    """`verify` found the first step and tensor where a layout parts from one device."""
+
+    exit_code = 5
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """A phrase naming the known word closest to `name`: "did you mean 'lr'?" or "known: a, b, c"."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))

@@ -1,0 +1,291 @@
+"""Llama, Mistral, Qwen2 and Qwen3 on paper: shape, Hugging Face config and names, parameter table, Card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.card import AttentionShape, Block, Card, Parameter, Product, Saved
+from meshwright.errors import InputError, Problem, nearest_name
+
+#: Hugging Face `model_type` -> architecture name that `transformers` looks up.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Every number that makes one model of the family. Sizes are element counts; `ffn` is the gated width."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    hf_type: str = "llama"
+    bos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias too: where the rest has one, but for Qwen2."""
+        return self.attention_bias and self.hf_type != "qwen2"
+
+
+def shape_from_job(model: Any, seq_len: int) -> LlamaShape:
+    """The shape a job's `[model]` section names. `seq_len` becomes the longest position."""
+    # transformers refuses a Llama whose hidden is no multiple of its heads; its Mistral is the same model without that.
+    plain = "mistral" if model.hidden % model.heads else "llama"
+    hf_type = "qwen3" if model.qk_norm else "qwen2" if model.attention_bias else plain
+    return LlamaShape(
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.kv_heads or model.heads,
+        head_dim=model.head_dim or model.hidden // model.heads,
+        ffn=model.ffn,
+        vocab=model.vocab,
+        max_positions=seq_len,
+        rope_theta=model.rope_theta,
+        rope_scaling=_rope_scaling(model.rope_scaling, "model.rope_scaling"),
+        norm_eps=model.norm_eps,
+        tied=model.tied_embeddings,
+        qk_norm=model.qk_norm,
+        attention_bias=model.attention_bias,
+        hf_type=hf_type,
+    )
+
+
+def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlamaShape:
+    """The shape of a Hugging Face folder's `config.json`.
+
+    Raises InputError for a model type or a feature that this family does not compute.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        known = "known: " + ", ".join(ARCHITECTURES)
+        raise InputError(Problem(where, f"model_type {kind!r} is not one of ours", known))
+    problems = []
+    if config.get("hidden_act", "silu") != "silu":
+        problems.append(Problem(where, f"hidden_act {config['hidden_act']!r} is not supported", "supported: silu"))
+    if config.get("mlp_bias"):
+        problems.append(Problem(where, "mlp_bias is not supported", "supported: mlp_bias false"))
+    required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    for key in required:
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(Problem(where, f"{key} must be a positive whole number, found {value!r}"))
+    if problems:
+        raise InputError(problems)
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    heads = config["num_attention_heads"]
+    eos = config.get("eos_token_id")
+    sliding = config.get("sliding_window") if config.get("use_sliding_window", kind == "mistral") else None
+    return LlamaShape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config.get("max_position_embeddings", 2048),
+        rope_theta=float(theta),
+        rope_scaling=_rope_scaling(rope, where),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=kind == "qwen3",
+        attention_bias=bool(config.get("attention_bias", kind == "qwen2")) or kind == "qwen2",
+        sliding_window=sliding,
+        hf_type=kind,
+        bos_id=config.get("bos_token_id"),
+        eos_id=tuple(eos) if isinstance(eos, list) else eos,
+    )
+
+
+def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
+    """The scaling table with its kind under `rope_type`, or None for plain rotary positions."""
+    if not rope:
+        return None
+    scaling = {key: value for key, value in rope.items() if key != "type"}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise InputError(Problem(where, f"rope_type {kind!r} is not supported", nearest_name(str(kind), ROPE_TYPES)))
+    if kind != "default" and "factor" not in scaling:
+        raise InputError(Problem(where, f"rope_type {kind!r} needs a factor", "such as factor = 8.0"))
+    return None if kind == "default" else {**scaling, "rope_type": kind}
+
+
+def hf_config(shape: LlamaShape) -> dict[str, Any]:
+    """The `config.json` with which `transformers` builds the same model."""
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[shape.hf_type]],
+        "model_type": shape.hf_type,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_theta": shape.rope_theta, "rope_type": "default", **(shape.rope_scaling or {})},
+        "rope_scaling": dict(shape.rope_scaling) if shape.rope_scaling else None,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+        "bos_token_id": shape.bos_id,
+        "eos_token_id": list(shape.eos_id) if isinstance(shape.eos_id, tuple) else shape.eos_id,
+    }
+    if shape.hf_type in ("llama", "qwen3"):
+        config["attention_bias"] = shape.attention_bias
+    if shape.hf_type == "llama":
+        config["mlp_bias"] = False
+    if shape.hf_type == "mistral":
+        config["sliding_window"] = shape.sliding_window
+    if shape.hf_type in ("qwen2", "qwen3"):
+        config["use_sliding_window"] = shape.sliding_window is not None
+        config["sliding_window"] = shape.sliding_window
+    return config
+
+
+def hf_names(shape: LlamaShape) -> dict[str, str]:
+    """Our parameter name -> the tensor's name in a Hugging Face folder. A tied output head has no entry."""
+    inside = {
+        "attn_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "attn.q_norm.weight": "self_attn.q_norm.weight",
+        "attn.k_norm.weight": "self_attn.k_norm.weight",
+        **{f"attn.{p}.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")},
+        **{f"ffn.{p}.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+    }
+    names = {}
+    for parameter in parameters(shape):
+        _, block, rest = parameter.name.split(".", 2)
+        if block == "embed":
+            names[parameter.name] = "model.embed_tokens.weight"
+        elif block == "head":
+            names[parameter.name] = "model.norm.weight" if rest == "norm.weight" else "lm_head.weight"
+        else:
+            names[parameter.name] = f"model.layers.{block}.{inside[rest]}"
+    return names
+
+
+def layer_parameters(shape: LlamaShape, layer: int) -> tuple[Parameter, ...]:
+    """Parameters of one layer, in module order."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    at, hidden = f"blocks.{layer}.", shape.hidden
+    table = [Parameter(at + "attn_norm.weight", (hidden,), ("embed",))]
+    for name, rows, axis in (("q", q, "heads"), ("k", kv, "kv_heads"), ("v", kv, "kv_heads")):
+        table.append(Parameter(f"{at}attn.{name}.weight", (rows, hidden), (axis, "embed")))
+        if shape.attention_bias:
+            table.append(Parameter(f"{at}attn.{name}.bias", (rows,), (axis,)))
+    table.append(Parameter(at + "attn.o.weight", (hidden, q), ("embed", "heads")))
+    if shape.output_bias:
+        table.append(Parameter(at + "attn.o.bias", (hidden,), ("embed",)))
+    if shape.qk_norm:
+        table += [Parameter(f"{at}attn.{n}.weight", (shape.head_dim,), ("head_dim",)) for n in ("q_norm", "k_norm")]
+    table += [
+        Parameter(at + "ffn_norm.weight", (hidden,), ("embed",)),
+        Parameter(at + "ffn.gate.weight", (shape.ffn, hidden), ("ffn", "embed")),
+        Parameter(at + "ffn.up.weight", (shape.ffn, hidden), ("ffn", "embed")),
+        Parameter(at + "ffn.down.weight", (hidden, shape.ffn), ("embed", "ffn")),
+    ]
+    return tuple(table)
+
+
+def parameters(shape: LlamaShape) -> tuple[Parameter, ...]:
+    """All parameters, in module order; a tied output head is not listed twice."""
+    table = [Parameter("blocks.embed.weight", (shape.vocab, shape.hidden), ("vocab", "embed"))]
+    for layer in range(shape.layers):
+        table += layer_parameters(shape, layer)
+    table.append(Parameter("blocks.head.norm.weight", (shape.hidden,), ("embed",)))
+    if not shape.tied:
+        table.append(Parameter("blocks.head.out.weight", (shape.vocab, shape.hidden), ("vocab", "embed")))
+    return tuple(table)
+
+
+def card(shape: LlamaShape, seq_len: int) -> Card:
+    """The Card for sequences of `seq_len` tokens. Saved activations follow `module.py` operation by operation."""
+    t, h, ffn = seq_len, shape.hidden, shape.ffn
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    by_block: dict[str, list[Parameter]] = {}
+    for parameter in parameters(shape):
+        by_block.setdefault(parameter.name.split(".")[1], []).append(parameter)
+
+    embed = Block("embed", "embedding", tuple(by_block["embed"]), output_elements=t * h, elementwise_elements=2 * t * h)
+    layer_products = (
+        Product("attn.q", t, h, q, "heads"),
+        Product("attn.k", t, h, kv, "kv_heads"),
+        Product("attn.v", t, h, kv, "kv_heads"),
+        Product("attn.o", t, q, h, "heads"),
+        Product("ffn.gate", t, h, ffn, "ffn"),
+        Product("ffn.up", t, h, ffn, "ffn"),
+        Product("ffn.down", t, ffn, h, "ffn"),
+    )
+    layer_saved = (
+        Saved("attn_norm input", t * h, "sp"),
+        Saved("qkv input", t * h, selective=True),
+        Saved("q", t * q, "tp"),
+        Saved("k and v", 2 * t * kv, "tp"),
+        Saved("attention output", t * q, "tp"),
+        Saved("attention log-sum-exp", t * shape.heads, "tp", bytes_per_element=4),
+        Saved("ffn_norm input", t * h, "sp"),
+        Saved("gate and up input", t * h, selective=True),
+        Saved("gate and up", 2 * t * ffn, "tp"),
+        Saved("silu and product", 2 * t * ffn, "tp", selective=True),
+    )
+    layer_elementwise = 8 * t * h + 4 * t * (q + kv) + 6 * t * ffn
+    layers = tuple(
+        Block(
+            str(index),
+            "layer",
+            tuple(by_block[str(index)]),
+            products=layer_products,
+            attention=AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, t),
+            saved=layer_saved,
+            output_elements=t * h,
+            elementwise_elements=layer_elementwise,
+        )
+        for index in range(shape.layers)
+    )
+    head = Block(
+        "head",
+        "head",
+        tuple(by_block["head"]),
+        products=(Product("head.out", t, h, shape.vocab, "vocab"),),
+        saved=(
+            Saved("norm input", t * h, "sp"),
+            Saved("out input", t * h),
+            Saved("logits and their gradient", 2 * t * shape.vocab, "tp"),
+        ),
+        output_elements=t * shape.vocab,
+        elementwise_elements=4 * t * h + 6 * t * shape.vocab,
+    )
+    return Card(
+        name=f"{shape.hf_type} {shape.layers}x{shape.hidden}",
+        blocks=(embed, *layers, head),
+        unit="tokens",
+        units_per_sample=t,
+        tied=(("blocks.embed.weight", "blocks.head.out.weight"),) if shape.tied else (),
+        splittable=frozenset({"pp", "tp"}),
+    )

@@ -1,0 +1,382 @@
+"""The Job: what one job file says, every key with its type, range, default and meaning.
+
+`load_job(path, overrides)` reads a file; `Job(model={...}, data={...}, train={...})` is the same in Python. Both list
+every problem at once as an InputError. What can be derived (head_dim, kv_heads, warm-up, task) is filled in here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import PydanticKnownError
+
+from meshwright.errors import InputError, Problem
+from meshwright.jobcheck import cross_problems, plain_problem
+from meshwright.jobfile import COMMAND_LINE, read_overrides, read_values, toml_text
+from meshwright.jobfill import absolute_paths, derived
+
+SMALL_JOB = """\
+# A small Llama-style language model, trained on the sources of Python's standard library: no file is needed.
+#   meshwright check job.toml     reads it, and the data       meshwright plan job.toml   shows how it would be split
+#   meshwright train job.toml     trains it on this machine    train.steps=20             after any verb changes a value
+
+[model]
+family = "llama"        # Llama, Mistral, Qwen2 and Qwen3 shapes; or hf = "folder", or module = "package.file:build"
+layers = 4
+hidden = 192            # width of the residual stream
+heads = 6               # query heads; head_dim is hidden / heads
+kv_heads = 2            # key and value heads, shared by groups of query heads
+ffn = 512               # width of the feed-forward part
+vocab = 2048            # tokens in the vocabulary
+
+[data]
+source = "stdlib"       # or "digits", or the path of a .txt or .jsonl file or of a folder of text
+seq_len = 256           # tokens a sequence
+tokenizer = "bpe"       # trained on the source; or "bytes", or the path of a tokenizer.json
+
+[train]
+steps = 300
+lr = 3e-3
+global_batch = 16       # sequences a step, over all devices
+"""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _not_a_number(value: Any) -> Any:
+    """Refuses 0 and 1 where true and false are meant: Python holds them equal, so a Literal does not."""
+    if type(value) in (int, float):
+        raise PydanticKnownError("literal_error", {"expected": "'auto', True or False"})
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
+
+
+def _key(default: Any, meaning: str) -> Any:
+    return Field(default, description=meaning)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """What is trained: exactly one of `family` (with its shape), `hf` or `module`."""
+
+    family: Literal["llama"] | None = _key(None, "built-in family; covers Llama, Mistral, Qwen2 and Qwen3 shapes")
+    layers: Annotated[int, Field(ge=1, le=10_000)] | None = _key(None, "number of layers")
+    hidden: Count | None = _key(None, "width of the residual stream")
+    heads: Count | None = _key(None, "query heads")
+    kv_heads: Count | None = _key(None, "key and value heads; default: heads")
+    ffn: Count | None = _key(None, "width of the feed-forward part")
+    vocab: Count | None = _key(None, "tokens in the vocabulary")
+    head_dim: Count | None = _key(None, "width of a head; default: hidden / heads")
+    rope_theta: Positive = _key(10000.0, "base of the rotary positions")
+    rope_scaling: dict[str, Any] | None = _key(
+        None, 'long-context scaling, such as { rope_type = "linear", factor = 2.0 }'
+    )
+    norm_eps: Positive = _key(1e-5, "epsilon of the norms")
+    tied_embeddings: bool = _key(False, "the output head is the token embedding")
+    qk_norm: bool = _key(False, "normalise queries and keys of each head (Qwen3)")
+    attention_bias: bool = _key(False, "biases on queries, keys and values (Qwen2)")
+    hf: Text | None = _key(None, "path of a Hugging Face folder: shape, weights and tokenizer come from it")
+    module: Text | None = _key(None, 'any nn.Module factory, as "package.file:build"')
+    module_folder: Text | None = _key(None, "folder that `module` is imported from; default: the job file's")
+    arguments: dict[str, Any] = _key({}, "keyword arguments for the factory of `module`")
+
+
+class DataSection(_Section):
+    """What it is trained on."""
+
+    source: Text = _key("stdlib", '"stdlib", "digits", or the path of a .txt or .jsonl file or of a folder')
+    seq_len: Annotated[int, Field(ge=1, le=2**27)] | None = _key(None, "tokens a sequence (language models)")
+    tokenizer: Text = _key(
+        "bpe", '"bpe" (trained on the source), "bytes", or the path of a tokenizer.json or its folder'
+    )
+    text_key: Text = _key("text", "the field of a .jsonl record that holds its text")
+    held_out: Fraction = _key(0.02, "fraction of the documents kept aside to measure on")
+
+
+class TaskSection(_Section):
+    """What is learnt: the shape of a batch, the loss, the metric."""
+
+    name: Literal["language-model", "classification"] = _key(
+        "language-model", "default: language-model for family and hf, classification for module"
+    )
+
+
+class TrainSection(_Section):
+    """How it is trained."""
+
+    steps: Count = Field(description="optimizer steps")
+    lr: Positive = Field(description="peak learning rate")
+    global_batch: Count = Field(description="sequences (or samples) a step, over all devices")
+    precision: Literal["auto", "fp32", "bf16"] = _key("auto", "of the arithmetic; auto follows the device")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _key(0, "of the initial weights and the order of samples")
+    warmup_steps: CountOrNone = _key(0, "steps of linear warm-up; default: a tenth of the steps, at most 100")
+    decay: Literal["cosine", "wsd", "constant"] = _key("cosine", "learning rate after the warm-up")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = _key(0.1, "last learning rate / lr")
+    decay_fraction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = _key(
+        0.2, "wsd: share of steps that decay"
+    )
+    weight_decay: NotNegative = _key(0.1, "AdamW's, on matrices")
+    betas: Betas = _key((0.9, 0.95), "AdamW's")
+    eps: Positive = _key(1e-8, "AdamW's")
+    clip: NotNegative = _key(1.0, "largest gradient norm over all ranks; 0 is off")
+    eval_every: CountOrNone = _key(0, "steps between measurements on held-out data; 0: at the end only")
+    eval_batches: Count = _key(8, "batches of a measurement")
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_not_a_number)] = _key(
+        "auto", "torch.compile; auto: where it pays"
+    )
+
+
+class ClusterSection(_Section):
+    """What it runs on; default: this machine."""
+
+    devices: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices in all")
+    devices_per_node: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices of one machine")
+    named: Text | None = _key(None, "a device of the table, to plan for what is not here")
+
+
+class LayoutSection(_Section):
+    """Pins: what is fixed of the layout. The rest is planned."""
+
+    dp: Count | None = _key(None, "total data-parallel degree")
+    shard: Count | None = _key(None, "how many share one copy of the weights (FSDP); divides dp x cp")
+    tp: Count | None = _key(None, "tensor-parallel degree")
+    pp: Count | None = _key(None, "pipeline stages")
+    vpp: Count | None = _key(None, "virtual stages a rank")
+    cp: Count | None = _key(None, "context-parallel degree")
+    ep: Count | None = _key(None, "expert-parallel degree; divides dp x cp")
+    sequence_parallel: bool | None = _key(None, "split activations between tensor-parallel products too")
+    micro_batch: Count | None = _key(None, "samples of one forward pass")
+    schedule: Literal["gpipe", "1f1b"] | None = _key(None, "order of the pipeline's micro-batches")
+    recompute: Literal["none", "selective", "full"] | None = _key(None, "activations computed again, not kept")
+    offload: bool | None = _key(None, "optimizer state in host memory")
+
+    def pins(self) -> dict[str, Any]:
+        """The fields that are pinned, by name."""
+        return {name: value for name, value in self if value is not None}
+
+
+class CheckpointSection(_Section):
+    """When the state is saved."""
+
+    every: CountOrNone = _key(0, "steps between checkpoints; 0: at the end only")
+    keep: Count = _key(2, "newest checkpoints kept")
+    asynchronous: bool = _key(True, "write while training goes on")
+
+
+class LaunchSection(_Section):
+    """How processes are started."""
+
+    backend: Literal["local"] = _key("local", "where the processes run")
+    interface: Text = _key("lo", "network interface that the processes talk over")
+    timeout_seconds: Positive = _key(300.0, "longest wait for another process")
+
+
+class ServeSection(_Section):
+    """How the result is served."""
+
+    host: Text = _key("127.0.0.1", "address to listen on")
+    http_port: Port = _key(8000, "0: any free port")
+    grpc_port: Port = _key(7070, "0: any free port")
+    max_batch: Annotated[int, Field(ge=1, le=65536)] = _key(16, "requests computed together")
+    max_len: Count | None = _key(None, "longest sequence, prompt included; default: the model's")
+    token_file: Text | None = _key(None, "file holding the token that clients must send")
+    tp: Count = _key(1, "tensor-parallel degree of the engine")
+
+
+class _Sections(_Section):
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    task: TaskSection = Field(default_factory=TaskSection)
+    train: TrainSection
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    layout: LayoutSection = Field(default_factory=LayoutSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    launch: LaunchSection = Field(default_factory=LaunchSection)
+    serve: ServeSection = Field(default_factory=ServeSection)
+
+
+class Job(_Sections):
+    """What I want: frozen, complete, checked. `origins` says where each value came from.
+
+    Raises InputError listing every problem when a section, key, type, range or combination is wrong. Relative paths
+    start from the folder of the file that says them (from the current folder in Python and on the command line).
+    """
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(
+        self,
+        *,
+        origins: dict[str, str] | None = None,
+        data_must_exist: bool = True,
+        **sections: Any,
+    ) -> None:
+        if origins is None:
+            origins = dict.fromkeys(_keys_said(sections), "Python")
+            sections = absolute_paths(sections, {})
+        resolved = _resolve(sections, origins, data_must_exist)
+        super().__init__(**resolved)
+        for section in type(self).model_fields:
+            for key in type(getattr(self, section)).model_fields:
+                self._origins[f"{section}.{key}"] = origins.get(f"{section}.{key}", "default")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal values; where they came from does not count."""
+        return isinstance(other, Job) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(job_to_toml(self))
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """ "section.key" -> "job.toml:12", "command line", "Python" or "default"."""
+        return dict(self._origins)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Every value by section and key, as plain dicts, lists, numbers, text and None."""
+        return self.model_dump(mode="json")
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
+    """The Job of the file at `path` with `section.key=value` overrides on top.
+
+    `data_must_exist=False` is for planning, which needs no data. Raises InputError listing every problem.
+    """
+    values = read_values(Path(path), overrides)
+    sections = absolute_paths(values.sections, values.folders)
+    try:
+        job = Job(origins=values.origins, data_must_exist=data_must_exist, **sections)
+    except InputError as error:
+        raise InputError([*values.problems, *error.problems]) from None
+    if values.problems:
+        raise InputError(values.problems)
+    return job
+
+
+def sound_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
+    """What a faulty job says when its faulty values are left out, so that a plan can be tried and its problems listed
+    with the job's own. None where too little is left, or where a faulty value would change the plan's answer.
+    """
+    values = read_values(Path(path), overrides)
+    sections = absolute_paths(values.sections, values.folders)
+    _, problems, good = _examine(sections, values.origins)
+    if values.problems or {key.partition(".")[0] for key in problems} & {"layout", "cluster"}:
+        return None
+    good["train"] = {"steps": 1, "lr": 1.0, **good.get("train", {})}  # neither changes what fits
+    try:
+        return Job(origins=values.origins, data_must_exist=False, **good)
+    except InputError:
+        return None
+
+
+def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
+    """The [serve] section alone: of the run's job file where there is one, with `serve.key=value` overrides on top."""
+    values = read_overrides(overrides)
+    problems = [*values.problems]
+    problems += [
+        Problem(f"{COMMAND_LINE}: {section}", "only settings of [serve] can be given here", "serve.key=value")
+        for section in values.sections
+        if section != "serve"
+    ]
+    said = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
+    asked = absolute_paths(values.sections, values.folders).get("serve", {})
+    try:
+        settings = ServeSection(**{**said, **asked})
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            path = ["serve", *(str(part) for part in entry["loc"])]
+            problems.append(plain_problem(entry, path, COMMAND_LINE, job_keys()))
+    if problems:
+        raise InputError(problems)
+    return settings
+
+
+def job_to_toml(job: Job) -> str:
+    """The resolved job as TOML that `load_job` reads back to an equal Job."""
+    sections = job.as_dict()
+    if job.model.family is None:  # the rest of [model] is the shape of a family
+        sections["model"] = {key: sections["model"][key] for key in ("hf", "module", "module_folder", "arguments")}
+    return toml_text(sections)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors. No key is required: a file may take it from the one it `extends`."""
+    schema = Job.model_json_schema()
+    for table in (schema, *schema["$defs"].values()):
+        table.pop("required", None)
+    extends = {"type": "string", "title": "Extends", "description": "another job file, relative to this one"}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Meshwright job"}
+
+
+def job_keys() -> dict[str, str]:
+    """ "section.key" -> its meaning, in the order of the file."""
+    sections = {name: field.annotation for name, field in Job.model_fields.items()}
+    return {
+        f"{section}.{key}": field.description or ""
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for key, field in kind.model_fields.items()
+    }
+
+
+def _keys_said(sections: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}" for section, content in sections.items() if isinstance(content, dict) for key in content]
+
+
+def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
+    """The sections with derived values filled in; raises InputError listing all that is wrong with them."""
+    resolved, problems, good = _examine(sections, origins)
+    crossed = cross_problems(good, {_key_of(path) for path in problems}, _said_at(origins), data_must_exist)
+    if problems or crossed:
+        raise InputError([*problems.values(), *crossed])
+    return resolved
+
+
+def _examine(
+    sections: dict[str, Any], origins: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Problem], dict[str, dict[str, Any]]]:
+    """The sections with derived values, what is wrong with single values by their path, and what is right."""
+    sections = {"train": {}, **derived(sections)}
+    keys = job_keys()
+    problems: dict[str, Problem] = {}
+    try:
+        _Sections.model_validate(sections)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False, include_context=True):
+            path = [str(part) for part in entry["loc"]]
+            place = _said_at(origins)(".".join(path[:2]))
+            problems.setdefault(".".join(path), plain_problem(entry, path, place, keys))
+    bad = {_key_of(path) for path in problems}
+    good = {
+        section: {key: value for key, value in content.items() if f"{section}.{key}" not in bad}
+        for section, content in sections.items()
+        if isinstance(content, dict) and section not in bad
+    }
+    return sections, problems, good
+
+
+def _key_of(path: str) -> str:
+    return ".".join(path.split(".")[:2])
+
+
+def _said_at(origins: dict[str, str]) -> Callable[[str], str]:
+    """Where a key was said; where its section was, for one that was not."""
+    return lambda key: origins.get(key, origins.get(key.split(".")[0], ""))

@@ -1,0 +1,131 @@
+"""The cluster: this machine, named devices, and what cannot be one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from meshwright import cluster
+from meshwright.cluster import Cluster, Device, Link, cpu_cluster, named_cluster, resolve_cluster
+from meshwright.errors import InputError
+
+
+@dataclass(frozen=True)
+class Wish:
+    devices: int | None = None
+    devices_per_node: int | None = None
+    named: str | None = None
+
+
+def device(**changes: object) -> Device:
+    values = {
+        "name": "d",
+        "kind": "cuda",
+        "memory_bytes": 10,
+        "flops": {"fp32": 1.0, "bf16": 2.0},
+        "memory_bytes_per_second": 1.0,
+        "launch_seconds": 0.0,
+    }
+    return Device(**{**values, **changes})  # type: ignore[arg-type]
+
+
+LINK = Link("wire", 1e9, 1e-6)
+
+
+def test_this_machine_without_gpus_is_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_nvidia_gpus", list)
+    monkeypatch.setattr(cluster, "available_cores", lambda: 3)
+    found = resolve_cluster(Wish())
+    assert (found.devices, found.devices_per_node, found.device.kind) == (3, 3, "cpu")
+    assert found.device.flops["fp32"] > 0
+
+
+def test_more_processes_than_cores_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "available_cores", lambda: 2)
+    two, eight = cpu_cluster(2), cpu_cluster(8)
+    assert eight.device.flops["fp32"] == pytest.approx(two.device.flops["fp32"] / 4)
+    assert eight.device.memory_bytes == pytest.approx(two.device.memory_bytes / 4)
+    assert any("8 processes share 2 cores" in said for said in eight.assumed)
+
+
+def test_fewer_processes_than_cores_have_several_threads_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "available_cores", lambda: 4)
+    one, four = cpu_cluster(1), cpu_cluster(4)
+    assert one.device.flops["fp32"] == pytest.approx(4 * four.device.flops["fp32"])
+    assert "4 CPU cores" in str(one)
+
+
+def test_gpus_of_this_machine_take_the_rates_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [("NVIDIA H100 80GB HBM3", 80 * 2**30)] * 4)
+    found = resolve_cluster(Wish())
+    assert (found.devices, found.device.kind, found.device.memory_bytes) == (4, "cuda", 80 * 2**30)
+    assert found.device.flops["bf16"] == 989e12
+    with pytest.raises(InputError, match="devices=4"):
+        resolve_cluster(Wish(devices=5))
+
+
+def test_an_unknown_gpu_is_planned_for_with_the_nearest_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [("NVIDIA Imaginary 9000", 81 * 10**9)])
+    assert any("Imaginary" in said for said in resolve_cluster(Wish()).assumed)
+
+
+def test_a_named_device_is_one_node_unless_told() -> None:
+    assert resolve_cluster(Wish(named="h100-sxm-80gb")).devices == 8
+    many = resolve_cluster(Wish(named="h100-sxm-80gb", devices=64))
+    assert (many.nodes, many.devices_per_node) == (8, 8)
+    assert many.link(8) == many.intra and many.link(9) == many.inter
+
+
+@pytest.mark.parametrize(("name", "near"), [("h100", "h100-sxm-80gb"), ("h100-smx-80gb", "h100-sxm-80gb")])
+def test_an_unknown_name_gets_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=near):
+        named_cluster(name)
+
+
+def test_every_row_of_the_table_makes_a_cluster() -> None:
+    for name in cluster.device_names():
+        assert named_cluster(name).device.name == name
+
+
+@pytest.mark.parametrize("devices", [0, -1])
+def test_no_devices_is_bad_input(devices: int) -> None:
+    with pytest.raises(InputError, match="give 1 or more"):
+        named_cluster("l4", devices)
+    with pytest.raises(InputError, match="give 1 or more"):
+        cpu_cluster(devices)
+
+
+def test_nodes_must_divide_the_devices() -> None:
+    with pytest.raises(InputError, match="devices_per_node=6 or devices=16"):
+        Cluster(device(), 12, 8, LINK, LINK)
+
+
+def test_zero_bandwidth_and_memory_are_bad_input() -> None:
+    with pytest.raises(InputError, match="bandwidth"):
+        Link("dead", 0.0, 1e-6)
+    with pytest.raises(InputError, match="memory_bytes_per_second is 0"):
+        device(memory_bytes_per_second=0.0)
+    with pytest.raises(InputError, match=r"flops\.bf16"):
+        device(flops={"fp32": 1.0, "bf16": -1.0})
+
+
+def test_auto_precision_follows_the_device() -> None:
+    fast = Cluster(device(), 1, 1, LINK, LINK)
+    slow = Cluster(device(flops={"fp32": 2.0, "bf16": 1.0}), 1, 1, LINK, LINK)
+    assert fast.resolve_precision("auto") == "bf16"
+    assert slow.resolve_precision("auto") == "fp32"
+    assert slow.resolve_precision("bf16") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fp32", "bf16"),
+    [
+        ("AuthenticAMD", {"avx2", "avx512f", "avx512_bf16"}, 32, 128),
+        ("GenuineIntel", {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, 64, 1024),
+        ("GenuineIntel", {"avx2"}, 32, 16),
+    ],
+)
+def test_rates_of_a_core_follow_its_instructions(vendor: str, flags: set[str], fp32: int, bf16: int) -> None:
+    rates, _ = cluster._core_flops(vendor, frozenset(flags), 1000.0)
+    assert rates == {"fp32": fp32 * 1e9, "bf16": bf16 * 1e9}
