@@ -1,0 +1,39 @@
+"""Which layout, will it fit, how long: from a Card, a Cluster and a request to a Plan. Knows nothing of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster
+from meshwright.layout import Layout
+from meshwright.plan.estimate import Estimator
+from meshwright.plan.result import Choice, Interval, Plan, PlanRequest, Prediction, Rejected
+from meshwright.plan.rules import RULES, Facts, Question, Refusal, refusals
+from meshwright.plan.search import make_plan
+
+__all__ = [
+    "RULES",
+    "Choice",
+    "Facts",
+    "Interval",
+    "Plan",
+    "PlanRequest",
+    "Prediction",
+    "Question",
+    "Refusal",
+    "Rejected",
+    "balance",
+    "make_plan",
+    "refusals",
+]
+
+
+def balance(
+    card: Card, cluster: Cluster, layout: Layout, global_batch: int, precision: str
+) -> tuple[tuple[str, ...], ...]:
+    """Names of the contiguous blocks of each of `layout.pp` stages, the slowest stage as quick as can be."""
+    firsts = Estimator(card, cluster, global_batch, precision).stages(layout)
+    names = [block.name for block in card.blocks]
+    stops: Sequence[int] = (*firsts[1:], len(names))
+    return tuple(tuple(names[start:stop]) for start, stop in zip(firsts, stops, strict=True))

@@ -1,0 +1,1 @@
+"""Shows plans and runs to people: in the terminal, as timelines, and as one self-contained HTML page."""

@@ -1,0 +1,81 @@
+"""A run folder as the page needs it: the files read once, and what they say about the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.errors import InputError, Problem
+from meshwright.plan import Plan
+from meshwright.run import RunFolder
+
+#: Fields of a line of events.jsonl that are not its details.
+PLAIN_FIELDS = ("event", "time", "step", "not_finite")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run folder, read. `steps` holds the last line of each step; `plan` and `job` are None and "" when not there."""
+
+    name: str
+    events: Sequence[Mapping[str, Any]]
+    steps: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]]
+    plan: Plan | None
+    job_text: str
+    job: Mapping[str, Any]
+
+    @property
+    def unit(self) -> str:
+        """What speed counts."""
+        if self.plan:
+            return self.plan.unit
+        return "samples" if self.job.get("task", {}).get("name") == "classification" else "tokens"
+
+    @property
+    def steps_asked(self) -> int | None:
+        asked = self.job.get("train", {}).get("steps")
+        return asked if isinstance(asked, int) else None
+
+    def last(self, kind: str) -> Mapping[str, Any] | None:
+        return next((event for event in reversed(self.events) if event["event"] == kind), None)
+
+    def points(self, field: str) -> tuple[tuple[float, float], ...]:
+        """(step, value) of a field of the step lines, where they have it."""
+        return tuple((float(s["step"]), float(s[field])) for s in self.steps if is_number(s.get(field)))
+
+    def settled(self, field: str) -> list[float]:
+        """Values without the first twentieth of the steps (at least one, where there are more): it warms up."""
+        values = [y for _, y in self.points(field) if math.isfinite(y)]
+        return values[max(1, len(values) // 20) :] or values
+
+
+def read_facts(run: RunFolder) -> Facts:
+    """What the files of a run folder say. Raises InputError for a folder with none of them, or a broken one."""
+    if not any(path.exists() for path in (run.events, run.plan, run.job)):
+        raise InputError(Problem(str(run.path), "is not a run folder: no events.jsonl, plan.json or job.toml in it"))
+    plan = None
+    if run.plan.exists():
+        try:
+            plan = Plan.from_dict(json.loads(run.plan.read_bytes()), str(run.plan))
+        except ValueError as error:
+            raise InputError(Problem(str(run.plan), f"is not JSON: {error}")) from error
+    job_text, job = "", {}
+    if run.job.exists():
+        job_text = run.job.read_text(encoding="utf-8", errors="replace")
+        try:
+            job = tomllib.loads(job_text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(Problem(str(run.job), f"is not TOML: {error}")) from error
+    events = run.read_events()
+    evals = [event for event in events if event["event"] == "eval" and is_number(event.get("step"))]
+    return Facts(run.path.resolve().name, events, run.steps(), evals, plan, job_text, job)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of an event is a number (true and false are not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,114 @@
+"""Refusals: each names a change, and the change is really valid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.card import Block, Card, Parameter
+from meshwright.families.llama.card import LlamaShape, card
+from meshwright.layout import Layout
+from meshwright.plan.rules import RULES, Facts, Question, refusals
+
+LLAMA = Facts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
+PLAIN = Facts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))
+NORMED = replace(PLAIN, stateful_buffers=("norm.running_mean",), blocks=3, splittable=frozenset({"pp"}))
+
+degree = st.integers(-1, 9)
+layouts = st.builds(
+    Layout,
+    dp=degree,
+    shard=degree,
+    tp=degree,
+    pp=degree,
+    vpp=st.integers(1, 2),
+    cp=st.integers(1, 2),
+    ep=st.integers(1, 2),
+    sequence_parallel=st.booleans(),
+    micro_batch=degree,
+    schedule=st.sampled_from(["gpipe", "1f1b", "zigzag"]),
+    recompute=st.sampled_from(["none", "selective", "full", "some"]),
+    offload=st.booleans(),
+)
+questions = st.builds(
+    Question, layouts, st.sampled_from([LLAMA, PLAIN, NORMED]), st.integers(1, 16), st.integers(1, 24)
+)
+
+
+def rules_broken(layout: Layout, facts: Facts = LLAMA, devices: int | None = None, batch: int = 24) -> dict[str, str]:
+    question = Question(layout, facts, layout.devices if devices is None else devices, batch)
+    return {refusal.rule: f"{refusal.reason}; {refusal.nearest}" for refusal in refusals(question)}
+
+
+@given(questions)
+def test_the_nearest_change_removes_the_refusal(question: Question) -> None:
+    for refusal in refusals(question):
+        assert refusal.change, refusal
+        fixed = question.changed(refusal.change)
+        assert refusal.rule not in {other.rule for other in refusals(fixed)}, (refusal, fixed.layout)
+
+
+@given(questions)
+def test_every_refusal_says_a_reason_and_its_fields(question: Question) -> None:
+    for refusal in refusals(question):
+        assert refusal.reason and refusal.fields and refusal.nearest.startswith("nearest: ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "facts", "devices", "batch", "rule", "said"),
+    [
+        (Layout(dp=2, tp=2), LLAMA, 2, 24, "devices", "is 4, not 2 devices; nearest: layout.dp=1"),
+        (Layout(dp=4, shard=3), LLAMA, 4, 24, "shard", "shard=3 does not divide dp x cp = 4; nearest: layout.shard=4"),
+        (Layout(tp=3), LLAMA, 3, 24, "tp", "tp=3 does not divide kv_heads=4; nearest: layout.tp=2"),
+        (Layout(tp=8), LLAMA, 8, 24, "tp", "heads=12, kv_heads=4; nearest: layout.tp=4"),
+        (Layout(tp=2), PLAIN, 2, 24, "tp", "no table of logical axes"),
+        (Layout(pp=2), PLAIN, 2, 24, "pp", "does not name its blocks"),
+        (Layout(pp=9), LLAMA, 9, 24, "pp", "has 8 blocks to cut between; nearest: layout.pp=8"),
+        (Layout(sequence_parallel=True), LLAMA, 1, 24, "sequence_parallel", "tp is 1"),
+        (Layout(dp=2, micro_batch=5), LLAMA, 2, 24, "global_batch", "nearest: layout.micro_batch=6"),
+        (Layout(dp=5), LLAMA, 5, 24, "global_batch", "nearest: train.global_batch=25"),
+        (Layout(cp=2), LLAMA, 2, 24, "cp", "not offered yet; nearest: layout.cp=1"),
+        (Layout(dp=2, ep=2), LLAMA, 2, 24, "ep", "not offered yet; nearest: layout.ep=1"),
+        (Layout(pp=2, vpp=2), LLAMA, 2, 24, "vpp", "not offered yet; nearest: layout.vpp=1"),
+        (Layout(offload=True), LLAMA, 1, 24, "offload", "nearest: layout.offload=false"),
+        (Layout(schedule="zbv"), LLAMA, 1, 24, "schedule", "nearest: layout.schedule=1f1b"),
+        (Layout(recompute="selective"), PLAIN, 1, 24, "recompute", "no attention; nearest: layout.recompute=full"),
+        (Layout(dp=2), NORMED, 2, 24, "stateful_buffers", "norm.running_mean"),
+        (Layout(pp=2), NORMED, 2, 24, "stateful_buffers", "nearest: layout.micro_batch=24 layout.schedule=gpipe"),
+        (Layout(pp=4, micro_batch=8), LLAMA, 4, 24, "micro_batches", "a step has 3; nearest: layout.micro_batch=6"),
+        (Layout(pp=4, micro_batch=2), LLAMA, 4, 2, "micro_batches", "a step has 1; nearest: layout.schedule=gpipe"),
+    ],
+)
+def test_each_rule_with_its_words(layout: Layout, facts: Facts, devices: int, batch: int, rule: str, said: str) -> None:
+    assert said in rules_broken(layout, facts, devices, batch)[rule]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(dp=2, shard=2, tp=2, pp=2, sequence_parallel=True),
+        Layout(dp=4, shard=2, micro_batch=3),
+        Layout(pp=8, schedule="gpipe", recompute="selective"),
+        Layout(tp=4, recompute="full"),
+    ],
+)
+def test_what_is_offered_is_not_refused(layout: Layout) -> None:
+    assert rules_broken(layout) == {}
+
+
+def test_a_whole_batch_in_one_place_may_have_running_statistics() -> None:
+    assert rules_broken(Layout(pp=2, micro_batch=24, schedule="gpipe"), NORMED) == {}
+
+
+def test_tied_embeddings_may_be_cut_apart() -> None:
+    tied = Facts.of(card(LlamaShape(2, 48, 12, 4, 4, 96, 240, tied=True), 64))
+    assert rules_broken(Layout(pp=4), tied) == {}
+
+
+def test_the_table_has_a_sentence_for_every_rule() -> None:
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    assert all(rule.says for rule in RULES)

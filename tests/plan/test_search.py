@@ -1,0 +1,221 @@
+"""The search: what it chooses is allowed and fits, whatever is asked; and what it says where nothing does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.card import Block, Card, Parameter
+from meshwright.cluster import Cluster, Device, Link, named_cluster
+from meshwright.errors import CannotWork, InputError
+from meshwright.families.llama.card import LlamaShape, card
+from meshwright.plan import Facts, Plan, PlanRequest, Question, balance, make_plan, refusals
+from meshwright.plan.memory import usable_bytes
+
+SMALL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
+LLAMA_8B = card(LlamaShape(32, 4096, 32, 8, 128, 14336, 128256), 8192)
+LLAMA_70B = card(LlamaShape(80, 8192, 64, 8, 128, 28672, 128256), 8192)
+MODULE = Card("module", (Block("", "module", (Parameter("w", (64, 64), (None, None)),), output_elements=64),))
+
+
+def cores(devices: int, memory_bytes: int = 8 * 2**30) -> Cluster:
+    device = Device("core", "cpu", memory_bytes, {"fp32": 80e9, "bf16": 300e9}, 30e9, 6e-6)
+    link = Link("gloo", 1e9, 0.3e-3)
+    return Cluster(device, devices, devices, link, link)
+
+
+def refusal_of(model: Card, cluster: Cluster, request: PlanRequest) -> str:
+    with pytest.raises(CannotWork) as caught:
+        make_plan(model, cluster, request)
+    return str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    devices=st.integers(1, 12),
+    batch=st.integers(1, 32),
+    pins=st.fixed_dictionaries(
+        {},
+        optional={
+            "dp": st.integers(1, 6),
+            "shard": st.integers(1, 4),
+            "tp": st.integers(1, 6),
+            "pp": st.integers(1, 8),
+            "micro_batch": st.integers(1, 8),
+            "sequence_parallel": st.booleans(),
+            "recompute": st.sampled_from(["none", "selective", "full"]),
+            "schedule": st.sampled_from(["gpipe", "1f1b"]),
+        },
+    ),
+)
+def test_any_plan_is_allowed_fits_and_keeps_its_pins(devices: int, batch: int, pins: dict[str, Any]) -> None:
+    cluster, facts = cores(devices), Facts.of(SMALL)
+    try:
+        plan = make_plan(SMALL, cluster, PlanRequest(batch, "fp32", pins))
+    except CannotWork as error:
+        assert all(problem.nearest for problem in error.problems)
+        return
+    for choice in (plan.chosen, *plan.runners_up):
+        layout = choice.layout
+        assert refusals(Question(layout, facts, devices, batch)) == ()
+        assert all(getattr(layout, name) == value for name, value in pins.items())
+        assert choice.predicted.peak_bytes <= usable_bytes(cluster.device)
+        assert choice.predicted.peak_bytes == max(stage.total for stage in choice.memory)
+        assert [name for stage in choice.stages for name in stage] == [block.name for block in SMALL.blocks]
+        assert len(choice.stages) == layout.pp and all(choice.stages)
+        seconds = choice.predicted.step_seconds
+        assert seconds.low < seconds.mid < seconds.high
+        assert sum(choice.predicted.breakdown.values()) == pytest.approx(seconds.mid)
+        assert 0 < choice.predicted.mfu < 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    devices=st.integers(1, 8),
+    pins=st.fixed_dictionaries(
+        {}, optional={"dp": st.integers(1, 5), "tp": st.integers(1, 5), "pp": st.integers(1, 7), "cp": st.just(1)}
+    ),
+)
+def test_the_nearest_of_refused_pins_works(devices: int, pins: dict[str, int]) -> None:
+    try:
+        make_plan(SMALL, cores(devices), PlanRequest(24, "fp32", pins))
+    except CannotWork as error:
+        for problem in error.problems:
+            said = dict(word.split("=") for word in problem.nearest.removeprefix("nearest: ").split())
+            batch = int(said.pop("train.global_batch", 24))
+            nearest = {key.removeprefix("layout."): int(value) for key, value in said.items()}
+            make_plan(SMALL, cores(devices), PlanRequest(batch, "fp32", nearest))
+
+
+def test_equal_questions_get_equal_plans_and_json_carries_them_whole() -> None:
+    cluster, request = named_cluster("h100-sxm-80gb", 16), PlanRequest(64)
+    first, second = (make_plan(LLAMA_8B, cluster, request) for _ in range(2))
+    assert str(first) == str(second)
+    assert Plan.from_dict(json.loads(str(first))) == first
+
+
+def test_the_json_is_the_contract() -> None:
+    plan = make_plan(SMALL, cores(2), PlanRequest(16)).as_dict()
+    predicted = plan["chosen"]["predicted"]
+    assert set(predicted["step_seconds"]) == {"low", "mid", "high"}
+    assert {"peak_bytes", "tokens_per_second", "mfu", "dollars", "goodput"} <= set(predicted)
+    assert {"layout", "predicted", "binding", "why", "stages"} <= set(plan["chosen"])
+    assert all({"layout", "why"} <= set(choice) for choice in plan["runners_up"])
+    assert predicted["dollars"] is None and predicted["goodput"] is None
+    step = predicted["step_seconds"]["mid"]
+    assert predicted["tokens_per_second"] == pytest.approx(16 * 64 / step)
+
+
+def test_a_broken_plan_file_is_bad_input() -> None:
+    with pytest.raises(InputError, match="not a plan"):
+        Plan.from_dict({"chosen": {}})
+
+
+def test_runners_up_are_no_better_and_say_why_they_lost() -> None:
+    plan = make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 8), PlanRequest(64))
+    assert plan.runners_up
+    for choice in plan.runners_up:
+        assert choice.predicted.step_seconds.mid >= 0.99 * plan.chosen.predicted.step_seconds.mid
+        assert "slower" in choice.why or "level" in choice.why
+
+
+def test_small_models_on_a_few_cores_are_replicated() -> None:
+    layout = make_plan(SMALL, cores(2), PlanRequest(16)).chosen.layout
+    assert (layout.dp, layout.tp, layout.pp, layout.recompute) == (2, 1, 1, "none")
+
+
+def test_what_does_not_fit_is_rejected_with_its_gap() -> None:
+    plan = make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 8), PlanRequest(64))
+    reasons = [lost.reason for lost in plan.rejected]
+    assert any("does not fit: needs" in reason for reason in reasons)
+    assert plan.chosen.layout not in [lost.layout for lost in plan.rejected]
+
+
+def test_recompute_is_taken_only_where_it_is_needed() -> None:
+    roomy = make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 64), PlanRequest(64))
+    assert roomy.chosen.layout.recompute == "none"
+    plan = make_plan(LLAMA_70B, named_cluster("h100-sxm-80gb", 32), PlanRequest(512))
+    assert plan.chosen.layout.recompute != "none" and plan.chosen.binding == "memory"
+
+
+def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
+    said = refusal_of(LLAMA_70B, named_cluster("h100-sxm-80gb", 8), PlanRequest(64))
+    assert "does not fit" in said and "GiB too much" in said and "nearest that fits: " in said
+    devices = int(said.split("nearest that fits: ")[1].split()[0])
+    make_plan(LLAMA_70B, named_cluster("h100-sxm-80gb", devices), PlanRequest(64))
+
+
+def test_pins_that_do_not_fit_get_the_nearest_that_does() -> None:
+    request = PlanRequest(64, pins={"dp": 8, "recompute": "none"})
+    said = refusal_of(LLAMA_8B, named_cluster("h100-sxm-80gb", 8), request)
+    assert "nearest that fits: layout." in said
+
+
+def test_pins_that_do_not_multiply_to_the_devices() -> None:
+    said = refusal_of(SMALL, cores(2), PlanRequest(16, pins={"dp": 2, "tp": 2}))
+    assert "is 4, not 2 devices" in said and "nearest: layout.dp=2 layout.tp=1" in said
+
+
+def test_several_bad_pins_are_all_listed_with_their_places() -> None:
+    request = PlanRequest(16, pins={"ep": 2, "tp": 5}, origins={"layout.tp": "job.toml:7"})
+    said = refusal_of(SMALL, cores(5), request)
+    assert "layout.ep" in said and "job.toml:7: layout.tp: tp=5 does not divide" in said
+
+
+def test_an_unknown_pin_is_bad_input() -> None:
+    with pytest.raises(InputError, match="did you mean 'recompute'"):
+        make_plan(SMALL, cores(1), PlanRequest(16, pins={"recompte": "full"}))
+
+
+def test_a_batch_that_cannot_be_divided_names_one_that_can() -> None:
+    said = refusal_of(MODULE, cores(4), PlanRequest(10))
+    assert "train.global_batch=8" in said or "train.global_batch=12" in said
+
+
+def test_running_statistics_on_several_devices_name_one_device() -> None:
+    normed = replace(MODULE, stateful_buffers=("norm.running_mean",))
+    said = refusal_of(normed, cores(4), PlanRequest(16))
+    assert "norm.running_mean" in said and "nearest: cluster.devices=1" in said
+    assert make_plan(normed, cores(1), PlanRequest(16)).chosen.layout.dp == 1
+
+
+def test_an_unsplittable_module_is_replicated_or_sharded() -> None:
+    layout = make_plan(MODULE, cores(4), PlanRequest(16)).chosen.layout
+    assert (layout.dp, layout.tp, layout.pp) == (4, 1, 1)
+
+
+def test_a_price_gives_dollars() -> None:
+    base = cores(2)
+    priced = Cluster(base.device, 2, 2, base.intra, base.inter, dollars_per_hour=3.0)
+    predicted = make_plan(SMALL, priced, PlanRequest(16, steps=1000)).chosen.predicted
+    assert predicted.dollars == pytest.approx(1000 * predicted.step_seconds.mid / 3600 * 2 * 3.0)
+
+
+def test_compile_follows_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_plan(SMALL, cores(1), PlanRequest(16, compile=True)).chosen.compiled
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert not make_plan(SMALL, cores(1), PlanRequest(16, steps=10**9)).chosen.compiled  # no C++ compiler for a CPU
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert make_plan(SMALL, cores(1), PlanRequest(16, steps=10**9)).chosen.compiled
+    assert not make_plan(SMALL, cores(1), PlanRequest(16, steps=10)).chosen.compiled
+    h100 = named_cluster("h100-sxm-80gb", 8)
+    assert make_plan(LLAMA_8B, h100, PlanRequest(64, steps=10_000)).chosen.compiled
+    assert not make_plan(LLAMA_8B, h100, PlanRequest(64, steps=10)).chosen.compiled
+
+
+def test_405b_on_16384_devices_is_planned() -> None:
+    model = card(LlamaShape(126, 16384, 128, 8, 128, 53248, 128256), 8192)
+    plan = make_plan(model, named_cluster("h100-sxm-80gb", 16384), PlanRequest(2048))
+    assert plan.chosen.layout.devices == 16384
+    assert 0.1 < plan.chosen.predicted.mfu < 0.6
+
+
+def test_balance_gives_the_stages_of_the_plan() -> None:
+    cluster = cores(4)
+    chosen = make_plan(SMALL, cluster, PlanRequest(16, "fp32", {"pp": 4})).chosen
+    assert balance(SMALL, cluster, chosen.layout, 16, "fp32") == chosen.stages
