@@ -1,0 +1,272 @@
+"""Processes of this machine: started together, watched together, ended together."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from meshwright import env as environment
+from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
+from meshwright.launch.words import error_from_dict
+
+POLL_SECONDS = 0.02
+LOG_LINES = 12  # last lines of the failing rank's log that an error carries
+PREFIX = ".workers-"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to start. `folder` gets one log a rank and, for as long as the processes live, a private folder."""
+
+    function: str
+    payload: Mapping[str, Any]
+    processes: int
+    folder: Path
+    env: Mapping[str, str]
+    interface: str
+    grace_seconds: float
+
+
+def local(
+    function: str,
+    payload: Mapping[str, Any],
+    processes: int,
+    folder: Path | str,
+    *,
+    env: Mapping[str, str] | None = None,
+    interface: str = "lo",
+    grace_seconds: float = 5.0,
+) -> Started:
+    """Start `processes` processes that each call `function(payload, context)`; see `launch.Context`.
+
+    function: "package.module:function", importable from this process's sys.path; payload: JSON.
+    folder: where rank-k.log is appended; a folder inside it that only this user can read (mode 0700, a name that
+        cannot be guessed) holds the payload and the rendezvous store: who cannot read it cannot join the job.
+    env: environment variables to set on top; by default each process gets cores // processes threads.
+    interface: the network interface that gloo and NCCL bind to.
+    grace_seconds: between asking processes to end and killing them.
+    Raises InputError where the payload is not JSON or the folder cannot be written.
+    """
+    if processes < 1:
+        raise InputError(Problem("launch", f"{processes} processes", "at least 1"))
+    order = Order(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
+    return Started(order)
+
+
+class Started:
+    """Processes at work. As a context manager it ends them on the way out."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._private, self._lock = _private_folder(order)
+        self._ask = threading.Event()
+        self._stopped = False
+        self._results: list[Any] = []
+        self._error: MeshwrightError | None = None
+        started: queue.Queue[list[int] | OSError] = queue.Queue()
+        # The kernel sends the death signal when the *thread* that started a process ends, so one thread starts them
+        # and stays until the last has ended, whatever the caller's thread does.
+        self._thread = threading.Thread(target=self._watch, args=(started,), name="meshwright-launch", daemon=True)
+        self._thread.start()
+        pids = started.get()
+        if isinstance(pids, OSError):
+            self._thread.join()
+            raise RunFailed(Problem("launch", f"cannot start a process: {pids}")) from pids
+        #: Process ids by rank.
+        self.pids: tuple[int, ...] = tuple(pids)
+
+    def poll(self) -> str:
+        """ "running", "done", "failed" or "stopped"."""
+        if self._thread.is_alive():
+            return "running"
+        return "failed" if self._error else "stopped" if self._stopped else "done"
+
+    def wait(self, timeout_seconds: float | None = None) -> list[Any]:
+        """Results by rank, once every process has ended. Raises the error of the rank that failed first.
+
+        An error of Meshwright's tree comes back as the class it was raised as; anything else (an exception, a
+        signal, an exit without a result) is RunFailed, naming the rank. Raises TimeoutError after `timeout_seconds`
+        with the processes still running, and RunFailed if `stop` ended one before it could return.
+        """
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self._order.function} still runs after {timeout_seconds} s")
+        if self._error:
+            raise self._error
+        if self._stopped:
+            raise RunFailed(Problem("launch", f"{self._order.function} was stopped before it ended"))
+        return self._results
+
+    def stop(self) -> None:
+        """Ask every process to end (SIGTERM), kill those that have not after the grace time. Returns when none is."""
+        self._ask.set()
+        self._thread.join()
+
+    def log(self, rank: int) -> Path:
+        """The text that `rank` printed, stdout and stderr together."""
+        return self._order.folder / f"rank-{rank}.log"
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # What follows runs in the watching thread, which alone starts, reaps and signals the processes.
+
+    def _watch(self, started: queue.Queue[list[int] | OSError]) -> None:
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            try:
+                for rank in range(self._order.processes):
+                    workers.append(self._start(rank))
+            except OSError as error:
+                _end(workers, 0)
+                started.put(error)
+                return
+            started.put([worker.pid for worker in workers])
+            self._follow(workers)
+        finally:
+            _end(workers, 0)
+            shutil.rmtree(self._private, ignore_errors=True)
+            self._lock.close()
+
+    def _follow(self, workers: list[subprocess.Popen[bytes]]) -> None:
+        while not self._ask.wait(POLL_SECONDS):
+            statuses = [worker.poll() for worker in workers]
+            if any(statuses):
+                # Asked again: a rank that died before the one seen first, but after it was asked, shows now.
+                failed = {rank: status for rank, worker in enumerate(workers) if (status := worker.poll())}
+                _end(workers, min(1.0, self._order.grace_seconds))  # the others cannot go on without it
+                self._error = self._first_error(failed)
+                return
+            if all(status == 0 for status in statuses):
+                if not self._finished(workers):
+                    self._error = self._first_error(
+                        {rank: 0 for rank in range(len(workers)) if "result" not in self._answer(rank)}
+                    )
+                return
+        _end(workers, self._order.grace_seconds)
+        self._stopped = not self._finished(workers)  # asked to end, a function may still return in order
+
+    def _finished(self, workers: list[subprocess.Popen[bytes]]) -> bool:
+        """Whether every process left a result; takes the results if so."""
+        answers = [self._answer(rank) for rank in range(len(workers))]
+        if any(worker.poll() for worker in workers) or not all("result" in answer for answer in answers):
+            return False
+        self._results = [json.loads(answer["result"]) for answer in answers]
+        return True
+
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+        order = self._order
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        changes = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(order.processes),
+            environment.WORKER_FOLDER: str(self._private),
+            environment.WORKER_PARENT: str(os.getpid()),
+            # What this process can import, its workers can; -P below keeps the current folder from adding itself.
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
+            "PYTHONUNBUFFERED": "1",
+            "GLOO_SOCKET_IFNAME": order.interface,
+            "NCCL_SOCKET_IFNAME": order.interface,
+            **order.env,
+        }
+        defaults = {"OMP_NUM_THREADS": str(max(1, cores // order.processes))}
+        with open(self.log(rank), "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "meshwright.launch.worker"],
+                env=environment.for_child(changes, defaults),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the parent only, which ends the workers in order
+            )
+
+    def _answer(self, rank: int) -> dict[str, Any]:
+        path = self._private / f"answer-{rank}.json"
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
+    def _first_error(self, failed: Mapping[int, int]) -> MeshwrightError:
+        """The error of the rank that failed first: one killed by a signal (never a consequence), else by the clock."""
+        answers = {rank: self._answer(rank) for rank in failed}
+        first = min(failed, key=lambda rank: (failed[rank] >= 0, answers[rank].get("at", 0.0), rank))
+        status, answer = failed[first], answers[first]
+        if "error" in answer:
+            return error_from_dict(answer["error"])
+        what = answer.get("failure") or _status_in_words(status)
+        log = self.log(first)
+        tail = log.read_bytes()[-20_000:].decode(errors="replace").strip().splitlines()[-LOG_LINES:]
+        if tail:
+            what += "; its last lines:\n    " + "\n    ".join(tail) + "\n"
+        return RunFailed(Problem(f"rank {first} of {self._order.processes}", what, f"whole log: {log}"))
+
+
+def _status_in_words(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "was killed by SIGKILL (kill -9, or the system ran out of memory)"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with exit code {status} and left no result"
+
+
+def _end(workers: list[subprocess.Popen[bytes]], grace_seconds: float) -> None:
+    """End the process group of every worker: SIGTERM, then SIGKILL for what is left after the grace time."""
+    _signal(workers, signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    _signal(workers, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+def _signal(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for worker in workers:
+        if worker.poll() is None:  # not reaped, so the process id is still its own
+            os.killpg(worker.pid, number)
+
+
+def _private_folder(order: Order) -> tuple[Path, IO[bytes]]:
+    """A fresh folder of mode 0700 with the order in it, and a lock held as long as this process needs the folder."""
+    try:
+        text = json.dumps({"function": order.function, "payload": order.payload}, allow_nan=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(Problem("launch", f"the payload is not JSON: {error}")) from error
+    try:
+        order.folder.mkdir(parents=True, exist_ok=True)
+        _sweep(order.folder)
+        private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=order.folder.absolute()))
+        lock = open(private / "lock", "wb")  # noqa: SIM115 - held open on purpose
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        handle = os.open(private / "order.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(Problem(str(order.folder), f"cannot be written: {error.strerror}")) from error
+    return private, lock
+
+
+def _sweep(folder: Path) -> None:
+    """Remove private folders that a killed parent left behind: those whose lock nobody holds."""
+    for private in folder.glob(PREFIX + "*"):
+        try:
+            with open(private / "lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(private, ignore_errors=True)
+        except OSError:
+            continue  # held by a live parent, or being made just now

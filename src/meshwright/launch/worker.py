@@ -1,0 +1,93 @@
+"""The inside of a started process: `python -m meshwright.launch.worker`, told by its environment what to do.
+
+It reads the function's name and payload from the private folder, calls `function(payload, context)`, and leaves
+either the result or the error there as JSON. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from meshwright import env
+from meshwright.errors import InputError, MeshwrightError, Problem
+from meshwright.launch.words import Context, error_to_dict
+from meshwright.run import write_atomic
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+Function = Callable[[dict[str, Any], Context], Any]
+
+
+def resolve(name: str) -> Function:
+    """The function called `name` ("package.module:function"). Raises InputError if there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        function: Function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            Problem("launch", f"cannot import {name!r}: {error}", "write package.module:function")
+        ) from error
+    if not callable(function):
+        raise InputError(Problem("launch", f"{name!r} is not a function", "write package.module:function"))
+    return function
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies; end at once if that has happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def _watch_parent(parent: int) -> None:
+    """For systems where the kernel cannot do it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> int:
+    """Run this process's part. Returns its exit status: 0, or the exit code of the error that it left behind."""
+    me = env.worker_context()
+    if me is None:
+        print("meshwright.launch.worker is started by `meshwright`, not by hand", file=sys.stderr)
+        return 2
+    end_with_parent(me.parent)
+    order = json.loads((me.folder / "order.json").read_bytes())
+    context = Context(rank=me.rank, world=me.world, store_path=me.folder / "store")
+    status = 0
+    answer: dict[str, Any]
+    try:
+        result = resolve(order["function"])(order["payload"], context)
+        answer = {"result": json.dumps(result, allow_nan=True)}
+    except MeshwrightError as error:
+        traceback.print_exc()
+        status, answer = error.exit_code, {"error": error_to_dict(error)}
+    except Exception as error:  # reported: the parent turns it into RunFailed, the log holds the traceback
+        traceback.print_exc()
+        status, answer = 1, {"failure": f"{type(error).__name__}: {error}"}
+    answer["at"] = time.time()
+    write_atomic(me.folder / f"answer-{me.rank}.json", json.dumps(answer).encode(), mode=0o600)
+    return status
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after an error, a collective that still waits for a lost rank would hold the interpreter up.
+    if status:
+        os._exit(status)

@@ -1,0 +1,97 @@
+"""Functions that the tests of `launch` start in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from meshwright.errors import CannotWork, InputError, Problem, RunFailed
+from meshwright.launch import Context
+
+
+def describe(payload: dict[str, Any], context: Context) -> dict[str, Any]:
+    return {
+        "rank": context.rank,
+        "world": context.world,
+        "payload": payload,
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "interface": os.environ["GLOO_SOCKET_IFNAME"],
+        "folder_mode": oct(context.store_path.parent.stat().st_mode & 0o777),
+        "order_mode": oct((context.store_path.parent / "order.json").stat().st_mode & 0o777),
+        "torch": "torch" in sys.modules,
+    }
+
+
+def kill_one(payload: dict[str, Any], context: Context) -> None:
+    """One rank kills itself; the others would work for a long time."""
+    if context.rank == payload["rank"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def fail(payload: dict[str, Any], context: Context) -> None:
+    if context.rank == 1:
+        print("about to divide")
+        print(1 // payload["zero"])
+    time.sleep(600)
+
+
+def refuse(payload: dict[str, Any], context: Context) -> None:
+    if context.rank == 1:
+        problems = [Problem("a.jsonl:3", "is no JSON", "write an object"), Problem("data.seq_len", "is 0")]
+        raise {"InputError": InputError, "CannotWork": CannotWork}[payload["kind"]](problems)
+    time.sleep(600)
+
+
+def fail_with_resume(payload: dict[str, Any], context: Context) -> None:
+    raise RunFailed("the disk is full", resume="meshwright train run/job.toml")
+
+
+def leave(payload: dict[str, Any], context: Context) -> None:
+    os._exit(payload["status"])
+
+
+def stubborn(payload: dict[str, Any], context: Context) -> None:
+    """Does not end when asked."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(payload["folder"], f"ready-{context.rank}").touch()
+    time.sleep(600)
+
+
+def polite(payload: dict[str, Any], context: Context) -> None:
+    """Tidies up when asked to end."""
+
+    def tidy(*_: object) -> None:
+        Path(payload["folder"], f"tidied-{context.rank}").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, tidy)
+    Path(payload["folder"], f"ready-{context.rank}").touch()
+    time.sleep(600)
+
+
+def save_first(payload: dict[str, Any], context: Context) -> str:
+    """Goes on until asked to end, then returns in order."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    Path(payload["folder"], f"ready-{context.rank}").touch()
+    while not asked:
+        time.sleep(0.01)
+    return "saved"
+
+
+def all_reduce(payload: dict[str, Any], context: Context) -> float:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(context.store_path), context.world)
+    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.world)
+    total = torch.tensor([float(context.rank + 1)])
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return float(total)
