@@ -1,0 +1,203 @@
+"""From a source to token files: what is there, what is kept aside, which tokenizer, and the packed stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meshwright.data.sources import Document, Source
+from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from meshwright.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from meshwright.job import ModelSection
+
+logger = logging.getLogger("meshwright")
+
+#: A tokenizer is trained on at most about this much text, chosen over the whole corpus by hash.
+TOKENIZER_BYTES = 64 * 2**20
+_PROBLEMS_SHOWN = 20
+_BATCH_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of a source found. `bytes` is of the text of `documents`; `held_out_below` is the split."""
+
+    documents: int
+    bytes: int
+    empty: int
+    undecodable: int
+    duplicates: int
+    broken: int
+    problems: tuple[Problem, ...]
+    held_out_below: int  # a document is held out if the first 64 bits of its hash are below
+
+    def is_held_out(self, text: str) -> bool:
+        """Equal texts fall on the same side, whatever else is in the corpus."""
+        return _hash(text)[0] < self.held_out_below
+
+
+def scan(source: Source, held_out: float) -> Scan:
+    """Read every document once. Broken records are counted and the first ones described, not raised."""
+    seen: set[tuple[int, int]] = set()
+    documents = size = empty = undecodable = broken = 0
+    problems: list[Problem] = []
+    for found in source.documents():
+        if isinstance(found, Document):
+            if not found.text.strip():
+                empty += 1
+                continue
+            documents += 1
+            size += len(found.text.encode())
+            seen.add(_hash(found.text))
+            continue
+        broken += found.broken
+        undecodable += not found.broken
+        if not found.broken:
+            logger.info("left out: %s", found.problem)
+        if found.broken and len(problems) < _PROBLEMS_SHOWN:
+            problems.append(found.problem)
+    below = int(held_out * 2**64)
+    if held_out > 0 and len({first for first, _ in seen}) > 1:  # at least one document on each side
+        below = min(max(below, min(seen)[0] + 1), max(seen)[0])
+    elif len(seen) < 2:
+        below = 0  # one document: nothing can be held out
+    return Scan(documents, size, empty, undecodable, documents - len(seen), broken, tuple(problems), below)
+
+
+def broken_records(found: Scan, source: Source) -> tuple[Problem, ...]:
+    """The first broken records, and how many more there are."""
+    more = found.broken - len(found.problems)
+    return (*found.problems, Problem(source.name, f"{more} more broken records")) if more else found.problems
+
+
+def refuse_broken(found: Scan, source: Source) -> None:
+    """Raise InputError if a record is broken or there is no text at all."""
+    if found.broken:
+        raise InputError(broken_records(found, source))
+    if not found.documents:
+        what = f"{source.name!r} holds no text ({found.empty} empty, {found.undecodable} not UTF-8)"
+        raise InputError(Problem("data.source", what, 'nearest: data.source = "stdlib"'))
+
+
+def make_tokenizer(name: str, vocab: int | None, source: Source, found: Scan) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; "bpe" is trained on what is not held out.
+
+    vocab: rows of the model's embedding, None where the model does not say. Raises InputError where they do not fit.
+    """
+    if name == "bpe":
+        if vocab is None:
+            near = 'nearest: data.tokenizer = "bytes"'
+            raise InputError(Problem("data.tokenizer", '"bpe" needs model.vocab to know its size', near))
+        share = min(1.0, TOKENIZER_BYTES / max(1, found.bytes))
+        texts = (text for text in _texts(source) if not found.is_held_out(text) and _hash(text)[1] < share * 2**64)
+        return train_bpe(texts, vocab)
+    tokenizer = bytes_tokenizer() if name == "bytes" else Tokenizer.load(name)
+    if vocab is not None and tokenizer.vocab > vocab:
+        what = f"the tokenizer {name!r} has {tokenizer.vocab} ids, but model.vocab is {vocab}"
+        raise InputError(Problem("data.tokenizer", what, f"nearest: model.vocab = {tokenizer.vocab}"))
+    return tokenizer
+
+
+class _Split:
+    """Running totals of one split, and its files where there is a folder."""
+
+    def __init__(self, name: str, folder: Path | None, files: ExitStack) -> None:
+        self.documents = self.tokens = self.bytes = 0
+        self._files = tuple(
+            files.enter_context((folder / f"{name}.{part}.bin").open("wb"))
+            for part in ("tokens", "documents")
+            if folder
+        )
+
+    def add(self, text: str, ids: np.ndarray, eos: int, kind: str) -> None:
+        self.documents += 1
+        self.tokens += len(ids) + 1
+        self.bytes += len(text.encode())
+        if self._files:
+            tokens, documents = self._files
+            tokens.write(np.append(ids, np.uint32(eos)).astype(kind).tobytes())
+            documents.write(np.array([self.tokens, self.bytes], dtype="<u8").tobytes())
+
+    def totals(self) -> dict[str, int]:
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+
+
+def pack(source: Source, found: Scan, tokenizer: Tokenizer, folder: Path | None) -> dict[str, dict[str, int]]:
+    """Encode every document and append it to the files of its split in `folder` (None: only count).
+
+    Writes SPLIT.tokens.bin (each document followed by the end token) and SPLIT.documents.bin. Returns the totals.
+    """
+    kind = token_type(tokenizer.vocab)
+    with ExitStack() as files:
+        train, held_out = (_Split(name, folder, files) for name in ("train", "held_out"))
+        for texts in _batches(_texts(source)):
+            for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+                (held_out if found.is_held_out(text) else train).add(text, ids, tokenizer.eos, kind)
+    return {"train": train.totals(), "held_out": held_out.totals()}
+
+
+def token_type(vocab: int) -> str:
+    """Little-endian type that token ids are stored in."""
+    return "<u2" if vocab <= 2**16 else "<u4"
+
+
+def windows(tokens: int, seq_len: int) -> int:
+    """Samples that a stream of `tokens` gives: windows of seq_len + 1 that overlap by one, the last one padded."""
+    return max(0, -(-(tokens - 1) // seq_len))
+
+
+def refuse_too_short(tokens: int, seq_len: int) -> None:
+    """Raise InputError if the training split does not fill one window of seq_len + 1 tokens."""
+    if tokens < seq_len + 1:
+        near = f"nearest: data.seq_len = {tokens - 1}" if tokens > 2 else 'nearest: data.source = "stdlib"'
+        raise InputError(Problem("data.seq_len", f"{seq_len} needs {seq_len + 1} tokens; there are {tokens}", near))
+
+
+def model_vocab(model: ModelSection) -> int | None:
+    """Rows of the model's embedding as its job section says: vocab, or a Hugging Face folder's, or an argument."""
+    if model.hf is not None:
+        path = Path(model.hf) / "config.json"
+        try:
+            vocab = json.loads(path.read_bytes()).get("vocab_size")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(Problem(str(path), f"cannot be read: {error}")) from error
+    else:
+        vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
+    return vocab if isinstance(vocab, int) else None
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """The documents that are kept: readable and not empty."""
+    for found in source.documents():
+        if isinstance(found, Document) and found.text.strip():
+            yield found.text
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Groups large enough to keep every core busy, small enough for the memory."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES or len(group) >= 4096:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _hash(text: str) -> tuple[int, int]:
+    """128 bits of the text: the first half splits, both halves together tell texts apart."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")

@@ -1,0 +1,354 @@
+"""The manifest: data indexed once into files that open at once, and give any batch of any step."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from meshwright.data import corpus, digits
+from meshwright.data.batch import Batch, Rows, Samples, TokenWindows
+from meshwright.data.order import batch_samples
+from meshwright.data.sources import Source, open_source
+from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
+from meshwright.errors import InputError, Problem
+from meshwright.run import sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    from meshwright.job import Job
+
+logger = logging.getLogger("meshwright")
+
+VERSION = 1
+SPLITS = ("train", "held_out")
+_MANIFEST_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `check` tells of the data. `bytes` is of the documents; `problems` are broken records, which leave the
+    numbers of tokens and samples at 0, as images leave the number of tokens.
+    """
+
+    source: str
+    documents: int
+    bytes: int
+    duplicates: int
+    empty: int = 0
+    undecodable: int = 0
+    tokens: int = 0
+    vocab: int = 0
+    held_out_documents: int = 0
+    samples: int = 0
+    held_out_samples: int = 0
+    problems: tuple[Problem, ...] = ()
+
+
+class Manifest:
+    """Indexed data of a run, mapped read-only. Opening reads a few lines of JSON, whatever the size of the data."""
+
+    def __init__(self, folder: Path, content: dict[str, Any], train: Samples, held_out: Samples) -> None:
+        self.folder = folder
+        #: manifest.json: settings, source, and totals by split.
+        self.content = content
+        self._train, self._held_out = train, held_out
+
+    @staticmethod
+    def open(folder: Path | str) -> Manifest:
+        """Raises InputError if there is none, or one of its files is not as long as it says."""
+        folder = Path(folder)
+        content = _read_content(folder)
+        open_split = _open_tokens if content["kind"] == "text" else _open_rows
+        try:
+            return Manifest(folder, content, *(open_split(folder, content, split) for split in SPLITS))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _no_manifest(folder, error) from error
+
+    @property
+    def samples(self) -> int:
+        """Training samples of an epoch."""
+        return len(self._train)
+
+    @property
+    def held_out_samples(self) -> int:
+        """Held-out samples; 0 if nothing is kept aside."""
+        return len(self._held_out)
+
+    def batch(self, seed: int, step: int, global_batch: int, start: int, stop: int, skips: Sequence[int] = ()) -> Batch:
+        """Samples at places start..stop of the batch of `step` (from 0), `global_batch` samples long.
+
+        A language model gets input_ids, positions and targets, int64 [stop - start, seq_len]; a classifier inputs
+        float32 [stop - start, ...] and targets int64 [stop - start]; a target of -100 does not count. `skips` lists
+        batches left out for good. The same arguments always give the same arrays.
+        """
+        return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips))
+
+    def held_out(self, start: int, count: int) -> Batch:
+        """`count` held-out samples from `start` on, always in this order; past the last they are padding, uncounted."""
+        return self._held_out.take(np.arange(start, start + count))
+
+    def held_out_bytes(self, start: int, count: int) -> int:
+        """Bytes of text that the counted targets of `held_out(start, count)` stand for; 0 where there is no text."""
+        return self._held_out.text_bytes(np.arange(start, start + count))
+
+    def text(self, split: str) -> bytes:
+        """The text of "train" or "held_out" as bytes, its documents one after another without a mark between."""
+        samples = self._held_out if split == "held_out" else self._train
+        if not isinstance(samples, TokenWindows):
+            raise InputError(Problem("data.source", "these are images, which have no text", 'nearest: "stdlib"'))
+        ends = samples.documents[:, 0].tolist()
+        tokenizer = self.tokenizer()
+        documents = [samples.tokens[a : b - 1] for a, b in pairwise([0, *ends])]
+        return "".join(tokenizer.decode_documents(documents)).encode()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the text. Raises InputError where the data is no text."""
+        return Tokenizer(self.side_files(), where=str(self.folder / "tokenizer"))
+
+    def side_files(self) -> dict[str, bytes]:
+        """Name -> content of the tokenizer's files, for a checkpoint; {} where the data is no text."""
+        folder = self.folder / "tokenizer"
+        return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def build_manifest(job: Job, folder: Path | str) -> Manifest:
+    """The manifest in `folder` (a run's manifest/), built there if it is missing. Any number of processes may ask.
+
+    Raises InputError where the data is broken, empty or too short, and where `folder` was built from other data: a
+    run keeps the data that it began with.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            _refuse_other_data(job, folder)
+        else:
+            draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            try:
+                _build(job, draft)
+                draft.chmod(0o755)
+                sync_folder(draft)
+                os.rename(draft, folder)
+                sync_folder(folder.parent)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return Manifest.open(folder)
+
+
+def survey(job: Job) -> Survey:
+    """Read all of the job's data and count it, writing nothing. Raises InputError like `build_manifest`, except
+    that broken records are returned in `problems`.
+    """
+    if _kind(job) == "rows":
+        images = digits.load(job.data.held_out)
+        kept, count = int(images.held_out.sum()), len(images.targets)
+        found_rows = Survey("digits", count, images.inputs.nbytes, images.duplicates)
+        return replace(found_rows, held_out_documents=kept, samples=count - kept, held_out_samples=kept)
+    source = open_source(job.data.source, job.data.text_key)
+    found = corpus.scan(source, job.data.held_out)
+    counted = Survey(source.name, found.documents, found.bytes, found.duplicates, found.empty, found.undecodable)
+    if found.broken:
+        return replace(counted, problems=corpus.broken_records(found, source))
+    tokenizer, totals = _index(job, source, found, None)
+    tokens = {split: totals[split]["tokens"] for split in SPLITS}
+    return replace(
+        counted,
+        tokens=sum(tokens.values()),
+        vocab=tokenizer.vocab,
+        held_out_documents=totals["held_out"]["documents"],
+        samples=corpus.windows(tokens["train"], _seq_len(job)),
+        held_out_samples=corpus.windows(tokens["held_out"], _seq_len(job)),
+    )
+
+
+def _index(
+    job: Job, source: Source, found: corpus.Scan, folder: Path | None
+) -> tuple[Tokenizer, dict[str, dict[str, int]]]:
+    """The tokenizer and the totals by split, the token files written to `folder` if there is one."""
+    corpus.refuse_broken(found, source)
+    tokenizer = corpus.make_tokenizer(job.data.tokenizer, corpus.model_vocab(job.model), source, found)
+    totals = corpus.pack(source, found, tokenizer, folder)
+    corpus.refuse_too_short(totals["train"]["tokens"], _seq_len(job))
+    return tokenizer, totals
+
+
+def _seq_len(job: Job) -> int:
+    assert job.data.seq_len is not None, "a Job with a language model has a seq_len"
+    return job.data.seq_len
+
+
+def _kind(job: Job) -> str:
+    if job.task.name == "language-model":
+        return "text"
+    if job.data.source != "digits":
+        what = f"a classifier cannot learn from {job.data.source!r}"
+        raise InputError(Problem("data.source", what, 'nearest: "digits", or task.name = "language-model"'))
+    return "rows"
+
+
+def _build(job: Job, folder: Path) -> None:
+    content = _build_text(job, folder) if _kind(job) == "text" else _build_rows(job, folder)
+    text = json.dumps({"version": VERSION, **content}, indent=2) + "\n"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+    write_atomic(folder / "manifest.json", text.encode())
+
+
+def _build_text(job: Job, folder: Path) -> dict[str, Any]:
+    source = open_source(job.data.source, job.data.text_key)
+    found = corpus.scan(source, job.data.held_out)
+    tokenizer, totals = _index(job, source, found, folder)
+    (folder / "tokenizer").mkdir()
+    for name, text in tokenizer.side_files().items():
+        (folder / "tokenizer" / name).write_bytes(text)
+    lengths = tokenizer.byte_lengths()
+    if lengths is not None:
+        lengths.astype("<u2").tofile(folder / "byte_lengths.bin")
+    if found.undecodable:
+        logger.warning("%s: %d files or records are not UTF-8 and were left out", source.name, found.undecodable)
+    if not totals["held_out"]["documents"] and job.data.held_out:
+        logger.warning("%s is one document: nothing can be held out to measure on", source.name)
+    return {
+        "kind": "text",
+        "settings": _settings(job),
+        "source": source.fingerprint(),
+        "seq_len": _seq_len(job),
+        "vocab": tokenizer.vocab,
+        "eos": tokenizer.eos,
+        "exact_bytes": lengths is not None,
+        "found": {key: value for key, value in asdict(found).items() if isinstance(value, int)},
+        "splits": totals,
+    }
+
+
+def _build_rows(job: Job, folder: Path) -> dict[str, Any]:
+    images = digits.load(job.data.held_out)
+    splits = {}
+    for split, mine in (("train", ~images.held_out), ("held_out", images.held_out)):
+        images.inputs[mine].astype("<f4").tofile(folder / f"{split}.inputs.bin")
+        images.targets[mine].astype("<i8").tofile(folder / f"{split}.targets.bin")
+        splits[split] = {"samples": int(mine.sum())}
+    return {
+        "kind": "rows",
+        "settings": _settings(job),
+        "source": {"files": 0, "bytes": int(images.inputs.nbytes), "digest": ""},
+        "shape": list(images.inputs.shape[1:]),
+        "classes": digits.CLASSES,
+        "splits": splits,
+    }
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What, besides the source, the files of a manifest follow from."""
+    if _kind(job) == "rows":
+        return {"kind": "rows", "held_out": job.data.held_out}
+    return {
+        "kind": "text",
+        "tokenizer": job.data.tokenizer,
+        "vocab": corpus.model_vocab(job.model),
+        "held_out": job.data.held_out,
+        "seq_len": job.data.seq_len,
+    }
+
+
+def _refuse_other_data(job: Job, folder: Path) -> None:
+    content = _read_content(folder)
+    near = f"use another run folder, or remove {folder}"
+    keys = {"tokenizer": "data.tokenizer", "vocab": "model.vocab"}
+    before, now = content["settings"], _settings(job)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    problems = [
+        Problem(keys.get(key, f"data.{key}"), f"is {now.get(key)!r}, but the run began with {before.get(key)!r}", near)
+        for key in changed
+    ]
+    if not problems and content["kind"] == "text":
+        source = _source_if_there(job)
+        if source is not None and source.fingerprint() != content["source"]:
+            problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
+    if problems:
+        raise InputError(problems)
+
+
+def _source_if_there(job: Job) -> Source | None:
+    """The source again, or None if it has gone: a run can go on from its manifest alone."""
+    try:
+        return open_source(job.data.source, job.data.text_key)
+    except InputError as error:
+        logger.info("%s; going on with the data as indexed", error)
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time; released by the kernel if that one dies."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise ValueError("too large")
+        content = json.loads(path.read_bytes())
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, this program reads {VERSION}")
+        if content["kind"] not in ("text", "rows") or set(content["splits"]) != set(SPLITS):
+            raise ValueError("unknown kind or splits")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _no_manifest(folder, error) from error
+    return dict(content)
+
+
+def _no_manifest(folder: Path, error: Exception) -> InputError:
+    words = f"is no data manifest: {type(error).__name__}: {error}"
+    return InputError(Problem(str(folder / "manifest.json"), words, "remove the folder to build anew"))
+
+
+def _map(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The file at `path` as a read-only array; raises InputError unless it has exactly that many bytes."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    try:
+        there = path.stat().st_size
+    except OSError as error:
+        raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    if there != size:
+        raise InputError(Problem(str(path), f"has {there} bytes instead of {size}", "remove the folder to build anew"))
+    if size == 0:
+        return np.zeros(shape, dtype=kind)
+    return np.memmap(path, dtype=kind, mode="r", shape=shape)
+
+
+def _open_tokens(folder: Path, content: dict[str, Any], split: str) -> TokenWindows:
+    totals, vocab = content["splits"][split], content["vocab"]
+    if content["seq_len"] < 1:
+        raise ValueError(f"seq_len is {content['seq_len']}")
+    return TokenWindows(
+        tokens=_map(folder / f"{split}.tokens.bin", corpus.token_type(vocab), (totals["tokens"],)),
+        documents=_map(folder / f"{split}.documents.bin", "<u8", (totals["documents"], 2)),
+        seq_len=content["seq_len"],
+        eos=content["eos"],
+        byte_lengths=_map(folder / "byte_lengths.bin", "<u2", (vocab,)) if content["exact_bytes"] else None,
+    )
+
+
+def _open_rows(folder: Path, content: dict[str, Any], split: str) -> Rows:
+    samples = content["splits"][split]["samples"]
+    return Rows(
+        inputs=_map(folder / f"{split}.inputs.bin", "<f4", (samples, *content["shape"])),
+        targets=_map(folder / f"{split}.targets.bin", "<i8", (samples,)),
+    )

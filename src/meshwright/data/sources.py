@@ -1,0 +1,221 @@
+"""Where text comes from: files that can be listed, read again, and give the same documents in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from meshwright.errors import InputError, Problem
+
+#: Longer documents are cut, so that a file without a line end cannot fill the memory.
+DOCUMENT_BYTES = 16 * 2**20
+#: A longer line of a .jsonl file is reported as a broken record.
+RECORD_BYTES = 64 * 2**20
+#: Folders of the standard library that are not the library: packages installed beside it, and its tests.
+NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text. `where` names the file, and the line or part where a file holds several."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A place that gives no document. `broken` is a record to be mended; otherwise it is left out and counted."""
+
+    problem: Problem
+    broken: bool
+
+
+Reading = Iterator[Document | Unreadable]
+Reader = Callable[[BinaryIO, str], Reading]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files in a fixed order, each with its name for messages and the reader of its documents."""
+
+    name: str
+    files: tuple[tuple[str, Path, Reader], ...]
+
+    def documents(self) -> Reading:
+        """Every document, and every place that should have held one. Raises InputError if a file cannot be opened."""
+        for name, path, reader in self.files:
+            try:
+                with open(path, "rb") as file:
+                    yield from reader(file, name)
+            except OSError as error:
+                raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this source from another: how many files, their bytes, a digest of their names and sizes."""
+        sizes = [(name, path.stat().st_size) for name, path, _ in self.files]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
+
+
+def open_source(source: str, text_key: str) -> Source:
+    """The Source that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text.
+
+    Raises InputError for what is missing, has no reader, or cannot be indexed (a pipe, a socket, an address).
+    """
+    if source == "stdlib":
+        return _standard_library()
+    if source == "-" or "://" in source or source.startswith(("/dev/", "/proc/")):
+        raise _not_indexable(source, "a stream or an address")
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        near = 'nearest: "stdlib", or the path of a .txt or .jsonl file or of a folder'
+        raise InputError(Problem("data.source", f"{source!r} cannot be read: {what}", near)) from error
+    if stat.S_ISDIR(mode):
+        return _folder(path, text_key)
+    if not stat.S_ISREG(mode):
+        raise _not_indexable(source, "a pipe, a socket or a device")
+    if path.suffix not in (".txt", ".jsonl"):
+        near = "nearest: a .txt file (documents divided by blank lines), a .jsonl file, or a folder of text files"
+        raise InputError(Problem("data.source", f"no reader for {path.name!r}", near))
+    reader = _records(text_key) if path.suffix == ".jsonl" else _paragraphs
+    return Source(path.name, ((path.name, path, reader),))
+
+
+def _not_indexable(source: str, what: str) -> InputError:
+    why = f"{source!r} is {what}, which cannot be indexed, so a run could not be resumed or repeated"
+    return InputError(Problem("data.source", why, "save it to a file first"))
+
+
+def _standard_library() -> Source:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = _walk(root, skip=NOT_LIBRARY)
+    files = tuple((name, path, _whole) for name, path in found if path.suffix == ".py" and path.stem[:5] != "test_")
+    return Source("stdlib", files)
+
+
+def _folder(root: Path, text_key: str) -> Source:
+    files = tuple((name, path, _records(text_key) if path.suffix == ".jsonl" else _whole) for name, path in _walk(root))
+    if not files:
+        raise InputError(
+            Problem("data.source", f"no file in the folder {str(root)!r}", "put text or .jsonl files there")
+        )
+    for _, path, _ in files:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _not_indexable(str(path), "a pipe, a socket or a device")
+    return Source(root.name, files)
+
+
+def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
+    """(name relative to root, path) of all files below it, sorted by name; hidden ones are left out."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.exists()]
+    return sorted(found)
+
+
+def _whole(file: BinaryIO, name: str) -> Reading:
+    """The file is one document (cut where it is longer than DOCUMENT_BYTES)."""
+    part, rest, last = 0, b"", False
+    while not last:
+        asked = DOCUMENT_BYTES - len(rest)
+        block = file.read(asked)
+        last = len(block) < asked
+        content, rest = (rest + block, b"") if last else _cut_at_character(rest + block)
+        part += 1
+        if content or part == 1:
+            yield _decoded(content, f"{name} (part {part})" if part > 1 else name)
+
+
+def _paragraphs(file: BinaryIO, name: str) -> Reading:
+    """Documents are divided by blank lines."""
+    kept: list[bytes] = []
+    size, first = 0, 1
+    for number, chunk, whole in _chunks(file, DOCUMENT_BYTES):
+        blank, too_long = whole and not chunk.strip(), size + len(chunk) > DOCUMENT_BYTES
+        if kept and (blank or too_long):
+            content = b"".join(kept)
+            content, rest = (content, b"") if blank else _cut_at_character(content)
+            yield _decoded(content, f"{name}:{first}")
+            kept, size, first = ([rest], len(rest), number) if rest else ([], 0, number)
+        if not blank:
+            if not kept:
+                first = number
+            kept.append(chunk)
+            size += len(chunk)
+    if kept:
+        yield _decoded(b"".join(kept), f"{name}:{first}")
+
+
+def _records(text_key: str) -> Reader:
+    """One JSON object a line, its text under `text_key`."""
+
+    def read(file: BinaryIO, name: str) -> Reading:
+        too_long = 0
+        for number, chunk, whole in _chunks(file, RECORD_BYTES):
+            where = f"{name}:{number}"
+            if not whole and number != too_long:
+                too_long = number
+                yield Unreadable(Problem(where, f"is longer than {RECORD_BYTES} bytes", "split the record"), True)
+            elif whole and chunk.strip():
+                yield _record(chunk, text_key, where)
+
+    return read
+
+
+def _record(line: bytes, text_key: str, where: str) -> Document | Unreadable:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        return Unreadable(Problem(where, f"is not JSON: {what}", f'write {{"{text_key}": "..."}}'), True)
+    if not isinstance(record, dict):
+        return Unreadable(Problem(where, "is not a JSON object", f'write {{"{text_key}": "..."}}'), True)
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        what = f"{text_key!r} is not text" if text_key in record else f"has no {text_key!r}"
+        return Unreadable(Problem(where, what, "set data.text_key to one of: " + ", ".join(list(record)[:8])), True)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Unreadable(Problem(where, "holds half of a surrogate pair, which is no text", "mend the escape"), True)
+    return Document(where, text)
+
+
+def _chunks(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, at most `limit` bytes of that line, whether they are all of it) until the end of the file."""
+    number, begins = 1, True
+    while chunk := file.readline(limit):
+        ends = chunk.endswith(b"\n") or len(chunk) < limit
+        yield number, chunk, begins and ends
+        number, begins = number + ends, ends
+
+
+def _cut_at_character(content: bytes) -> tuple[bytes, bytes]:
+    """`content` up to the last whole UTF-8 character, and the bytes of one that has only begun."""
+    for back in range(1, min(4, len(content) + 1)):
+        lead = content[-back]
+        if lead & 0b1100_0000 != 0b1000_0000:  # not a continuation byte
+            needs = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
+            return (content[:-back], content[-back:]) if needs > back else (content, b"")
+    return content, b""
+
+
+def _decoded(content: bytes, where: str) -> Document | Unreadable:
+    try:
+        return Document(where, content.decode())
+    except UnicodeDecodeError as error:
+        problem = Problem(where, f"is not UTF-8 from byte {error.start} on", "convert it to UTF-8")
+        return Unreadable(problem, False)

@@ -1,0 +1,192 @@
+"""Text to tokens and back: a byte-level BPE trained on the corpus, plain bytes, or a tokenizer.json that is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from meshwright.errors import InputError, Problem
+
+END_OF_TEXT = "<|endoftext|>"
+#: Names of the end token that tokenizers of other families carry, for a tokenizer.json without its configuration.
+KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+#: Files that belong to a tokenizer in a Hugging Face folder.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+BYTES_VOCAB = 257  # 256 bytes and the end of a text
+_FILE_BYTES = 256 * 2**20  # largest tokenizer file that is read
+
+
+class Tokenizer:
+    """A tokenizer with its end-of-text token.
+
+    vocab: ids are below it; eos: id of the end of a text. Text that spells a special token is encoded as plain
+    text, so that no document can end another.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer") -> None:
+        """From the files of a tokenizer, of which tokenizer.json must be one. Raises InputError if it is broken."""
+        self._files = dict(files)
+        try:
+            self._inner = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
+        except Exception as error:  # the library raises bare Exception for anything wrong with the JSON
+            problem = Problem(where, f"is no tokenizer.json: {error}", 'tokenizer = "bpe" trains one')
+            raise InputError(problem) from error
+        self._inner.encode_special_tokens = True
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        self.vocab: int = max(vocabulary.values(), default=-1) + 1
+        end = self._end_token(vocabulary, where)
+        self.eos: int = vocabulary[end]
+        self._files.setdefault("tokenizer_config.json", _configuration(end))
+
+    def _end_token(self, vocabulary: Mapping[str, int], where: str) -> str:
+        said = _json_object(self._files.get("tokenizer_config.json", b"{}"), where).get("eos_token")
+        if isinstance(said, dict):  # the older form spells the token's attributes out
+            said = said.get("content")
+        for name in [said] if isinstance(said, str) else KNOWN_ENDS:
+            if name in vocabulary:
+                return name
+        what = f"has no token {said!r}, its eos_token" if said else "does not say which token ends a text"
+        raise InputError(Problem(where, what, "name one as eos_token in tokenizer_config.json"))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """From a tokenizer.json or the folder that holds one. Raises InputError."""
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        json_file = path / "tokenizer.json" if path.is_dir() else path
+        wanted = {"tokenizer.json": json_file, **{name: folder / name for name in SIDE_FILES[1:]}}
+        if json_file.name != "tokenizer.json":  # its neighbours may belong to another
+            wanted = {"tokenizer.json": json_file}
+        try:
+            files = {name: _read(file) for name, file in wanted.items() if name == "tokenizer.json" or file.is_file()}
+        except OSError as error:
+            near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
+            raise InputError(Problem(str(json_file), f"cannot be read: {error.strerror}", near)) from error
+        return cls(files, where=str(json_file))
+
+    def side_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that make a folder loadable by `transformers`."""
+        return dict(self._files)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without begin or end tokens."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as uint32 [tokens], without begin or end tokens. Uses every core."""
+        encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
+
+    def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
+        """Text of each array of ids; special tokens are text here, since no document holds one."""
+        return [
+            str(text) for text in self._inner.decode_batch([d.tolist() for d in documents], skip_special_tokens=False)
+        ]
+
+    def byte_lengths(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for, uint16 [vocab]; None where an id alone does not determine them.
+
+        Exact for byte-level tokenizers without a normalizer. Special tokens stand for no text.
+        """
+        content = json.loads(self._inner.to_str())
+        decoder = content.get("decoder") or {}
+        parts = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        if content.get("normalizer") is not None or parts != ["ByteLevel"]:
+            return None
+        pre_tokenizer = json.dumps(content.get("pre_tokenizer"))
+        if '"add_prefix_space": true' in pre_tokenizer:
+            return None
+        lengths = np.zeros(self.vocab, dtype=np.uint16)
+        for token, index in content["model"]["vocab"].items():
+            lengths[index] = len(token)  # one character of a byte-level vocabulary is one byte
+        for added in content.get("added_tokens", []):
+            lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return lengths
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` ids, the end of a text being id 0. The same texts give the same tokenizer.
+
+    Raises InputError if `vocab` has no room for the 256 bytes and the end token.
+    """
+    if vocab < BYTES_VOCAB:
+        near = f"at least {BYTES_VOCAB}: 256 bytes and the end of a text"
+        raise InputError(Problem("model.vocab", f"{vocab} is too small for a byte-level tokenizer", near))
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer({"tokenizer.json": inner.to_str().encode()})
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Ids 0..255 are the bytes of UTF-8, 256 ends a text."""
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return _Bytes({"tokenizer.json": inner.to_str().encode()})
+
+
+class _Bytes(Tokenizer):
+    """The same ids without the detour through merges that are not there."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table, 256 long)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _configuration(end: str) -> bytes:
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _FILE_BYTES:
+        raise InputError(Problem(str(path), f"is larger than {_FILE_BYTES} bytes, which no tokenizer is"))
+    return path.read_bytes()
+
+
+def _json_object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(Problem(where, f"its tokenizer_config.json is not JSON: {error}")) from error
+    if not isinstance(value, dict):
+        raise InputError(Problem(where, "its tokenizer_config.json is not a JSON object"))
+    return value

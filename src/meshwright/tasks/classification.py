@@ -1,0 +1,43 @@
+"""One class a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from meshwright.errors import CannotWork, Problem
+from meshwright.tasks.task import IGNORED, Measured, count_targets
+
+
+class Classification:
+    """inputs float32 [B, ...] and targets int64 [B]; the model's output is logits [B, classes]."""
+
+    name = "classification"
+    unit = "samples"
+    extra_names: tuple[str, ...] = ("correct",)
+
+    def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.as_tensor(batch["inputs"]).to(device), {}
+
+    def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
+        return torch.as_tensor(batch["targets"]).to(device)
+
+    def loss_sum(self, output: Tensor, targets: Tensor, split: Any = None) -> Tensor:
+        if split is not None:
+            raise CannotWork(Problem("layout.tp", "a classifier's outputs are not split", "nearest: layout.tp = 1"))
+        return F.cross_entropy(output.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+    def count(self, targets: Tensor) -> int:
+        return count_targets(targets)
+
+    def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
+        """correct: counted samples whose largest logit is the target's."""
+        return {"correct": float(((output.argmax(dim=-1) == targets) & (targets != IGNORED)).sum())}
+
+    def metrics(self, loss_per_unit: float, measured: Measured) -> dict[str, float]:
+        """accuracy, a fraction of the counted samples."""
+        return {"accuracy": measured.sums["correct"] / measured.units} if measured.units else {}

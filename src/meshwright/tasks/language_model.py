@@ -1,0 +1,44 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.nn import cross_entropy_sum
+from meshwright.tasks.task import Measured, count_targets
+
+
+class LanguageModel:
+    """input_ids, positions and targets, int64 [B, T]; the model's output is logits [B, T, V]."""
+
+    name = "language-model"
+    unit = "tokens"
+    extra_names: tuple[str, ...] = ()
+
+    def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+        positions = torch.as_tensor(batch["positions"]).to(device)
+        return torch.as_tensor(batch["input_ids"]).to(device), {"positions": positions}
+
+    def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
+        return torch.as_tensor(batch["targets"]).to(device)
+
+    def loss_sum(self, output: Tensor, targets: Tensor, split: Any = None) -> Tensor:
+        return cross_entropy_sum(output, targets, split)
+
+    def count(self, targets: Tensor) -> int:
+        return count_targets(targets)
+
+    def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
+        return {}
+
+    def metrics(self, loss_per_unit: float, measured: Measured) -> dict[str, float]:
+        """perplexity, and bits_per_byte = loss sum / ln 2 / bytes of text where those are known."""
+        metrics = {"perplexity": math.exp(min(loss_per_unit, 700.0))}
+        if measured.text_bytes:
+            metrics["bits_per_byte"] = loss_per_unit * measured.units / math.log(2) / measured.text_bytes
+        return metrics

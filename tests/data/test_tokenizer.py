@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.data.tokenizer import (
+    BYTES_VOCAB,
+    END_OF_TEXT,
+    Tokenizer,
+    byte_characters,
+    bytes_tokenizer,
+    train_bpe,
+)
+from meshwright.errors import InputError
+
+CORPUS = ["def read(path):\n    return open(path).read()\n", "def write(path, text):\n    open(path).write(text)\n"] * 5
+BPE = train_bpe(CORPUS, 280)
+BYTES = bytes_tokenizer()
+any_text = st.text(st.characters(codec="utf-8"), max_size=80) | st.sampled_from(
+    [END_OF_TEXT, f"a{END_OF_TEXT}b", "\0", "é\u0301", "🇫🇷"]
+)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+@given(text=any_text)
+def test_text_comes_back_and_no_text_ends_a_document(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos not in ids
+    assert all(0 <= index < tokenizer.vocab for index in ids)
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+@given(texts=st.lists(any_text, max_size=4))
+def test_many_at_once_agree_with_one_by_one_and_with_their_bytes(tokenizer: Tokenizer, texts: list[str]) -> None:
+    encoded = tokenizer.encode_documents(texts)
+    assert [ids.tolist() for ids in encoded] == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.decode_documents(encoded) == texts
+    lengths = tokenizer.byte_lengths()
+    assert lengths is not None and lengths[tokenizer.eos] == 0
+    assert [int(lengths[ids].sum()) for ids in encoded] == [len(text.encode()) for text in texts]
+
+
+def test_bpe_training_is_deterministic_and_keeps_to_its_size() -> None:
+    assert train_bpe(CORPUS, 280).side_files() == BPE.side_files()
+    assert BPE.vocab == 280 and BPE.eos == 0
+    assert len(BPE.encode(CORPUS[0])) < len(CORPUS[0])
+    assert train_bpe(["ab"], 5000).vocab < 300  # nothing more to merge
+
+
+def test_bytes_are_their_own_ids() -> None:
+    assert BYTES.encode("aé") == list("aé".encode())
+    assert (BYTES.vocab, BYTES.eos) == (BYTES_VOCAB, 256)
+    assert len(set(byte_characters())) == 256
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 257"):
+        train_bpe(CORPUS, 256)
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+def test_transformers_loads_the_side_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = write(tmp_path, tokenizer.side_files())
+    text = CORPUS[0] + " naïve 🙂"
+    for loader in (transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer):
+        theirs = loader.from_pretrained(folder)
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.eos_token_id == tokenizer.eos and theirs.eos_token == END_OF_TEXT
+        assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def test_loading_from_a_folder_or_its_file_is_the_same(tmp_path: Path) -> None:
+    write(tmp_path, {**BPE.side_files(), "chat_template.jinja": b"{{ messages }}"})
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.encode(CORPUS[1]) == BPE.encode(CORPUS[1])
+        assert loaded.side_files()["chat_template.jinja"] == b"{{ messages }}"
+    alone = tmp_path / "mine.json"
+    alone.write_bytes(BPE.side_files()["tokenizer.json"])
+    assert set(Tokenizer.load(alone).side_files()) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_the_configuration_names_the_end_token(tmp_path: Path) -> None:
+    files = BPE.side_files()
+    for said, eos in [("Ġ", BPE.encode(" ")[0]), ({"content": END_OF_TEXT, "lstrip": False}, 0)]:
+        write(tmp_path, {**files, "tokenizer_config.json": json.dumps({"eos_token": said}).encode()})
+        assert Tokenizer.load(tmp_path).eos == eos
+    write(tmp_path, {"tokenizer_config.json": b'{"eos_token": "<none>"}'})
+    with pytest.raises(InputError, match="no token '<none>'"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    content = json.loads(BYTES.side_files()["tokenizer.json"])
+    content["added_tokens"] = []
+    with pytest.raises(InputError, match="which token ends a text; name one as eos_token"):
+        Tokenizer({"tokenizer.json": json.dumps(content).encode()})
+
+
+def test_bytes_are_not_claimed_where_a_normalizer_changes_them() -> None:
+    content = json.loads(BPE.side_files()["tokenizer.json"])
+    content["normalizer"] = {"type": "NFC"}
+    assert Tokenizer({"tokenizer.json": json.dumps(content).encode()}).byte_lengths() is None
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_broken_file_is_bad_input(tmp_path: Path, broken: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(broken)
+    with pytest.raises(InputError, match=r"is no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    write(tmp_path, {**BPE.side_files(), "tokenizer_config.json": broken})
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is not"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r'No such file.*nearest: "bpe"'):
+        Tokenizer.load(tmp_path)
