@@ -1,0 +1,96 @@
+"""The process mesh of a layout: who talks to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshwright.layout import Coordinates, Layout, coordinates
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of the running layout. Dimensions from outside in: pp, replicate, shard, tp."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    at: Coordinates
+    dims: DeviceMesh
+    ends: dist.ProcessGroup | None  # first and last pipeline stage of the same column, for tied embeddings
+
+    @property
+    def data(self) -> DeviceMesh:
+        """The mesh that data parallelism shards and replicates over."""
+        if self.layout.replicate == 1:
+            return self.dims["shard"]
+        return self.dims["replicate", "shard"]
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.dims["tp"].get_group()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.dims["pp"].get_group()
+
+    @property
+    def first_stage(self) -> bool:
+        return self.at.pp == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.at.pp == self.layout.pp - 1
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over every rank, in place."""
+        if self.layout.devices > 1:
+            dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float = 300.0) -> Iterator[Mesh]:
+    """Joins the job's processes through the private file `store_path` and yields this rank's Mesh.
+
+    NCCL where there are GPUs, gloo otherwise. The group is destroyed on leaving. A rank that does not arrive, or a
+    collective that stalls, raises after `timeout_seconds`.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.FileStore(str(store_path), layout.devices),
+        rank=rank,
+        world_size=layout.devices,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        shape = (layout.pp, layout.replicate, layout.shard, layout.tp)
+        dims = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
+        yield Mesh(layout, rank, device, coordinates(layout, rank), dims, _ends(layout, rank))
+    finally:
+        dist.destroy_process_group()
+
+
+def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:
+    """Every rank makes every group, in the same order, as torch demands; each keeps the one it is in."""
+    if layout.pp == 1:
+        return None
+    column = layout.devices // layout.pp
+    mine = None
+    for first in range(column):
+        members = [first, first + (layout.pp - 1) * column]
+        group = dist.new_group(members)
+        if rank in members:
+            mine = group
+    return mine

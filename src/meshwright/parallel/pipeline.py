@@ -1,0 +1,55 @@
+"""The pipeline: torch's schedules around this rank's stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from meshwright.parallel.apply import Applied
+from meshwright.parallel.mesh import Mesh
+
+#: Layout.schedule -> torch's schedule.
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+class Pipeline:
+    """Runs forward and backward of a step's micro-batches through the stages.
+
+    `loss` maps (output, targets) of one micro-batch to a scalar, on the last stage alone. It must be pure: torch also
+    calls it once on made-up values, to learn the shapes.
+    """
+
+    def __init__(
+        self, applied: Applied, mesh: Mesh, micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self._mesh = mesh
+        self._micro_batches = micro_batches
+        stage = PipelineStage(applied.module, mesh.at.pp, mesh.layout.pp, mesh.device, group=mesh.pp_group)
+        schedule = SCHEDULES[mesh.layout.schedule]
+        self._schedule = schedule(stage, micro_batches, loss_fn=loss, scale_grads=False)
+
+    def step(self, x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor) -> list[Tensor]:
+        """Accumulates gradients over x [micro_batches x micro_batch, ...]; inputs and targets are cut the same way.
+
+        Returns the losses of the micro-batches on the last stage, nothing elsewhere.
+        """
+        return self._run(self._schedule.step, x, inputs, targets)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor) -> list[Tensor]:
+        """Forward only; returns as `step` does."""
+        return self._run(self._schedule.eval, x, inputs, targets)
+
+    def _run(
+        self, run: Callable[..., object], x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor
+    ) -> list[Tensor]:
+        arguments = (x,) if self._mesh.first_stage else ()
+        losses: list[Tensor] = []
+        if self._mesh.last_stage:
+            run(*arguments, target=targets, losses=losses, **inputs)
+        else:
+            run(*arguments, **inputs)
+        return losses
