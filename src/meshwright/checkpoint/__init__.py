@@ -1,0 +1,29 @@
+"""Checkpoints: every rank writes the boxes it owns, any layout reads them back; safetensors and JSON only.
+
+Writer              saves, one per rank, in the background; rank 0 commits
+latest              the newest committed checkpoint of a run
+load                fills local tensors from a checkpoint of any layout, digests checked
+read_model_folder   fills local tensors from a Hugging Face folder of somebody else
+"""
+
+from meshwright.checkpoint.folder import latest
+from meshwright.checkpoint.foreign import read_model_folder
+from meshwright.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor, read_manifest
+from meshwright.checkpoint.model_folder import ModelFolder
+from meshwright.checkpoint.reader import load, read_side_file, verify_digests
+from meshwright.checkpoint.writer import Writer
+
+__all__ = [
+    "Manifest",
+    "ModelFolder",
+    "StoredFile",
+    "StoredPiece",
+    "StoredTensor",
+    "Writer",
+    "latest",
+    "load",
+    "read_manifest",
+    "read_model_folder",
+    "read_side_file",
+    "verify_digests",
+]

@@ -1,0 +1,110 @@
+"""The folder of a run's checkpoints: which are committed, which is newest, and clearing away the rest.
+
+step-N                    committed: it got this name after everything in it was on the disk
+step-N.partial-<nonce>    being written, or left by writers that died; never read
+step-N.replaced-<nonce>   a committed step-N that a new step-N takes the place of; read if that never arrived
+step-N.removed-<nonce>    being deleted
+.saving                   how the ranks of a save find each other
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from meshwright.checkpoint.files import sync_folder
+from meshwright.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from meshwright.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0-9a-f]+)?")
+
+
+def step_folder(root: Path, step: int, state: str = "", nonce: str = "") -> Path:
+    """Path of a step's folder, plain (committed) or in one of the states of this module's table."""
+    return root / (f"step-{step}.{state}-{nonce}" if state else f"step-{step}")
+
+
+def committed(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[int, InputError]]]:
+    """Committed checkpoints, oldest commit first; and the steps whose manifest was changed since, with why."""
+    found: dict[int, Path] = {}
+    for step, state, folder in _scan(root):
+        if state in ("", "replaced") and (folder / MANIFEST_NAME).exists() and (state == "" or step not in found):
+            found[step] = folder
+    sound: list[tuple[Path, Manifest]] = []
+    damaged: list[tuple[int, InputError]] = []
+    for step, folder in found.items():
+        try:
+            sound.append((folder, read_manifest(folder)))
+        except InputError as error:
+            if folder.exists():  # otherwise a writer pruned it while we looked
+                damaged.append((step, error))
+    return sorted(sound, key=lambda entry: entry[1].sequence), damaged
+
+
+def latest(root: Path) -> Path | None:
+    """The newest committed checkpoint under `root` (a run's `checkpoints` folder), or None if there is none.
+
+    Newest is the last committed, which after a rewind is not the highest step. Folders of writers that died do not
+    count. InputError if a checkpoint that may be newer was changed after its commit: it is not passed over silently;
+    remove its folder to go on from the one before. An older one that was changed is only warned of.
+    """
+    sound, damaged = committed(Path(root))
+    newest_step = sound[-1][1].step if sound else -1
+    for step, error in damaged:
+        if step > newest_step:
+            raise error
+        log.warning("ignored a damaged older checkpoint: %s", error)
+    return sound[-1][0] if sound else None
+
+
+def clear_leftovers(root: Path) -> None:
+    """Deletes what dead writers left, and takes back a committed folder whose replacement never arrived."""
+    for step, state, folder in _scan(root):
+        plain = step_folder(root, step)
+        if state == "replaced" and not (plain / MANIFEST_NAME).exists() and (folder / MANIFEST_NAME).exists():
+            if plain.exists():
+                _delete(plain)
+            folder.rename(plain)
+        elif state or not (folder / MANIFEST_NAME).exists():
+            _delete(folder)
+
+
+def commit_folder(root: Path, step: int, nonce: str) -> Path:
+    """Gives a finished partial folder its name; a step-N that is there already makes way first."""
+    target = step_folder(root, step)
+    if target.exists():
+        target.rename(step_folder(root, step, "replaced", nonce))
+    step_folder(root, step, "partial", nonce).rename(target)
+    sync_folder(root)
+    replaced = step_folder(root, step, "replaced", nonce)
+    if replaced.exists():
+        _delete(replaced)
+    return target
+
+
+def prune(root: Path, keep: int, nonce: str) -> None:
+    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to look at."""
+    for folder, manifest in committed(root)[0][:-keep]:
+        # Renamed first: a kill in the middle of deleting must not leave something that looks committed.
+        doomed = step_folder(root, manifest.step, "removed", nonce)
+        folder.rename(doomed)
+        _delete(doomed)
+
+
+def _scan(root: Path) -> list[tuple[int, str, Path]]:
+    """(step, state, folder) of every checkpoint-like folder; plain ones come before others of the same step."""
+    entries = []
+    if root.is_dir():
+        for folder in root.iterdir():
+            match = _STEP.fullmatch(folder.name)
+            if match and folder.is_dir() and not folder.is_symlink():
+                entries.append((int(match.group(1)), match.group(2) or "", folder))
+    return sorted(entries)
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder)

@@ -1,0 +1,119 @@
+"""Reading a Hugging Face folder that somebody else wrote: safetensors only, nothing in it is trusted or run."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshwright.checkpoint.files import FILE_NAME, map_file, parse_json, read_capped
+from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
+from meshwright.checkpoint.reader import may_fill
+from meshwright.checkpoint.tensors import Slot, element_view, from_bytes, parse_header, slices
+from meshwright.errors import InputError, Problem
+from meshwright.layout import Box, Piece
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+INDEX_CAP_BYTES = 64 << 20
+MAX_SHARDS = 10_000
+
+
+def read_model_folder(
+    folder: Path,
+    names: Mapping[str, str],
+    wanted: Mapping[str, tuple[Piece, torch.Tensor]],
+    *,
+    ignored: Sequence[str] = (),
+) -> None:
+    """Fills `wanted` (by our names) from a Hugging Face folder; `names` maps our names to the file's, of all tensors.
+
+    The folder holds `model.safetensors`, or shards with `model.safetensors.index.json`. Floating-point tensors are cast
+    to the dtype wanted. `names` leaves out the alias of tied weights; `ignored` are patterns (`*.inv_freq`,
+    `lm_head.weight`) of tensors in the file that may be there and are not needed. Links are followed: the Hugging Face
+    cache is made of them.
+
+    Raises InputError, naming file and tensor, for a folder without safetensors, a malformed file, or tensors that are
+    missing, too many, or of another shape or kind; then nothing is filled.
+    """
+    folder = Path(folder)
+    found = _open_folder(folder)
+    problems = []
+    for name, file_name in names.items():
+        if file_name not in found:
+            problems.append(Problem(str(folder), f"has no tensor {file_name!r} (our {name!r})"))
+    for file_name, (file, _, _) in found.items():
+        if file_name not in names.values() and not any(fnmatch.fnmatchcase(file_name, p) for p in ignored):
+            problems.append(Problem(str(folder / file), f"holds tensor {file_name!r}, which this model does not have"))
+    for name, (piece, local) in wanted.items():
+        if tuple(local.shape) != piece.box.shape:
+            raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {piece.box.shape}")
+        file, slot, _ = found.get(names[name], ("", None, None))
+        if slot is None:
+            continue
+        if slot.shape != piece.box.global_shape:
+            what = f"tensor {names[name]!r} has shape {list(slot.shape)}, wanted {list(piece.box.global_shape)}"
+            problems.append(Problem(str(folder / file), what))
+        elif not may_fill(slot.dtype, local.dtype, cast=True):
+            what = f"tensor {names[name]!r} is {slot.dtype}, which does not turn into {local.dtype}"
+            problems.append(Problem(str(folder / file), what))
+    if problems:
+        raise InputError(problems)
+    for name, (piece, local) in wanted.items():
+        _, slot, data = found[names[name]]
+        part = element_view(data, slot)[slices(piece.box, Box.whole(slot.shape))]
+        with torch.no_grad():
+            local.detach().copy_(from_bytes(part, slot.dtype))
+
+
+def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:
+    """Every tensor in the folder by its name there: (file, slot, mapped bytes)."""
+    if not folder.is_dir():
+        raise InputError(Problem(str(folder), "is not a folder"))
+    index = folder / INDEX
+    if index.exists():
+        weight_map = _read_index(index)
+    elif (folder / SINGLE).exists():
+        weight_map = None
+    else:
+        raise InputError(_no_safetensors(folder))
+    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    found: dict[str, tuple[str, Slot, Any]] = {}
+    for file in files:
+        data = map_file(folder / file, follow_links=True)
+        for name, slot in parse_header(data, str(folder / file)).items():
+            if weight_map is not None and weight_map.get(name) != file:
+                raise InputError(Problem(str(folder / file), f"holds tensor {name!r}, which {INDEX} puts elsewhere"))
+            found[name] = (file, slot, data)
+    for name in sorted(set(weight_map or ()) - set(found)):
+        raise InputError(Problem(str(index), f"names tensor {name!r}, which its file does not hold"))
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    record = parse_json(read_capped(path, INDEX_CAP_BYTES, follow_links=True), str(path))
+    weight_map = record.get("weight_map") if isinstance(record, dict) else None
+    if not isinstance(weight_map, dict):
+        raise InputError(Problem(str(path), "has no object 'weight_map'"))
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not FILE_NAME.fullmatch(file) or not file.endswith(".safetensors"):
+            raise InputError(
+                Problem(str(path), f"puts tensor {name[:200]!r} in something that is not a .safetensors file beside it")
+            )
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise InputError(Problem(str(path), f"names more than {MAX_SHARDS} files"))
+    return weight_map
+
+
+def _no_safetensors(folder: Path) -> Problem:
+    unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in UNSAFE_SUFFIXES and p.suffix != ".py")
+    if unsafe:
+        return Problem(
+            str(folder),
+            f"has its weights as {unsafe[0]}, a format that can run code when it is read; safetensors is needed",
+            "convert it where you trust it: transformers' save_pretrained writes safetensors",
+        )
+    return Problem(str(folder), f"has no weights: neither {SINGLE} nor {INDEX}", "name a folder that holds safetensors")

@@ -1,0 +1,278 @@
+"""The manifest: what a checkpoint holds, with sizes and digests. It is written last, and read before anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshwright.checkpoint.files import FILE_NAME, dump_json, parse_json, read_capped
+from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape
+from meshwright.errors import InputError, Problem
+from meshwright.layout import Box
+
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_CAP_BYTES = 256 << 20
+
+#: The first line carries the digest of all that follows it, so it is checked before a byte is parsed.
+_FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A box of a tensor as one owner wrote it. `sha256` is of the box's own bytes, row-major.
+
+    `offset` is the byte in `file` where the tensor that the file declares begins: in `model/` that is the whole
+    tensor, of which the piece is a box; in `state/` it is the piece itself.
+    """
+
+    file: str
+    offset: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    sha256: str
+
+    def box(self, global_shape: tuple[int, ...]) -> Box:
+        return Box(global_shape, self.start, self.shape)
+
+    def container(self, global_shape: tuple[int, ...]) -> Box:
+        """What the file holds at `offset`."""
+        return Box.whole(global_shape) if self.file.startswith("model/") else self.box(global_shape)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the model or of the training state; `dtype` in the safetensors word ("F32", "BF16", "I64")."""
+
+    dtype: str
+    global_shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file by its size and the digest of its first `digested_bytes`.
+
+    For a safetensors file that is the header (each piece has its own digest), for any other the whole.
+    """
+
+    bytes: int
+    digested_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint. `sequence` counts commits of a run: after a rewind a lower step can be the newer one.
+
+    `parent` is the step of the checkpoint that this one was trained on from (None at the start of a run); `layout` and
+    `world` say who saved it, and nothing in loading depends on them; `meta` is the trainer's own JSON.
+    """
+
+    step: int
+    sequence: int
+    parent: int | None
+    world: int
+    layout: Mapping[str, Any]
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, StoredFile]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    record = {
+        "version": VERSION,
+        "step": manifest.step,
+        "sequence": manifest.sequence,
+        "parent": manifest.parent,
+        "world": manifest.world,
+        "layout": dict(manifest.layout),
+        "meta": dict(manifest.meta),
+        "tensors": {
+            name: {
+                "dtype": tensor.dtype,
+                "global_shape": list(tensor.global_shape),
+                "pieces": [
+                    {
+                        "file": piece.file,
+                        "offset": piece.offset,
+                        "start": list(piece.start),
+                        "shape": list(piece.shape),
+                        "bytes": math.prod(piece.shape) * DTYPES[tensor.dtype].itemsize,
+                        "sha256": piece.sha256,
+                    }
+                    for piece in tensor.pieces
+                ],
+            }
+            for name, tensor in manifest.tensors.items()
+        },
+        "files": {
+            path: {"bytes": file.bytes, "digested_bytes": file.digested_bytes, "sha256": file.sha256}
+            for path, file in manifest.files.items()
+        },
+    }
+    rest = dump_json(record)[1:] + b"\n"
+    return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder, trusted only after its digest, its schema and the files' sizes agree.
+
+    InputError, naming the file and the tensor, for a folder that is no committed checkpoint or that was changed since.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        raise InputError(
+            Problem(
+                str(folder),
+                f"is not a committed checkpoint: it has no {MANIFEST_NAME}",
+                "name a folder checkpoints/step-N of a run",
+            )
+        )
+    manifest = decode_manifest(read_capped(folder / MANIFEST_NAME, MANIFEST_CAP_BYTES), str(folder / MANIFEST_NAME))
+    problems = []
+    for path, file in manifest.files.items():
+        target = folder / path
+        if target.is_symlink() or not target.is_file():
+            problems.append(Problem(str(target), "is missing, or is not a regular file"))
+        elif target.stat().st_size != file.bytes:
+            problems.append(Problem(str(target), f"is {target.stat().st_size} bytes, its manifest says {file.bytes}"))
+    if problems:
+        raise InputError(problems)
+    return manifest
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Checks digest, then schema, of the bytes of a manifest.json; `where` is its path for the messages."""
+    line = _FIRST_LINE.match(data)
+    if line is None:
+        raise InputError(Problem(where, "is not a manifest: its first line has no digest"))
+    rest = memoryview(data)[line.end() :]
+    if hashlib.sha256(rest).hexdigest().encode() != line.group(1):
+        raise InputError(
+            Problem(where, "its digest does not match: it was cut short or changed", "use an earlier checkpoint")
+        )
+    record = parse_json(data, where)
+    top = _Reader(where)
+    version = top.get(record, "version", int)
+    if version != VERSION:
+        raise InputError(Problem(where, f"is of version {version}", f"this Meshwright reads version {VERSION}"))
+    keys = ("sha256", "version", "step", "sequence", "parent", "world", "layout", "meta", "tensors", "files")
+    top.exactly(record, keys)
+    parent = None if record["parent"] is None else top.count(record, "parent")
+    files = {
+        path: _decode_file(path, entry, _Reader(f"{where}: files[{path[:200]!r}]"))
+        for path, entry in top.get(record, "files", dict).items()
+    }
+    tensors = {
+        name: _decode_tensor(name, entry, files, _Reader(f"{where}: tensor {name[:200]!r}"))
+        for name, entry in top.get(record, "tensors", dict).items()
+    }
+    return Manifest(
+        step=top.count(record, "step"),
+        sequence=top.count(record, "sequence"),
+        parent=parent,
+        world=top.count(record, "world"),
+        layout=top.get(record, "layout", dict),
+        meta=top.get(record, "meta", dict),
+        tensors=tensors,
+        files=files,
+    )
+
+
+class _Reader:
+    """Takes typed values out of parsed JSON; `where` goes into every message."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def fail(self, what: str) -> InputError:
+        return InputError(Problem(self.where, what))
+
+    def get(self, record: Any, key: str, kind: type) -> Any:
+        if not isinstance(record, dict) or key not in record:
+            raise self.fail(f"has no {key!r}")
+        if type(record[key]) is not kind:  # exact: True is not a number here
+            raise self.fail(f"{key!r} must be of type {kind.__name__}")
+        return record[key]
+
+    def count(self, record: Any, key: str) -> int:
+        value: int = self.get(record, key, int)
+        if not 0 <= value <= MAX_BYTES:
+            raise self.fail(f"{key!r} is out of range")
+        return value
+
+    def shape(self, record: Any, key: str) -> tuple[int, ...]:
+        value = self.get(record, key, list)
+        if not is_shape(value):
+            raise self.fail(f"{key!r} must be a list of sizes")
+        return tuple(value)
+
+    def digest(self, record: Any) -> str:
+        value: str = self.get(record, "sha256", str)
+        if not _SHA256.fullmatch(value):
+            raise self.fail("'sha256' must be 64 hexadecimal digits")
+        return value
+
+    def exactly(self, record: Any, keys: tuple[str, ...]) -> None:
+        if not isinstance(record, dict) or set(record) != set(keys):
+            raise self.fail("must have exactly the keys " + ", ".join(keys))
+
+
+def _decode_file(path: str, entry: Any, reader: _Reader) -> StoredFile:
+    part, _, name = path.partition("/")
+    if part not in ("model", "state") or not FILE_NAME.fullmatch(name):
+        raise reader.fail("a path must be model/NAME or state/NAME: no other folder, no '..', no absolute path")
+    reader.exactly(entry, ("bytes", "digested_bytes", "sha256"))
+    size, digested = reader.count(entry, "bytes"), reader.count(entry, "digested_bytes")
+    if digested > size:
+        raise reader.fail("'digested_bytes' is more than 'bytes'")
+    return StoredFile(size, digested, reader.digest(entry))
+
+
+def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _Reader) -> StoredTensor:
+    if not TENSOR_NAME.fullmatch(name):
+        raise reader.fail("its name is too long or has control characters")
+    reader.exactly(entry, ("dtype", "global_shape", "pieces"))
+    dtype = reader.get(entry, "dtype", str)
+    if dtype not in DTYPES:
+        raise reader.fail("its dtype is not supported (known: " + ", ".join(DTYPES) + ")")
+    global_shape = reader.shape(entry, "global_shape")
+    pieces = tuple(
+        _decode_piece(piece, dtype, global_shape, files, reader) for piece in reader.get(entry, "pieces", list)
+    )
+    fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
+    if fault:
+        raise reader.fail(fault)
+    return StoredTensor(dtype, global_shape, pieces)
+
+
+def _decode_piece(
+    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _Reader
+) -> StoredPiece:
+    reader.exactly(entry, ("file", "offset", "start", "shape", "bytes", "sha256"))
+    piece = StoredPiece(
+        file=reader.get(entry, "file", str),
+        offset=reader.count(entry, "offset"),
+        start=reader.shape(entry, "start"),
+        shape=reader.shape(entry, "shape"),
+        sha256=reader.digest(entry),
+    )
+    if piece.file not in files:
+        raise reader.fail(f"a piece names a file that is not listed under 'files': {piece.file[:200]!r}")
+    if not len(piece.start) == len(piece.shape) == len(global_shape):
+        raise reader.fail("a piece has another number of dimensions than the tensor")
+    itemsize = DTYPES[dtype].itemsize
+    if reader.count(entry, "bytes") != math.prod(piece.shape) * itemsize:
+        raise reader.fail("a piece's 'bytes' do not follow from its shape")
+    container = Slot(dtype, piece.container(global_shape).shape, piece.offset)
+    if container.offset + container.bytes > files[piece.file].bytes:
+        raise reader.fail(f"a piece reaches beyond the end of {piece.file}")
+    return piece

@@ -1,0 +1,178 @@
+"""How the ranks of one save find each other: small JSON files in a shared folder, no collectives.
+
+A background thread must not use the training's process group, and a file left by a run that was killed must not be
+taken for a living rank's. So everyone proves to be alive by repeating something just made up:
+
+    .saving/begin.json     rank 0: {nonce, step, world}          the nonce is new for every save
+    .saving/hello-K.json   rank K: {nonce, id, tensors}          repeats the nonce; the id is new for every save
+    PARTIAL/plan.json      rank 0: {ids, places}                 repeats all ids; says where each tensor goes
+    PARTIAL/state/rank-K.json  rank K: {id, pieces, files} or {id, error}    what it wrote, with digests
+    .saving/end.json       rank 0: {ids, error}                  committed, or why not
+
+PARTIAL is the folder step-N.partial-<nonce>.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meshwright.checkpoint.files import dump_json, parse_json, replace_file
+from meshwright.checkpoint.folder import step_folder
+from meshwright.errors import Problem, RunFailed
+
+T = TypeVar("T")
+
+_SHORTEST_WAIT_SECONDS = 0.002
+_LONGEST_WAIT_SECONDS = 0.1
+
+
+class Meeting:
+    """One rank's side of one save. Every wait ends after `timeout_seconds` with RunFailed naming who is missing."""
+
+    def __init__(self, root: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
+        self.root, self.step, self.rank, self.world = root, step, rank, world
+        self.timeout_seconds = timeout_seconds
+        self.id = secrets.token_hex(8)
+        self.nonce = ""
+        self._ids: dict[int, str] = {}
+        self._saving = root / ".saving"
+        self._saving.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def partial(self) -> Path:
+        """The folder this save is written into."""
+        return step_folder(self.root, self.step, "partial", self.nonce)
+
+    # Rank 0
+
+    def begin(self) -> None:
+        """Rank 0: announces the save and makes its folder."""
+        self.nonce = secrets.token_hex(8)
+        for part in ("model", "state"):
+            (self.partial / part).mkdir(parents=True)
+        record = {"nonce": self.nonce, "step": self.step, "world": self.world}
+        replace_file(self._saving / "begin.json", dump_json(record))
+
+    def gather_hellos(self) -> list[Any]:
+        """Rank 0: what each rank brought in `say_hello`, by rank, once all answered this save's nonce."""
+        hellos: dict[int, Any] = {}
+
+        def arrived() -> list[Any] | None:
+            for rank in set(range(self.world)) - set(hellos):
+                hello = self._read(self._saving / f"hello-{rank}.json")
+                if hello is not None and hello["nonce"] == self.nonce:
+                    hellos[rank], self._ids[rank] = hello["tensors"], hello["id"]
+            return [hellos[rank] for rank in range(self.world)] if len(hellos) == self.world else None
+
+        return self._wait(arrived, lambda: f"no word from {_ranks(set(range(self.world)) - set(hellos))}")
+
+    def publish_plan(self, places: dict[str, Any]) -> None:
+        """Rank 0: tells everyone where the model's tensors go; the files must be there already."""
+        ids = [self._ids[rank] for rank in range(self.world)]
+        replace_file(self.partial / "plan.json", dump_json({"ids": ids, "places": places}))
+
+    def gather_parts(self) -> list[Any]:
+        """Rank 0: every rank's report, by rank. RunFailed with a rank's own words if one failed. Removes the files."""
+        parts: dict[int, Any] = {}
+
+        def arrived() -> list[Any] | None:
+            for rank in set(range(self.world)) - set(parts):
+                part = self._read(self._part(rank))
+                if part is not None and part["id"] == self._ids[rank]:
+                    if "error" in part:
+                        raise RunFailed(Problem(f"rank {rank}, step {self.step}", part["error"]))
+                    parts[rank] = part
+            return [parts[rank] for rank in range(self.world)] if len(parts) == self.world else None
+
+        gathered = self._wait(arrived, lambda: f"nothing written by {_ranks(set(range(self.world)) - set(parts))}")
+        for rank in range(self.world):
+            self._part(rank).unlink()
+        (self.partial / "plan.json").unlink()
+        return gathered
+
+    def end(self, error: str = "") -> None:
+        """Rank 0: tells everyone that the checkpoint is committed, or why it is not."""
+        ids = {str(rank): word for rank, word in self._ids.items()}
+        replace_file(self._saving / "end.json", dump_json({"ids": ids, "error": error}))
+
+    # Every rank
+
+    def say_hello(self, tensors: Any) -> None:
+        """Answers rank 0's announcement. Rank 0 calls this too, after `begin`."""
+        record = {"nonce": self.nonce, "id": self.id, "tensors": tensors}
+        replace_file(self._saving / f"hello-{self.rank}.json", dump_json(record))
+
+    def await_plan(self, tensors: Any) -> dict[str, Any]:
+        """Answers announcements of this step until rank 0 takes the answer up; returns where the tensors go.
+
+        An announcement left by a dead run gets an answer too, but its plan can never repeat our id.
+        """
+
+        def planned() -> dict[str, Any] | None:
+            begin = self._read(self._saving / "begin.json")
+            if begin is None or begin["step"] != self.step or begin["world"] != self.world:
+                return None
+            if begin["nonce"] != self.nonce:
+                self.nonce = begin["nonce"]
+                self.say_hello(tensors)
+            self._raise_if_failed()
+            plan = self._read(self.partial / "plan.json")
+            if plan is None or plan["ids"][self.rank] != self.id:
+                return None
+            places: dict[str, Any] = plan["places"]
+            return places
+
+        return self._wait(planned, lambda: "rank 0 has not taken this save up")
+
+    def report(self, part: dict[str, Any]) -> None:
+        """Leaves what this rank wrote (or why it could not) for rank 0."""
+        replace_file(self._part(self.rank), dump_json({"id": self.id, **part}))
+
+    def await_end(self) -> None:
+        """Waits for the commit. RunFailed with rank 0's words if there is none."""
+
+        def ended() -> bool | None:
+            return True if self._raise_if_failed() else None
+
+        self._wait(ended, lambda: "rank 0 has not committed the checkpoint")
+
+    def _raise_if_failed(self) -> bool:
+        """Whether rank 0 ended this save well; RunFailed if it ended badly."""
+        end = self._read(self._saving / "end.json")
+        if end is None or end["ids"].get(str(self.rank)) != self.id:
+            return False
+        if end["error"]:
+            raise RunFailed(end["error"])
+        return True
+
+    def _part(self, rank: int) -> Path:
+        return self.partial / "state" / f"rank-{rank}.json"
+
+    def _read(self, path: Path) -> Any:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        return parse_json(data, str(path))
+
+    def _wait(self, ready: Callable[[], T | None], missing: Callable[[], str]) -> T:
+        deadline_seconds = time.monotonic() + self.timeout_seconds
+        pause_seconds = _SHORTEST_WAIT_SECONDS
+        while True:
+            result = ready()
+            if result is not None:
+                return result
+            if time.monotonic() > deadline_seconds:
+                where = f"rank {self.rank}, saving step {self.step}"
+                raise RunFailed(Problem(where, f"{missing()} after {self.timeout_seconds:g} s"))
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_WAIT_SECONDS)
+
+
+def _ranks(ranks: set[int]) -> str:
+    words = [str(rank) for rank in sorted(ranks)]
+    return ("rank " if len(words) == 1 else "ranks ") + ", ".join(words)

@@ -1,0 +1,319 @@
+"""Saving: each rank stages what it owns on the host and writes it in the background; rank 0 commits."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meshwright.checkpoint.files import dump_json, replace_file, sync_folder, write_at, write_durably
+from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed, prune
+from meshwright.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    StoredFile,
+    StoredPiece,
+    StoredTensor,
+    encode_manifest,
+)
+from meshwright.checkpoint.meeting import Meeting
+from meshwright.checkpoint.model_folder import ModelFolder, plan_files
+from meshwright.checkpoint.tensors import CODES, DTYPES, build_header, cover_fault, runs, to_bytes
+from meshwright.errors import MeshwrightError, Problem, RunFailed
+from meshwright.layout import Box, Layout, Piece
+
+log = logging.getLogger(__name__)
+
+Pieces = Mapping[str, tuple[Piece, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A box this rank owns, as host bytes that nobody else changes. `bytes` is flat and may be empty."""
+
+    box: Box
+    dtype: str
+    bytes: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Save:
+    """All that the background thread needs of one call of `save`."""
+
+    step: int
+    parent: int | None
+    model: Mapping[str, _Staged]
+    state: Mapping[str, _Staged]
+    meta: Mapping[str, Any]
+    model_files: ModelFolder
+
+
+class Writer:
+    """Saves checkpoints under `root`; every rank of the world has one, and all call `save` for the same steps.
+
+    The ranks share only the folder: nothing is gathered, and no collective runs. `keep` committed checkpoints are kept.
+    `parent` is the step this run was resumed from. A rank that does not show up fails the save after
+    `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rank: int,
+        world: int,
+        *,
+        asynchronous: bool = True,
+        keep: int = 2,
+        layout: Layout | None = None,
+        parent: int | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is outside a world of {world}")
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        self.root, self.rank, self.world = Path(root), rank, world
+        self.asynchronous, self.keep, self.timeout_seconds = asynchronous, keep, timeout_seconds
+        self.layout = layout.as_dict() if layout else {}
+        self._parent = parent
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, model: Pieces, state: Pieces, meta: Mapping[str, Any], model_files: ModelFolder) -> None:
+        """Saves `model` (into the Hugging Face folder `model/`) and `state` (into `state/`) as checkpoint `step`.
+
+        Both map names to the piece this rank holds and its local tensor of shape piece.box.shape; only owned pieces
+        are written, and every element of every tensor must have exactly one owner in the world. The names of `model`
+        are those of `model_files.names`, and differ from those of `state`. `meta` is JSON, and `meta` and
+        `model_files` count on rank 0 (the others' are not written).
+
+        Returns once the values are copied, so the tensors may change at once. Waits first for the save before, whose
+        error, if it had one, is raised here: RunFailed naming rank and step.
+        """
+        self.wait()
+        both = set(model) & set(state)
+        if both:
+            raise ValueError(f"in the model and in the state: {sorted(both)[0]!r}")
+        dump_json(meta)  # a value that is not JSON is the caller's mistake: say so here, not in the background
+        staged = {
+            part: {name: self._stage(f"{part}/{name}", *entry) for name, entry in pieces.items() if entry[0].owner}
+            for part, pieces in (("model", model), ("state", state))
+        }
+        if any(tensor.is_cuda for pieces in (model, state) for _, tensor in pieces.values()):
+            torch.cuda.synchronize()
+        save = _Save(step, self._parent, staged["model"], staged["state"], dict(meta), model_files)
+        self._parent = step
+        self._thread = threading.Thread(target=self._run, args=(save,), name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is committed (at once if there is none); raises its error if it had one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _stage(self, key: str, piece: Piece, tensor: torch.Tensor) -> _Staged:
+        if tuple(tensor.shape) != piece.box.shape:
+            raise ValueError(f"{key}: the tensor has shape {tuple(tensor.shape)}, its piece {piece.box.shape}")
+        if tensor.dtype not in CODES:
+            raise ValueError(f"{key}: {tensor.dtype} cannot be saved as safetensors")
+        source = tensor.detach()
+        if self.asynchronous or source.is_cuda:
+            # Fresh memory (and pinned memory more so) costs more than the copy: buffers are kept from save to save.
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._buffers[key] = buffer
+            buffer.copy_(source, non_blocking=True)
+        else:
+            buffer = source.contiguous()
+        return _Staged(piece.box, CODES[tensor.dtype], to_bytes(buffer))
+
+    def _run(self, save: _Save) -> None:
+        """The background thread: whatever goes wrong is told to the other ranks and kept for the next call."""
+        try:
+            meeting = Meeting(self.root, save.step, self.rank, self.world, self.timeout_seconds)
+            try:
+                _write(save, meeting, self.keep, self.layout)
+            except Exception as error:
+                _tell_others(meeting, error)
+                raise
+        except MeshwrightError as error:
+            self._error = error
+        except Exception as error:
+            log.debug("checkpoint of step %d failed", save.step, exc_info=True)
+            failed = RunFailed(Problem(f"rank {self.rank}, saving step {save.step}", _words(error)))
+            failed.__cause__ = error
+            self._error = failed
+
+
+def _tell_others(meeting: Meeting, error: Exception) -> None:
+    """Leaves this rank's error for the others, so that they need not wait until the time is up."""
+    try:
+        if meeting.rank == 0 and meeting.nonce:
+            meeting.end(error=_words(error))
+        elif meeting.nonce and meeting.partial.is_dir():
+            meeting.report({"error": _words(error)})
+    except OSError as second:  # a full disk takes this file no more than the others
+        log.warning("rank %d could not tell the others that its save failed: %s", meeting.rank, second)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, MeshwrightError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def _write(save: _Save, meeting: Meeting, keep: int, layout: Mapping[str, Any]) -> None:
+    """One rank's part of a save, from finding the others to the commit."""
+    tensors = {name: [staged.dtype, list(staged.box.global_shape)] for name, staged in save.model.items()}
+    files: dict[str, StoredFile] = {}
+    if meeting.rank == 0:
+        clear_leftovers(meeting.root)
+        meeting.begin()
+        meeting.say_hello(tensors)
+        places, files = _prepare_model(save, meeting)
+        meeting.publish_plan(places)
+    else:
+        places = meeting.await_plan(tensors)
+    pieces = _write_model(save, meeting.partial, places)
+    state_pieces, state_files = _write_state(save, meeting.partial, meeting.rank)
+    record = {name: _piece_record(piece, staged) for name, (piece, staged) in (pieces | state_pieces).items()}
+    meeting.report({"pieces": record, "files": {path: vars(file) for path, file in state_files.items()}})
+    if meeting.rank == 0:
+        parts = meeting.gather_parts()
+        _commit(save, meeting, parts, files, layout)
+        prune(meeting.root, keep, meeting.nonce)
+        meeting.end()
+    else:
+        meeting.await_end()
+
+
+def _prepare_model(save: _Save, meeting: Meeting) -> tuple[dict[str, Any], dict[str, StoredFile]]:
+    """Rank 0: makes the model's files at their full size, headers written, and the files beside them."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for rank, hello in enumerate(meeting.gather_hellos()):
+        for name, (dtype, shape) in hello.items():
+            if shapes.setdefault(name, (dtype, tuple(shape))) != (dtype, tuple(shape)):
+                raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
+    odd = set(shapes) ^ set(save.model_files.names)
+    if odd:
+        name = sorted(odd)[0]
+        what = "has no name in the model folder" if name in shapes else "is owned by no rank"
+        raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name} of the model {what}"))
+    planned, places, index = plan_files(save.model_files, shapes)
+    files = {}
+    for path, weight_file in planned.items():
+        with open(meeting.partial / path, "wb") as stream:
+            stream.write(weight_file.header)
+            stream.truncate(weight_file.total_bytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+        files[path] = _stored(weight_file.header, weight_file.total_bytes)
+    beside = dict(save.model_files.side_files)
+    if index is not None:
+        beside["model.safetensors.index.json"] = index
+    for name, data in beside.items():
+        write_durably(meeting.partial / "model" / name, data)
+        files[f"model/{name}"] = _stored(data, len(data))
+    return {name: [path, slot.offset] for name, (path, slot) in places.items()}, files
+
+
+def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[str, tuple[StoredPiece, _Staged]]:
+    """Writes this rank's boxes of the model at their place in the shared files."""
+    pieces = {}
+    with ExitStack() as stack:
+        open_files: dict[str, int] = {}
+        for name, staged in save.model.items():
+            path, offset = places[name]
+            if path not in open_files:
+                open_files[path] = os.open(partial / path, os.O_WRONLY | os.O_CLOEXEC)
+                stack.callback(os.close, open_files[path])
+            data = staged.bytes.data
+            whole = Box.whole(staged.box.global_shape)
+            for source, target, size in runs(staged.box, whole, DTYPES[staged.dtype].itemsize):
+                write_at(open_files[path], data[source : source + size], offset + target)
+            pieces[name] = (_stored_piece(path, offset, staged), staged)
+        for descriptor in open_files.values():
+            os.fsync(descriptor)
+    return pieces
+
+
+def _write_state(
+    save: _Save, partial: Path, rank: int
+) -> tuple[dict[str, tuple[StoredPiece, _Staged]], dict[str, StoredFile]]:
+    """Writes this rank's pieces of the training state into its own file (no file if it owns none)."""
+    if not save.state:
+        return {}, {}
+    path = f"state/rank-{rank}.safetensors"
+    header, slots, total_bytes = build_header((n, staged.dtype, staged.box.shape) for n, staged in save.state.items())
+    with open(partial / path, "wb") as stream:
+        stream.write(header)
+        stream.flush()
+        for name, staged in save.state.items():
+            write_at(stream.fileno(), staged.bytes.data, slots[name].offset)
+        os.fsync(stream.fileno())
+    pieces = {name: (_stored_piece(path, slots[name].offset, staged), staged) for name, staged in save.state.items()}
+    return pieces, {path: _stored(header, total_bytes)}
+
+
+def _commit(
+    save: _Save, meeting: Meeting, parts: list[Any], files: dict[str, StoredFile], layout: Mapping[str, Any]
+) -> None:
+    """Rank 0: joins the parts into the manifest, writes it last and gives the folder its name."""
+    found: dict[str, tuple[str, tuple[int, ...], list[StoredPiece]]] = {}
+    for rank, part in enumerate(parts):
+        files |= {path: StoredFile(**file) for path, file in part["files"].items()}
+        for name, record in part["pieces"].items():
+            dtype, global_shape = record.pop("dtype"), tuple(record.pop("global_shape"))
+            piece = StoredPiece(**record | {"start": tuple(record["start"]), "shape": tuple(record["shape"])})
+            known = found.setdefault(name, (dtype, global_shape, []))
+            if known[:2] != (dtype, global_shape):
+                raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
+            if 0 not in piece.shape:
+                known[2].append(piece)
+    for name, (_, global_shape, pieces) in found.items():
+        fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
+        if fault:
+            raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
+    sequence = max((manifest.sequence for _, manifest in committed(meeting.root)[0]), default=-1) + 1
+    manifest = Manifest(
+        step=save.step,
+        sequence=sequence,
+        parent=save.parent,
+        world=meeting.world,
+        layout=layout,
+        meta=save.meta,
+        tensors={name: StoredTensor(dtype, shape, tuple(pieces)) for name, (dtype, shape, pieces) in found.items()},
+        files=files,
+    )
+    for part in ("model", "state"):
+        sync_folder(meeting.partial / part)
+    replace_file(meeting.partial / MANIFEST_NAME, encode_manifest(manifest), durable=True)
+    commit_folder(meeting.root, save.step, meeting.nonce)
+
+
+def _stored(digested: bytes, total_bytes: int) -> StoredFile:
+    return StoredFile(total_bytes, len(digested), hashlib.sha256(digested).hexdigest())
+
+
+def _stored_piece(path: str, offset: int, staged: _Staged) -> StoredPiece:
+    digest = hashlib.sha256(staged.bytes.data).hexdigest()
+    return StoredPiece(path, offset, staged.box.start, staged.box.shape, digest)
+
+
+def _piece_record(piece: StoredPiece, staged: _Staged) -> dict[str, Any]:
+    return vars(piece) | {"dtype": staged.dtype, "global_shape": list(staged.box.global_shape)}

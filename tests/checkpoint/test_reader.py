@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.checkpoint import latest, load, read_manifest, read_side_file, verify_digests
+from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES
+from meshwright.checkpoint.model_folder import ModelFolder
+from meshwright.errors import InputError
+from meshwright.layout import Box, Layout, Piece
+from tests.checkpoint.simulate import example_tensors, held, save_world, shapes_of, whole_pieces, world_pieces
+
+
+def grid(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
+    boxes = [Box.whole(shape)]
+    for dim, count in enumerate(parts):
+        boxes = [box.split(dim, count, index) for box in boxes for index in range(count)]
+    return boxes
+
+
+@st.composite
+def resharding(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """A shape, how the saving and how the loading world split it, and a dtype."""
+    shape = tuple(draw(st.lists(st.integers(0, 7), max_size=4)))
+    split = st.tuples(*(st.integers(1, 3) for _ in shape)).filter(lambda parts: torch.Size(parts).numel() <= 9)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64]))
+    return shape, draw(split), draw(split), dtype
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=resharding())
+def test_any_split_loads_into_any_other(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype],
+) -> None:
+    shape, saved, wanted, dtype = case
+    root = tmp_path_factory.mktemp("checkpoints")
+    tensors = {"w": (torch.randn(shape) * 100).to(dtype), "optimizer.w": (torch.randn(shape) * 100).to(dtype)}
+    world = [{name: Piece(name, box, 1, True) for name in tensors} for box in grid(shape, saved)]
+    save_world(root, 1, world, tensors)
+    for box in grid(shape, wanted):
+        pieces = {name: Piece(name, box, 1, True) for name in tensors}
+        got = held(tensors, pieces, fill=False)
+        load(root / "step-1", got)
+        for name, (_, expected) in held(tensors, pieces).items():
+            assert torch.equal(got[name][1], expected)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tensors = example_tensors()
+    names = {name: f"hf.{name}" for name in tensors if not name.startswith("optimizer.")}
+    files = ModelFolder(names, {"config.json": b'{"a": 1}'})
+    save_world(tmp_path, 1, world_pieces(Layout(dp=2, shard=2), shapes_of(tensors)), tensors, model_files=files)
+    return tmp_path / "step-1"
+
+
+def everything() -> dict[str, tuple[Piece, torch.Tensor]]:
+    tensors = example_tensors()
+    return held(tensors, whole_pieces(shapes_of(tensors)), fill=False)
+
+
+def test_parameters_that_need_gradients_and_views_are_filled_in_place(saved: Path) -> None:
+    expected = example_tensors()["blocks.embed.weight"]
+    piece = Piece("blocks.embed.weight", Box.whole((10, 6)), 1, True)
+    parameter = torch.nn.Parameter(torch.zeros(10, 6))
+    load(saved, {"blocks.embed.weight": (piece, parameter)})
+    assert torch.equal(parameter, expected) and parameter.requires_grad
+    transposed = torch.zeros(6, 10).t()
+    load(saved, {"blocks.embed.weight": (piece, transposed)})
+    assert torch.equal(transposed, expected)
+
+
+def test_dtype_changes_only_when_asked_for(saved: Path) -> None:
+    piece = Piece("blocks.embed.weight", Box.whole((10, 6)), 1, True)
+    half = torch.zeros(10, 6, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"'blocks.embed.weight' is F32, wanted BF16"):
+        load(saved, {"blocks.embed.weight": (piece, half)})
+    load(saved, {"blocks.embed.weight": (piece, half)}, cast=True)
+    assert torch.equal(half, example_tensors()["blocks.embed.weight"].to(torch.bfloat16))
+    count = Piece("blocks.1.count", Box.whole(()), 1, True)
+    with pytest.raises(InputError, match="I64"):
+        load(saved, {"blocks.1.count": (count, torch.zeros(()))}, cast=True)
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named_and_nothing_is_filled(saved: Path) -> None:
+    wanted = everything()
+    wanted["blocks.embed.weigth"] = wanted.pop("blocks.embed.weight")
+    wanted["blocks.0.norm.weight"] = (
+        Piece("blocks.0.norm.weight", Box.whole((7,)), 1, True),
+        torch.zeros(7, dtype=torch.bfloat16),
+    )
+    with pytest.raises(InputError) as caught:
+        load(saved, wanted, complete=wanted.keys())
+    text = str(caught.value)
+    assert "no tensor 'blocks.embed.weigth' (nearest: 'blocks.embed.weight')" in text
+    assert "'blocks.0.norm.weight' has shape [6], wanted [7]" in text
+    assert "holds tensor 'blocks.embed.weight', which is not wanted" in text
+    assert len(caught.value.problems) == 3
+    assert torch.all(wanted["blocks.0.attn.q.weight"][1] == 7)
+
+
+@pytest.mark.parametrize("part", ["model", "state"])
+def test_flipped_byte_is_refused_naming_file_and_tensor(saved: Path, part: str) -> None:
+    path = sorted((saved / part).glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        load(saved, everything())
+    assert str(path) in str(caught.value) and "the bytes of tensor '" in str(caught.value)
+    with pytest.raises(InputError, match=path.name):
+        verify_digests(saved)
+    load(saved, everything(), verify=False)  # asked for: reads what is there
+
+
+def test_changed_header_and_side_file_are_refused(saved: Path) -> None:
+    model = saved / "model" / "model.safetensors"
+    original = model.read_bytes()
+    model.write_bytes(original.replace(b"hf.blocks.embed", b"hf.blocks.embex"))
+    with pytest.raises(InputError, match=r"model\.safetensors: its header does not have the manifest's digest"):
+        load(saved, everything())
+    model.write_bytes(original)
+    assert read_side_file(saved, "config.json") == b'{"a": 1}'
+    (saved / "model" / "config.json").write_bytes(b'{"a": 2}')
+    with pytest.raises(InputError, match=r"config\.json: it does not have the manifest's digest"):
+        read_side_file(saved, "config.json")
+    with pytest.raises(InputError, match=r"known: config\.json"):
+        read_side_file(saved, "../manifest.json")
+
+
+def test_short_missing_and_linked_files_are_refused(saved: Path, tmp_path: Path) -> None:
+    model = saved / "model" / "model.safetensors"
+    data = model.read_bytes()
+    model.write_bytes(data[:-1])
+    with pytest.raises(InputError, match=r"model\.safetensors: is \d+ bytes, its manifest says"):
+        read_manifest(saved)
+    model.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: is missing"):
+        load(saved, everything())
+    (tmp_path / "elsewhere").write_bytes(data)
+    model.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="not a regular file"):
+        load(saved, everything())
+    model.unlink()
+    os.mkfifo(model)
+    with pytest.raises(InputError, match="not a regular file"):
+        load(saved, everything())
+
+
+def test_linked_part_of_the_folder_is_refused(saved: Path, tmp_path: Path) -> None:
+    (saved / "model").rename(tmp_path / "moved")
+    (saved / "model").symlink_to(tmp_path / "moved")
+    with pytest.raises(InputError, match="link"):
+        load(saved, everything())
+
+
+def test_torn_manifest_is_refused_and_not_passed_over(saved: Path) -> None:
+    path = saved / "manifest.json"
+    data = path.read_bytes()
+    for torn in (data[:-40], data.replace(b'"step":1', b'"step":2'), b"", b"{}", b"\x80\x04."):
+        path.write_bytes(torn)
+        for read in (read_manifest, lambda folder: latest(folder.parent), lambda folder: load(folder, everything())):
+            with pytest.raises(InputError, match=r"manifest\.json"):
+                read(saved)
+    path.unlink()
+    assert latest(saved.parent) is None
+    with pytest.raises(InputError, match="not a committed checkpoint"):
+        read_manifest(saved)
+
+
+def test_damaged_older_checkpoint_does_not_stop_the_newer_one(saved: Path) -> None:
+    tensors = example_tensors()
+    save_world(saved.parent, 2, [whole_pieces(shapes_of(tensors))], tensors)
+    (saved / "manifest.json").write_bytes(b"{}")
+    assert latest(saved.parent) == saved.parent / "step-2"
+    save_world(saved.parent, 3, [whole_pieces(shapes_of(tensors))], tensors)
+    assert latest(saved.parent) == saved.parent / "step-3"
+
+
+def forge(folder: Path, change: Callable[[dict], None]) -> None:
+    """Rewrites the manifest with a digest that fits, as an attacker would."""
+    path = folder / "manifest.json"
+    record = json.loads(path.read_bytes())
+    record.pop("sha256")
+    change(record)
+    rest = json.dumps(record).encode()[1:]
+    path.write_bytes(b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest)
+
+
+def _rename_file(record: dict, name: str) -> None:
+    record["files"][name] = record["files"].pop("model/model.safetensors")
+    for tensor in record["tensors"].values():
+        for piece in tensor["pieces"]:
+            if piece["file"] == "model/model.safetensors":
+                piece["file"] = name
+
+
+def _first_piece(record: dict) -> dict:
+    return record["tensors"]["blocks.embed.weight"]["pieces"][0]
+
+
+HOSTILE = {
+    "parent folder": lambda r: _rename_file(r, "model/../../secret"),
+    "absolute": lambda r: _rename_file(r, "/etc/passwd"),
+    "dot dot": lambda r: _rename_file(r, "model/.."),
+    "nul": lambda r: _rename_file(r, "model/a\x00b"),
+    "other folder": lambda r: _rename_file(r, "elsewhere/model.safetensors"),
+    "unlisted file": lambda r: _first_piece(r).update(file="state/rank-9.safetensors"),
+    "offset beyond the end": lambda r: _first_piece(r).update(offset=10**9),
+    "negative offset": lambda r: _first_piece(r).update(offset=-8),
+    "offset is a bool": lambda r: _first_piece(r).update(offset=True),
+    "huge shape": lambda r: r["tensors"]["blocks.embed.weight"].update(global_shape=[2**52, 2**52]),
+    "box outside": lambda r: _first_piece(r).update(start=[9, 0]),
+    "fewer dimensions": lambda r: _first_piece(r).update(start=[0]),
+    "piece left out": lambda r: r["tensors"]["blocks.embed.weight"]["pieces"].pop(),
+    "piece twice": lambda r: r["tensors"]["blocks.embed.weight"]["pieces"].append(_first_piece(r)),
+    "unknown dtype": lambda r: r["tensors"]["blocks.embed.weight"].update(dtype="PICKLE"),
+    "wrong bytes": lambda r: _first_piece(r).update(bytes=1),
+    "digest of another kind": lambda r: _first_piece(r).update(sha256="0" * 63),
+    "unknown key": lambda r: r.update(surprise=1),
+    "unknown version": lambda r: r.update(version=99),
+    "step is text": lambda r: r.update(step="1"),
+    "tensors is a list": lambda r: r.update(tensors=[]),
+    "file size negative": lambda r: r["files"]["model/config.json"].update(bytes=-1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifest_is_refused(saved: Path, name: str) -> None:
+    forge(saved, HOSTILE[name])
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        load(saved, everything())
+
+
+def test_manifest_that_is_deep_huge_or_doubled_is_refused(saved: Path) -> None:
+    path = saved / "manifest.json"
+
+    def write(rest: bytes) -> None:
+        path.write_bytes(b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest)
+
+    for rest in (
+        b'"version":1,"meta":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'"version":1,"version":1}',
+        b'"version":NaN}',
+        b'"version":' + b"9" * 10_000 + b"}",
+        b'"version":1,"step":"\xff"}',
+    ):
+        write(rest)
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            read_manifest(saved)
+    with open(path, "wb") as stream:
+        stream.truncate(MANIFEST_CAP_BYTES + 1)
+    with pytest.raises(InputError, match="more than the"):
+        read_manifest(saved)
