@@ -1,0 +1,172 @@
+"""`diagnose`: what this machine has, how fast it is, every socket Meshwright opens, and what is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshwright.cluster import available_cores, this_machine
+from meshwright.errors import InputError, Problem
+from meshwright.job import Job, LaunchSection, ServeSection
+from meshwright.probe.sockets import listeners, socket_problems
+from meshwright.probe.speeds import Speeds, measure
+
+GIB = 1024**3
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
+LOW_MEMORY_BYTES = 2 * GIB
+LOW_DISK_BYTES = 2 * GIB
+COMPILERS = ("g++", "clang++")
+PACKAGES = ("torch", "ray", "safetensors", "tokenizers", "numpy", "pydantic", "grpcio", "transformers", "scikit-learn")
+
+
+def diagnose(quick: bool = False, job: Job | None = None) -> dict[str, Any]:
+    """JSON-able picture of this machine; `quick` leaves out the measurements (a few seconds).
+
+    With a `job`, its ports and interface are looked at, otherwise the defaults. Keys: meshwright, python, platform,
+    packages {name: version or None}, cpu, memory, devices, cluster, disk, compiler, speeds (None if quick), sockets
+    and problems [{where, what, nearest}]. Sizes in bytes, rates a second. Never raises for what it finds.
+    """
+    serve, launch = (job.serve, job.launch) if job else (ServeSection(), LaunchSection())
+    versions = {name: _version(name) for name in PACKAGES}
+    memory, disk, compiler = _memory(), _disk(), _compiler()
+    gpus = _cuda_devices()
+    problems = [
+        *_version_problems(versions),
+        *_memory_problems(memory, disk),
+        *_compiler_problems(compiler),
+        *socket_problems(serve, launch),
+    ]
+    cluster = ""
+    try:
+        found = this_machine()
+        cluster = str(found)
+        if found.device.kind == "cuda" and not gpus:
+            what = f"the machine has {found.devices} GPUs, and this build of torch ({torch.__version__}) uses none"
+            problems.append(Problem("torch", what, "install torch's CUDA build"))
+    except InputError as error:
+        problems.extend(error.problems)
+    speeds = None if quick else measure(interface=launch.interface)
+    if speeds is not None:
+        problems += [*speeds.problems, *_speed_problems(speeds)]
+    return {
+        "meshwright": _version("meshwright"),
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "platform": platform.platform(),
+        "packages": versions,
+        "cpu": _cpu(),
+        "memory": memory,
+        "devices": gpus or [{"kind": "cpu", "name": "CPU core", "count": available_cores()}],
+        "cluster": cluster,
+        "disk": disk,
+        "compiler": compiler,
+        "speeds": None if speeds is None else speeds.as_dict(),
+        "sockets": [asdict(listener) for listener in listeners(serve, launch)],
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    fields = _fields(Path("/proc/cpuinfo"), stop_at_blank=True)
+    flags = set(fields.get("flags", "").split())
+    fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"name": name, "cores": available_cores(), "load": round(os.getloadavg()[0], 2), "instructions": fast}
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes of the machine; None where the system does not tell."""
+    fields = _fields(Path("/proc/meminfo"))
+    kibibytes = {key: int(fields[key].split()[0]) for key in ("MemTotal", "MemAvailable") if key in fields}
+    total, available = kibibytes.get("MemTotal"), kibibytes.get("MemAvailable")
+    return {
+        "total_bytes": None if total is None else total * 1024,
+        "available_bytes": None if available is None else available * 1024,
+    }
+
+
+def _fields(path: Path, stop_at_blank: bool = False) -> dict[str, str]:
+    """ "key: value" lines of a file of /proc; {} where there is none."""
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    lines = (text.split("\n\n")[0] if stop_at_blank else text).splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory_bytes = properties.total_memory
+        found.append({"kind": "cuda", "name": properties.name, "index": index, "memory_bytes": memory_bytes})
+    return found
+
+
+def _disk() -> dict[str, Any]:
+    places = {"here": os.getcwd(), "temporary": tempfile.gettempdir()}
+    return {name: {"path": path, "free_bytes": shutil.disk_usage(path).free} for name, path in places.items()}
+
+
+def _compiler() -> dict[str, Any]:
+    """What torch.compile needs on a CPU: a C++ compiler, and Python's headers."""
+    path = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return {"cpp": path, "python_headers": headers.exists(), "torch_compile": path is not None and headers.exists()}
+
+
+def _version_problems(versions: Mapping[str, str | None]) -> list[Problem]:
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not OLDEST_TORCH <= numbers <= NEWEST_TORCH:
+        what = f"version {torch.__version__} was never tried with Meshwright"
+        return [Problem("torch", what, "pip install 'torch>=2.11,<=2.13.0'")]
+    return []
+
+
+def _memory_problems(memory: Mapping[str, int | None], disk: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    problems = []
+    available = memory["available_bytes"]
+    if available is not None and available < LOW_MEMORY_BYTES:
+        problems.append(Problem("memory", f"only {available / GIB:.1f} GiB are free", "end other programs"))
+    for place in disk.values():
+        if place["free_bytes"] < LOW_DISK_BYTES:
+            what = f"only {place['free_bytes'] / GIB:.1f} GiB are free: checkpoints may not fit"
+            problems.append(Problem(place["path"], what, "free some space, or run in a folder of another disk"))
+    return problems
+
+
+def _compiler_problems(compiler: Mapping[str, Any]) -> list[Problem]:
+    if compiler["cpp"] is None:
+        what = "no C++ compiler: training on the CPU is not compiled, and slower for it"
+        return [Problem("torch.compile", what, "install g++ (Debian: apt-get install g++)")]
+    if not compiler["python_headers"]:
+        what = "Python.h is missing: training on the CPU is not compiled, and slower for it"
+        return [Problem("torch.compile", what, "install Python's headers (Debian: apt-get install python3-dev)")]
+    return []
+
+
+def _speed_problems(speeds: Speeds) -> list[Problem]:
+    load = os.getloadavg()[0]
+    cores = available_cores()
+    if load > 1.5 * cores:
+        what = f"the machine is busy (load {load:.1f} on {cores} cores): the speeds above are too low"
+        return [Problem("speeds", what, "measure again when it is quiet")]
+    return []

@@ -1,0 +1,134 @@
+"""Every socket that Meshwright opens: what for, where it listens, and what a client must show."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from meshwright.errors import Problem
+from meshwright.job import LaunchSection, ServeSection
+
+
+@dataclass(frozen=True)
+class Listener:
+    """One row of the table that `doctor` prints.
+
+    `port`: 0 is any free one. `authenticated` says in words what a client must show; "" means that it need not.
+    `state`: "free", "in use" or "" where that cannot be asked.
+    """
+
+    what: str
+    opened_by: str
+    address: str
+    port: str
+    authenticated: str
+    state: str
+    note: str
+
+
+def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...]:
+    """The sockets of a job with these sections; nothing else of Meshwright listens."""
+    token = f"bearer token of {serve.token_file}" if serve.token_file else ""
+    where = interface_address(launch.interface) or "not there"
+    return (
+        Listener(
+            "HTTP: completions, chat, health, metrics",
+            "serve",
+            serve.host,
+            _port(serve.http_port),
+            token,
+            _state(serve.host, serve.http_port),
+            "not encrypted: put a TLS proxy before it beyond this machine",
+        ),
+        Listener(
+            "gRPC: inference",
+            "serve",
+            serve.host,
+            _port(serve.grpc_port),
+            token,
+            _state(serve.host, serve.grpc_port),
+            "not encrypted: put a TLS proxy before it beyond this machine",
+        ),
+        Listener(
+            "gloo or NCCL: tensors between the processes of a job",
+            "train, verify, serve with tp > 1",
+            f"{launch.interface} ({where})",
+            "any free",
+            "",
+            "",
+            "unauthenticated by design of gloo and NCCL; open while the job runs; keep the interface private",
+        ),
+        Listener(
+            "rendezvous of the processes of a job",
+            "train, verify, serve with tp > 1",
+            "a file, no socket",
+            "none",
+            "this user only: folder of mode 0700 with a name that cannot be guessed",
+            "",
+            "who cannot read the folder cannot join the job",
+        ),
+    )
+
+
+def socket_problems(serve: ServeSection, launch: LaunchSection) -> list[Problem]:
+    """What is wrong with where a job would listen."""
+    problems = []
+    for key, port in (("serve.http_port", serve.http_port), ("serve.grpc_port", serve.grpc_port)):
+        if _state(serve.host, port) == "in use":
+            problems.append(Problem(key, f"port {port} of {serve.host} is in use", f"{key}=0 takes any free port"))
+    if not _is_loopback(serve.host) and serve.token_file is None:
+        what = f"{serve.host} is not loopback: anyone who reaches it may use the model"
+        problems.append(Problem("serve.host", what, "set serve.token_file, or serve.host=127.0.0.1"))
+    names = [name for _, name in socket.if_nameindex()]
+    if launch.interface not in names:
+        what = f"there is no network interface '{launch.interface}'"
+        problems.append(Problem("launch.interface", what, "known: " + ", ".join(names)))
+    else:
+        address = interface_address(launch.interface)
+        if address and ipaddress.ip_address(address).is_global:
+            what = f"'{launch.interface}' has the public address {address}, and gloo's and NCCL's ports ask no password"
+            problems.append(Problem("launch.interface", what, "use a private interface, or lo on one machine"))
+    return problems
+
+
+def interface_address(name: str) -> str | None:
+    """The IPv4 address of a network interface, None where it has none (or the system does not tell)."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = name.encode()[:15].ljust(256, b"\0")
+        try:
+            answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of linux/sockios.h
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _port(port: int) -> str:
+    return str(port) if port else "any free"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _state(host: str, port: int) -> str:
+    """Tries to listen where a server would, and lets go at once."""
+    if not port:
+        return ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            probe.listen(1)
+    except OSError as error:
+        return "in use" if error.errno == errno.EADDRINUSE else f"cannot listen: {error.strerror}"
+    return "free"

@@ -1,0 +1,213 @@
+"""`card_of`: builds a module without memory, runs one forward pass of fake tensors, and writes down its Card."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from meshwright.card import Block, Card, Parameter
+from meshwright.errors import InputError, Problem
+from meshwright.trace.axes import parameter_axes
+from meshwright.trace.factory import describe
+from meshwright.trace.record import BlockRecord, Recorder
+
+SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
+KEY = "model.module"
+FOLD = "for block in self.blocks.values(): x = block(x, **inputs)"
+WHOLE = "all"  # the one block of a module that names none
+
+
+def card_of(
+    module_factory: Callable[[], nn.Module],
+    sample_inputs: SampleInputs | Tensor | None,
+    name: str,
+    unit: str = "samples",
+    units_per_sample: int = 1,
+) -> Card:
+    """The Card of the module that `module_factory` builds. Takes no memory: everything runs on fake tensors.
+
+    `sample_inputs` is a batch of one: x [1, ...], or (x, keyword arguments) as `Task.inputs` returns; None asks the
+    module's own `sample_input()`. A module with `blocks` (nn.ModuleDict) whose forward folds them gets a block per
+    entry and may be a pipeline ("pp" in `splittable`); `parameter_axes` ({name: (axis or None, ...)}) adds "tp".
+    Raises InputError when the module cannot be built or run so, or when what it declares is not true.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, warnings.catch_warnings(), torch.random.fork_rng([]):
+        # Fused CPU kernels hide the matrix products of recurrent layers from the recorder.
+        warnings.simplefilter("ignore")
+        with torch.backends.mkldnn.flags(enabled=False):
+            module = module_factory().train()
+            x, inputs = _fake_inputs(fake, module, sample_inputs)
+            axes = parameter_axes(module)
+            blocks = _declared_blocks(module)
+            recorder = Recorder(module, blocks, axes or {})
+            chain, output = _run(module, blocks, recorder, x, inputs)
+            if blocks:
+                _check_fold(blocks, chain, x, output)
+            return _card(module, name, unit, units_per_sample, blocks, chain, output, recorder, axes)
+
+
+def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | Tensor | None) -> SampleInputs:
+    sample: Any = given
+    if sample is None:
+        ask: Any = getattr(module, "sample_input", None)
+        if not callable(ask):
+            what = f"the shape of {type(module).__name__}'s input is unknown"
+            raise InputError(Problem(KEY, what, "add a method sample_input() that returns a batch of one"))
+        sample = ask()
+    x, inputs = sample if isinstance(sample, tuple) else (sample, {})
+    if not isinstance(x, Tensor) or not isinstance(inputs, Mapping):
+        what = f"sample_input() returned a {type(sample).__name__}"
+        raise InputError(Problem(KEY, what, "return a tensor [1, ...], or (tensor, {keyword: tensor})"))
+
+    def faked(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    return faked(x), {key: faked(value) for key, value in inputs.items()}
+
+
+def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The module's ordered blocks by name, empty when it names none."""
+    blocks = getattr(module, "blocks", None)
+    if not isinstance(blocks, nn.ModuleDict) or not len(blocks):
+        return {}
+    outside = [name for name, _ in module.named_parameters() if not name.startswith("blocks.")]
+    if outside:
+        what = f"it names its blocks, but '{outside[0]}' is in none of them"
+        raise InputError(Problem(KEY, what, f"put every parameter into one of the blocks, so that forward is: {FOLD}"))
+    return dict(blocks.items())
+
+
+Chain = list[tuple[str, Any, Any]]  # (block, what it was given, what it returned), in the order of the calls
+
+
+def _run(
+    module: nn.Module, blocks: Mapping[str, nn.Module], recorder: Recorder, x: Tensor, inputs: Mapping[str, Tensor]
+) -> tuple[Chain, Tensor]:
+    chain: Chain = []
+
+    def note(block: str) -> Callable[..., None]:
+        return lambda _, args, output: chain.append((block, args[0] if args else None, output))
+
+    handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
+    try:
+        with recorder.watching():
+            output = module(x, **inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = f"the forward pass depends on the values of its input, not only on their shape: {describe(error)}"
+        raise InputError(Problem(KEY, what, "use torch.where instead of `if`, and no .item() or boolean index")) from (
+            error
+        )
+    except Exception as error:  # the user's forward may raise anything; reported with the line that did
+        what = f"the forward pass of an input {list(x.shape)} {str(x.dtype).removeprefix('torch.')} failed"
+        raise InputError(Problem(KEY, f"{what}: {describe(error)}")) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(output, Tensor):
+        what = f"forward returned a {type(output).__name__}"
+        raise InputError(Problem(KEY, what, "return one tensor: the logits"))
+    return chain, output
+
+
+def _check_fold(blocks: Mapping[str, nn.Module], chain: Chain, x: Tensor, output: Tensor) -> None:
+    """Raises InputError unless the forward was the fold of the blocks: each once, in order, nothing between."""
+    called = [name for name, _, _ in chain]
+    wrong = ""
+    if called != list(blocks):
+        wrong = f"forward called the blocks {called}, and they are named in the order {list(blocks)}"
+    current: Any = x
+    for name, given, returned in chain:
+        if not wrong and given is not current:
+            wrong = f"something happens before block '{name}': it is not given what the one before it returned"
+        if not wrong and not isinstance(returned, Tensor):
+            wrong = f"block '{name}' returned a {type(returned).__name__}, not one tensor"
+        current = returned
+    if not wrong and output is not current:
+        wrong = "something happens after the last block: forward does not return what it returned"
+    if wrong:
+        raise InputError(Problem(KEY, wrong, f"let forward be nothing but: {FOLD}"))
+
+
+def _card(
+    module: nn.Module,
+    name: str,
+    unit: str,
+    units_per_sample: int,
+    blocks: Mapping[str, nn.Module],
+    chain: Chain,
+    output: Tensor,
+    recorder: Recorder,
+    axes: Mapping[str, tuple[str | None, ...]] | None,
+) -> Card:
+    parameters = [
+        Parameter(key, tuple(p.shape), (axes or {}).get(key, (None,) * p.dim()), p.requires_grad)
+        for key, p in module.named_parameters()
+    ]
+    tied = _tied(module)
+    if blocks:
+        sizes = {block: returned.numel() for block, _, returned in chain}
+        listed = tuple(
+            _block(key, type(block).__name__, _under(parameters, key), recorder.records[key], sizes[key])
+            for key, block in blocks.items()
+        )
+    else:
+        listed = (_block(WHOLE, type(module).__name__, parameters, recorder.records[""], output.numel()),)
+    splittable = {"pp"} if len(blocks) > 1 else set()
+    if axes is not None:
+        splittable.add("tp")
+    return Card(
+        name=name,
+        blocks=listed,
+        unit=unit,
+        units_per_sample=units_per_sample,
+        tied=tied,
+        splittable=frozenset(splittable),
+        stateful_buffers=_stateful_buffers(module, recorder.written_buffers),
+    )
+
+
+def _block(name: str, kind: str, parameters: Sequence[Parameter], record: BlockRecord, output_elements: int) -> Block:
+    return Block(
+        name=name,
+        kind=kind,
+        parameters=tuple(parameters),
+        products=tuple(record.products),
+        attention=record.attention,
+        saved=record.saved_activations(),
+        output_elements=output_elements,
+        elementwise_elements=record.elementwise_elements,
+    )
+
+
+def _under(parameters: Sequence[Parameter], block: str) -> list[Parameter]:
+    return [p for p in parameters if p.name.startswith(f"blocks.{block}.")]
+
+
+def _tied(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Pairs (first name, alias) of parameters that are one tensor."""
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            pairs.append((first[id(parameter)], name))
+        first.setdefault(id(parameter), name)
+    return tuple(pairs)
+
+
+def _stateful_buffers(module: nn.Module, written: set[str]) -> tuple[str, ...]:
+    """Buffers that a training step changes: those written in the trace, and running statistics.
+
+    torch's batch-norm kernels write running statistics without saying so in their schema.
+    """
+    running = {
+        f"{path}.{name}".lstrip(".")
+        for path, child in module.named_modules()
+        if getattr(child, "track_running_stats", False)
+        for name, _ in child.named_buffers(recurse=False)
+    }
+    return tuple(name for name, _ in module.named_buffers() if name in written | running)

@@ -1,0 +1,151 @@
+"""`module = "package.file:build"`: finds the user's build function and checks it before it is called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from meshwright.errors import InputError, Problem, nearest_name
+
+KEY = "model.module"
+
+
+def load_factory(
+    reference: str, arguments: Mapping[str, Any] | None = None, folders: Sequence[Path | str] = ()
+) -> Callable[[], nn.Module]:
+    """The build function that `reference` ("package.file:function") names, with `arguments` bound to it.
+
+    `folders` (the job's `model.module_folder`) and the current folder are importable, in that order, and stay so, as
+    with `python -m`. Nothing is built here: each call of the result builds one module.
+    Raises InputError when the file or function is not there, is not callable, or does not take the arguments; the
+    result raises it when the function fails or returns something that is not an `nn.Module`.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+        raise InputError(Problem(KEY, f"'{reference}' does not name a function", 'write "package.file:build"'))
+    module = _import(module_name, [*(Path(folder).resolve() for folder in folders), Path.cwd()])
+    function: Any = module
+    for part in attribute.split("."):
+        if not hasattr(function, part):
+            known = [name for name, value in vars(function).items() if callable(value) and not name.startswith("_")]
+            raise InputError(
+                Problem(KEY, f"{module.__file__} has no '{part}'", nearest_name(part, known) if known else "")
+            )
+        function = getattr(function, part)
+    if not callable(function):
+        what = f"'{reference}' is a {type(function).__name__}, not a function"
+        raise InputError(Problem(KEY, what, "name a function that returns the nn.Module"))
+    bound = dict(arguments or {})
+    _check_arguments(reference, function, bound)
+    return functools.partial(_build, reference, function, bound)
+
+
+def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        module = function(**arguments)
+    except Exception as error:  # the user's code may raise anything; reported with the line that did
+        raise InputError(Problem(KEY, f"'{reference}' failed: {describe(error)}")) from error
+    if not isinstance(module, nn.Module):
+        what = f"'{reference}' returned a {type(module).__name__}, not an nn.Module"
+        raise InputError(Problem(KEY, what, "let it return the module itself"))
+    return module
+
+
+def _import(name: str, folders: Sequence[Path]) -> ModuleType:
+    for folder in reversed(folders):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    top = name.partition(".")[0]
+    found = PathFinder.find_spec(top, [str(folder) for folder in folders])
+    if found is not None and top in sys.modules and not _is_from(sys.modules[top], found):
+        where = getattr(sys.modules[top], "__file__", None) or "Python itself"
+        what = f"{found.origin or top} has the name of a module that is already loaded ({where})"
+        raise InputError(Problem(KEY, what, "give your file another name"))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise InputError(Problem(KEY, f"importing '{name}' failed: {describe(error)}", "install it")) from error
+        raise InputError(Problem(KEY, f"there is no module '{name}'", _nearest_file(name, folders))) from error
+    except (Exception, SystemExit) as error:  # the user's file may raise anything when it is imported
+        raise InputError(Problem(KEY, f"importing '{name}' failed: {describe(error)}")) from error
+
+
+def _is_from(module: ModuleType, spec: ModuleSpec) -> bool:
+    """Whether `module`, loaded earlier, is what `spec` would load now. Folders without __init__.py have no file."""
+    if module.__spec__ is not None and module.__spec__.origin is None and spec.origin is None:
+        here = {str(Path(path).resolve()) for path in spec.submodule_search_locations or ()}
+        return bool(here & {str(Path(path).resolve()) for path in module.__spec__.submodule_search_locations or ()})
+    loaded = getattr(module, "__file__", None)
+    return bool(loaded and spec.origin and Path(loaded).resolve() == Path(spec.origin).resolve())
+
+
+def _nearest_file(name: str, folders: Sequence[Path]) -> str:
+    """Names the closest Python file under the folders that were searched."""
+    if name.endswith(".py"):
+        return f"did you mean '{name.removesuffix('.py')}'? Without .py"
+    *parents, last = name.split(".")
+    known: dict[str, None] = {}
+    for folder in folders:
+        for path in sorted(folder.joinpath(*parents).glob("*.py")):
+            if path.stem != "__init__":
+                known[".".join([*parents, path.stem])] = None
+        for path in sorted(folder.glob(f"*/{last}.py")):
+            known[f"{path.parent.name}.{last}"] = None
+    looked = "looked in " + ", ".join(str(folder) for folder in dict.fromkeys(folders))
+    exact = [candidate for candidate in known if candidate.rpartition(".")[2] == last]
+    if exact:
+        return f"did you mean '{exact[0]}'? {looked}"
+    return f"{nearest_name(name, list(known)[:20])}; {looked}" if known else looked
+
+
+def _check_arguments(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return  # written in C: Python cannot tell its arguments; a wrong one shows when it is called
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    problems = [
+        Problem(
+            f"model.arguments.{name}",
+            f"'{reference}' takes no '{name}'",
+            nearest_name(name, named) if named else "it takes no arguments",
+        )
+        for name in arguments
+        if name not in named and not takes_any
+    ]
+    for p in parameters:
+        if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
+            what = f"'{reference}' takes '{p.name}' by position only"
+            problems.append(Problem(KEY, what, "let every argument be given by name"))
+        elif p.name in named and p.default is p.empty and p.name not in arguments:
+            what = f"'{reference}' needs '{p.name}', which has no default"
+            problems.append(Problem("model.arguments", what, f"add {p.name} = ..."))
+    if problems:
+        raise InputError(problems)
+
+
+def describe(error: BaseException) -> str:
+    """One line for an exception of the user's code: kind, message, and the last line of a file that is not torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    torch_folder = str(Path(nn.__file__).parent.parent)
+    outside = [frame for frame in frames if not frame.filename.startswith((ours, torch_folder, "<frozen"))]
+    message = str(error).strip().split("\n")[0]
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{text} ({error.filename}:{error.lineno})"
+    return f"{text} ({outside[-1].filename}:{outside[-1].lineno})" if outside else text
