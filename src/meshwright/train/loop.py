@@ -1,0 +1,217 @@
+"""The training loop: batch, forward and backward, complete the gradients, clip, step; said again every step."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.card import Card
+from meshwright.errors import Problem, RunFailed
+from meshwright.layout import Layout
+from meshwright.parallel import Applied, Mesh, Pipeline
+from meshwright.tasks import Measured, Task
+from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate, squared_norm
+from meshwright.train.spans import Spans
+
+#: Called with (step, {name: gradient}) after the gradients are complete and before they are clipped.
+Record = Callable[[int, Mapping[str, Tensor], float], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` of the worst rank."""
+
+    loss: float
+    grad_norm: float
+    rate: float
+    counted: int
+    peak_bytes: int
+    stop_asked: bool
+
+
+class Trainer:
+    """One rank's loop over an applied model.
+
+    `data.batch(step, start, stop)` gives this rank's samples of a step; `task` turns them into inputs, targets and a
+    summed loss.
+    """
+
+    def __init__(self, job: Any, card: Card, applied: Applied, mesh: Mesh, task: Task, data: Any) -> None:
+        self.job, self.card, self.applied, self.mesh, self.task, self.data = job, card, applied, mesh, task, data
+        self.layout: Layout = mesh.layout
+        self.optimizer = Optimizer(applied, job.train)
+        self.micro_batches = self.layout.micro_batches(job.train.global_batch)
+        self.stop_asked = False
+        self.spans = Spans()
+        # Gradients are averaged over the data-parallel ranks, so each is scaled up by their number; the constant
+        # keeps magnitudes near one, and what it gets wrong (samples with padding) is corrected exactly in `step`.
+        self._units = job.train.global_batch * card.units_per_sample
+        self._scale = self.layout.dp * self.layout.cp / self._units
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._counted = 0
+        self._extras: dict[str, float] | None = None  # sums for metrics, while measuring
+        self._pipeline = Pipeline(applied, mesh, self.micro_batches, self._loss) if self.layout.pp > 1 else None
+
+    def step(self, step: int, record: Record | None = None) -> StepResult:
+        """Optimizer update number `step` (from 1). Raises RunFailed when loss or gradient is not finite."""
+        self._reset()
+        torch.manual_seed(self._noise_seed(step))
+        self.applied.module.train()
+        with self.spans("batch", step):
+            batch = self._share(self.data.batch, step)
+        with self.spans("forward and backward", step):
+            self._forward_backward(batch)
+        with self.spans("complete gradients", step):
+            self.optimizer.collect()
+            complete_gradients(self.applied, self.optimizer, self.mesh)
+        with self.spans("agree", step):
+            loss_sum, counted, squared, peak_bytes, stop_asked = self._agree()
+        if not counted:
+            raise RunFailed(Problem(f"step {step}", "no target of the batch counts", "see meshwright check"))
+        correction = self._units / counted
+        norm = correction * math.sqrt(squared)
+        loss = loss_sum / counted
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"loss {loss}, gradient norm {norm}"
+            raise RunFailed(Problem(f"step {step}", what, f"lower train.lr ({self.job.train.lr}) or check the data"))
+        if record:
+            record(step, self.optimizer.named_gradients(), correction)
+        rate = learning_rate(step, self.job.train)
+        with self.spans("optimizer", step):
+            self._clip(norm, correction)
+            self.optimizer.step(rate)
+            self.optimizer.clear()
+        return StepResult(loss, norm, rate, round(counted), round(peak_bytes), stop_asked)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss per unit over `train.eval_batches` batches at most, with the task's metrics; equal on every
+        rank, and {} where nothing is held out."""
+        self._reset()
+        self._extras = dict.fromkeys(self.task.extra_names, 0.0)
+        self.applied.module.eval()
+        text_bytes = 0
+        size = self.job.train.global_batch
+        for index in range(min(self.job.train.eval_batches, -(-self.data.held_out_samples // size))):
+            text_bytes += self.data.held_out_bytes(index * size, size)
+            x, inputs, targets = self._tensors(self._share(self.data.held_out, index))
+            self._counted += self.task.count(targets)
+            if self._pipeline:
+                self._add(self._pipeline.evaluate(x, inputs, targets))
+            else:
+                for part in self._micro(x, inputs, targets):
+                    self._add([self._loss(self.applied.module(part[0], **part[1]), part[2])])
+        extras, self._extras = self._extras, None
+        return self._held_out_metrics(text_bytes, extras)
+
+    def _held_out_metrics(self, text_bytes: int, extras: Mapping[str, float]) -> dict[str, float]:
+        speaks = self.mesh.last_stage and self.mesh.at.tp == 0
+        mine = [*self._loss_share(), *(value * speaks for value in extras.values())]
+        sums = torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)
+        loss_sum, counted, *totals = self.mesh.sum_over_world(sums).tolist()
+        if not counted:
+            return {}
+        measured = Measured(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
+        return {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, measured)}
+
+    def _share(self, source: Callable[..., Any], step: int) -> Any:
+        """This data-parallel rank's contiguous share of global batch `step`."""
+        size = self.job.train.global_batch // self.layout.dp
+        start = self.mesh.at.dp(self.layout) * size
+        return source(step, start, start + size)
+
+    def _tensors(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        x, inputs = self.task.inputs(batch, self.mesh.device)
+        return x, inputs, self.task.targets(batch, self.mesh.device)
+
+    def _micro(self, x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor) -> list[Any]:
+        size = self.layout.micro_batch
+        return [
+            (x[i : i + size], {name: value[i : i + size] for name, value in inputs.items()}, targets[i : i + size])
+            for i in range(0, x.shape[0], size)
+        ]
+
+    def _forward_backward(self, batch: Mapping[str, Any]) -> None:
+        x, inputs, targets = self._tensors(batch)
+        self._counted = self.task.count(targets)
+        if self._pipeline:
+            self._add(self._pipeline.step(x, inputs, targets))
+            return
+        parts = self._micro(x, inputs, targets)
+        for index, (x, inputs, targets) in enumerate(parts):
+            self.applied.sync_gradients(index == len(parts) - 1)
+            loss = self._loss(self.applied.module(x, **inputs), targets)
+            loss.backward()
+            self._add([loss])
+
+    def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        if self._extras is not None:
+            for name, value in self.task.extras(output, targets).items():
+                self._extras[name] += value
+        loss: Tensor = self.task.loss_sum(output, targets, self.applied.output)
+        return loss * self._scale
+
+    def _add(self, losses: list[Tensor]) -> None:
+        for loss in losses:
+            self._loss_sum += loss.detach() / self._scale
+
+    def _reset(self) -> None:
+        self._loss_sum.zero_()
+        self._counted = 0
+
+    def _loss_share(self) -> tuple[float, float]:
+        """Loss sum and count that this rank adds to the world's; of tensor-parallel ranks, which know the same, one."""
+        speaks = self.mesh.last_stage and self.mesh.at.tp == 0
+        return (float(self._loss_sum), float(self._counted)) if speaks else (0.0, 0.0)
+
+    def _agree(self) -> tuple[float, float, float, float, bool]:
+        """One collective for all that the ranks must agree on; each rank's peak memory has a slot of its own."""
+        values = torch.zeros(4 + self.layout.devices, dtype=torch.float64)
+        values[0], values[1] = self._loss_share()
+        values[2] = squared_norm(self.optimizer, self.applied.pieces)
+        values[3] = float(self.stop_asked)
+        values[4 + self.mesh.rank] = peak_bytes(self.mesh.device)
+        loss_sum, counted, squared, stop, *peaks = self.mesh.sum_over_world(values.to(self.mesh.device)).tolist()
+        return loss_sum, counted, squared, max(peaks), stop > 0
+
+    def _clip(self, norm: float, correction: float) -> None:
+        """Scales the gradients to norm `train.clip` at most, with torch.nn.utils.clip_grad_norm_'s formula."""
+        limit = self.job.train.clip
+        factor = correction * min(1.0, limit / (norm + 1e-6)) if limit else correction
+        if factor != 1.0:
+            torch._foreach_mul_(self.optimizer.gradients(), factor)
+
+    def _noise_seed(self, step: int) -> int:
+        """Seed of what is random inside a model (dropout): by step and data-parallel rank, so that a resumed run
+        draws what the uninterrupted one would."""
+        seed = (self.job.train.seed * 1_000_003 + step) * 65_537 + self.mesh.at.dp(self.layout)
+        return int(seed % 2**63)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on the GPU, or resident in the host's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Clock:
+    """Seconds since the last tick, with the device's queue drained."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def tick(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

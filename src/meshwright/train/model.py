@@ -1,0 +1,115 @@
+"""From a job's `[model]` section to what training needs: a meta module, where its values come from, how it is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright import families
+from meshwright.card import Card
+from meshwright.checkpoint import ModelFolder, read_model_folder
+from meshwright.families.llama import card as llama
+from meshwright.families.llama.module import build
+from meshwright.layout import Box
+from meshwright.parallel import Applied
+from meshwright.trace import card_of_job, factory_of_job
+
+_ELEMENTS_AT_ONCE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model before it is split. `fill` gives an Applied its first values; `folder` says how `model/` is written."""
+
+    card: Card
+    module: nn.Module
+    fill: Callable[[Applied], None]
+    names: Mapping[str, str]
+    side_files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def folder(self, more_files: Mapping[str, bytes]) -> ModelFolder:
+        return ModelFolder(names=dict(self.names), side_files={**self.side_files, **more_files})
+
+
+def model_of_job(job: Any, eos_id: int | None) -> Model:
+    """Reads the job; nothing is allocated but, for a custom module, its own CPU copy.
+
+    Raises InputError for a folder or factory that cannot be used.
+    """
+    if job.model.module:
+        return _custom(job)
+    shape = families.shape_of_job(job)
+    if job.model.hf is None:
+        shape = dataclasses.replace(shape, bos_id=eos_id, eos_id=eos_id)
+    with torch.device("meta"):
+        module = build(shape)
+    names = llama.hf_names(shape)
+
+    def fill(applied: Applied) -> None:
+        applied.fill(initial_values(job.train.seed, module.init_rule))
+        if job.model.hf:
+            wanted = {piece.name: (piece, applied.local(name)) for name, piece in applied.pieces.items()}
+            ignored = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if shape.tied else [])]
+            read_model_folder(Path(job.model.hf), names, wanted, ignored=ignored)
+
+    config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
+    generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()
+    side_files = {"config.json": config, "generation_config.json": generation}
+    return Model(llama.card(shape, job.data.seq_len), module, fill, names, side_files)
+
+
+def _custom(job: Any) -> Model:
+    factory = factory_of_job(job)
+    torch.manual_seed(job.train.seed)
+    whole = factory()
+    values = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
+    buffers = {name: buffer.detach().clone() for name, buffer in whole.named_buffers()}
+    card = card_of_job(job)
+
+    def source(name: str, box: Box) -> Tensor:
+        return values[name][tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))]
+
+    def fill(applied: Applied) -> None:
+        applied.fill(source, buffers)
+
+    made_by = {"factory": job.model.module, "arguments": job.model.arguments}
+    names = {parameter.name: parameter.name for parameter in card.parameters}
+    side_files = {"module.json": json.dumps(made_by, indent=2, sort_keys=True).encode()}
+    return Model(card, whole.to("meta"), fill, names, side_files)
+
+
+def initial_values(seed: int, rule: Callable[[str], tuple[str, float]]) -> Callable[[str, Box], Tensor]:
+    """A source of first values that depends on seed, name and place alone, so every layout starts from the same
+    model and a rank draws only the rows it holds.
+
+    A parameter is drawn in runs of whole rows; run k of parameter `name` has the generator seeded by a digest of
+    (seed, name, k).
+    """
+
+    def source(name: str, box: Box) -> Tensor:
+        kind, value = rule(name)
+        if kind == "constant":
+            return torch.full(box.shape, value)
+        row = math.prod(box.global_shape[1:])
+        rows_at_once = max(1, _ELEMENTS_AT_ONCE // row)
+        first, last = box.start[0] // rows_at_once, (box.start[0] + box.shape[0] - 1) // rows_at_once
+        runs = []
+        for run in range(first, last + 1):
+            digest = hashlib.blake2b(f"{seed}\0{name}\0{run}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows = min(rows_at_once, box.global_shape[0] - run * rows_at_once)
+            runs.append(torch.empty(rows, *box.global_shape[1:]).normal_(0.0, value, generator=generator))
+        start = box.start[0] - first * rows_at_once
+        inner = tuple(slice(s, s + n) for s, n in zip(box.start[1:], box.shape[1:], strict=True))
+        return torch.cat(runs)[(slice(start, start + box.shape[0]), *inner)]
+
+    return source

@@ -1,0 +1,126 @@
+"""AdamW over this rank's shards, the learning-rate schedule, and the norm of a gradient that no rank holds whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshwright.layout import Piece
+from meshwright.parallel import Applied, Mesh
+
+
+def learning_rate(step: int, train: Any) -> float:
+    """The rate of `step` (from 1): linear warm-up, then cosine, WSD (arXiv 2405.18392) or constant."""
+    peak, floor = train.lr, train.lr * train.min_lr_ratio
+    warmup: int = train.warmup_steps
+    if step <= warmup:
+        return float(peak * step / warmup)
+    if train.decay == "constant":
+        return float(peak)
+    if train.decay == "cosine":
+        done = (step - warmup) / max(train.steps - warmup, 1)
+        return float(floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    decay_steps = max(round(train.steps * train.decay_fraction), 1)
+    left = min((train.steps - step) / decay_steps, 1.0)
+    return float(floor + (peak - floor) * max(left, 0.0))
+
+
+class Optimizer:
+    """AdamW on the plain local tensors of `applied`. Weights of two or more dimensions decay, vectors do not."""
+
+    def __init__(self, applied: Applied, train: Any) -> None:
+        self._applied = applied
+        self.parameters = {
+            name: applied.local(name).detach()
+            for name, parameter in applied.module.named_parameters()
+            if parameter.requires_grad and applied.pieces[name].box.elements
+        }
+        decays: list[Tensor] = []
+        stays: list[Tensor] = []
+        for name, local in self.parameters.items():
+            (decays if len(applied.pieces[name].box.global_shape) >= 2 else stays).append(local)
+        groups = [{"params": decays, "weight_decay": train.weight_decay}, {"params": stays, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=train.lr,
+            betas=tuple(train.betas),
+            eps=train.eps,
+            fused=True,
+        )
+        for local in self.parameters.values():
+            self._adamw.state[local] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local.device),
+                "exp_avg": torch.zeros_like(local),
+                "exp_avg_sq": torch.zeros_like(local),
+            }
+
+    def collect(self) -> None:
+        """Takes this step's gradients; a parameter that the loss did not touch gets zeros, as on one device."""
+        for name, local in self.parameters.items():
+            gradient = self._applied.local_gradient(name)
+            local.grad = torch.zeros_like(local) if gradient is None else gradient
+
+    def gradients(self) -> list[Tensor]:
+        return list(self.named_gradients().values())
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        return {name: local.grad for name, local in self.parameters.items() if local.grad is not None}
+
+    def step(self, rate: float) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+
+    def clear(self) -> None:
+        for local in self.parameters.values():
+            local.grad = None
+        self._applied.module.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, tuple[Piece, Tensor]]:
+        """The moments by name, for a checkpoint to write or fill."""
+        entries = {}
+        for name, local in self.parameters.items():
+            piece = self._applied.pieces[name]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                entry = Piece(f"{moment}.{piece.name}", piece.box, piece.replicas, piece.owner)
+                entries[entry.name] = (entry, self._adamw.state[local][moment])
+        return entries
+
+    def set_step(self, step: int) -> None:
+        """The number of updates made so far, which AdamW's bias correction needs."""
+        for local in self.parameters.values():
+            self._adamw.state[local]["step"].fill_(step)
+
+
+def complete_gradients(applied: Applied, optimizer: Optimizer, mesh: Mesh) -> None:
+    """Sums what is still partial: over tensor-parallel ranks, and over the two ends that share a tied weight."""
+    partial = [local.grad for name, local in optimizer.parameters.items() if name in applied.partial]
+    _all_reduce_together([gradient for gradient in partial if gradient is not None], mesh.tp_group)
+    if applied.tied_ends in optimizer.parameters:
+        gradient = optimizer.parameters[applied.tied_ends].grad
+        assert gradient is not None and mesh.ends is not None
+        dist.all_reduce(gradient, group=mesh.ends)
+
+
+def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    if not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def squared_norm(optimizer: Optimizer, pieces: Mapping[str, Piece]) -> float:
+    """This rank's share of the squared gradient norm: summed over all ranks, every element counts once."""
+    names = list(optimizer.parameters)
+    if not names:
+        return 0.0
+    norms = torch._foreach_norm(optimizer.gradients())
+    weights = torch.tensor([1.0 / pieces[name].replicas for name in names], dtype=torch.float64)
+    return float((torch.stack(norms).double().cpu().square() * weights).sum())

@@ -1,0 +1,37 @@
+"""Writes every step's gradients, so that `verify` can say which tensor parts first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meshwright.parallel import Applied, Mesh
+from meshwright.train.loop import Record
+
+
+def recorder(folder: str | None, applied: Applied, mesh: Mesh) -> Record | None:
+    """A Record that writes step-N/rank-K.safetensors: the boxes this rank owns, scaled to the true gradient.
+
+    Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}. None for no folder.
+    """
+    if folder is None:
+        return None
+    root = Path(folder)
+
+    def record(step: int, gradients: Mapping[str, Tensor], correction: float) -> None:
+        tensors, boxes = {}, {}
+        for name, gradient in gradients.items():
+            piece = applied.pieces[name]
+            if piece.owner:
+                tensors[piece.name] = (gradient * correction).to("cpu", torch.float32).contiguous()
+                boxes[piece.name] = {"start": piece.box.start, "global_shape": piece.box.global_shape}
+        place = root / f"step-{step}"
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, place / f"rank-{mesh.rank}.safetensors", metadata={"boxes": json.dumps(boxes)})
+
+    return record

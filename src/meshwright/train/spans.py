@@ -1,0 +1,61 @@
+"""Where the time of a step goes on each rank, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from meshwright.run import RunFolder, write_atomic
+
+#: Spans kept a rank: the last steps of a run.
+KEPT = 400
+
+
+class Spans:
+    """Named stretches of one rank's time, the newest KEPT of them. Host time: on a GPU, work is queued, not done."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[str, float, float, dict[str, int]]] = deque(maxlen=KEPT)
+
+    @contextmanager
+    def __call__(self, name: str, step: int) -> Iterator[None]:
+        start = time.time()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, time.time() - start, {"step": step}))
+
+    def write(self, run: RunFolder, rank: int) -> None:
+        """Leaves this rank's part beside its log; `merge` makes one trace of all."""
+        events = [
+            {
+                "name": name,
+                "ph": "X",
+                "ts": start * 1e6,
+                "dur": seconds * 1e6,
+                "pid": rank,
+                "tid": 0,
+                "args": args,
+            }
+            for name, start, seconds, args in self._spans
+        ]
+        _part(run, rank).write_text(json.dumps(events))
+
+
+def merge(run: RunFolder, world: int) -> None:
+    """trace.json out of the parts of all ranks, a row a rank."""
+    events = []
+    for rank in range(world):
+        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+        part = _part(run, rank)
+        events += json.loads(part.read_text())
+        part.unlink()
+    write_atomic(run.trace, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+
+
+def _part(run: RunFolder, rank: int) -> Path:
+    return run.logs / f"trace-{rank}.json"

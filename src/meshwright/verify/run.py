@@ -1,0 +1,143 @@
+"""`verify`: two short training runs of the same job, in plain processes, and their comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from meshwright import data, families, launch
+from meshwright.card import Card
+from meshwright.cluster import Cluster, this_machine
+from meshwright.errors import CannotWork, LayoutsDisagree, Problem
+from meshwright.families.llama import card as llama
+from meshwright.job import Job, job_to_toml
+from meshwright.layout import Layout
+from meshwright.plan import Plan, PlanRequest, balance, make_plan
+from meshwright.run import RunFolder
+from meshwright.verify.compare import Comparison, Difference, compare
+from meshwright.verify.twin import small_job, small_layout
+
+#: Largest relative difference of loss and gradients that counts as equal in fp32 (design: section 6, parity).
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+
+
+def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: str = "fp32") -> dict[str, Any]:
+    """Trains the planned layout of `job` and one device for `steps` steps from equal seeds and data, and compares.
+
+    `cluster` is what the layout is planned for; the runs are plain processes of this machine, which may outnumber its
+    cores. Returns {"layout", "steps", "precision", "tolerance", "twin", "loss", "gradient"}: the largest relative
+    differences met, and in words what was made smaller to fit one process ("" for nothing). Raises LayoutsDisagree
+    naming the first step and tensor that part, CannotWork where no layout does the job.
+    """
+    request = PlanRequest(
+        global_batch=job.train.global_batch,
+        precision=job.train.precision,
+        pins=job.layout.pins(),
+        origins=job.origins,
+    )
+    planned = make_plan(card, cluster, request)
+    layout = small_layout(planned.chosen.layout)
+    twin = ""
+    if layout != planned.chosen.layout or not _held_by_one_process(card, request):
+        job = small_job(job, layout)
+        twin = f"a twin of {job.model.layers} layers, {job.model.hidden} wide, split {layout}"
+        card = llama.card(families.shape_of_job(job), job.data.seq_len or 1)
+    names = tuple(block.name for block in card.blocks)
+    stages = planned.chosen.stages
+    if twin:
+        stages = balance(card, cluster, layout, job.train.global_batch, precision)
+    split = _plan_of(planned, layout, stages, precision, job)
+    single = _plan_of(planned, Layout(micro_batch=layout.micro_batch), (names,), precision, job)
+    tolerance = TOLERANCE[precision]
+    found = _train_both(_short(job, steps, precision), single, split, tolerance)
+    if found.parted is not None:
+        raise LayoutsDisagree(_disagreement(layout, found, tolerance))
+    return {
+        "layout": str(planned.chosen.layout),
+        "steps": steps,
+        "precision": precision,
+        "tolerance": tolerance,
+        "twin": twin,
+        "loss": dataclasses.asdict(found.loss),
+        "gradient": dataclasses.asdict(found.gradient),
+    }
+
+
+def _held_by_one_process(card: Card, request: PlanRequest) -> bool:
+    """Whether all of this machine's memory, in fp32, takes the reference run."""
+    here = this_machine()
+    whole = dataclasses.replace(here.device, memory_bytes=here.device.memory_bytes * here.devices)
+    alone = dataclasses.replace(here, device=whole, devices=1, devices_per_node=1)
+    try:
+        make_plan(card, alone, dataclasses.replace(request, precision="fp32", pins={}))
+    except CannotWork:
+        return False
+    return True
+
+
+def _plan_of(planned: Plan, layout: Layout, stages: tuple[tuple[str, ...], ...], precision: str, job: Job) -> Plan:
+    """A plan to run as it is: what it predicts is of the plan it came from."""
+    chosen = dataclasses.replace(
+        planned.chosen,
+        layout=layout,
+        stages=stages,
+        precision=precision,
+        compiled=False,
+        micro_batches=layout.micro_batches(job.train.global_batch),
+    )
+    return dataclasses.replace(planned, chosen=chosen)
+
+
+def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> Comparison:
+    with tempfile.TemporaryDirectory(prefix="meshwright-verify-") as folder:
+        reference, other = Path(folder, "one-device"), Path(folder, "layout")
+        expected = _train(reference, job, single, data_from=None)
+        found = _train(other, job, split, data_from=reference)
+        losses = list(zip(expected, found, strict=True))
+        return compare(reference / "gradients", other / "gradients", losses, tolerance)
+
+
+def _disagreement(layout: Layout, found: Comparison, tolerance: float) -> Problem:
+    first: Difference | None = found.parted
+    assert first is not None
+    what = "the loss" if first.tensor == "loss" else f"the gradient of {first.tensor}"
+    return Problem(
+        f"layout {layout}, step {first.step}",
+        f"{what} differs from one device's by {first.relative:.1e} relative, more than {tolerance:.0e}",
+        f"largest over all steps: loss {found.loss.relative:.1e} at step {found.loss.step}, gradient "
+        f"{found.gradient.relative:.1e} ({found.gradient.tensor}) at step {found.gradient.step}",
+    )
+
+
+def _short(job: Job, steps: int, precision: str) -> Job:
+    """The same job, `steps` long, without checkpoints or measurements on the way, and uncompiled."""
+    sections: dict[str, Any] = job.as_dict()
+    train = {"steps": steps, "precision": precision, "eval_every": 0, "eval_batches": 1, "compile": False}
+    sections["train"] |= train
+    sections["train"]["warmup_steps"] = min(sections["train"]["warmup_steps"], steps // 4)
+    sections["checkpoint"] |= {"every": 0}
+    return Job(**sections)
+
+
+def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[float]:
+    """Runs one of the two; returns its losses by step."""
+    run = RunFolder(path).create()
+    run.write_job(job_to_toml(job))
+    run.write_plan(plan.as_dict())
+    if data_from is None:
+        data.build_manifest(job, run.manifest)
+    else:
+        shutil.copytree(RunFolder(data_from).manifest, run.manifest)
+    payload = {"run": str(path), "record": str(path / "gradients")}
+    environment = {"OMP_NUM_THREADS": "1"}
+    with launch.local(
+        "meshwright.train:work", payload, plan.chosen.layout.devices, run.logs, env=environment
+    ) as started:
+        started.wait()
+    losses = [float(event["loss"]) for event in run.steps()]
+    if len(losses) != job.train.steps:
+        raise CannotWork(Problem(str(path), f"recorded {len(losses)} of {job.train.steps} steps"))
+    return losses
