@@ -1,0 +1,76 @@
+"""Keys and values of past tokens: one contiguous slot a request, growing by doubling up to a fixed limit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meshwright.engine.scheduler import Move
+
+_FIRST_LENGTH = 128
+
+
+class KeyValueCache:
+    """`layers` tensors [2, slots, kv_heads, length, head_dim], keys first.
+
+    Grows on demand to max_batch slots of max_len tokens, never past it.
+
+    Slots instead of pages: on a CPU a gather through a page table costs as much as the attention itself, while the
+    scheduler keeps the slots in use without holes, so a batch of requests is a slice. New room is zero, so that rows
+    nobody reads never hold a NaN.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_batch: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.max_batch, self.max_len = max_batch, max_len
+        self.slots, self.length = 1, min(_FIRST_LENGTH, max_len)
+        self._kv_heads, self._head_dim = kv_heads, head_dim
+        shape = (2, self.slots, kv_heads, self.length, head_dim)
+        self.tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    @property
+    def bytes(self) -> int:
+        """Memory held now."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Have room for `slots` slots of `length` tokens. Past the limits is a bug of the caller."""
+        assert slots <= self.max_batch and length <= self.max_len, (slots, length)
+        if slots <= self.slots and length <= self.length:
+            return
+        new_slots = self.slots if slots <= self.slots else min(self.max_batch, max(slots, 2 * self.slots))
+        new_length = self.length if length <= self.length else min(self.max_len, max(length, 2 * self.length))
+        for index, old in enumerate(self.tensors):
+            new = old.new_zeros((2, new_slots, self._kv_heads, new_length, self._head_dim))
+            new[:, : self.slots, :, : self.length] = old
+            self.tensors[index] = new
+        self.slots, self.length = new_slots, new_length
+
+    def apply(self, moves: tuple[Move, ...]) -> None:
+        """Carry out the scheduler's moves, in order."""
+        for move in moves:
+            for tensor in self.tensors:
+                tensor[:, move.target, :, : move.length] = tensor[:, move.source, :, : move.length]
+
+    def flat(self) -> list[Tensor]:
+        """Each layer as rows of one head: [2 x slots x kv_heads x length, head_dim]."""
+        return [tensor.view(-1, self._head_dim) for tensor in self.tensors]
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Indices into `flat` for tokens at slots [N], positions [N]: N times the key of every head, then the value."""
+        heads = torch.arange(self._kv_heads, device=slots.device) * self.length
+        each = torch.cat((heads, heads + self.slots * self._kv_heads * self.length))
+        return ((slots * (self._kv_heads * self.length) + positions)[:, None] + each).view(-1)
+
+
+def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Cache bytes of one token."""
+    return layers * 2 * kv_heads * head_dim * dtype.itemsize

@@ -1,0 +1,212 @@
+"""The engine: schedule, run, postprocess, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshwright.engine.cache import bytes_per_token
+from meshwright.engine.folder import ModelFolder, check_split, find_model, read_config, read_weights
+from meshwright.engine.ranks import Context, Ranks, join, leave
+from meshwright.engine.request import Event, Request, check
+from meshwright.engine.runner import Decoder
+from meshwright.engine.sampler import sample
+from meshwright.engine.scheduler import Running, Scheduler
+from meshwright.errors import CannotWork, InputError, Problem, nearest_name
+
+PRECISIONS = ("auto", "fp32", "bf16")
+#: Of the memory free at the start, the most that the cache may come to hold when `max_len` is left to the engine.
+_CACHE_SHARE = 0.5
+
+
+class Engine:
+    """Completions for many requests at once, from one model.
+
+    `step` makes one token for every request that runs; requests join and leave between steps. `submit` and `cancel`
+    may be called from any thread; `step` from one at a time. On ranks other than 0 there is only `follow`.
+    """
+
+    def __init__(self, model: ModelFolder, decoder: Decoder, ranks: Ranks) -> None:
+        self.folder, self.shape, self.eos_ids = model.folder, model.shape, model.eos_ids
+        self.vocab = model.shape.vocab
+        self.max_batch, self.max_len = decoder.cache.max_batch, decoder.cache.max_len
+        self._decoder, self._ranks = decoder, ranks
+        self._scheduler = Scheduler(self.max_batch)
+        self._ids = itertools.count()
+        self._lock = threading.Lock()  # around the scheduler; never held while the model runs
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        max_batch: int = 16,
+        max_len: int | None = None,
+        precision: str = "auto",
+        threads: int | None = None,
+        context: Context | None = None,
+    ) -> Engine:
+        """An engine for a run, a checkpoint, or a Hugging Face folder of Llama, Mistral, Qwen2 or Qwen3.
+
+        max_batch: requests that run at once. max_len: tokens of a request, prompt and completion; None is what the
+        model allows, less where max_batch such requests would not fit half of the free memory. precision: "auto" is
+        what the folder's config names. threads: None leaves torch's setting. context: this process's place among
+        tensor-parallel ones; every one of them opens the engine, rank 0 uses it and the others call `follow`.
+
+        Raises InputError for a folder that cannot be read or a wrong argument, CannotWork if it does not split so.
+        """
+        if precision not in PRECISIONS:
+            raise InputError(Problem("precision", f"{precision!r} is not known", nearest_name(precision, PRECISIONS)))
+        for name, value in (("max_batch", max_batch), ("max_len", max_len), ("threads", threads)):
+            if value is not None and value < 1:
+                raise InputError(Problem(name, f"is {value}", "at least 1"))
+        model = read_config(find_model(Path(folder)))
+        dtype = {"auto": model.precision, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        if context is not None:
+            check_split(model.shape, Ranks(context.rank, context.world))
+        if threads is not None:
+            torch.set_num_threads(threads)
+        ranks = join(context)
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        limit = _room(model, ranks, max_batch, max_len, dtype)
+        weights = read_weights(model, ranks, dtype, device)
+        return cls(model, Decoder(model.shape, weights, ranks, max_batch, limit), ranks)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return self._scheduler.waiting
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that this rank's cache holds now."""
+        return self._decoder.cache.bytes
+
+    def submit(self, request: Request) -> int:
+        """Queue `request`; its id is in its events. Raises InputError for one that this model cannot answer."""
+        check(request, self.vocab, self.max_len)
+        stop_ids = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
+        most = self.max_len - len(request.prompt_ids)
+        with self._lock:
+            running = Running(
+                id=next(self._ids),
+                request=request,
+                max_tokens=most if request.max_tokens is None else request.max_tokens,
+                stop_ids=stop_ids,
+                random=random.Random(request.seed),
+            )
+            self._scheduler.add(running)
+        return running.id
+
+    def cancel(self, id: int) -> bool:
+        """Forget a request: its slot is free at once and no event of it follows. False if it is not there any more."""
+        with self._lock:
+            return self._scheduler.remove(id)
+
+    def step(self) -> list[Event]:
+        """Run one step: at most one token for each running request. An empty list when prompts are still being read,
+        or when there is nothing to do (`running` and `waiting` are then 0)."""
+        with self._lock:
+            scheduled = self._scheduler.schedule()
+        if scheduled is None:
+            return []
+        work, sampled = scheduled
+        self._ranks.send(work)
+        logits = self._decoder.run(work)
+        assert logits is not None, "step is rank 0's"
+        if not sampled:
+            return []
+        tokens, logprobs = sample(logits, sampled)
+        chances = dict(zip((running.id for running in sampled), logprobs, strict=True))
+        with self._lock:
+            done = self._scheduler.postprocess(zip(sampled, tokens, strict=True))
+        return [Event(running.id, token, reason, chances[running.id]) for running, token, reason in done]
+
+    def generate(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Iterator[tuple[int, Event]]:
+        """Complete every prompt; yields (index of the prompt, event) as tokens come. `fields` are those of Request.
+
+        For an engine of one's own: raises CannotWork while other requests run, whose events it would swallow. Request
+        `seed` s becomes s + index, so that equal prompts differ. Left early, it cancels what still runs.
+        """
+        if self.running or self.waiting:
+            raise CannotWork(Problem("generate", "other requests are running", "use submit and step"))
+        seed = fields.pop("seed", None)
+        base = Request(prompt_ids=(), **fields)
+        requests = [
+            replace(base, prompt_ids=tuple(prompt), seed=None if seed is None else seed + index)
+            for index, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            check(request, self.vocab, self.max_len)
+        index_of = {self.submit(request): index for index, request in enumerate(requests)}
+        try:
+            while self.running or self.waiting:
+                for event in self.step():
+                    yield index_of[event.id], event
+        finally:
+            for id in index_of:
+                self.cancel(id)
+
+    def follow(self) -> None:
+        """Ranks other than 0: do what rank 0 does until it closes."""
+        assert self._ranks.rank > 0, "rank 0 leads"
+        while (work := self._ranks.receive()) is not None:
+            self._decoder.run(work)
+        self.close()
+
+    def close(self) -> None:
+        """Let the other ranks go. The engine cannot be used afterwards; closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ranks.rank == 0:
+            self._ranks.send(None)
+        leave(self._ranks)
+
+
+def _room(model: ModelFolder, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
+    """Tokens a request may have. Raises InputError for a `max_len` past what the model was made for."""
+    longest = model.longest
+    if max_len is not None:
+        if max_len > longest:
+            window = model.shape.sliding_window
+            why = f"its sliding window is {window} tokens" if window == longest else f"it has {longest} positions"
+            raise InputError(Problem("max_len", f"{max_len} is past what the model does: {why}", f"at most {longest}"))
+        return max_len
+    shape = model.shape
+    token_bytes = bytes_per_token(shape.layers, shape.kv_heads // ranks.world, shape.head_dim, dtype)
+    fits = int(_free_bytes() * _CACHE_SHARE / ranks.world) // (token_bytes * max_batch)
+    if fits < 2:
+        raise CannotWork(
+            Problem("max_batch", f"a cache for {max_batch} requests does not fit in memory", "a smaller one")
+        )
+    return ranks.agree(min(longest, fits))
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,101 @@
+"""What tensor-parallel ranks say to each other: work as integers from rank 0, sums, and logits back to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshwright.engine.scheduler import Work
+
+#: Integers that the first broadcast of a step carries; a step of decoding fits, one that reads prompts sends the rest.
+_FIRST = 128
+#: A rank waits for the next request as long as it takes; that a rank died is seen by `launch`, which ends the others.
+_PATIENCE = timedelta(days=365)
+
+
+class Context(Protocol):
+    """Who this process is among those started together; what `launch` hands to the function that it starts."""
+
+    rank: int
+    world: int
+    store_path: Path
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` tensor-parallel ones. With a world of one every method gives back its input."""
+
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x over the ranks, on every rank. In fp32 between processes: partial sums of bf16 lose digits."""
+        if self.world == 1:
+            return x
+        total = x.float() if x.dtype is not torch.float32 else x
+        dist.all_reduce(total)
+        return total.to(x.dtype)
+
+    def gather(self, logits: Tensor, vocab: int) -> Tensor | None:
+        """Rank 0: logits [R, vocab] from the ranks' parts [R, rows of a part]; the others: None."""
+        if self.world == 1:
+            return logits
+        part = logits.float()
+        parts = [torch.empty_like(part) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(part, parts)
+        return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab]
+
+    def agree(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        if self.world == 1:
+            return value
+        smallest = torch.tensor(value)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def send(self, work: Work | None) -> None:
+        """Rank 0: tell the others what to do next; None is the end."""
+        if self.world == 1:
+            return
+        numbers = work.encode() if work is not None else []
+        first = torch.zeros(_FIRST, dtype=torch.int64)
+        held = numbers[: _FIRST - 1]
+        first[: len(held) + 1] = torch.tensor([len(numbers), *held], dtype=torch.int64)
+        dist.broadcast(first, 0)
+        if len(numbers) > len(held):
+            dist.broadcast(torch.tensor(numbers[len(held) :], dtype=torch.int64), 0)
+
+    def receive(self) -> Work | None:
+        """Other ranks: what `send` was given."""
+        first = torch.zeros(_FIRST, dtype=torch.int64)
+        dist.broadcast(first, 0)
+        count, *held = first.tolist()
+        if count == 0:
+            return None
+        if count > len(held):
+            rest = torch.zeros(count - len(held), dtype=torch.int64)
+            dist.broadcast(rest, 0)
+            held += rest.tolist()
+        return Work.decode(held[:count])
+
+
+def join(context: Context | None) -> Ranks:
+    """The ranks of `context`, joined through the file store in its private folder; one rank without a context."""
+    if context is None or context.world == 1:
+        return Ranks()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.FileStore(str(context.store_path), context.world)
+    dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world, timeout=_PATIENCE)
+    return Ranks(context.rank, context.world)
+
+
+def leave(ranks: Ranks) -> None:
+    """Take the process group down."""
+    if ranks.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,54 @@
+"""From logits to tokens. Each request draws from a generator of its own, so its neighbours do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meshwright.engine.request import Request
+from meshwright.engine.scheduler import Running
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: Sequence[Running]) -> tuple[list[int], list[float | None]]:
+    """A token for each row of logits [R, V], and its log-probability where the request asks for it."""
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    logprobs: list[float | None] = [None] * len(tokens)
+    for row, sequence in enumerate(sequences):
+        request = sequence.request
+        if request.temperature > 0:
+            tokens[row] = draw(logits[row], request, sequence.random.random())
+        if request.logprobs:
+            line = logits[row].float()
+            logprobs[row] = float(line[tokens[row]] - line.logsumexp(dim=-1))
+    return tokens, logprobs
+
+
+def draw(logits: Tensor, request: Request, chance: float) -> int:
+    """The token at quantile `chance` (0 <= chance < 1) of softmax(logits [V] / temperature), cut as asked.
+
+    The cuts follow the usual order: the `top_k` likeliest; of those the fewest likeliest that hold `top_p` of what is
+    left; then those at least `min_p` times as likely as the best.
+    """
+    scaled = logits.double() / request.temperature
+    if request.top_k == 0 and request.top_p >= 1 and request.min_p == 0:
+        probability = torch.softmax(scaled, dim=-1)
+        return _at_quantile(probability, chance)
+    count = min(request.top_k or scaled.shape[0], scaled.shape[0])
+    best, ids = torch.topk(scaled, count)  # likeliest first
+    probability = torch.softmax(best, dim=-1)
+    keep = torch.ones_like(probability, dtype=torch.bool)
+    if request.top_p < 1:
+        keep &= probability.cumsum(-1) - probability < request.top_p
+    if request.min_p > 0:
+        keep &= probability >= request.min_p * probability[0]
+    return int(ids[_at_quantile(probability * keep, chance)])
+
+
+def _at_quantile(weights: Tensor, chance: float) -> int:
+    """Index at which the running sum of weights [V] passes `chance` of their total; never one of weight 0."""
+    running = weights.cumsum(-1)
+    index = int(torch.searchsorted(running, running[-1] * chance, right=True))
+    return min(index, int(weights.nonzero()[-1]))

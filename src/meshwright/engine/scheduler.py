@@ -1,0 +1,233 @@
+"""Who runs in the next step: continuous batching over a fixed number of slots, in plain integers (no torch)."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from meshwright.engine.request import Request
+
+#: Prompt tokens that one step takes in, over all requests: bounds how long a new prompt delays the running ones.
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Move:
+    """Copy the first `length` cached tokens of slot `source` to slot `target`, before anything else of a step."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of prompt tokens of one slot, at positions `start` on. After the `last` one a token is sampled."""
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step, as every rank sees it.
+
+    `tokens[s]` at `positions[s]` is what slot s decodes. Slots in use are 0..n-1 without holes, and one that still
+    reads its prompt takes part with token 0 at the next free position, which the step after overwrites: so attention
+    runs over a plain slice of the cache. `decoding` lists the slots whose row is sampled. Both tuples are empty when
+    nothing decodes.
+    """
+
+    moves: tuple[Move, ...] = ()
+    tokens: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    decoding: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()
+
+    def encode(self) -> list[int]:
+        """As plain integers, the only form in which work crosses processes."""
+        head = [len(self.moves), len(self.tokens), len(self.decoding), len(self.segments)]
+        moves = [number for move in self.moves for number in (move.source, move.target, move.length)]
+        out = [*head, *moves, *self.tokens, *self.positions, *self.decoding]
+        for segment in self.segments:
+            out += [segment.slot, segment.start, int(segment.last), len(segment.tokens), *segment.tokens]
+        return out
+
+    @staticmethod
+    def decode(numbers: Sequence[int]) -> Work:
+        """What `encode` wrote."""
+        moves, rows, decoding, segments = numbers[:4]
+        at = 4
+
+        def take(count: int) -> tuple[int, ...]:
+            nonlocal at
+            at += count
+            return tuple(numbers[at - count : at])
+
+        moved = tuple(Move(*take(3)) for _ in range(moves))
+        tokens, positions, sampled = take(rows), take(rows), take(decoding)
+        parts = []
+        for _ in range(segments):
+            slot, start, last, length = take(4)
+            parts.append(Segment(slot, start, take(length), bool(last)))
+        return Work(moved, tokens, positions, sampled, tuple(parts))
+
+
+class Slots:
+    """Hands out cache slots so that those in use are always 0..n-1: what makes a batch a slice, never a gather."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._owners: list[int] = []
+
+    @property
+    def used(self) -> int:
+        return len(self._owners)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Request ids by slot."""
+        return tuple(self._owners)
+
+    def acquire(self, owner: int) -> int | None:
+        """The slot now owned by `owner`, or None when all are taken."""
+        if len(self._owners) == self.count:
+            return None
+        self._owners.append(owner)
+        return len(self._owners) - 1
+
+    def release(self, slot: int) -> int | None:
+        """Free `slot`. Where that would leave a hole, the highest slot's owner moves in: its id is returned."""
+        moved = self._owners.pop()
+        if slot == len(self._owners):
+            return None
+        self._owners[slot] = moved
+        return moved
+
+
+@dataclass(eq=False)
+class Running:
+    """A request on its way: `cached` tokens are in the cache or in the step now running."""
+
+    id: int
+    request: Request
+    max_tokens: int
+    stop_ids: frozenset[int]
+    random: random.Random
+    slot: int = -1
+    cached: int = 0
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a part of the prompt is still to be read."""
+        return self.cached < len(self.request.prompt_ids)
+
+
+class Scheduler:
+    """First come, first served: running requests decode every step; free slots take in the next prompts, in chunks."""
+
+    def __init__(self, max_batch: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self.slots = Slots(max_batch)
+        self._chunk_tokens = chunk_tokens
+        self._waiting: deque[Running] = deque()
+        self._running: dict[int, Running] = {}
+        self._moves: list[Move] = []
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Running) -> None:
+        """Queue a request."""
+        self._waiting.append(sequence)
+
+    def remove(self, id: int) -> bool:
+        """Forget a request, waiting or running; its slot is free at once. False if there is none of that id."""
+        sequence = self._running.pop(id, None)
+        if sequence is None:
+            before = len(self._waiting)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.id != id)
+            return len(self._waiting) < before
+        moved = self.slots.release(sequence.slot)
+        if moved is not None:
+            other = self._running[moved]
+            self._moves.append(Move(other.slot, sequence.slot, other.cached))
+            other.slot = sequence.slot
+        return True
+
+    def __contains__(self, sequence: object) -> bool:
+        """Whether this very sequence still runs: it may have been cancelled while a step was under way."""
+        return isinstance(sequence, Running) and self._running.get(sequence.id) is sequence
+
+    def schedule(self) -> tuple[Work, list[Running]] | None:
+        """The next step and the sequences that it samples a token for, in the order of its logits; None when idle."""
+        self._admit()
+        if not self._running:
+            self._moves.clear()
+            return None
+        moves, self._moves = tuple(self._moves), []
+        segments, finishing = self._read_prompts()
+        by_slot = [self._running[owner] for owner in self.slots.owners]
+        fresh = {id(sequence) for sequence in finishing}
+        decoding = [s for s in by_slot if not s.reading and id(s) not in fresh]
+        if not decoding:
+            return Work(moves=moves, segments=tuple(segments)), finishing
+        sampled = {id(sequence) for sequence in decoding}
+        tokens = tuple(s.generated[-1] if id(s) in sampled else 0 for s in by_slot)
+        positions = tuple(s.cached for s in by_slot)
+        for sequence in decoding:
+            sequence.cached += 1
+        work = Work(moves, tokens, positions, tuple(s.slot for s in decoding), tuple(segments))
+        return work, decoding + finishing
+
+    def _admit(self) -> None:
+        while self._waiting:
+            slot = self.slots.acquire(self._waiting[0].id)
+            if slot is None:
+                return
+            sequence = self._waiting.popleft()
+            sequence.slot = slot
+            self._running[sequence.id] = sequence
+
+    def _read_prompts(self) -> tuple[list[Segment], list[Running]]:
+        """Segments for this step, oldest request first, and the sequences whose prompt they complete."""
+        room = self._chunk_tokens
+        segments: list[Segment] = []
+        finishing: list[Running] = []
+        for sequence in self._running.values():
+            if not sequence.reading or room == 0:
+                continue
+            start = sequence.cached
+            tokens = sequence.request.prompt_ids[start : start + room]
+            sequence.cached += len(tokens)
+            room -= len(tokens)
+            segments.append(Segment(sequence.slot, start, tuple(tokens), not sequence.reading))
+            if not sequence.reading:
+                finishing.append(sequence)
+        return segments, finishing
+
+    def postprocess(self, sampled: Iterable[tuple[Running, int]]) -> list[tuple[Running, int, str | None]]:
+        """Record a token a sequence and free the slots of those that end; what was cancelled meanwhile is left out."""
+        out = []
+        for sequence, token in sampled:
+            if sequence not in self:
+                continue
+            sequence.generated.append(token)
+            reason = None
+            if token in sequence.stop_ids:
+                reason = "stop"
+            elif len(sequence.generated) >= sequence.max_tokens:
+                reason = "length"
+            if reason:
+                self.remove(sequence.id)
+            out.append((sequence, token, reason))
+        return out

@@ -1,0 +1,162 @@
+"""Requests join, leave and are cancelled without their neighbours noticing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from meshwright.engine import Engine, Event, Request
+from meshwright.errors import CannotWork, InputError
+
+VOCAB = 199
+
+
+def prompt(seed: int, length: int = 9) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(VOCAB) for _ in range(length))
+
+
+def drain(engine: Engine) -> dict[int, list[Event]]:
+    events: dict[int, list[Event]] = {}
+    while engine.running or engine.waiting:
+        for event in engine.step():
+            events.setdefault(event.id, []).append(event)
+    return events
+
+
+def test_tokens_do_not_depend_on_the_batch(llama: Path) -> None:
+    """Greedy and seeded requests give alone what they give among others that come and go at other times."""
+    requests = [
+        Request(prompt(seed, 5 + 7 * seed), max_tokens=10 + seed, temperature=0.8 * (seed % 2), seed=seed, top_p=0.9)
+        for seed in range(7)
+    ]
+    alone = []
+    with Engine.open(llama, max_batch=1) as engine:
+        for request in requests:
+            id = engine.submit(request)
+            alone.append([event.token for event in drain(engine)[id]])
+    with Engine.open(llama, max_batch=3) as engine:
+        ids, together = [], {}
+        for request in requests:
+            ids.append(engine.submit(request))
+            for event in engine.step():
+                together.setdefault(event.id, []).append(event.token)
+        for id, events in drain(engine).items():
+            together.setdefault(id, []).extend(event.token for event in events)
+    assert [together[id] for id in ids] == alone
+
+
+def test_another_seed_is_another_completion(llama: Path) -> None:
+    with Engine.open(llama) as engine:
+        out = [[], [], []]
+        for index, event in engine.generate([prompt(0)] * 3, max_tokens=20, temperature=1.5, seed=4):
+            out[index].append(event.token)
+        again = [event.token for _, event in engine.generate([prompt(0)], max_tokens=20, temperature=1.5, seed=4)]
+    assert out[0] != out[1] != out[2]
+    assert out[0] == again
+
+
+def test_requests_join_running_ones(llama: Path) -> None:
+    with Engine.open(llama, max_batch=2) as engine:
+        first = engine.submit(Request(prompt(1), max_tokens=30))
+        assert [event.id for event in engine.step()] == [first]
+        second = engine.submit(Request(prompt(2), max_tokens=3))
+        third = engine.submit(Request(prompt(3), max_tokens=3))
+        assert {event.id for event in engine.step()} == {first, second}
+        assert (engine.running, engine.waiting) == (2, 1)
+        events = drain(engine)
+    assert [event.finish_reason for event in events[third]] == [None, None, "length"]
+    assert len(events[first]) == 28 and events[first][-1].finish_reason == "length"
+
+
+def test_cancel_frees_the_slot_at_once(llama: Path) -> None:
+    with Engine.open(llama, max_batch=1) as engine:
+        long = engine.submit(Request(prompt(1), max_tokens=200))
+        engine.step()
+        engine.step()
+        short = engine.submit(Request(prompt(2), max_tokens=2))
+        assert engine.cancel(long) and not engine.cancel(long)
+        assert (engine.running, engine.waiting) == (0, 1)
+        events = drain(engine)
+        assert set(events) == {short}
+        assert engine.cancel(999) is False
+
+
+def test_a_request_cancelled_while_a_step_runs_gives_no_event(llama: Path) -> None:
+    with Engine.open(llama, max_batch=2) as engine:
+        kept, gone = (engine.submit(Request(prompt(seed), max_tokens=40)) for seed in (1, 2))
+        engine.step()
+        seen = []
+        inside, go_on = threading.Event(), threading.Event()
+        run = engine._decoder.run
+
+        def slow(work):  # type: ignore[no-untyped-def]
+            inside.set()
+            go_on.wait(10)
+            return run(work)
+
+        engine._decoder.run = slow  # type: ignore[method-assign]
+        thread = threading.Thread(target=lambda: seen.extend(engine.step()))
+        thread.start()
+        inside.wait(10)
+        assert engine.cancel(gone)
+        go_on.set()
+        thread.join()
+        assert [event.id for event in seen] == [kept]
+
+
+def test_stop_ids_and_eos(llama: Path) -> None:
+    with Engine.open(llama) as engine:
+        plain = [event.token for _, event in engine.generate([prompt(5)], max_tokens=8)]
+        stop = plain[3]
+        cut = [event for _, event in engine.generate([prompt(5)], max_tokens=8, stop_ids=(stop,))]
+        assert cut[-1].token == stop and cut[-1].finish_reason == "stop" and len(cut) == plain.index(stop) + 1
+        engine.eos_ids = frozenset({stop})
+        assert len(list(engine.generate([prompt(5)], max_tokens=8))) == plain.index(stop) + 1
+        assert len(list(engine.generate([prompt(5)], max_tokens=8, ignore_eos=True))) == 8
+
+
+def test_a_prompt_longer_than_a_chunk_and_than_the_first_cache(llama: Path) -> None:
+    """Read in parts, over a cache that grows meanwhile, a prompt gives what it gives in one part."""
+    out = {}
+    for chunk in (512, 16):
+        with Engine.open(llama, max_batch=2) as engine:
+            engine._scheduler._chunk_tokens = chunk
+            small = engine.submit(Request(prompt(9, 4), max_tokens=60))
+            large = engine.submit(Request(prompt(8, 200), max_tokens=20))
+            events = drain(engine)
+            out[chunk] = [[event.token for event in events[id]] for id in (small, large)]
+    assert out[512] == out[16]
+
+
+def test_max_tokens_defaults_to_what_fits(llama: Path) -> None:
+    with Engine.open(llama, max_len=20) as engine:
+        assert len(list(engine.generate([prompt(1)]))) == 11
+
+
+def test_wrong_requests_name_the_limit(llama: Path) -> None:
+    with Engine.open(llama, max_len=32) as engine:
+        with pytest.raises(InputError, match=r"prompt: has 40 tokens; this engine holds 32.*at most 31"):
+            engine.submit(Request(prompt(1, 40)))
+        with pytest.raises(InputError, match=r"max_tokens.*at most 22"):
+            engine.submit(Request(prompt(1, 10), max_tokens=23))
+        with pytest.raises(InputError) as caught:
+            engine.submit(Request((VOCAB,), temperature=-1.0, top_p=0.0, top_k=-1, min_p=2.0, max_tokens=0))
+        wrong = {problem.where for problem in caught.value.problems}
+        assert wrong == {"prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens"}
+        with pytest.raises(InputError, match="empty"):
+            engine.submit(Request(()))
+        assert (engine.running, engine.waiting) == (0, 0)
+
+
+def test_generate_left_early_cancels(llama: Path) -> None:
+    with Engine.open(llama) as engine:
+        for _, _ in engine.generate([prompt(1), prompt(2)], max_tokens=50):
+            break
+        assert (engine.running, engine.waiting) == (0, 0)
+        engine.submit(Request(prompt(1), max_tokens=5))
+        with pytest.raises(CannotWork, match="use submit and step"):
+            next(engine.generate([prompt(1)]))

@@ -1,0 +1,66 @@
+"""Sampling: the cuts, the distribution, and the log-probabilities."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from meshwright.engine.request import Request
+from meshwright.engine.sampler import draw, sample
+from meshwright.engine.scheduler import Running
+
+LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))
+
+
+def drawn(**fields: float) -> set[int]:
+    request = Request(prompt_ids=(1,), temperature=1.0, **fields)  # type: ignore[arg-type]
+    return {draw(LOGITS, request, step / 1000) for step in range(1000)}
+
+
+def test_no_cut_reaches_every_token() -> None:
+    assert drawn() == {0, 1, 2, 3, 4}
+
+
+def test_top_k() -> None:
+    assert drawn(top_k=2) == {1, 2}
+    assert drawn(top_k=99) == {0, 1, 2, 3, 4}
+
+
+def test_top_p_is_the_fewest_that_hold_it() -> None:
+    assert drawn(top_p=0.3) == {1}
+    assert drawn(top_p=0.6) == {1, 2}
+    assert drawn(top_p=0.84) == {1, 2, 3}
+
+
+def test_min_p_is_relative_to_the_best() -> None:
+    assert drawn(min_p=0.45) == {1, 2, 3}
+
+
+def test_cuts_combine() -> None:
+    assert drawn(top_k=4, min_p=0.3, top_p=0.8) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature: float) -> None:
+    request = Request(prompt_ids=(1,), temperature=temperature)
+    steps = 4000
+    counts = torch.zeros(5)
+    for step in range(steps):
+        counts[draw(LOGITS, request, (step + 0.5) / steps)] += 1
+    assert torch.allclose(counts / steps, torch.softmax(LOGITS / temperature, -1), atol=2e-3)
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf])
+    for chance in (0.0, 0.5, 1 - 2**-53):
+        assert draw(logits, Request(prompt_ids=(1,), temperature=1.0), chance) == 1
+
+
+def test_greedy_and_logprobs() -> None:
+    wanted = Running(0, Request(prompt_ids=(1,), logprobs=True), 1, frozenset(), random.Random(0))
+    silent = Running(1, Request(prompt_ids=(1,)), 1, frozenset(), random.Random(0))
+    tokens, logprobs = sample(torch.stack((LOGITS, LOGITS)) + 3.0, [wanted, silent])
+    assert tokens == [1, 1]
+    assert logprobs[0] == pytest.approx(-0.9163, abs=1e-3) and logprobs[1] is None
