@@ -1,0 +1,182 @@
+"""From chat messages to a prompt: the model's own template, or a plain default."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from meshwright.errors import InputError, Problem
+from meshwright.serve.refusal import Refusal, bad_request
+
+#: For a model without a template: each message as "role: words", then the word that the model goes on from.
+DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+MAX_TEMPLATE_BYTES = 256 << 10
+MAX_CONFIG_BYTES = 16 << 20
+RENDER_CPU_SECONDS = 2.0
+RENDER_WALL_SECONDS = 20.0
+
+_PROGRAM = Path(__file__).with_name("template.py")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """`source` in jinja2; `special` are the names it may use (bos_token and the like); `own` if the model brought it.
+
+    A model's own template writes the special tokens itself; after the default one the tokenizer adds them.
+    """
+
+    source: str
+    special: dict[str, str]
+    own: bool
+
+
+def _read_capped(path: Path, cap: int) -> str:
+    if path.stat().st_size > cap:
+        raise InputError(Problem(str(path), f"larger than {cap} bytes, which no chat template needs"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(Problem(str(path), "not UTF-8 text")) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(_read_capped(path, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(Problem(str(path), "not readable as JSON")) from error
+    if not isinstance(config, dict):
+        raise InputError(Problem(str(path), "not a JSON object"))
+    return config
+
+
+def _special(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token and the like, which the file holds as a text or as {"content": text}."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def read_chat_template(folder: Path) -> ChatTemplate:
+    """The template of a model folder: chat_template.jinja, else tokenizer_config.json's, else the default.
+
+    Raises InputError where a file is there but cannot be read as what it claims to be.
+    """
+    config = _read_config(folder / "tokenizer_config.json")
+    special = _special(config)
+    beside = folder / "chat_template.jinja"
+    if beside.is_file():
+        return ChatTemplate(_read_capped(beside, MAX_TEMPLATE_BYTES), special, own=True)
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named ones
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
+    if source is None:
+        return ChatTemplate(DEFAULT_TEMPLATE, special, own=False)
+    if not isinstance(source, str) or len(source) > MAX_TEMPLATE_BYTES:
+        where = f"{folder / 'tokenizer_config.json'}: chat_template"
+        raise InputError(Problem(where, f"not a text of at most {MAX_TEMPLATE_BYTES} bytes"))
+    return ChatTemplate(source, special, own=True)
+
+
+class Renderer:
+    """Renders one template in a process of its own; `render` is for one task at a time inside, many outside."""
+
+    def __init__(self, template: ChatTemplate, *, cpu_seconds: float = RENDER_CPU_SECONDS) -> None:
+        """cpu_seconds: what compiling the template, and then each render, may take of a processor."""
+        self.template = template
+        self._cpu_seconds = cpu_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> Renderer:
+        """Starts the process, so that a template that does not compile is an InputError now and not a 400 later."""
+        async with self._turn:
+            fault = await self._start()
+        if fault is not None:
+            await self.close()
+            raise InputError(Problem("chat template", fault))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _start(self) -> str | None:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            str(_PROGRAM),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={},
+            cwd="/",
+        )
+        answer = await self._ask({"template": self.template.source, "cpu_seconds": self._cpu_seconds})
+        if answer is None:
+            return "it takes too long to compile"
+        return answer.get("error")
+
+    async def _ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """The process's answer, or None if it ended, or had to be ended, before one."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        body = json.dumps(message).encode()
+        try:
+            async with asyncio.timeout(RENDER_WALL_SECONDS):
+                process.stdin.write(struct.pack(">I", len(body)) + body)
+                await process.stdin.drain()
+                (length,) = struct.unpack(">I", await process.stdout.readexactly(4))
+                answer: dict[str, Any] = json.loads(await process.stdout.readexactly(length))
+                return answer
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            await self._end()
+            return None
+        except BaseException:  # cancelled between question and answer: the next reader must not get this answer
+            await self._end()
+            raise
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def render(self, messages: list[dict[str, str]]) -> str:
+        """The prompt for `messages`; raises Refusal (400) if the template refuses them or goes over its caps."""
+        values = {"messages": messages, "add_generation_prompt": True, **self.template.special}
+        async with self._turn:
+            running = self._process is not None and self._process.returncode is None
+            if not running and (fault := await self._start()) is not None:
+                raise Refusal(500, f"the model's chat template does not compile: {fault}", code="chat_template")
+            answer = await self._ask(values)
+        if answer is None:
+            raise bad_request("the model's chat template takes too long or too much memory", code="chat_template")
+        if "error" in answer:
+            raise bad_request(
+                f"the model's chat template refuses these messages: {answer['error']}",
+                param="messages",
+                code="chat_template",
+            )
+        text: str = answer["text"]
+        return text
+
+    async def close(self) -> None:
+        """Ends the process; safe to call twice."""
+        await self._end()

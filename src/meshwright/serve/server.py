@@ -1,0 +1,268 @@
+"""The process that serves: engine's ranks, sockets, signals, and an end without anything left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc.aio
+import uvicorn
+
+from meshwright import launch
+from meshwright.errors import InputError, Problem, RunFailed
+from meshwright.serve.access import Access, read_token
+from meshwright.serve.models import channel
+from meshwright.serve.models.chat import ChatTemplate, Renderer, read_chat_template
+from meshwright.serve.models.served import ServedModel
+from meshwright.serve.wires.grpc import grpc_server
+from meshwright.serve.wires.http import http_app
+from meshwright.serve.wires.protocol import MAX_HEAD_BYTES, BoundedProtocol
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10.0
+MAX_CONNECTIONS = 1024
+
+
+class ServeConfig(Protocol):
+    """The [serve] section of a job."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def http_port(self) -> int: ...
+
+    @property
+    def grpc_port(self) -> int: ...
+
+    @property
+    def max_batch(self) -> int: ...
+
+    @property
+    def max_len(self) -> int | None: ...
+
+    @property
+    def token_file(self) -> Path | str | None: ...
+
+    @property
+    def tp(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server can be asked: what is printed, and written to the ready file."""
+
+    model: str
+    http: str
+    grpc: str
+    pid: int
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: `serve` ends HTTP, gRPC and the engine in one order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Wires:
+    """HTTP and gRPC for one model on one event loop."""
+
+    def __init__(self, model: ServedModel, renderer: Renderer, access: Access, host: str) -> None:
+        self._model = model
+        self._host = host
+        config = uvicorn.Config(
+            http_app(model, renderer, access),
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
+        )
+        self._http = _Server(config)
+        self._grpc: grpc.aio.Server = grpc_server(model, access)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, http_port: int, grpc_port: int) -> Addresses:
+        """Binds both ports, 0 meaning any free one; raises InputError where one cannot be had."""
+        listener = bind(self._host, http_port)
+        shown = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            bound = self._grpc.add_insecure_port(f"{shown}:{grpc_port}")
+        except RuntimeError as error:
+            listener.close()
+            what = f"cannot listen on {shown}:{grpc_port}"
+            raise InputError(Problem("serve.grpc_port", what, "0 picks a free port")) from error
+        await self._grpc.start()
+        self._serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        while not self._http.started:
+            await asyncio.sleep(0.005)
+            if self._serving.done():
+                self._serving.result()
+                raise RunFailed(Problem("serve", "HTTP ended at its start"))
+        http_port = listener.getsockname()[1]
+        return Addresses(self._model.name, f"http://{shown}:{http_port}", f"{shown}:{bound}", os.getpid())
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Takes nothing new, lets what runs end within `grace_seconds`, cancels the rest, closes every socket."""
+        self._model.drain()
+        self._http.should_exit = True  # closes the listening socket and idle connections, waits for the others
+        grpc_ended = asyncio.create_task(self._grpc.stop(grace_seconds + 1))
+        await self._model.close(grace_seconds)
+        await grpc_ended
+        if self._serving is not None:
+            await self._serving
+
+
+def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
+    """A listening TCP socket; raises InputError, naming `key`, where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "not a port"
+        raise InputError(Problem(key, f"cannot listen on {host}:{port}: {reason}", "0 picks a free port")) from error
+
+
+@contextlib.asynccontextmanager
+async def engine_processes(
+    folder: Path, config: ServeConfig, precision: str, private: Path
+) -> AsyncIterator[tuple[ServedModel, launch.Started]]:
+    """The engine's ranks, started and connected; ended on the way out. Raises what opening the model raises."""
+    connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
+
+    def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if connected.done():
+            writer.close()
+        else:
+            connected.set_result((reader, writer))
+
+    path = private / "engine.sock"
+    listener = await asyncio.start_unix_server(on_connect, path)
+    payload = {
+        "folder": str(folder.resolve()),
+        "name": model_name(folder),
+        "socket": str(path),
+        "max_batch": config.max_batch,
+        "max_len": config.max_len,
+        "precision": precision,
+    }
+    started = launch.local("meshwright.serve.models.worker:run", payload, config.tp, private)
+    try:
+        ended = asyncio.create_task(_ended(started))
+        either: set[asyncio.Future[Any]] = {connected, ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        listener.close()
+        if not connected.done():
+            started.wait()  # raises the error of the rank that failed
+            raise RunFailed(Problem("serve", "the engine ended before it was ready"))
+        ended.cancel()
+        try:
+            model = await ServedModel.connect(*connected.result())
+        except channel.ChannelClosed as error:
+            await asyncio.to_thread(started.wait)  # raises the error of the rank that failed
+            raise RunFailed(Problem("serve", "the engine ended before it was ready")) from error
+        yield model, started
+    finally:
+        listener.close()
+        await asyncio.to_thread(started.stop)
+
+
+def model_name(folder: Path) -> str:
+    """What clients call the model in `folder`: its name, or for a checkpoint of a run the run's."""
+    folder = folder.resolve()
+    if folder.name == "model" and folder.parent.name.startswith("step-"):
+        return folder.parents[2].name
+    return folder.name
+
+
+async def _ended(started: launch.Started) -> None:
+    while started.poll() == "running":
+        await asyncio.sleep(0.02)
+
+
+async def serve(
+    folder: Path, config: ServeConfig, precision: str, ready_file: Path | None, template: ChatTemplate, access: Access
+) -> None:
+    """Serves until SIGTERM or SIGINT; raises RunFailed if the engine ends by itself."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshwright-")))
+        renderer = await stack.enter_async_context(Renderer(template))
+        stopping = asyncio.create_task(stop.wait())
+        opening = asyncio.create_task(stack.enter_async_context(engine_processes(folder, config, precision, private)))
+        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening})
+            return
+        model, started = opening.result()
+        wires = Wires(model, renderer, access, config.host)
+        addresses = await wires.start(config.http_port, config.grpc_port)
+        announce(addresses, ready_file)
+        lost = asyncio.create_task(model.lost.wait())
+        await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+        failed = lost.done()
+        await wires.stop(GRACE_SECONDS)
+        lost.cancel()
+        stopping.cancel()
+        if failed and not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.to_thread(started.wait, 10)  # raises the error of the rank that failed
+            raise RunFailed(Problem("serve", "the engine ended by itself"))
+
+
+def announce(addresses: Addresses, ready_file: Path | None) -> None:
+    """One line of JSON on stdout, and the same in `ready_file`, there only once it is whole."""
+    line = json.dumps(asdict(addresses))
+    print(line, flush=True)
+    if ready_file is not None:
+        part = ready_file.with_name(ready_file.name + ".part")
+        part.write_text(line + "\n")
+        part.replace(ready_file)
+
+
+def main(
+    folder: Path | str, serve_config: ServeConfig, ready_file: Path | str | None = None, *, precision: str = "auto"
+) -> None:
+    """Serve the model in `folder` until SIGTERM or SIGINT, then return once nothing of it runs any more.
+
+    Prints one JSON line with the addresses, `{"model", "http", "grpc", "pid"}`, when it can be asked; `ready_file` gets
+    the same. Raises InputError (address, token file, model folder), CannotWork (the model does not fit), RunFailed
+    (the engine died).
+    """
+    folder = Path(folder)
+    token = None if serve_config.token_file is None else read_token(Path(serve_config.token_file))
+    access = Access(serve_config.host, token)
+    if not (folder / "config.json").is_file():
+        raise InputError(Problem(str(folder), "not a model folder: it has no config.json"))
+    template = read_chat_template(folder)
+    for key in ("http_port", "grpc_port"):  # said now, and not after the model is loaded
+        bind(serve_config.host, getattr(serve_config, key), f"serve.{key}").close()
+    ready = None if ready_file is None else Path(ready_file)
+    try:
+        asyncio.run(serve(folder, serve_config, precision, ready, template, access))
+    finally:
+        sys.stdout.flush()

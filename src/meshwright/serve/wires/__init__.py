@@ -1,0 +1,1 @@
+"""What clients speak: HTTP as OpenAI's clients do, gRPC as TorchServe's clients do."""

@@ -1,0 +1,133 @@
+"""Chat templates: a model's own, the default, and hostile ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from meshwright.errors import InputError
+from meshwright.serve.models.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer, read_chat_template
+from meshwright.serve.refusal import Refusal
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def render(source: str, messages=HELLO, special=None) -> str:
+    async def go() -> str:
+        async with Renderer(ChatTemplate(source, special or {}, own=True), cpu_seconds=0.5) as renderer:
+            return await renderer.render(messages)
+
+    return asyncio.run(go())
+
+
+def test_template_is_found_where_models_keep_it(tmp_path):
+    assert read_chat_template(tmp_path) == ChatTemplate(DEFAULT_TEMPLATE, {}, own=False)
+    config = {"chat_template": "A", "bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_chat_template(tmp_path) == ChatTemplate("A", {"bos_token": "<s>", "eos_token": "</s>"}, own=True)
+    config["chat_template"] = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_chat_template(tmp_path).source == "D"
+    (tmp_path / "chat_template.jinja").write_text("B")
+    assert read_chat_template(tmp_path).source == "B"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"chat_template": 5}', "[" * 100_000])
+def test_unreadable_config_is_bad_input(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        read_chat_template(tmp_path)
+
+
+def test_oversized_template_is_bad_input(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
+    with pytest.raises(InputError, match="larger than"):
+        read_chat_template(tmp_path)
+
+
+def test_default_template():
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
+    assert render(DEFAULT_TEMPLATE, messages) == "system: short\nuser: hi\nassistant:"
+
+
+def test_names_and_filters_of_hugging_face_templates():
+    source = (
+        "{{ bos_token }}{%- for m in messages %}{% if loop.first %}[{{ m['role'] }}]{% endif %}"
+        "{% generation %}{{ m.content | trim | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}{{ strftime_now('%Y') | length }}"
+    )
+    assert render(source, [{"role": "user", "content": " é "}], {"bos_token": "<s>"}) == '<s>[user]"é"<a>4'
+
+
+def test_template_equals_transformers():
+    pytest.importorskip("transformers")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (
+        "{% for message in messages %}\n    {%- if message.role == 'system' %}\n<<{{ message.content }}>>\n    "
+        "{%- else %}\n  {{ message.role }}: {{ message.content }}\n{% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}\nassistant:{% endif %}"
+    )
+    messages = [{"role": "system", "content": "a\nb"}, {"role": "user", "content": "<c>"}]
+    expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert render(source, messages) == expected[0]
+
+
+HOSTILE = {
+    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "mutation": "{% set _ = messages.append(1) %}x",
+    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{{ 'x' * 10**10 }}",
+    "power": "{{ 9 ** (9 ** (8 + messages | length)) }}",
+    "long": "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "range": "{{ range(10**9) | list }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "raises": "{{ raise_exception('only one user') }}",
+    "include": "{% include '/etc/passwd' %}",
+    "undefined": "{{ nothing.there.at.all }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_as_refusals(name):
+    with pytest.raises(Refusal) as caught:
+        render(HOSTILE[name])
+    assert caught.value.status == 400
+    assert "0x" not in caught.value.message and "root:" not in caught.value.message
+    if name == "raises":
+        assert "only one user" in caught.value.message
+
+
+def test_format_strings_reach_no_attribute():
+    assert "class" not in render("{{ '{0.__class__}'.format(1) }}")
+
+
+def test_template_that_does_not_compile_is_bad_input():
+    with pytest.raises(InputError, match="chat template: line 2"):
+        render("a\n{% for %}")
+
+
+def test_renderer_goes_on_after_a_hostile_render():
+    async def go() -> list[str]:
+        source = "{% if messages[0].content == 'loop' %}" + HOSTILE["endless"] + "{% endif %}ok"
+        async with Renderer(ChatTemplate(source, {}, own=True), cpu_seconds=0.5) as renderer:
+            with pytest.raises(Refusal):
+                await renderer.render([{"role": "user", "content": "loop"}])
+            asking = asyncio.create_task(renderer.render([{"role": "user", "content": "loop"}]))
+            await asyncio.sleep(0.05)
+            asking.cancel()  # its client left
+            return list(await asyncio.gather(*(renderer.render(HELLO) for _ in range(5))))
+
+    assert asyncio.run(go()) == ["ok"] * 5
+
+
+def test_endless_template_does_not_hold_up_others(start, echo):
+    server = start(echo(), template=ChatTemplate(HOSTILE["endless"], {}, own=True))
+    chat = {"messages": HELLO}
+    assert httpx.post(server.url + "/v1/chat/completions", json=chat, timeout=60).status_code == 400
+    answer = httpx.post(server.url + "/v1/completions", json={"prompt": "ab", "max_tokens": 2})
+    assert answer.json()["choices"][0]["text"] == "ab"
