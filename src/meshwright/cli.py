@@ -1,0 +1,102 @@
+"""The command line: parses, lets commands.py do it, turns errors into messages and exit codes.
+
+Nothing heavy is imported here: `meshwright --help` answers before torch could be loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+
+from meshwright import env
+from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name
+from meshwright.parser import build_parser
+
+INTERRUPTED = 130
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The verb and its arguments. Raises InputError naming the nearest verb or flag for an unknown one."""
+    parser, verbs = build_parser()
+    first = arguments[0] if arguments else ""
+    if first and not first.startswith("-") and first not in verbs:
+        raise InputError(Problem("command line", f"unknown verb '{first}'", nearest_name(first, list(verbs))))
+    options, extra = parser.parse_known_args(arguments)
+    known = verbs[options.verb] if options.verb else parser
+    flags = [flag for action in known._actions for flag in action.option_strings]
+    problems = []
+    for word in extra:
+        words = getattr(options, "overrides", getattr(options, "words", None))
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            problems.append(Problem("command line", f"unknown flag '{flag}'", nearest_name(flag, flags)))
+        elif words is not None:
+            words.append(word)  # overrides may come after flags too
+        else:
+            problems.append(Problem("command line", f"'{word}' is one word too many", f"see {known.prog} --help"))
+    if problems:
+        raise InputError(problems)
+    if options.verb is None:
+        parser.print_help()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (see `--help`). Raises nothing but SystemExit of --help."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        if options.verb is not None:
+            from meshwright import commands
+
+            with _terminated_as_interrupted():
+                commands.run(options)
+        sys.stdout.flush()
+        return 0
+    except MeshwrightError as error:
+        if env.debug():
+            traceback.print_exc()
+        return _report(error)
+    except KeyboardInterrupt:
+        _say("stopped")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader left (`| head`): what else would be written, at exit too, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # a bug of ours, or a broken machine: reported in one line, with the way to see more
+        if env.debug():
+            traceback.print_exc()
+        _say(f"error: {type(error).__name__}: {error}")
+        _say("this is not a message we foresaw; MESHWRIGHT_DEBUG=1 shows where it came from")
+        return RunFailed.exit_code
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Makes SIGTERM end a verb as Ctrl-C does, so that `train` saves first when a supervisor ends it."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(error: MeshwrightError) -> int:
+    for problem in error.problems:
+        _say(f"error: {problem}")
+    if isinstance(error, RunFailed) and error.resume:
+        _say(f"resume with: {error.resume}")
+    return error.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

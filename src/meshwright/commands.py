@@ -1,0 +1,195 @@
+"""What each verb does on the command line: calls its function in verbs.py, shows the result. stdout is the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from meshwright import verbs
+from meshwright.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.launch import Started
+    from meshwright.plan import Plan
+    from meshwright.run import RunFolder
+
+
+#: Columns that a screen is laid out for at least.
+LEAST_COLUMNS = 40
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the parsed command says; raises MeshwrightError."""
+    COMMANDS[options.verb](options)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # a reader that leaves is cli.py's matter, as for any other output
+
+    screen = Screen(highlight=False)
+    # A terminal that says it has no columns (COLUMNS=0, some job queues) would get nothing at all.
+    return screen if screen.width >= LEAST_COLUMNS else Screen(highlight=False, width=LEAST_COLUMNS)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _new(options: argparse.Namespace) -> None:
+    sys.stdout.write(verbs.new(schema=options.schema))
+
+
+def _check(options: argparse.Namespace) -> None:
+    found = verbs.check(options.job, options.overrides)
+    if options.json:
+        return _print_json(found)
+    print(f"{options.job}: nothing wrong")
+    lines = {"model": f"{found['model']}, {found['parameters']:,} parameters", "plan": found["plan"], **found["data"]}
+    for name, value in lines.items():
+        print(f"  {name.replace('_', ' '):<18} {value:,}" if isinstance(value, int) else f"  {name:<18} {value}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    keys = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if options.toml:
+        if keys:
+            raise InputError(Problem("command line", "--toml prints the whole job", f"leave out {' '.join(keys)}"))
+        sys.stdout.write(verbs.resolved(options.job, overrides))
+        return
+    rows = verbs.explain(options.job, overrides, keys)
+    if options.json:
+        return _print_json(rows)
+    from meshwright.jobfile import toml_value
+
+    shown = [
+        (row["key"], "-" if row["value"] is None else toml_value(row["value"]), row["origin"], row["meaning"])
+        for row in rows
+    ]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    for key, value, origin, meaning in shown:
+        print(f"{key:<{widths[0]}} = {value:<{widths[1]}}  {origin:<{widths[2]}}  {meaning}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    if options.layout_table:
+        table = verbs.layout_table()
+        if options.json:
+            return _print_json(table)
+        for axis, mesh_axis in table.items():
+            print(f"{axis:<10} {mesh_axis or '-'}")
+        return
+    plan = verbs.plan(options.job, options.overrides)
+    if options.json:
+        return _print_json(plan.as_dict())
+    from meshwright.report import terminal
+
+    terminal.show_plan(plan, _console())
+
+
+def _verify(options: argparse.Namespace) -> None:
+    found = verbs.verify(options.job, options.overrides, steps=options.steps)
+    if options.json:
+        return _print_json(found)
+    print(f"equal: {found['layout']} and one device agree over {found['steps']} steps in {found['precision']}")
+    print(f"  largest relative difference: loss {found['loss']['relative']:.1e}, ", end="")
+    print(f"gradient {found['gradient']['relative']:.1e} (tolerance {found['tolerance']:.0e})")
+    if found["twin"]:
+        print(f"  shown on {found['twin']}: one process of this machine does not hold the model itself")
+
+
+def _train(options: argparse.Namespace) -> None:
+    again = verbs.resume_command(options.job, options.overrides, options.run)
+
+    def watch(folder: RunFolder, plan: Plan, started: Started) -> None:
+        from meshwright.report import terminal
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C
+        try:
+            terminal.live(folder, plan, until=lambda: started.poll() != "running")
+        except KeyboardInterrupt:
+            _say("stopping: saving a checkpoint first")
+            started.stop()
+            _say(f"resume with: {again}")
+            raise
+
+    result = verbs.train(options.job, options.overrides, run=options.run, resume=options.resume, watch=watch)
+    if options.json:
+        return _print_json(result)
+    for name, value in result.items():
+        print(f"{name.replace('_', ' '):<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    result = verbs.generate(
+        options.model,
+        prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        emit=None if options.json else emit,
+    )
+    if options.json:
+        return _print_json(result)
+    print()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    verbs.serve(options.model, options.overrides)
+
+
+def _report(options: argparse.Namespace) -> None:
+    path = str(verbs.report(options.run))
+    if options.json:
+        return _print_json({"report": path})
+    print(path)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    found = verbs.doctor()
+    if options.json:
+        return _print_json(found)
+    from meshwright.report import terminal
+
+    terminal.show_doctor(found, _console())
+
+
+def _completion(options: argparse.Namespace) -> None:
+    sys.stdout.write(verbs.completion(options.shell))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+#: Verb of the command line -> what does it.
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "new": _new,
+    "check": _check,
+    "explain": _explain,
+    "plan": _plan,
+    "verify": _verify,
+    "train": _train,
+    "generate": _generate,
+    "serve": _serve,
+    "report": _report,
+    "doctor": _doctor,
+    "completion": _completion,
+}

@@ -1,0 +1,184 @@
+"""The grammar of the command line: every verb with its arguments, help and examples. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from meshwright import __version__
+from meshwright.errors import InputError, Problem
+
+ABOUT = """\
+One job file in; a planned, proven, distributed training run and a served stream out.
+
+  meshwright new > job.toml      a small job that needs nothing else
+  meshwright plan job.toml       how it would be split over this machine, and why
+  meshwright train job.toml      trains it into runs/job
+  meshwright serve runs/job      serves what was trained, over HTTP and gRPC"""
+
+EXIT_CODES = """\
+exit codes: 0 done, 2 bad input, 3 does not fit or cannot work, 4 failed at run time, 5 layouts disagree,
+            130 stopped by Ctrl-C or SIGTERM (`train` saves first)"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=110)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises InputError, with the nearest word, where it would print its usage and leave."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "allow_abbrev": False, "formatter_class": _Help})
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(Problem("command line", message, f"see {self.prog} --help"))
+
+
+Adder = Callable[..., argparse.ArgumentParser]
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and the parser of each verb by its name."""
+    parser = _Parser(prog="meshwright", description=ABOUT, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"meshwright {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=_Parser)
+    verbs: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        lines = "\n".join(f"  meshwright {example}" for example in examples)
+        title = "example" if len(examples) == 1 else "examples"
+        verbs[name] = subparsers.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=f"{title}:\n{lines}"
+        )
+        return verbs[name]
+
+    _add_reading(add)
+    _add_planning(add)
+    _add_training(add)
+    _add_serving(add)
+    _add_looking(add)
+    return parser, verbs
+
+
+def _add_reading(add: Adder) -> None:
+    one = add("new", "print a small commented job", "new > job.toml", "new --schema > job.schema.json")
+    one.add_argument("--schema", action="store_true", help="print the JSON Schema of job files instead, for editors")
+
+    one = add("check", "read the job and its data, and list every problem at once", "check job.toml train.lr=1e-3")
+    _takes_job(one)
+
+    one = add(
+        "explain",
+        "say what each value of the job is, and where it came from",
+        "explain job.toml",
+        "explain job.toml train.lr model.head_dim",
+        "explain base.toml train.lr=1e-3 --toml",
+    )
+    one.add_argument("job", metavar="JOB", help="job file")
+    one.add_argument("words", metavar="KEY|KEY=VALUE", nargs="*", help="keys to show (default: all), and overrides")
+    one.add_argument("--toml", action="store_true", help="print the resolved job as TOML")
+    _takes_json(one)
+
+
+def _add_planning(add: Adder) -> None:
+    one = add(
+        "plan",
+        "choose the layout: does it fit, how fast will it be, and why",
+        "plan job.toml",
+        "plan job.toml cluster.named=h100-sxm-80gb cluster.devices=64 --json",
+    )
+    _takes_job(one)
+    one.add_argument("--layout-table", action="store_true", help="print how each logical axis is split, and end")
+
+    one = add("verify", "train a layout and one device side by side, and compare", "verify job.toml layout.tp=2")
+    _takes_job(one)
+    one.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="steps to compare (default: 20)")
+
+
+def _add_training(add: Adder) -> None:
+    one = add(
+        "train",
+        "train the job as planned, into a run folder",
+        "train job.toml",
+        "train job.toml --run runs/second train.lr=1e-3",
+        "train job.toml --resume",
+    )
+    _takes_job(one)
+    one.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
+    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+
+
+def _add_serving(add: Adder) -> None:
+    one = add(
+        "generate",
+        "continue a text with a trained model",
+        'generate runs/job --prompt "def main("',
+        "generate ./qwen3-folder --prompt Hello --temperature 0.8 --top-p 0.95 --seed 1",
+    )
+    one.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    one.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
+    one.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
+    one.add_argument(
+        "--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 takes the likeliest (default)"
+    )
+    one.add_argument(
+        "--top-p", type=_number(0.0, 1.0), default=1.0, metavar="P", help="sample from the likeliest tokens of sum P"
+    )
+    one.add_argument("--seed", type=_at_least(0), metavar="N", help="seed of the sampling (default: another each time)")
+    _takes_json(one)
+
+    one = add(
+        "serve",
+        "serve a trained model by stream, over HTTP and gRPC",
+        "serve runs/job",
+        "serve ./qwen3-folder serve.http_port=9000 serve.tp=2",
+    )
+    one.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    one.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
+
+
+def _add_looking(add: Adder) -> None:
+    one = add("report", "write the HTML page of a run, and name it", "report runs/job")
+    one.add_argument("run", metavar="RUN", help="run folder")
+    _takes_json(one)
+
+    one = add("doctor", "say what this machine has, how fast it is, and what listens", "doctor", "doctor --json")
+    _takes_json(one)
+
+    one = add("completion", "print the completion script of a shell", "completion bash > ~/.meshwright-completion")
+    one.add_argument("shell", choices=("bash", "zsh", "fish"), help="for which shell")
+
+
+def _takes_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="job file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
+    _takes_json(parser)
+
+
+def _takes_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _at_least(lowest: int) -> Any:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {lowest}, not '{text}'")
+        return int(text)
+
+    return whole_number
+
+
+def _number(low: float, high: float) -> Any:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not '{text}'")
+        return value
+
+    return number
