@@ -132,7 +132,8 @@ def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[flo
     else:
         shutil.copytree(RunFolder(data_from).manifest, run.manifest)
     payload = {"run": str(path), "record": str(path / "gradients")}
-    environment = {"OMP_NUM_THREADS": "1"}
+    # Plain CPU processes everywhere: ranks may outnumber GPUs, and fp32 means the same on every machine.
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with launch.local(
         "meshwright.train:work", payload, plan.chosen.layout.devices, run.logs, env=environment
     ) as started:
