@@ -18,7 +18,8 @@ class Attention(nn.Module):
 
     q is [B, T, H, D], k and v are [B, T, K, D] with H a multiple of K (grouped-query); returns [B, T, H, D].
     `positions` [B, T] is unused here because a training sample holds all its keys, in order; a replacement that
-    holds a part of the keys, or a cache of them, masks by it.
+    holds a part of the keys, or a cache of them, masks by it. In bf16 on a CPU it is computed in blocks (blocked.py),
+    elsewhere by torch's fused kernels.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
