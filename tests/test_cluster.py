@@ -129,3 +129,27 @@ def test_auto_precision_follows_the_device() -> None:
 def test_rates_of_a_core_follow_its_instructions(vendor: str, flags: set[str], fp32: int, bf16: int) -> None:
     rates, _ = cluster._core_flops(vendor, frozenset(flags), 1000.0)
     assert rates == {"fp32": fp32 * 1e9, "bf16": bf16 * 1e9}
+
+
+def test_every_device_of_the_table_has_figures_that_make_sense() -> None:
+    for name in cluster.device_names():
+        found = named_cluster(name).device
+        for precision, rate in found.real_flops.items():
+            assert 0.4 * found.flops[precision] < rate <= found.flops[precision], (name, precision)
+        assert found.real_memory_bytes_per_second <= found.memory_bytes_per_second
+        assert found.flops.get("fp8", found.flops["fp32"]) >= found.flops["fp32"] * 0.5
+        assert found.generation
+
+
+def test_a_device_lists_only_precisions_that_it_has() -> None:
+    assert "bf16" not in named_cluster("v100-sxm-32gb").device.flops
+    assert "fp8" not in named_cluster("a100-sxm-80gb").device.flops
+    assert {"fp8", "fp4"} <= set(named_cluster("b200-sxm").device.flops)
+    assert named_cluster("t4").resolve_precision("auto") == "fp32"
+
+
+def test_a_rack_joins_nodes_by_the_inner_link() -> None:
+    rack = named_cluster("gb200", 128, 4)
+    assert (rack.nodes, rack.domain) == (32, 64)
+    assert rack.link(64) is rack.intra and rack.link(65) is rack.inter
+    assert named_cluster("h100-sxm-80gb", 64).domain == 8

@@ -177,7 +177,7 @@ def test_problems_name_file_and_line(small: Path) -> None:
         ({"model": {"arguments": {"width": 1}}}, "model.arguments: is for `module` only"),
         ({"model": {"rope_scaling": {"when": object()}}}, "model.rope_scaling: may hold only"),
         ({"serve": {"http_port": 70000}}, "serve.http_port: must be at most 65535, not 70000; nearest: 65535"),
-        ({"layout": {"schedule": "zb"}}, 'layout.schedule: must be "gpipe" or "1f1b"'),
+        ({"layout": {"schedule": "zb"}}, 'layout.schedule: must be "gpipe", "1f1b", "interleaved"'),
         ({"data": {"source": "stdlb"}}, "did you mean 'stdlib'?"),
         ({"data": {"source": "digits"}}, "data.source: digits are images"),
     ],

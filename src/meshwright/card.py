@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Parameter:
 class Product:
     """A matrix product of the forward pass of one sample: (rows x inner) @ (inner x columns).
 
-    `split` is the logical axis that tensor parallelism divides it by ("" if it does not).
+    `split` is the logical axis that tensor parallelism divides it by ("" if it does not). Experts make `groups`
+    products, each of its own matrix and, if balanced, of rows / groups rows.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Product:
     inner: int
     columns: int
     split: str = ""
+    groups: int = 1
 
     @property
     def flops(self) -> int:
@@ -40,19 +43,32 @@ class Product:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Softmax attention of one sample: heads x head_dim queries over kv_heads keys and values, seq_len long."""
+    """Softmax attention of one sample: heads x head_dim queries over kv_heads keys and values, seq_len long.
+
+    `value_dim` is the width of a value where it differs from a key's (0: it does not). A query sees the `window`
+    last keys where there is one.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     seq_len: int
     causal: bool = True
+    value_dim: int = 0
+    window: int | None = None
 
     @property
     def flops(self) -> int:
         """Forward flops of both products (scores, values), the causal half counted once."""
-        whole = 4 * self.heads * self.head_dim * self.seq_len * self.seq_len
-        return whole // 2 if self.causal else whole
+        each = 2 * self.heads * (self.head_dim + (self.value_dim or self.head_dim))
+        if self.window is not None and self.window < self.seq_len:
+            outside = self.seq_len - self.window
+            return (
+                each * (self.seq_len * self.seq_len - outside * outside) // 2
+                if self.causal
+                else (each * self.seq_len * self.window)
+            )
+        return each * self.seq_len * self.seq_len // (2 if self.causal else 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,10 @@ class Saved:
     """An activation kept for the backward pass: elements of one sample, and who splits it.
 
     `split`: "tp" is divided by tensor parallelism always, "sp" only with sequence parallelism, "" never.
-    `bytes_per_element` 0 means the compute precision. `selective` is dropped by selective recompute.
+    `bytes_per_element` 0 means the compute precision. `selective` is dropped by selective recompute. `module` is the
+    part of the block that leaves this behind, by Megatron-LM's words for what it may recompute, or "product" (the input
+    of one) or "loss". `on` names the only condition under which it is kept: a kind of device ("cpu"), with a precision
+    ("cpu bf16"), or "selective": a recomputed block keeps what its products made.
     """
 
     name: str
@@ -68,6 +87,20 @@ class Saved:
     split: str = ""
     bytes_per_element: int = 0
     selective: bool = False
+    module: str = ""
+    on: str = ""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture in a block: `count` experts of width `ffn`, of which a token visits `top_k`; `shared_ffn` is the width
+    of those that every token visits. `imbalance` is the busiest expert-parallel rank's tokens over the mean."""
+
+    count: int
+    top_k: int
+    ffn: int
+    shared_ffn: int = 0
+    imbalance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +115,7 @@ class Block:
     saved: tuple[Saved, ...] = ()
     output_elements: int = 0
     elementwise_elements: int = 0  # elements read or written by memory-bound operations of one sample's forward
+    experts: Experts | None = None
 
     @property
     def parameter_elements(self) -> int:
@@ -122,6 +156,25 @@ class Card:
     def forward_flops(self) -> int:
         """Forward flops of one sample."""
         return sum(block.forward_flops for block in self.blocks)
+
+    @cached_property
+    def kinds(self) -> tuple[list[tuple[Block, int]], list[int]]:
+        """Blocks that differ in more than names, each with the elements it is given, and the kind of each block of the
+        card. The first and the last block are kinds of their own."""
+        known: dict[object, int] = {}
+        kinds: list[tuple[Block, int]] = []
+        index = []
+        given, end = self.blocks[0].output_elements, len(self.blocks) - 1
+        for place, block in enumerate(self.blocks):
+            shapes = tuple((p.shape, p.axes) for p in block.parameters)
+            what = (block.kind, block.products, block.attention, block.saved, block.elementwise_elements, block.experts)
+            key = (shapes, what, given, place if place in (0, end) else -1)
+            if key not in known:
+                known[key] = len(kinds)
+                kinds.append((block, given))
+            index.append(known[key])
+            given = block.output_elements
+        return kinds, index
 
     def axis_sizes(self) -> dict[str, set[int]]:
         """Sizes that each logical axis has, for the divisibility rules. Attention axes count heads, not features."""

@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,10 @@ CPU_FLOPS_PER_CYCLE: tuple[tuple[str, int, int], ...] = (
 CPU_MEMORY_BYTES_PER_SECOND = 30e9  # what one thread reads on servers of 2020 and later
 CPU_LAUNCH_SECONDS = 6e-6  # eager dispatch of one operation, forward or backward
 CUDA_LAUNCH_SECONDS = 6e-6
+#: One hop of a message between two GPUs: nccl-tests' latency of all-reduce over 2, 4 and 8 (aiconfigurator's tables) by
+#: the number of ranks; and between two nodes (ml-engineering's run on 4 nodes).
+INTRA_LATENCY_SECONDS = 1.0e-6
+INTER_LATENCY_SECONDS = 6.0e-6
 GLOO_BYTES_PER_SECOND = 1.0e9
 GLOO_LATENCY_SECONDS = 0.35e-3
 
@@ -47,14 +51,24 @@ class ClusterWish(Protocol):
 
 @dataclass(frozen=True)
 class Device:
-    """One device: peak `flops` a second by precision ("fp32", "bf16"), memory, and what an operation costs to start."""
+    """One device: peak `flops` a second by precision ("fp32", "bf16", "fp16", "fp8", "fp4"; one it lacks is not
+    listed), memory, and what an operation costs to start.
+
+    `kind` is "cpu" where host and device are one, else "cuda", whoever made it. `real_flops` holds the rates, by
+    precision, that large matrix products were measured to reach, `real_memory_bytes_per_second` the memory's (0: never
+    measured). `units` cores share the tiles of a product (0: not known); `generation` names kernels' kin ("sm90").
+    """
 
     name: str
-    kind: str  # "cpu" or "cuda"
+    kind: str
     memory_bytes: int
     flops: Mapping[str, float]
     memory_bytes_per_second: float
     launch_seconds: float
+    real_flops: Mapping[str, float] = field(default_factory=dict)
+    real_memory_bytes_per_second: float = 0.0
+    units: int = 0
+    generation: str = ""
 
     def __post_init__(self) -> None:
         figures = {
@@ -73,11 +87,21 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A way between devices: bytes a second in one direction per device, and the latency of one message."""
+    """A way between devices: bytes a second in one direction per device, and the latency of one message.
+
+    `topology` is "switch" (each to each at full speed), "mesh" (a direct wire to each), "ring", "pcie" (a shared
+    tree) or "host" (memory of one machine). `peer_bytes_per_second` is what one pair gets (0: all). `ring_bus` and
+    `switch_bus` are bus bandwidths that all-reduce was measured to reach by rings, and with the sums made in the switch
+    (0: never measured; no such switch).
+    """
 
     name: str
     bytes_per_second: float
     latency_seconds: float
+    topology: str = "switch"
+    peer_bytes_per_second: float = 0.0
+    ring_bus: float = 0.0
+    switch_bus: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bytes_per_second > 0:
@@ -90,7 +114,8 @@ class Link:
 class Cluster:
     """`devices` equal devices, `devices_per_node` of them joined by `intra`, the nodes by `inter`.
 
-    `assumed` lists, in words, every figure that was not read or given but supposed.
+    `assumed` lists, in words, every figure that was not read or given but supposed. `intra` may join more than a node:
+    `joined` devices of a rack (0: those of a node).
     """
 
     device: Device
@@ -100,6 +125,7 @@ class Cluster:
     inter: Link
     dollars_per_hour: float | None = None  # of one device
     assumed: tuple[str, ...] = ()
+    joined: int = 0
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -121,9 +147,16 @@ class Cluster:
     def nodes(self) -> int:
         return self.devices // self.devices_per_node
 
+    @cached_property
+    def domain(self) -> int:
+        """Adjacent devices that `intra` joins: those of a node, or of a rack whose nodes share a switch."""
+        step = self.devices_per_node
+        fits = [d for d in range(step, max(self.joined, step) + 1, step) if self.devices % d == 0]
+        return fits[-1]
+
     def link(self, extent: int) -> Link:
         """The slowest link of a group whose ranks lie within `extent` adjacent ranks."""
-        return self.intra if extent <= self.devices_per_node else self.inter
+        return self.intra if extent <= self.domain else self.inter
 
     def resolve_precision(self, word: str) -> str:
         """ "auto" follows the device: bf16 where it is at least half again as fast as fp32; other words stand."""
@@ -190,8 +223,9 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
         flops={precision: rate * speed for precision, rate in rates.items()},
         memory_bytes_per_second=CPU_MEMORY_BYTES_PER_SECOND * speed,
         launch_seconds=CPU_LAUNCH_SECONDS / share,
+        units=threads,
     )
-    link = Link("shared memory, gloo", GLOO_BYTES_PER_SECOND * share, GLOO_LATENCY_SECONDS / share)
+    link = Link("shared memory, gloo", GLOO_BYTES_PER_SECOND * share, GLOO_LATENCY_SECONDS / share, topology="host")
     per_node = count if devices_per_node is None else devices_per_node
     return Cluster(device, count, per_node, intra=link, inter=link, assumed=tuple(assumed))
 
@@ -226,19 +260,40 @@ def _table_cluster(
         devices_per_node = max((d for d in range(1, usual + 1) if count > 0 and count % d == 0), default=1)
         if count > usual and devices_per_node != usual:
             assumed = (*assumed, f"{devices_per_node} devices a node, since {usual} do not divide {count}")
-    device = Device(
+    device = _table_device(row)
+    bus = {key: _number(row[f"{key}_gbps"]) * 1e9 for key in ("ring", "switch")}
+    peer = _number(row["peer_gbps"]) * 1e9
+    rate = float(row["intra_gbps"]) * 1e9
+    intra = Link(row["intra_name"], rate, INTRA_LATENCY_SECONDS, row["topology"], peer, bus["ring"], bus["switch"])
+    inter = Link(row["inter_name"], float(row["inter_gbps"]) * 1e9, INTER_LATENCY_SECONDS)
+    if count > devices_per_node:
+        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")
+    joined = int(_number(row["joined"]))
+    return Cluster(device, count, devices_per_node, intra, inter, assumed=assumed, joined=joined)
+
+
+def _table_device(row: Mapping[str, str]) -> Device:
+    rates = {key: _number(row[f"{key}_tflops"]) * 1e12 for key in ("fp32", "bf16", "fp16", "fp8", "fp4")}
+    real = {"bf16": _number(row["real_matmul_tflops"]) * 1e12, "fp8": _number(row["real_fp8_tflops"]) * 1e12}
+    if rates["fp16"] == rates["bf16"]:
+        real["fp16"] = real["bf16"]
+    return Device(
         name=row["name"],
         kind="cuda",
         memory_bytes=int(float(row["memory_gb"]) * 1e9),
-        flops={"fp32": float(row["fp32_tflops"]) * 1e12, "bf16": float(row["bf16_tflops"]) * 1e12},
+        flops={key: rate for key, rate in rates.items() if rate},
         memory_bytes_per_second=float(row["memory_gbps"]) * 1e9,
         launch_seconds=CUDA_LAUNCH_SECONDS,
+        real_flops={key: rate for key, rate in real.items() if rate},
+        real_memory_bytes_per_second=_number(row["real_memory_gbps"]) * 1e9,
+        units=int(_number(row["units"])),
+        generation=row["generation"],
     )
-    intra = Link(row["intra_name"], float(row["intra_gbps"]) * 1e9, 8e-6)
-    inter = Link("network", float(row["inter_gbps"]) * 1e9, 15e-6)
-    if count > devices_per_node:
-        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")
-    return Cluster(device, count, devices_per_node, intra, inter, assumed=assumed)
+
+
+def _number(text: str) -> float:
+    """A figure of the table; 0 where it is not given."""
+    return float(text) if text else 0.0
 
 
 def _nvidia_gpus() -> list[tuple[str, int]]:

@@ -143,12 +143,26 @@ class TrainSection(_Section):
     )
 
 
+class GroupOfDevices(_Section):
+    """Devices of one kind in a cluster of several."""
+
+    named: Text = Field(description="a device of the table")
+    devices: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="how many of them")
+    devices_per_node: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "of one machine")
+
+
 class ClusterSection(_Section):
     """What it runs on; default: this machine."""
 
     devices: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices in all")
     devices_per_node: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices of one machine")
     named: Text | None = _key(None, "a device of the table, to plan for what is not here")
+    groups: Annotated[tuple[GroupOfDevices, ...], BeforeValidator(_as_tuple)] = _key(
+        (), 'devices of several kinds, to plan for: [{named = "a100-sxm-80gb", devices = 8}, ...]'
+    )
+    dollars_per_hour: Positive | None = _key(None, "price of one device; default: the table's, where it has one")
+    spot: bool = _key(False, "on capacity that can be reclaimed: cheaper, interrupted more often")
+    failures_per_1000_node_days: NotNegative | None = _key(None, "unexpected interruptions; default: as published")
 
 
 class LayoutSection(_Section):
@@ -163,7 +177,9 @@ class LayoutSection(_Section):
     ep: Count | None = _key(None, "expert-parallel degree; divides dp x cp")
     sequence_parallel: bool | None = _key(None, "split activations between tensor-parallel products too")
     micro_batch: Count | None = _key(None, "samples of one forward pass")
-    schedule: Literal["gpipe", "1f1b"] | None = _key(None, "order of the pipeline's micro-batches")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev"] | None = _key(
+        None, "order of the pipeline's micro-batches"
+    )
     recompute: Literal["none", "selective", "full"] | None = _key(None, "activations computed again, not kept")
     offload: bool | None = _key(None, "optimizer state in host memory")
 
@@ -175,7 +191,9 @@ class LayoutSection(_Section):
 class CheckpointSection(_Section):
     """When the state is saved."""
 
-    every: CountOrNone = _key(0, "steps between checkpoints; 0: at the end only")
+    every: CountOrNone | None = _key(
+        None, "steps between checkpoints; 0: at the end only; default: as the plan reckons from failures"
+    )
     keep: Count = _key(2, "newest checkpoints kept")
     asynchronous: bool = _key(True, "write while training goes on")
 
@@ -194,10 +212,18 @@ class ServeSection(_Section):
     host: Text = _key("127.0.0.1", "address to listen on")
     http_port: Port = _key(8000, "0: any free port")
     grpc_port: Port = _key(7070, "0: any free port")
-    max_batch: Annotated[int, Field(ge=1, le=65536)] = _key(16, "requests computed together")
+    max_batch: Annotated[int, Field(ge=1, le=65536)] | None = _key(None, "requests computed together; default: planned")
     max_len: Count | None = _key(None, "longest sequence, prompt included; default: the model's")
     token_file: Text | None = _key(None, "file holding the token that clients must send")
-    tp: Count = _key(1, "tensor-parallel degree of the engine")
+    tp: Count | None = _key(None, "tensor-parallel degree of the engine; default: planned")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "fp4"] = _key(
+        "auto", "of the weights; auto: the model's own, fewer bits only where the target asks for it"
+    )
+    ttft_seconds: Positive | None = _key(None, "wish: mean time to the first token, waiting included")
+    tpot_seconds: Positive | None = _key(None, "wish: mean time between two tokens of an answer")
+    requests_per_second: Positive | None = _key(None, "wish: requests answered, over all replicas")
+    prompt_tokens: Count | None = _key(None, "tokens of a prompt that is planned for; default: 512 or what fits")
+    output_tokens: Count | None = _key(None, "tokens of an answer that is planned for; default: 128 or what fits")
 
 
 class _Sections(_Section):

@@ -34,6 +34,7 @@ EXAMPLES: dict[str, str] = {
     "train.global_batch": "global_batch = 16",
 }
 
+GROUPS = 'for example: groups = [{named = "a100-sxm-80gb", devices = 8}, {named = "h100-sxm-80gb", devices = 8}]'
 NAME_A_MODEL = 'add family = "llama", or hf = "path of a Hugging Face folder", or module = "package.file:build"'
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -47,10 +48,14 @@ def plain_problem(entry: Mapping[str, Any], path: list[str], place: str, keys: M
     if kind == "extra_forbidden":
         return Problem(where, *_unknown(path, keys))
     if kind == "missing":
+        if path[1:2] == ["groups"]:
+            return Problem(where, "is required", GROUPS)
         if len(path) > 2:
             return Problem(where, "is missing from the list", "give both numbers, as in [0.9, 0.95]")
         return Problem(where, "is required", f"for example: {EXAMPLES[key]}" if key in EXAMPLES else "")
     shown = show(value)
+    if path[1:] == ["groups"] and kind in _TYPES:
+        return Problem(where, f"must be a list of groups, not {shown}", GROUPS)
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
         listed = context["expected"].replace("'", '"').replace("True", "true").replace("False", "false")
@@ -137,7 +142,7 @@ def cross_problems(
         return Problem(f"{place}: {key}" if place else key, what, nearest)
 
     found = []
-    for check in (_one_model, _shape, _module, _task, _lengths):
+    for check in (_one_model, _shape, _module, _task, _lengths, _groups):
         found += [problem(*one) for one in check(good, bad)]
     found += [problem(*one) for one in _files(good, data_must_exist)]
     return found
@@ -231,6 +236,18 @@ def _lengths(good: Sections, bad: set[str]) -> Found:
     steps, warmup = train.get("steps"), train.get("warmup_steps")
     if steps is not None and warmup is not None and warmup > steps:
         yield "train.warmup_steps", f"{warmup} is more than steps = {steps}", f"nearest: {steps}"
+
+
+def _groups(good: Sections, bad: set[str]) -> Found:
+    cluster = good.get("cluster", {})
+    groups = cluster.get("groups")
+    if not groups:
+        return
+    for key in ("named", "devices", "devices_per_node", "dollars_per_hour"):
+        if cluster.get(key) is not None:
+            yield f"cluster.{key}", "is said by each of cluster.groups", "leave it out"
+    if len(groups) == 1:
+        yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 
 
 def _files(good: Sections, data_must_exist: bool) -> Found:

@@ -211,7 +211,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(one) for one in value) + "]"
     if isinstance(value, dict):
-        inside = ", ".join(f"{_toml_key(key)} = {toml_value(one)}" for key, one in value.items())
+        inside = ", ".join(f"{_toml_key(key)} = {toml_value(one)}" for key, one in value.items() if one is not None)
         return f"{{ {inside} }}" if inside else "{}"
     raise ValueError(f"TOML has no {type(value).__name__}")
 

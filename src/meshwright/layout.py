@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("gpipe", "1f1b")
+#: Orders of work of a pipeline (`plan/orders.py`); which of them a framework runs, `plan/framework.py` says.
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev")
 
 #: Logical axis of a parameter's dimension -> mesh axis that splits it. `None` is never split by tensor parallelism.
 #: This one table says how every built-in parameter is split; `meshwright plan --layout-table` prints it.
@@ -16,7 +17,10 @@ AXIS_RULES: dict[str, str | None] = {
     "kv_heads": "tp",  # key and value heads x head_dim
     "ffn": "tp",  # feed-forward width
     "expert": "ep",  # experts of a mixture
+    "expert_ffn": "tp",  # feed-forward width of one expert
     "embed": None,  # the residual stream
+    "latent": None,  # low-rank queries, keys and values
+    "positions": None,  # learned positions
     "head_dim": None,  # per-head norms
 }
 

@@ -1,6 +1,7 @@
 """Model families: each a folder of two files, the card (no torch) and the module.
 
-`shape_of_job` reads the shape of a job's model, from its `[model]` table or from a Hugging Face folder.
+`shape_of_job` reads the shape of a job's model, from its `[model]` table or from a Hugging Face folder. `card_of_job`
+knows more models than that: decoders that are planned and not trained (decoder.py) have a card and no module.
 """
 
 from __future__ import annotations
@@ -9,10 +10,52 @@ import json
 from pathlib import Path
 from typing import Any
 
-from meshwright.errors import InputError, Problem
+from meshwright.card import Card
+from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.families.llama import card as llama
 
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
+
+
+def card_of_job(job: Any, style: str = "plain") -> Card:
+    """The card of a job with `model.family` or `model.hf`, of a family of ours or of any decoder that can be planned.
+
+    `style` says who computes it (decoder_saved.py): another framework keeps other activations of the same model.
+    Raises InputError where the folder or lengths are wrong, or the kind of model is not known.
+    """
+    seq_len = job.data.seq_len or 1
+    if job.model.hf is not None:
+        path = Path(job.model.hf) / "config.json"
+        config = read_config(path)
+        if config.get("model_type") not in llama.ARCHITECTURES:
+            from meshwright.families import decoder, decoder_hf
+
+            return decoder.card(decoder_hf.shape_from_hf_config(config, str(path)), seq_len, style)
+    shape = shape_of_job(job)
+    return llama.card(shape, seq_len) if style == "plain" else _as_decoder(shape, seq_len, style)
+
+
+def _as_decoder(shape: llama.LlamaShape, seq_len: int, style: str) -> Card:
+    from meshwright.families import decoder
+
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
+    biases = (*(("qkv",) if shape.attention_bias else ()), *(("out",) if shape.output_bias else ()))
+    same = {name: getattr(shape, name) for name in names}
+    return decoder.card(decoder.DecoderShape(**same, bias_of=biases, hf_type=shape.hf_type), seq_len, style)
+
+
+def require_trainable(job: Any) -> None:
+    """Raises CannotWork where a job's model has a card and no module: it can be planned, for others to train."""
+    if job.model.module is not None or job.model.hf is None:
+        return
+    from meshwright.families import decoder_hf
+
+    path = Path(job.model.hf) / "config.json"
+    kind = read_config(path).get("model_type")
+    if kind not in llama.ARCHITECTURES and kind in decoder_hf.KINDS:
+        what = f"{path} is a {kind}, which can be planned and not trained"
+        hint = f"trained are {', '.join(llama.ARCHITECTURES)}, or any nn.Module of yours: model.module"
+        raise CannotWork(Problem("model.hf", what, hint))
 
 
 def shape_of_job(job: Any) -> llama.LlamaShape:

@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+#: Of `nn/blocked.py`, which cannot be imported here, where torch is not: a test holds them together.
+QUERIES_AT_ONCE, PROBABILITIES_KEPT = 128, 512
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -224,6 +226,59 @@ def parameters(shape: LlamaShape) -> tuple[Parameter, ...]:
     return tuple(table)
 
 
+def _norm_saved(name: str, t: int, h: int) -> tuple[Saved, ...]:
+    """A norm keeps its input and each token's scale; on a CPU, where it is no single operation, fp32 copies of its
+    input and of what it made, before the weight."""
+    return (
+        Saved(f"{name} input", t * h, "sp", selective=True, on="cuda"),
+        Saved(f"{name} input", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Saved(f"{name} without its weight", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Saved(f"{name} scale", t, "sp", bytes_per_element=4, selective=True),
+    )
+
+
+def _layer_saved(shape: LlamaShape, t: int) -> tuple[Saved, ...]:
+    """What a layer keeps, operation by operation of `module.py`; recomputed selectively, what `parallel.apply` keeps.
+
+    Keys and values are repeated for the query heads that share them, but for the blocked attention of bf16 on a CPU,
+    which keeps its probabilities while they are few (`nn/blocked.py`).
+    """
+    h, ffn, heads = shape.hidden, shape.ffn, shape.heads
+    q, kv = heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    repeated = q if heads > shape.kv_heads else kv
+    table = [
+        *_norm_saved("attn_norm", t, h),
+        Saved("qkv input", t * h, selective=True),
+        Saved("cosines and sines", 2 * t * shape.head_dim, selective=True),
+        Saved("q", t * q, "tp", selective=True),
+        Saved("attention output", t * q, "tp"),
+    ]
+    for place in ("cuda", "cpu fp32"):
+        table.append(Saved("k and v", 2 * t * repeated, "tp", selective=True, on=place))
+        table.append(Saved("attention log-sum-exp", t * heads, "tp", bytes_per_element=4, on=place))
+    table += [
+        Saved("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
+        Saved("attention probabilities", heads * kept_probabilities(t), "tp", selective=True, on="cpu bf16"),
+        *_norm_saved("ffn_norm", t, h),
+        Saved("gate and up input", t * h, selective=True),
+        Saved("gate and up", 2 * t * ffn, "tp"),
+        Saved("silu and product", 2 * t * ffn, "tp", selective=True),
+        Saved("layer input", t * h, "sp", on="selective"),
+        Saved("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
+        Saved("products into the residual stream", 2 * t * h, on="selective"),
+    ]
+    return tuple(table)
+
+
+def kept_probabilities(t: int) -> int:
+    """Probabilities of one head that the blocked attention of `t` tokens keeps: none beyond PROBABILITIES_KEPT tokens,
+    else of each block of queries with all keys up to its end."""
+    if t > PROBABILITIES_KEPT:
+        return 0
+    ends = [min(start + QUERIES_AT_ONCE, t) for start in range(0, t, QUERIES_AT_ONCE)]
+    return sum((end - start) * end for start, end in zip((0, *ends), ends, strict=False))
+
+
 def card(shape: LlamaShape, seq_len: int) -> Card:
     """The Card for sequences of `seq_len` tokens. Saved activations follow `module.py` operation by operation."""
     t, h, ffn = seq_len, shape.hidden, shape.ffn
@@ -242,18 +297,7 @@ def card(shape: LlamaShape, seq_len: int) -> Card:
         Product("ffn.up", t, h, ffn, "ffn"),
         Product("ffn.down", t, ffn, h, "ffn"),
     )
-    layer_saved = (
-        Saved("attn_norm input", t * h, "sp"),
-        Saved("qkv input", t * h, selective=True),
-        Saved("q", t * q, "tp"),
-        Saved("k and v", 2 * t * kv, "tp"),
-        Saved("attention output", t * q, "tp"),
-        Saved("attention log-sum-exp", t * shape.heads, "tp", bytes_per_element=4),
-        Saved("ffn_norm input", t * h, "sp"),
-        Saved("gate and up input", t * h, selective=True),
-        Saved("gate and up", 2 * t * ffn, "tp"),
-        Saved("silu and product", 2 * t * ffn, "tp", selective=True),
-    )
+    layer_saved = _layer_saved(shape, t)
     layer_elementwise = 8 * t * h + 4 * t * (q + kv) + 6 * t * ffn
     layers = tuple(
         Block(
@@ -274,9 +318,9 @@ def card(shape: LlamaShape, seq_len: int) -> Card:
         tuple(by_block["head"]),
         products=(Product("head.out", t, h, shape.vocab, "vocab"),),
         saved=(
-            Saved("norm input", t * h, "sp"),
-            Saved("out input", t * h),
-            Saved("logits and their gradient", 2 * t * shape.vocab, "tp"),
+            *_norm_saved("norm", t, h),
+            Saved("out input", t * h, selective=True),
+            Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
         ),
         output_elements=t * shape.vocab,
         elementwise_elements=4 * t * h + 6 * t * shape.vocab,
