@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -12,6 +14,9 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         registry = self._registry = CollectorRegistry()
+        self._predicted = Gauge(
+            "meshwright_predicted", "What the serving plan predicts at full load", ["figure"], registry=registry
+        )
         Gauge("meshwright_model_info", "The model served", ["model"], registry=registry).labels(model).set(1)
         self.requests = Counter(
             "meshwright_requests", "Requests answered, by wire, route and status", ["wire", "route", "status"],
@@ -31,6 +36,11 @@ class Metrics:
         self.request_seconds = Histogram(
             "meshwright_request_seconds", "From request to its end", buckets=_SECONDS, registry=registry
         )
+
+    def predict(self, figures: Mapping[str, float]) -> None:
+        """Show the plan's figures, in tokens a second and seconds a token."""
+        for figure, value in figures.items():
+            self._predicted.labels(figure).set(value)
 
     def as_text(self) -> bytes:
         """In Prometheus' text format."""

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -201,7 +201,13 @@ async def _ended(started: launch.Started) -> None:
 
 
 async def serve(
-    folder: Path, config: ServeConfig, precision: str, ready_file: Path | None, template: ChatTemplate, access: Access
+    folder: Path,
+    config: ServeConfig,
+    precision: str,
+    ready_file: Path | None,
+    template: ChatTemplate,
+    access: Access,
+    predicted: Mapping[str, float],
 ) -> None:
     """Serves until SIGTERM or SIGINT; raises RunFailed if the engine ends by itself."""
     stop = asyncio.Event()
@@ -219,6 +225,7 @@ async def serve(
             await asyncio.wait({opening})
             return
         model, started = opening.result()
+        model.metrics.predict(predicted)
         wires = Wires(model, renderer, access, config.host)
         addresses = await wires.start(config.http_port, config.grpc_port)
         announce(addresses, ready_file)
@@ -245,13 +252,18 @@ def announce(addresses: Addresses, ready_file: Path | None) -> None:
 
 
 def main(
-    folder: Path | str, serve_config: ServeConfig, ready_file: Path | str | None = None, *, precision: str = "auto"
+    folder: Path | str,
+    serve_config: ServeConfig,
+    ready_file: Path | str | None = None,
+    *,
+    precision: str = "auto",
+    predicted: Mapping[str, float] | None = None,
 ) -> None:
     """Serve the model in `folder` until SIGTERM or SIGINT, then return once nothing of it runs any more.
 
     Prints one JSON line with the addresses, `{"model", "http", "grpc", "pid"}`, when it can be asked; `ready_file` gets
-    the same. Raises InputError (address, token file, model folder), CannotWork (the model does not fit), RunFailed
-    (the engine died).
+    the same. `predicted` is shown by /metrics, beside what is measured. Raises InputError (address, token file, model
+    folder), CannotWork (the model does not fit), RunFailed (the engine died).
     """
     folder = Path(folder)
     token = None if serve_config.token_file is None else read_token(Path(serve_config.token_file))
@@ -263,6 +275,6 @@ def main(
         bind(serve_config.host, getattr(serve_config, key), f"serve.{key}").close()
     ready = None if ready_file is None else Path(ready_file)
     try:
-        asyncio.run(serve(folder, serve_config, precision, ready, template, access))
+        asyncio.run(serve(folder, serve_config, precision, ready, template, access, predicted or {}))
     finally:
         sys.stdout.flush()
