@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
+from meshwright.layout import RECOMPUTE, Layout
+from meshwright.plan.framework import FRAMEWORKS
 from tests.worlds import GLOBAL_BATCH, Case, Distance, compare, train_cases, train_one
 
 TOLERANCE = 1e-5
@@ -37,7 +38,7 @@ def layouts(processes: int) -> Iterator[Layout]:
             continue
         for shard in (degree for degree in divisors if dp % degree == 0):
             for sequence_parallel in (False, True) if tp > 1 else (False,):
-                for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+                for schedule in FRAMEWORKS["meshwright"].offers.schedules if pp > 1 else ("1f1b",):
                     for recompute in RECOMPUTE:
                         yield Layout(
                             dp=dp,

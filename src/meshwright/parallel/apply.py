@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +104,13 @@ def apply(
     tied: Sequence[tuple[str, str]] = (),
     precision: str = "fp32",
     compiled: bool = False,
+    allocating: AbstractContextManager[object] | None = None,
 ) -> Applied:
     """Turns `module`, built on the meta device, into this rank's part of `layout` on the mesh's device, unfilled.
 
     `axes` is the parameter table, `stages` the block names of every pipeline stage, `tied` pairs of names that share
-    a tensor. Order matters: cut into a stage, slice for tensor parallelism, recompute, compile, shard.
+    a tensor. Order matters: cut into a stage, slice for tensor parallelism, recompute, compile, shard. What takes
+    memory happens within `allocating`: a rehearsal gives a mode there whose tensors are fake.
     """
     if layout.pp > 1:
         blocks = dict(module.blocks.named_children())  # type: ignore[union-attr]
@@ -124,8 +127,9 @@ def apply(
         for block in blocks.values():
             block.compile(dynamic=False)
     _shard(layout, module, blocks, mesh, precision, one_group={name for pair in tied for name in pair})
-    module.to_empty(device=mesh.device)
-    _settle_storage(module)
+    with allocating or nullcontext():
+        module.to_empty(device=mesh.device)
+        _settle_storage(module)
     pieces = _pieces(layout, module, mesh, split.boxes, tied_ends, {alias: name for name, alias in tied})
     return Applied(module, pieces, split.partial, tied_ends, split.output)
 

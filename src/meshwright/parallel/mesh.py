@@ -75,11 +75,30 @@ def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float
         timeout=timedelta(seconds=timeout_seconds),
     )
     try:
-        shape = (layout.pp, layout.replicate, layout.shard, layout.tp)
-        dims = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
-        yield Mesh(layout, rank, device, coordinates(layout, rank), dims, _ends(layout, rank))
+        yield _mesh(layout, rank, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def stand_in(layout: Layout, rank: int) -> Iterator[Mesh]:
+    """The Mesh that `rank` of `layout` would see, with nobody else there: torch's fake process group, on the CPU.
+
+    Collectives return at once and leave what they should have filled as it was. For rehearsals, of any world size.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend in older torch
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.devices)
+    try:
+        yield _mesh(layout, rank, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
+    shape = (layout.pp, layout.replicate, layout.shard, layout.tp)
+    dims = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
+    return Mesh(layout, rank, device, coordinates(layout, rank), dims, _ends(layout, rank))
 
 
 def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:

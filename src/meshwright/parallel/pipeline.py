@@ -23,11 +23,21 @@ class Pipeline:
     """
 
     def __init__(
-        self, applied: Applied, mesh: Mesh, micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
+        self,
+        applied: Applied,
+        mesh: Mesh,
+        micro_batches: int,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        boundary: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        """`boundary` is an example of what this stage is given and of what it hands on, for one micro-batch; without
+        it the stages tell each other when they first run."""
         self._mesh = mesh
         self._micro_batches = micro_batches
-        stage = PipelineStage(applied.module, mesh.at.pp, mesh.layout.pp, mesh.device, group=mesh.pp_group)
+        given, handed_on = boundary or (None, None)
+        stage = PipelineStage(
+            applied.module, mesh.at.pp, mesh.layout.pp, mesh.device, given, handed_on, group=mesh.pp_group
+        )
         schedule = SCHEDULES[mesh.layout.schedule]
         self._schedule = schedule(stage, micro_batches, loss_fn=loss, scale_grads=False)
 
@@ -48,8 +58,9 @@ class Pipeline:
     ) -> list[Tensor]:
         arguments = (x,) if self._mesh.first_stage else ()
         losses: list[Tensor] = []
+        # Outputs not asked for: torch would keep the logits of every micro-batch, and then join them.
         if self._mesh.last_stage:
-            run(*arguments, target=targets, losses=losses, **inputs)
+            run(*arguments, target=targets, losses=losses, return_outputs=False, **inputs)
         else:
-            run(*arguments, **inputs)
+            run(*arguments, return_outputs=False, **inputs)
         return losses

@@ -40,10 +40,19 @@ class Trainer:
     """One rank's loop over an applied model.
 
     `data.batch(step, start, stop)` gives this rank's samples of a step; `task` turns them into inputs, targets and a
-    summed loss.
+    summed loss. `boundary` is the Pipeline's.
     """
 
-    def __init__(self, job: Any, card: Card, applied: Applied, mesh: Mesh, task: Task, data: Any) -> None:
+    def __init__(
+        self,
+        job: Any,
+        card: Card,
+        applied: Applied,
+        mesh: Mesh,
+        task: Task,
+        data: Any,
+        boundary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.job, self.card, self.applied, self.mesh, self.task, self.data = job, card, applied, mesh, task, data
         self.layout: Layout = mesh.layout
         self.optimizer = Optimizer(applied, job.train)
@@ -57,7 +66,9 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._counted = 0
         self._extras: dict[str, float] | None = None  # sums for metrics, while measuring
-        self._pipeline = Pipeline(applied, mesh, self.micro_batches, self._loss) if self.layout.pp > 1 else None
+        self._pipeline: Pipeline | None = None
+        if self.layout.pp > 1:
+            self._pipeline = Pipeline(applied, mesh, self.micro_batches, self._loss, boundary)
 
     def step(self, step: int, record: Record | None = None) -> StepResult:
         """Optimizer update number `step` (from 1). Raises RunFailed when loss or gradient is not finite."""
@@ -67,7 +78,7 @@ class Trainer:
         with self.spans("batch", step):
             batch = self._share(self.data.batch, step)
         with self.spans("forward and backward", step):
-            self._forward_backward(batch)
+            self._forward_backward(batch, step)
         with self.spans("complete gradients", step):
             self.optimizer.collect()
             complete_gradients(self.applied, self.optimizer, self.mesh)
@@ -138,7 +149,7 @@ class Trainer:
             for i in range(0, x.shape[0], size)
         ]
 
-    def _forward_backward(self, batch: Mapping[str, Any]) -> None:
+    def _forward_backward(self, batch: Mapping[str, Any], step: int) -> None:
         x, inputs, targets = self._tensors(batch)
         self._counted = self.task.count(targets)
         if self._pipeline:
@@ -147,8 +158,10 @@ class Trainer:
         parts = self._micro(x, inputs, targets)
         for index, (x, inputs, targets) in enumerate(parts):
             self.applied.sync_gradients(index == len(parts) - 1)
-            loss = self._loss(self.applied.module(x, **inputs), targets)
-            loss.backward()
+            with self.spans("forward", step):
+                loss = self._loss(self.applied.module(x, **inputs), targets)
+            with self.spans("backward", step):
+                loss.backward()
             self._add([loss])
 
     def _loss(self, output: Tensor, targets: Tensor) -> Tensor:

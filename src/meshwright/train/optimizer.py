@@ -81,6 +81,10 @@ class Optimizer:
             local.grad = None
         self._applied.module.zero_grad(set_to_none=True)
 
+    def held(self) -> list[Tensor]:
+        """Every tensor of the state: moments and counts of updates."""
+        return [value for state in self._adamw.state.values() for value in state.values()]
+
     def state(self) -> dict[str, tuple[Piece, Tensor]]:
         """The moments by name, for a checkpoint to write or fill."""
         entries = {}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from meshwright.run import RunFolder, write_atomic
 
-#: Spans kept a rank: the last steps of a run.
-KEPT = 400
+#: Spans kept a rank: the last steps of a run. A step has five, and two for each micro-batch.
+KEPT = 2000
 
 
 class Spans:

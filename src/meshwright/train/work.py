@@ -66,6 +66,8 @@ class Session:
         view = DataView(self.manifest, job)
         self.trainer = Trainer(job, self.model.card, applied, mesh, self.task, view)
         self.done = self._restore() if resume else 0
+        asked, outlook = job.checkpoint.every, plan.outlook
+        self.checkpoint_steps = asked if asked is not None else (outlook.checkpoint_steps if outlook else 0)
         self.writer = checkpoint.Writer(
             run.checkpoints,
             mesh.rank,
@@ -93,7 +95,7 @@ class Session:
                 with self.trainer.spans("evaluate", step):
                     held_out = self.trainer.evaluate()
                 self._event("eval", step=step, **held_out)
-            if self._due(self.job.checkpoint.every, step) or last:
+            if self._due(self.checkpoint_steps, step) or last:
                 with self.trainer.spans("checkpoint", step):
                     self._save(step)
                 saved = step

@@ -1,0 +1,135 @@
+"""Asks for a rehearsal: which ranks, in a process of its own, and whether what they hold fits the device."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright import launch
+from meshwright.errors import InputError, Problem
+from meshwright.job import Job, job_to_toml
+from meshwright.layout import Layout, coordinates
+from meshwright.plan import Choice
+from meshwright.plan.memory import usable_bytes
+from meshwright.rehearse.peak import Peak
+
+if TYPE_CHECKING:
+    from meshwright.cluster import Device
+
+
+@dataclass(frozen=True)
+class RankPeak:
+    """A rehearsed rank: `peak` of its tensors, what the fast formula says of its stage (`formula_bytes`), and
+    `device_bytes`, the peak with what the allocator and the process hold besides, by the formula."""
+
+    rank: int
+    stage: int
+    peak: Peak
+    formula_bytes: int
+    device_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        figures = {"formula_bytes": self.formula_bytes, "device_bytes": self.device_bytes}
+        return {"rank": self.rank, "stage": self.stage, **self.peak.as_dict(), **figures}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The rehearsed ranks of a layout; `room_bytes` is what a plan may fill of a device."""
+
+    layout: Layout
+    ranks: tuple[RankPeak, ...]
+    room_bytes: int
+    assumed: tuple[str, ...]
+
+    @property
+    def worst(self) -> RankPeak:
+        return max(self.ranks, key=lambda one: one.device_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.device_bytes <= self.room_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "peak_bytes": max(one.peak.total for one in self.ranks),
+            "device_bytes": self.worst.device_bytes,
+            "room_bytes": self.room_bytes,
+            "fits": self.fits,
+            "ranks": [one.as_dict() for one in self.ranks],
+            "assumed": list(self.assumed),
+        }
+
+
+def ranks_to_rehearse(choice: Choice) -> tuple[int, ...]:
+    """The first rank of the first, the second and the last stage, and of the worst by the formula.
+
+    The first rank of a stage holds the largest shards. Between first and last, stages differ by the micro-batches in
+    flight, of which the second has the most, and by their number of blocks, which the formula knows.
+    """
+    pp = choice.layout.pp
+    worst = max(range(pp), key=lambda stage: choice.memory[stage].allocated)
+    stages = sorted({0, min(1, pp - 1), pp - 1, worst})
+    return tuple(stage * (choice.layout.devices // pp) for stage in stages)
+
+
+def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | None = None) -> Rehearsal:
+    """Runs a step of `choice`, a layout planned for `job` on devices like `device`, as each of `ranks` would, on fake
+    tensors; by default as those of `ranks_to_rehearse`.
+
+    Takes seconds to a minute and no memory to speak of, for any number of devices. Raises InputError for a rank that
+    the layout has not, CannotWork for a model whose shapes depend on values.
+    """
+    layout = choice.layout
+    asked = tuple(ranks) if ranks is not None else ranks_to_rehearse(choice)
+    wrong = [rank for rank in asked if rank >= layout.devices]
+    if wrong or not asked:
+        said = ", ".join(map(str, wrong)) or "none"
+        raise InputError(
+            Problem("command line: --ranks", f"{said}: the layout has ranks 0 to {layout.devices - 1}", "nearest: 0")
+        )
+    with tempfile.TemporaryDirectory(prefix="meshwright-rehearse-") as folder:
+        path = Path(folder, "job.toml")
+        path.write_text(job_to_toml(job), encoding="utf-8")
+        payload = {**question(path, choice, device.kind), "ranks": list(asked)}
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fake tensors need no device
+        with launch.local("meshwright.rehearse.work:rehearse", payload, 1, folder, env=environment) as started:
+            answers = started.wait()[0]
+    found = tuple(_rank(choice, rank, Peak.from_dict(answer)) for rank, answer in zip(asked, answers, strict=True))
+    return Rehearsal(layout, found, usable_bytes(device), _assumed(choice, device.kind))
+
+
+def question(job: Path, choice: Choice, kind: str) -> dict[str, Any]:
+    """What a process is told that rehearses or measures `choice`, as JSON."""
+    return {
+        "job": str(job),
+        "layout": asdict(choice.layout),
+        "stages": [list(stage) for stage in choice.stages],
+        "precision": choice.precision,
+        "kind": kind,
+    }
+
+
+def _rank(choice: Choice, rank: int, peak: Peak) -> RankPeak:
+    stage = coordinates(choice.layout, rank).pp
+    formula = choice.memory[stage]
+    return RankPeak(rank, stage, peak, formula.allocated, peak.total + formula.slack + formula.process)
+
+
+def _assumed(choice: Choice, kind: str) -> tuple[str, ...]:
+    assumed = ["what the allocator and the process hold besides tensors is the formula's"]
+    if kind != "cpu":
+        assumed.append("flash attention, and no working memory inside other operations")
+    if choice.compiled:
+        assumed.append("rehearsed without torch.compile, which keeps less")
+    return tuple(assumed)
+
+
+def nearest_pins(found: Rehearsal, than: Layout) -> str:
+    """The overrides that lead from the layout `than` to a rehearsed one: "layout.tp=2 layout.dp=4"."""
+    before: Mapping[str, Any] = than.as_dict()
+    changed = {name: value for name, value in found.layout.as_dict().items() if value != before[name]}
+    return " ".join(f"layout.{name}={str(value).lower()}" for name, value in changed.items())

@@ -1,0 +1,231 @@
+"""One rank's training steps under a tracker: on real tensors among real ranks, or on fake ones with nobody else there.
+
+Both go the same way: `apply`, the Trainer with its task, optimizer and pipeline, whole steps. Batches and initial
+values are made up, since neither changes what is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meshwright import tasks
+from meshwright.layout import Box, Layout
+from meshwright.nn import Attention
+from meshwright.parallel import Mesh, apply, stand_in, start
+from meshwright.rehearse import device
+from meshwright.rehearse.peak import Peak, extrapolated
+from meshwright.rehearse.tracker import Parts, Tracker, follow
+from meshwright.train.loop import Trainer
+from meshwright.train.model import Model, model_of_job
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is run: a job with the layout, stages and precision of its plan, on devices of a `kind` (cpu, cuda)."""
+
+    job: Any
+    layout: Layout
+    stages: Sequence[Sequence[str]]
+    precision: str
+    kind: str
+
+    def with_micro_batches(self, count: int) -> Part:
+        """The same with fewer or more micro-batches a step."""
+        train = self.job.train.model_copy(update={"global_batch": count * self.layout.dp * self.layout.micro_batch})
+        return dataclasses.replace(self, job=self.job.model_copy(update={"train": train}))
+
+
+def rehearsed(part: Part, rank: int) -> Peak:
+    """The peak of `rank`, of any world, on this process's CPU under fake tensors; nothing is computed.
+
+    A step of many micro-batches is extrapolated from shorter ones.
+    """
+    count = part.layout.micro_batches(part.job.train.global_batch)
+    short = _in_stride(part)
+    if count <= short + 1:
+        return _worst(rehearsed_moments(part, rank))
+    if part.layout.pp == 1:  # nothing but the batch grows
+        return _with_batch(part, _worst(rehearsed_moments(part.with_micro_batches(short), rank)), short, count)
+    fewer, more = (rehearsed_moments(part.with_micro_batches(some), rank) for some in (short, short + 1))
+    return extrapolated(fewer, more, count - short - 1)
+
+
+def _with_batch(part: Part, peak: Peak, fewer: int, more: int) -> Peak:
+    """The peak of a step of `more` micro-batches, from that of `fewer`: the batch alone is larger."""
+    block = device.rounding(part.kind)
+    data = MadeUp(part.job, model_of_job(part.job, None).module)
+
+    def held(count: int) -> int:
+        with torch.device("meta"):
+            share = data.batch(1, 0, count * part.layout.micro_batch)
+        return sum(-(-tensor.nbytes // block) * block for tensor in share.values())
+
+    extra = held(more) - held(fewer)
+    parts = {**peak.parts, "activations": peak.parts["activations"] + extra}
+    return dataclasses.replace(peak, total=peak.total + extra, parts=parts)
+
+
+def _in_stride(part: Part) -> int:
+    """Micro-batches of a step from which on every further one adds the same bytes at each moment.
+
+    Without a pipeline the first makes the gradients, the last reduces them, and one lies between. 1F1B must come to
+    its steady state, and on gloo, whose sends keep what they sent, through the whole of its end as well.
+    """
+    pp = part.layout.pp
+    return max(3, 2 * pp - 1 if part.kind == "cpu" else pp + 1)
+
+
+def measured(part: Part, rank: int, store_path: Path, steps: int) -> list[Peak]:
+    """The peak of each of `steps` real steps of this rank, all ranks of the layout taking part."""
+    tracker = Tracker(rounding=device.rounding(part.kind))
+    with start(part.layout, rank, store_path) as mesh:
+        trainer = _trainer(part, mesh, lambda: tracker, fake=False)
+        _watched(tracker, trainer)
+        peaks = []
+        for step in range(1, steps + 1):
+            tracker.forget()
+            with tracker:
+                trainer.step(step)
+            peaks.append(tracker.peak())
+    return peaks
+
+
+def allocated(part: Part, rank: int, store_path: Path, steps: int = 2) -> int:
+    """The most that the allocator itself had given out in a real run of `steps` steps, with no tracker there:
+    torch.cuda's figure on a GPU, on a CPU the sum of what the profiler saw allocated and freed in this thread."""
+    gc.collect()  # what an earlier run left would be given back within this one
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with start(part.layout, rank, store_path) as mesh:
+            trainer = _trainer(part, mesh, nullcontext, fake=False)
+            for step in range(1, steps + 1):
+                trainer.step(step)
+            if mesh.device.type == "cuda":
+                return int(torch.cuda.max_memory_allocated(mesh.device))
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes), default=0)
+
+
+def _worst(peaks: Mapping[Any, Peak]) -> Peak:
+    return max(peaks.values(), key=lambda peak: peak.total)
+
+
+def rehearsed_moments(part: Part, rank: int) -> dict[tuple[str, str], Peak]:
+    """The worst of each moment (phase, block) of one step of `rank`, rehearsed whole."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = Tracker(rounding=device.rounding(part.kind), inside=device.inside(part.kind), made_up=True)
+
+    @contextmanager
+    def modes() -> Iterator[None]:
+        with fake, tracker:
+            yield
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what torch says of fake tensors is no matter of the user's
+        mesh = stack.enter_context(stand_in(part.layout, rank))
+        stack.enter_context(device.holding_sent(part.kind))
+        trainer = _trainer(part, mesh, modes, fake=True)
+        _watched(tracker, trainer)
+        tracker.forget()
+        with modes():
+            trainer.step(1)
+        return tracker.peaks()
+
+
+def _trainer(part: Part, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) -> Trainer:
+    """The Trainer of a rank. `modes` is entered where memory is taken."""
+    layout, model = part.layout, model_of_job(part.job, None)
+    task = tasks.get(part.job.task.name)
+    data = MadeUp(part.job, model.module)
+    outline = _outline(part, mesh, model, task, data) if layout.pp > 1 and fake else None
+    if fake and part.kind != "cpu":
+        for child in model.module.modules():
+            if isinstance(child, Attention):
+                child.forward = device.attention(part.kind)  # type: ignore[method-assign]
+    applied = apply(
+        layout,
+        model.module,
+        mesh,
+        axes={parameter.name: parameter.axes for parameter in model.card.parameters},
+        stages=part.stages,
+        tied=model.card.tied,
+        precision=part.precision,
+        allocating=modes(),
+    )
+    with modes():
+        applied.fill(
+            _constant, {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in applied.module.named_buffers()}
+        )
+        return Trainer(part.job, model.card, applied, mesh, task, data, outline)
+
+
+def _watched(tracker: Tracker, trainer: Trainer) -> None:
+    """Tells the tracker what the trainer holds, and has it told where in a step it is."""
+    follow(tracker, trainer.applied.module, trainer.mesh.last_stage)
+    tracker.mark("optimizer", trainer.optimizer.held())
+    trainer.spans = Parts(tracker)  # type: ignore[assignment]
+
+
+def _constant(name: str, box: Box) -> Tensor:
+    return torch.full(box.shape, 0.01)
+
+
+class MadeUp:
+    """Batches of the job's shape whose values are all zero."""
+
+    def __init__(self, job: Any, module: nn.Module) -> None:
+        self._length = job.data.seq_len or 1
+        self._sample: Tensor | None = None
+        if job.task.name != "language-model":
+            ask: Any = module.sample_input
+            sample = ask()
+            self._sample = sample[0] if isinstance(sample, tuple) else sample
+
+    def batch(self, step: int, begin: int, stop: int) -> dict[str, Tensor]:
+        count = stop - begin
+        if self._sample is None:
+            names = ("input_ids", "positions", "targets")
+            return {name: torch.zeros(count, self._length, dtype=torch.int64) for name in names}
+        inputs = torch.zeros(count, *self._sample.shape[1:], dtype=self._sample.dtype)
+        return {"inputs": inputs, "targets": torch.zeros(count, dtype=torch.int64)}
+
+
+def _outline(part: Part, mesh: Mesh, model: Model, task: Any, data: MadeUp) -> tuple[Tensor, Tensor]:
+    """Shapes, on the meta device, of what this rank's stage is given and hands on, from a run of the whole module."""
+    layout = part.layout
+    blocks = dict(model.module.to("meta").blocks.named_children())  # type: ignore[union-attr]
+    x, inputs = task.inputs(data.batch(1, 0, layout.micro_batch), "meta")
+    ends = [x]
+    for stage in part.stages:
+        with torch.no_grad():
+            for name in stage:
+                x = blocks[name](x, **inputs)
+        ends.append(x)
+    return _cut(part, ends[mesh.at.pp]), _cut(part, ends[mesh.at.pp + 1])
+
+
+def _cut(part: Part, whole: Tensor) -> Tensor:
+    """One rank's part of what passes between stages, in the precision of the arithmetic."""
+    if not whole.is_floating_point():
+        return whole
+    shape = list(whole.shape)
+    if part.layout.sequence_parallel:
+        shape[1] //= part.layout.tp
+    dtype = torch.bfloat16 if part.precision == "bf16" else whole.dtype
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
