@@ -1,0 +1,278 @@
+"""The planning half of the top floor: a job read and planned, cases predicted, profiles calibrated.
+
+As in verbs.py, which offers these by the same names, each function joins the parts by name and prints nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import CannotWork, InputError, Problem
+
+if TYPE_CHECKING:
+    from meshwright.card import Card
+    from meshwright.cluster import Cluster
+    from meshwright.job import Job
+    from meshwright.plan import Plan, PlanRequest
+    from meshwright.plan.advice import Advice
+    from meshwright.plan.groups import MixedCluster
+    from meshwright.plan.profile import Profile
+
+
+def read_job(job: Job | str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
+    """The Job itself, or the one in a file with overrides on top.
+
+    Raises InputError listing every problem, those too that a plan of the rest of the job meets.
+    """
+    from meshwright.job import Job, load_job, sound_part
+
+    if isinstance(job, Job):
+        if overrides:
+            raise InputError(Problem("overrides", "are for job files", "give the values to Job(...)"))
+        return job
+    try:
+        return load_job(job, overrides, data_must_exist=data_must_exist)
+    except InputError as error:
+        problems = list(error.problems)
+        try:
+            rest = sound_part(job, overrides)
+            if rest is not None and rest.model.module is None:  # a module would be run to learn what it is
+                plan(rest)
+        except (InputError, CannotWork) as further:
+            problems += [problem for problem in further.problems if problem not in problems]
+        raise InputError(problems) from None
+
+
+def each(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call returns; where some raise InputError or CannotWork, one error with the problems of all."""
+    results, failures = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except (InputError, CannotWork) as error:
+            failures.append(error)
+    if failures:
+        kind = InputError if any(isinstance(error, InputError) for error in failures) else CannotWork
+        raise kind([problem for error in failures for problem in error.problems]) from failures[0]
+    return results
+
+
+@contextmanager
+def placed(job: Job) -> Iterator[None]:
+    """Adds, to a problem with a key of the job, the place where the key was said: "job.toml:12: data.source"."""
+    try:
+        yield
+    except (InputError, CannotWork) as error:
+        raise type(error)([replace(one, where=place(job, one.where)) for one in error.problems]) from error
+
+
+def place(job: Job, key: str) -> str:
+    said = job.origins.get(key, "default")
+    return key if said in ("default", "Python") else f"{said}: {key}"
+
+
+def card_of_job(job: Job, style: str = "plain") -> Card:
+    """What the job's model is: read from a table for a family or a Hugging Face folder, traced for a module. `style`
+    says who computes it, where that is known."""
+    with placed(job):
+        if job.model.module is not None:
+            from meshwright import trace
+
+            return trace.card_of_job(job)
+        from meshwright import families
+
+        return families.card_of_job(job, style)
+
+
+def cluster_of_job(job: Job) -> Cluster:
+    """What the job runs on: this machine, or a device of the table."""
+    if job.cluster.groups:
+        what = "devices of several kinds are for `plan` alone"
+        hint = "name one kind: cluster.named and cluster.devices"
+        raise CannotWork(Problem(place(job, "cluster.groups"), what, hint))
+    from meshwright.cluster import resolve_cluster
+
+    with placed(job):
+        cluster = resolve_cluster(job.cluster)
+    return (
+        cluster
+        if job.cluster.dollars_per_hour is None
+        else replace(cluster, dollars_per_hour=job.cluster.dollars_per_hour)
+    )
+
+
+def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: str = "some") -> Advice:
+    """Strategies and tools that suit the job's model, hardware and a team's `experience` (new, some or expert)."""
+    from meshwright.plan import make_plan
+    from meshwright.plan.advice import advise, situation
+
+    sound = read_job(job, overrides, data_must_exist=False)
+    card, cluster = each(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
+    layout = make_plan(card, cluster, _request(sound, "meshwright", "time")).chosen.layout
+    return advise(situation(card, cluster, layout, built_in=sound.model.module is None, experience=experience))
+
+
+def groups_of_job(job: Job) -> MixedCluster:
+    """The groups of different devices that the job names."""
+    from meshwright.cluster import named_cluster
+    from meshwright.plan.groups import MixedCluster
+
+    with placed(job):
+        named = [named_cluster(group.named, group.devices, group.devices_per_node) for group in job.cluster.groups]
+        return MixedCluster(tuple(named))
+
+
+def plan(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    framework: str = "meshwright",
+    objective: str = "time",
+    profile: str | Path | None = None,
+) -> Plan:
+    """The layout for a job, with what it will cost and why. Needs no data. Raises CannotWork where none fits.
+
+    `framework` names the one that will run it, `objective` is "time" or "money", `profile` a file of constants.
+    """
+    from meshwright.plan import make_plan
+
+    sound = read_job(job, overrides, data_must_exist=False)
+    constants = None if profile is None else profile_of(profile)
+    request, style = _request(sound, framework, objective), _style(framework, sound.train.precision)
+    if sound.cluster.groups:
+        from meshwright.plan.mixed import make_mixed_plan
+
+        card, mixed = each(lambda: card_of_job(sound, style), lambda: groups_of_job(sound))
+        return make_mixed_plan(card, mixed, request, constants)
+    card, cluster = each(lambda: card_of_job(sound, style), lambda: cluster_of_job(sound))
+    return make_plan(card, cluster, request, constants)
+
+
+def _style(framework: str, precision: str) -> str:
+    """How the framework's blocks compute, in words that a card knows."""
+    if framework == "meshwright":
+        return "plain"
+    from meshwright.plan.framework import framework as row_of
+    from meshwright.plan.setup import style_of
+
+    return style_of(framework, precision, None) + ("+fused_loss" if row_of(framework).fused_cross_entropy else "")
+
+
+def _request(job: Job, framework: str, objective: str) -> PlanRequest:
+    from meshwright.plan import PlanRequest
+
+    return PlanRequest(
+        global_batch=job.train.global_batch,
+        precision=job.train.precision,
+        pins=job.layout.pins(),
+        steps=job.train.steps,
+        compile=job.train.compile,
+        origins=job.origins,
+        objective=objective,
+        framework=framework,
+        spot=job.cluster.spot,
+        failures_per_1000_node_days=job.cluster.failures_per_1000_node_days,
+    )
+
+
+def profile_of(profile: str | Path | None = None, *, datasheet: bool = False) -> Profile:
+    """The constants to predict with: a file's, the data sheets', or those that are shipped."""
+    from meshwright.plan.profile import DATASHEET, default_profile, load_profile
+
+    if datasheet and profile is not None:
+        raise InputError(Problem("command line", "--datasheet uses nothing fitted", "leave out --profile"))
+    if datasheet:
+        return DATASHEET
+    return default_profile() if profile is None else load_profile(Path(profile))
+
+
+def predict(
+    cases: str | Path, *, profile: str | Path | None = None, datasheet: bool = False
+) -> Iterator[dict[str, Any]]:
+    """An answer for each line of a file of cases, in order: {id, step_seconds, peak_allocated_gib, peak_reserved_gib,
+    breakdown} or {id, error}. Raises InputError where the file or the profile cannot be read."""
+    from meshwright.plan.case import read_cases
+    from meshwright.plan.predict import predictions
+
+    return predictions(read_cases(cases), profile_of(profile, datasheet=datasheet))
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    profile: str | Path | None = None,
+    datasheet: bool = False,
+    seconds: float = 30.0,
+) -> dict[str, Any]:
+    """Makes a profile and writes it to `out`: {"out", "from", ...}.
+
+    `source` is a file of measured cases, which constants are fitted to ("rows", "moved", "mean_error", "intervals");
+    a run folder, which corrects the plan behind it ("steps", "noise", "factors", "parts", "changed", "interval"); or
+    "machine", which measures this machine for about `seconds` ("changed", "seconds"). All start from the shipped
+    profile, the one named, or the data sheets'. Raises InputError where the source or `out` cannot be used.
+    """
+    path, start = Path(out), profile_of(profile, datasheet=datasheet)
+    if not path.parent.is_dir():
+        raise InputError(Problem(str(path), "its folder is not there", "name a file in a folder that is"))
+    if str(source) == "machine":
+        found, made = _from_machine(path, start, seconds)
+    elif Path(source).is_dir():
+        found, made = _from_run(Path(source), path, start)
+    else:
+        found, made = _from_cases(source, path, start)
+    try:
+        found.save(path)
+        if "raw" in made:  # the figures that the constants were read off
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n# Measured (JSON): " + json.dumps(made["raw"], separators=(",", ":")) + "\n")
+    except OSError as error:
+        raise InputError(Problem(str(path), f"cannot be written ({error.strerror})", "name another file")) from error
+    return {"out": str(path), **made}
+
+
+def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
+    from meshwright.plan.calibrate import calibrate as fit
+    from meshwright.plan.case import measured_cases
+
+    cases, bad = measured_cases(source)
+    found = fit(cases, start, name=path.stem, skipped=bad)
+    return found.profile, {"from": "cases", **found.as_dict()}
+
+
+def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, dict[str, Any]]:
+    """The machine measured; "raw" holds the figures themselves."""
+    from meshwright import probe
+    from meshwright.cluster import cpu_cluster, this_machine
+    from meshwright.plan.from_machine import changes, machine_profile
+
+    raw = probe.machine(seconds)
+    cluster = cpu_cluster() if raw["kind"] == "cpu" else this_machine()
+    found = machine_profile(raw, cluster, start, path.stem)
+    changed = [change.as_dict() for change in changes(start, found)]
+    return found, {"from": "machine", "seconds": raw["seconds"], "changed": changed, "raw": raw}
+
+
+def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
+    from meshwright.families import read_config
+    from meshwright.job import load_job
+    from meshwright.plan import Plan
+    from meshwright.plan.from_run import Ran, run_profile
+    from meshwright.run import RunFolder
+
+    run = RunFolder(folder)
+    for file in (run.job, run.plan, run.events):
+        if not file.is_file():
+            what = f"is no run folder: it has no {file.name}"
+            raise InputError(Problem(str(folder), what, "name the folder that `train` made, or a file of cases"))
+    job = load_job(run.job, data_must_exist=False)
+    chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen
+    card, cluster = card_of_job(job), cluster_of_job(job)
+    ran = Ran(card, cluster, job.train.global_batch, chosen.layout, chosen.precision, chosen.compiled)
+    found = run_profile(run, ran, start, path.stem)
+    return found.profile, {"from": "run", **found.as_dict()}

@@ -1,0 +1,170 @@
+"""Runs made with constants that are known: calibrate finds what they do, keeps to its word, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.cli import main
+from meshwright.errors import InputError
+from meshwright.plan.calibrate import Calibration, calibrate, conformal, replace_profile, rows_of
+from meshwright.plan.case import MeasuredCase, measured_of
+from meshwright.plan.fit import spread_rows
+from meshwright.plan.predict import Predictor
+from meshwright.plan.profile import DATASHEET, load_profile
+
+#: What the made-up machine is: a GPU whose products, memory and starts are slower than the data sheets' constants say.
+FACTORS = {"product": 0.8, "memory": 0.8, "launch": 1.5}
+
+
+def lines() -> list[dict[str, Any]]:
+    """Layouts of two models on 8 devices."""
+    found = []
+    for hidden in (1024, 2048):
+        for dp, tp, pp in ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4), (4, 1, 2), (1, 4, 2)):
+            for micro in (1, 2, 4):
+                for batch in (32, 64):
+                    model = {
+                        "layers": 8, "hidden": hidden, "heads": 16, "ffn": 4 * hidden, "vocab": 32000,
+                        "seq_len": 1024, "gated": False,
+                    }  # fmt: skip
+                    line = {
+                        "id": str(len(found)),
+                        "group": f"{hidden}-{batch}",
+                        "source": "made up",
+                        "model": model,
+                        "cluster": {"device": "a100-sxm-80gb", "devices": 8, "devices_per_node": 8},
+                        "train": {"global_batch": batch, "precision": "bf16"},
+                        "layout": {"dp": dp, "tp": tp, "pp": pp, "micro_batch": micro, "recompute": "full"},
+                        "software": {"framework": "megatron-lm"},
+                    }
+                    found.append(line)
+    return found
+
+
+def truth() -> dict[str, float]:
+    """The machine's constants."""
+    values = {}
+    for name, value in DATASHEET.constants.items():
+        for word, factor in FACTORS.items():
+            if word in name and not name.startswith("cpu"):
+                values[name] = value * factor
+    return values
+
+
+def made_up(bump: float = 1.0) -> list[MeasuredCase]:
+    """Runs as the machine would take them, with 1 % of noise; `bump` slows layouts with tp = 8 beyond any constant."""
+    noise = random.Random(0)
+    machine = Predictor(DATASHEET.changed(truth()))
+    cases = []
+    for line in lines():
+        seconds = machine.predict(measured_of({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"]["mid"]  # type: ignore[union-attr]
+        seconds *= noise.gauss(1, 0.01) * (bump if line["layout"]["tp"] == 8 else 1.0)
+        case = measured_of({**line, "measured": {"step_seconds": seconds}})
+        assert isinstance(case, MeasuredCase)
+        cases.append(case)
+    return cases
+
+
+def errors(found: Calibration, cases: list[MeasuredCase]) -> tuple[float, float]:
+    """Mean error of the cases, and the share in their intervals."""
+    predictor = Predictor(found.profile)
+    answers = [(predictor.predict(one.case)["step_seconds"], one.step_seconds) for one in cases]
+    held = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
+    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), held / len(answers)
+
+
+@pytest.fixture(scope="module")
+def bumped() -> tuple[list[MeasuredCase], list[MeasuredCase], Calibration]:
+    cases = made_up(bump=1.25)
+    picked = set(spread_rows([one.group for one in cases], 36))
+    fitted = [one for index, one in enumerate(cases) if index in picked]
+    rest = [one for index, one in enumerate(cases) if index not in picked]
+    return fitted, rest, calibrate(fitted, DATASHEET)
+
+
+def test_runs_never_seen_are_predicted_and_intervals_hold(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
+) -> None:
+    _, rest, found = bumped
+    error, held = errors(found, rest)
+    assert found.before > 0.1
+    assert error < 0.03
+    assert held > 0.7  # of 48 runs: a sample of what is 0.9 on average
+
+
+def test_what_no_constant_says_becomes_a_correction_that_proved_itself(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
+) -> None:
+    _, rest, found = bumped
+    assert found.held_out < 0.9 * found.held_out_plain
+    assert set(found.profile.corrections) == {"a100-sxm-80gb/megatron-lm/bf16/full/node"}
+    plain = replace(found, profile=replace_profile(found.profile, corrections={}))
+    assert errors(found, rest)[0] < errors(plain, rest)[0]
+
+
+def test_the_account_says_what_moved(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
+    account = bumped[2].as_dict()
+    assert account["rows"] == 36
+    assert account["moved"]
+    assert all(row["from"] != row["to"] for row in account["moved"])
+    assert json.loads(json.dumps(account)) == account
+
+
+def test_the_same_runs_give_the_same_profile_and_the_file_keeps_it(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration], tmp_path: Path
+) -> None:
+    fitted, rest, found = bumped
+    few = fitted[::3]
+    assert calibrate(few, DATASHEET).profile == calibrate(few, DATASHEET).profile
+    found.profile.save(tmp_path / "p.toml")
+    again = load_profile(tmp_path / "p.toml")
+    for one in rest[:10]:
+        before, after = (Predictor(profile).predict(one.case) for profile in (found.profile, again))
+        assert after["step_seconds"]["mid"] == pytest.approx(before["step_seconds"]["mid"], rel=1e-3)
+
+
+def test_too_few_runs_are_bad_input() -> None:
+    with pytest.raises(InputError, match="give three or more"):
+        calibrate(made_up()[:2], DATASHEET)
+
+
+def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
+    """A hundred runs of one source that are off by a percent, and twenty of another that are off by half."""
+    rows, _ = rows_of(made_up()[:20])
+    many = [row for row in rows for _ in range(5)]
+    other = [type(row)(row.id, row.setup, row.seconds, "other", row.group) for row in rows]
+    draw = random.Random(1)
+    logs = [draw.gauss(0, 0.01) for _ in many] + [draw.gauss(0, 0.5) for _ in other]
+    low, high = conformal([*many, *other], logs, [1.0] * len(logs))["cuda"]
+    assert low < 0.7
+    assert high > 1.4
+    alone = conformal(many, logs[: len(many)], [1.0] * len(many))["cuda"]
+    assert 0.97 < alone[0] < 1 < alone[1] < 1.03
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """calibrate writes a profile and its account; predict uses it; lines that cannot serve are named."""
+    measured = tmp_path / "measured.jsonl"
+    rows = [
+        {**line, "measured": {"step_seconds": one.step_seconds}}
+        for line, one in zip(lines(), made_up(), strict=True)
+        if int(line["id"]) % 5 == 0
+    ]
+    measured.write_text("\n".join([*(json.dumps(row) for row in rows), '{"id": "bad"}']))
+    out = tmp_path / "ours.toml"
+    assert main(["calibrate", str(measured), "--out", str(out), "--datasheet", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["rows"] == len(rows)
+    assert [one["id"] for one in account["skipped"]] == ["bad"]
+    assert main(["predict", str(measured), "--profile", str(out)]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["id"] for answer in answers] == [*(row["id"] for row in rows), "bad"]
+    assert "error" in answers[-1]
+    assert main(["calibrate", str(measured), "--out", str(tmp_path / "no" / "p.toml")]) == 2
+    assert main(["predict", str(measured), "--profile", str(tmp_path / "none.toml")]) == 2
