@@ -230,3 +230,18 @@ def test_long_runs_make_small_pages(tmp_path: Path) -> None:
 def test_torch_is_not_loaded() -> None:
     code = "import sys, meshwright.report.html; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_of_a_plan_says_what_failures_and_money_make_of_it() -> None:
+    from meshwright.cluster import named_cluster
+    from meshwright.families.llama.card import LlamaShape, card
+    from meshwright.plan import PlanRequest, make_plan
+    from meshwright.report.html import plan_page
+
+    shape = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
+    planned = make_plan(card(shape, 2048), named_cluster("h100-sxm-80gb", 512), PlanRequest(1024, steps=400_000))
+    page = plan_page(planned)
+    assert planned.outlook is not None and planned.outlook.dollars is not None
+    assert f"${planned.outlook.dollars:,.2f}" in page
+    assert f"save every {planned.outlook.checkpoint_steps:,} steps" in page
+    assert "Held back by" in page

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from meshwright.layout import Layout
-from meshwright.plan import Choice
+from meshwright.plan import Choice, Plan
 from meshwright.report.charts import (
     Band,
     Chart,
@@ -26,7 +26,8 @@ from meshwright.report.charts import (
     spoken,
 )
 from meshwright.report.facts import PLAIN_FIELDS, Facts, is_number, read_facts
-from meshwright.report.timeline import MOST_MICRO_BATCHES
+from meshwright.report.outlook import plan_lines
+from meshwright.report.timeline import KIND_WORDS, MOST_MICRO_BATCHES
 from meshwright.run import RunFolder, write_atomic
 
 TEMPLATE = "page.html.jinja"
@@ -74,7 +75,16 @@ def write_report(run_folder: RunFolder | Path | str) -> Path:
     folder that holds none of them, or a plan that cannot be read.
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
-    facts = read_facts(run)
+    write_atomic(run.report, _rendered(read_facts(run)).encode())
+    return run.report
+
+
+def plan_page(plan: Plan) -> str:
+    """The same page of a plan that has not been run."""
+    return _rendered(Facts(plan.model, (), (), (), plan, "", {}))
+
+
+def _rendered(facts: Facts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -82,9 +92,7 @@ def write_report(run_folder: RunFolder | Path | str) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(TEMPLATE).render(**_page(facts))
-    write_atomic(run.report, page.encode())
-    return run.report
+    return environment.get_template(TEMPLATE).render(**_page(facts))
 
 
 def _page(facts: Facts) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def _page(facts: Facts) -> dict[str, Any]:
     chosen = facts.plan.chosen if facts.plan else None
     return {
         "name": facts.name,
+        "kind": "plan" if _only_planned(facts) else "run",
         "verdict": verdict,
         "tone": tone,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -100,6 +109,7 @@ def _page(facts: Facts) -> dict[str, Any]:
         "charts": _charts(facts),
         "memory": _memory_bars(facts),
         "plan": facts.plan,
+        "further": plan_lines(facts.plan) if facts.plan else (),
         "prediction": _prediction_sentence(facts),
         "chosen": None if chosen is None else _choice_row(chosen, facts.unit),
         "breakdown": [] if chosen is None else _breakdown(chosen),
@@ -124,11 +134,20 @@ def _verdict(facts: Facts) -> tuple[str, str]:
     if last == "end":
         end = facts.last("end") or {}
         return ("finished", "good") if end.get("finished", True) else ("stopped early", "warn")
-    return ("running", "warn") if facts.steps else ("not started", "warn")
+    if facts.steps:
+        return "running", "warn"
+    return ("planned", "good") if _only_planned(facts) else ("not started", "warn")
+
+
+def _only_planned(facts: Facts) -> bool:
+    return facts.plan is not None and not facts.events and not facts.job_text
 
 
 def _summary(facts: Facts) -> str:
     """One sentence: steps, time and layout."""
+    if facts.plan and _only_planned(facts):
+        plan = facts.plan
+        return f"{plain(plan.parameters)} parameters on {plan.cluster}, laid out as {plan.chosen.layout}."
     done = int(facts.steps[-1]["step"]) if facts.steps else 0
     asked = facts.steps_asked
     text = f"{done:,} of {asked:,} steps" if asked else f"{done:,} steps"
@@ -288,23 +307,29 @@ def _breakdown(choice: Choice) -> list[tuple[str, float, str]]:
 def _pipeline(choice: Choice) -> dict[str, Any]:
     """The schedule of a step (of its first micro-batches, where there are many): a row a stage, a slot an action."""
     timeline = choice.timeline(MOST_MICRO_BATCHES)
-    rows: list[list[Slot]] = [[] for _ in range(timeline.stages)]
+    rows: list[list[Slot]] = [[] for _ in range(timeline.ranks)]
     for event in timeline.events:
         left = 100 * event.start_seconds / timeline.seconds
         width = 100 * (event.stop_seconds - event.start_seconds) / timeline.seconds
-        kind = "forward" if event.kind == "F" else "backward"
+        kind = KIND_WORDS[event.kind]
         took = seconds_in_words(event.stop_seconds - event.start_seconds)
         text = f"stage {event.stage}, {kind} of micro-batch {event.micro_batch}, {took}"
         label = str(event.micro_batch) if width > 2.2 else ""
-        rows[event.stage].append(Slot(kind, round(left, 3), round(width, 3), text, label))
+        rows[event.rank].append(Slot(kind.split()[0], round(left, 3), round(width, 3), text, label))
     return {
-        "rows": list(zip(rows, (_stage_name(stage) for stage in choice.stages), strict=True)),
+        "rows": list(zip(rows, (_rank_name(choice, rank) for rank in range(timeline.ranks)), strict=True)),
         "seconds": seconds_in_words(timeline.seconds),
         "bubble": f"{100 * timeline.bubble:.0f} %",
         "schedule": choice.layout.schedule,
         "micro_batches": choice.micro_batches,
-        "shown": min(choice.micro_batches, MOST_MICRO_BATCHES),
+        "shown": len({event.micro_batch for event in timeline.events}),
+        "splits": any(event.kind == "W" for event in timeline.events),
+        "virtual": choice.layout.vpp > 1,
     }
+
+
+def _rank_name(choice: Choice, rank: int) -> str:
+    return " + ".join(_stage_name(blocks) for blocks in choice.parts(rank))
 
 
 def _stage_name(blocks: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meshwright.plan import Plan
+from meshwright.report.outlook import buys_lines, cost_line, duration, failure_line, share_lines
 from meshwright.report.timeline import MOST_MICRO_BATCHES, text_rows
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ PARTS = (
     ("other", "·", "white"),
 )
 STAGES_SHOWN = 6
-REJECTED_SHOWN = 3
+REJECTED_SHOWN = 2
+RUNNERS_UP_SHOWN = 3
 PLAIN_LINE_SECONDS = 10.0
 RECENT_STEPS = 20
 
@@ -37,11 +39,13 @@ RECENT_STEPS = 20
 def show_plan(plan: Plan, console: Console) -> None:
     """The verdict on one screen of 80 x 40: does it fit, how long, where the memory goes, and what lost and why."""
     width = min(console.width, 100)
-    _show_verdict(plan, console)
+    _show_verdict(plan, console, width)
     _show_memory(plan, console, width)
     if plan.chosen.layout.pp > 1:
         _show_timeline(plan, console, width)
     _show_others(plan, console, width)
+    for line in buys_lines(plan):
+        console.print(f"buys    {_plain(line)}", width=width)
     if plan.assumed:
         console.print(f"[dim]assumed: {_plain('; '.join(plan.assumed))}[/dim]", width=width)
 
@@ -51,7 +55,7 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _show_verdict(plan: Plan, console: Console) -> None:
+def _show_verdict(plan: Plan, console: Console, width: int) -> None:
     chosen, predicted = plan.chosen, plan.chosen.predicted
     layout, seconds = chosen.layout, predicted.step_seconds
     model = f"{_plain(plan.model)}, {count(plan.parameters)} parameters, on {_plain(plan.cluster)}"
@@ -64,10 +68,13 @@ def _show_verdict(plan: Plan, console: Console) -> None:
         f"step    [bold]{seconds.mid:.3g} s[/bold] (90 %: {seconds.low:.3g} to {seconds.high:.3g}), "
         f"{predicted.tokens_per_second:,.0f} {plan.unit}/s, {predicted.mfu:.0%} of peak; bound by {chosen.binding}"
     )
-    cost = "no price known" if predicted.dollars is None else f"${predicted.dollars:,.2f}"
-    goodput = "failures not modelled" if predicted.goodput is None else f"goodput {predicted.goodput:.1%}"
-    console.print(f"cost    {cost}; {goodput}")
-    console.print(f"why     {_plain(chosen.why)}\n")
+    console.print(f"cost    {_plain(cost_line(plan))}", width=width)
+    if failures := failure_line(plan):
+        console.print(f"failing {failures}", width=width)
+    for line in share_lines(plan):
+        console.print(f"share   {_plain(line)}", width=width)
+    console.print(f"why     {_plain(chosen.why)}" + (f"; {_plain(plan.limit)}" if plan.limit else ""), width=width)
+    console.print()
 
 
 def _show_memory(plan: Plan, console: Console, width: int) -> None:
@@ -89,8 +96,9 @@ def _show_memory(plan: Plan, console: Console, width: int) -> None:
                 PARTS, _cells([getattr(memory, name) for name, _, _ in PARTS], most, bar_width), strict=True
             )
         )
-        names = plan.chosen.stages[stage]
+        names, *more = plan.chosen.parts(stage)
         blocks = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+        blocks += f" +{len(more)}" if more else ""
         amount = f"{memory.total / GIB:.2f} GiB {memory.total / have:.0%}"
         console.print(f"  {stage:>3} {_plain(blocks):<14.14} {bar} {amount}", no_wrap=True, overflow="crop")
     console.print()
@@ -122,9 +130,11 @@ def shown_stages(totals: list[int]) -> list[int | None]:
 def _show_timeline(plan: Plan, console: Console, width: int) -> None:
     chosen = plan.chosen
     timeline = chosen.timeline(MOST_MICRO_BATCHES)
-    some = "" if chosen.micro_batches <= MOST_MICRO_BATCHES else f", its first {MOST_MICRO_BATCHES} micro-batches"
+    shown = len({event.micro_batch for event in timeline.events})
+    some = "" if chosen.micro_batches == shown else f", its first {shown} micro-batches"
     idle = chosen.predicted.breakdown["bubble"] / chosen.predicted.step_seconds.mid
-    console.print(f"pipeline, {idle:.0%} of the step idle{some}: digits forward, letters backward")
+    late = ", + weights' gradients" if any(event.kind == "W" for event in timeline.events) else ""
+    console.print(f"pipeline, {idle:.0%} of the step idle{some}: digits forward, letters backward{late}")
     rows = text_rows(timeline, width - 6)
     for stage in shown_stages([0] * len(rows)):
         console.print("  ..." if stage is None else f"  {stage:>3} {rows[stage]}", no_wrap=True, overflow="crop")
@@ -138,7 +148,7 @@ def _show_others(plan: Plan, console: Console, width: int) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", width=width)
         for name in ("runners-up", "step", "peak", "why it lost"):
             table.add_column(name, no_wrap=name in ("step", "peak"))
-        for choice in plan.runners_up:
+        for choice in plan.runners_up[:RUNNERS_UP_SHOWN]:
             predicted = choice.predicted
             cells = (str(choice.layout), f"{predicted.step_seconds.mid:.3g} s", f"{predicted.peak_bytes / GIB:.2f} GiB")
             table.add_row(*cells, _plain(choice.why))
@@ -155,17 +165,6 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A length of time in two units at most: 1 h 05 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 @dataclass

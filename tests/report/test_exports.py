@@ -1,0 +1,255 @@
+"""A plan in other frameworks' words, read back by their own formats' parsers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from meshwright.errors import InputError
+from meshwright.families.decoder import DecoderShape
+from meshwright.layout import SCHEDULES, Layout
+from meshwright.plan.schedule import TABLE, problem
+from meshwright.report.exports import EXPORTERS, Export, Recipe, export
+from meshwright.report.planfolder import RECORD, plan_files, write_plan
+from tests.report.plans import plan
+
+DENSE = DecoderShape(16, 1024, 16, 4, 64, 2816, 32000, hf_type="llama")
+MIXTURE = DecoderShape(
+    16, 1024, 16, 16, 64, 2816, 32000, experts=8, top_k=2, expert_ffn=704, shared_ffn=704, first_dense_layers=1
+)
+RECIPE = Recipe(DENSE, seq_len=4096, steps=1000, lr=3e-4, devices_per_node=8, rope_theta=500000.0)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
+    """A layout and its micro-batches, that can be."""
+    schedule = draw(st.sampled_from(SCHEDULES))
+    row = TABLE[schedule]
+    pp, dp, cp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4]))
+    vpp = draw(st.integers(row.least_vpp, min(row.most_vpp, 3))) if pp > 1 else 1
+    schedule = schedule if pp > 1 else "1f1b"
+    tp = draw(st.sampled_from([1, 2, 4]))
+    micro_batches = draw(st.integers(1, 16))
+    assume(problem(schedule, pp, micro_batches, vpp) is None)
+    return Layout(
+        dp=dp,
+        shard=draw(st.sampled_from([n for n in (1, 2, 4, 8, 16, 32) if (dp * cp) % n == 0])),
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        sequence_parallel=tp > 1 and draw(st.booleans()),
+        micro_batch=draw(st.integers(1, 4)),
+        schedule=schedule,
+        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+        offload=draw(st.booleans()),
+    ), micro_batches
+
+
+def titan(made: Export) -> dict[str, Any]:
+    return tomllib.loads(made.files["torchtitan.toml"])
+
+
+def megatron(made: Export) -> tuple[dict[str, str], dict[str, str]]:
+    """(torchrun's options, pretrain_gpt.py's), read as a shell reads them."""
+    text = made.files["megatron.sh"]
+    start = text.index("torchrun")
+    words = shlex.split(text[start:].replace("\\\n", " "))
+    at = words.index("pretrain_gpt.py")
+    return tuple(options(part) for part in (words[1:at], words[at + 1 :]))  # type: ignore[return-value]
+
+
+def options(words: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            assert word not in found, f"{word} twice"
+            following = words[index + 1] if index + 1 < len(words) else "--"
+            found[word] = "" if following.startswith("--") else following
+    return found
+
+
+@given(layouts())
+def test_torchtitan_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) -> None:
+    layout, micro_batches = made
+    whole = plan(layout, micro_batches)
+    config = titan(export("torchtitan", whole, RECIPE))
+    degrees = config["parallelism"]
+    product = 1
+    for name in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "pipeline_parallel"):
+        product *= degrees[f"{name}_degree"]
+    assert product * degrees["context_parallel_degree"] == layout.devices
+    training = config["training"]
+    # global batch = local batch x data-parallel ranks x accumulation; with a pipeline nothing is accumulated outside it
+    ranks = degrees["data_parallel_replicate_degree"] * degrees["data_parallel_shard_degree"]
+    accumulated = training["global_batch_size"] / (training["local_batch_size"] * ranks)
+    assert training["global_batch_size"] == whole.global_batch
+    assert accumulated == (1 if layout.pp > 1 else micro_batches)
+    if layout.pp > 1:
+        assert training["local_batch_size"] // degrees["pipeline_parallel_microbatch_size"] == micro_batches
+        parts = degrees["module_fqns_per_model_part"]
+        assert len(parts) == layout.pp * layout.vpp
+        named = [name for part in parts for name in part]
+        assert named == ["tok_embeddings", *(f"layers.{i}" for i in range(16)), "norm", "output"]
+    if layout.shard % layout.cp == 0 and layout.shard > 1:
+        assert degrees["data_parallel_shard_degree"] * layout.cp == layout.shard
+
+
+@given(layouts())
+def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) -> None:
+    layout, micro_batches = made
+    whole = plan(layout, micro_batches)
+    launch, words = megatron(export("megatron-lm", whole, RECIPE))
+    world = int(launch["--nnodes"]) * int(launch["--nproc_per_node"])
+    assert world == layout.devices
+    model = 1
+    for name in ("tensor-model", "pipeline-model", "context"):
+        model *= int(words[f"--{name}-parallel-size"])
+    data = world // model  # Megatron works it out so
+    assert data == layout.dp
+    assert int(words["--global-batch-size"]) == data * int(words["--micro-batch-size"]) * micro_batches
+    assert ("--sequence-parallel" in words) == layout.sequence_parallel
+    if layout.pp > 1:
+        stages = words["--pipeline-model-parallel-layout"].split("|")
+        assert len(stages) == layout.pp * layout.vpp and "".join(stages) == "E" + "t" * 16 + "L"
+    if "--num-distributed-optimizer-instances" in words:
+        assert int(words["--num-distributed-optimizer-instances"]) * layout.shard == layout.dp * layout.cp
+    assert "--overlap-param-gather" not in words or "--use-distributed-optimizer" in words  # as its own check has it
+
+
+@given(layouts())
+def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int]) -> None:
+    layout, micro_batches = made
+    whole = plan(layout, micro_batches)
+    written = export("deepspeed", whole, RECIPE)
+    config = json.loads(written.files["deepspeed.json"])
+    batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * layout.dp
+    assert config["train_batch_size"] == batch == whole.global_batch
+    line = written.files["deepspeed.sh"].splitlines()[-1]
+    launch = options(shlex.split(line))
+    assert int(launch["--num_nodes"]) * int(launch["--num_gpus"]) == layout.devices
+    zero = config["zero_optimization"]
+    assert layout.pp == 1 or zero["stage"] <= 1  # DeepSpeed's pipeline refuses more
+    assert (zero["stage"] == 3) == (layout.pp == 1 and layout.shard > 1)
+
+
+@given(layouts(), st.sampled_from(list(EXPORTERS)))
+def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name: str) -> None:
+    written = export(name, plan(*made), RECIPE)
+    text = "\n".join(written.files.values())
+    assert all(f"# not said here: {' '.join(sentence.split())}" in text for sentence in written.unsaid)
+    assert written.version in text
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "expected"),
+    [
+        ("torchtitan", Layout(pp=2, schedule="zb-h2"), "schedule zb-h2"),
+        ("torchtitan", Layout(tp=2), "without sequence parallelism"),
+        ("torchtitan", Layout(dp=2, tp=2), "whole weights beside other kinds of parallelism"),
+        ("torchtitan", Layout(dp=2, cp=2), "shard=1 with cp=2"),
+        ("torchtitan", Layout(offload=True), "offload of the optimizer alone"),
+        ("megatron-lm", Layout(pp=2, schedule="gpipe"), "schedule gpipe"),
+        ("megatron-lm", Layout(dp=4, shard=2), "part of the data-parallel ranks"),
+        ("deepspeed", Layout(pp=3), "stages of 6, 6, 6 blocks"),
+        ("deepspeed", Layout(pp=4), "stages of 5, 5, 4, 4 blocks"),
+        ("deepspeed", Layout(pp=2, schedule="gpipe"), "not gpipe"),
+        ("deepspeed", Layout(dp=4, shard=2), "MiCS_Init"),
+        ("deepspeed", Layout(dp=2, ep=2), "expert parallelism"),
+        ("deepspeed", Layout(cp=2), "Ulysses"),
+    ],
+)
+def test_what_a_framework_lacks_is_named(name: str, layout: Layout, expected: str) -> None:
+    unsaid = export(name, plan(layout, 4), RECIPE).unsaid
+    named = any(expected in sentence for sentence in unsaid)
+    assert named == (layout != Layout(pp=3)), unsaid  # even stages need no word
+
+
+def test_a_mixture_is_said_where_there_are_words_for_it() -> None:
+    recipe = Recipe(MIXTURE, seq_len=2048, steps=10, lr=1e-4, devices_per_node=8)
+    _, words = megatron(export("megatron-lm", plan(Layout(dp=8, ep=8), 2), recipe))
+    assert words["--num-experts"] == "8" and words["--expert-model-parallel-size"] == "8"
+    assert json.loads(words["--moe-layer-freq"]) == [0, *[1] * 15]
+    assert titan(export("torchtitan", plan(Layout(dp=8, ep=8), 2), recipe))["model"]["name"] == "deepseek_v3"
+
+
+def test_precisions_and_odd_names_are_written_whole() -> None:
+    whole = plan(Layout(), 2, precision="fp8")
+    _, words = megatron(export("megatron-lm", whole, RECIPE))
+    assert "--bf16" in words and words["--fp8-format"] == "hybrid"
+    assert (
+        titan(export("torchtitan", plan(Layout(), 2, precision="fp32"), RECIPE))["training"]["mixed_precision_param"]
+        == "float32"
+    )
+    odd = Recipe(None, seq_len=1, steps=1, lr=1.0, devices_per_node=1)
+    for name in EXPORTERS:
+        assert any("the model" in sentence for sentence in export(name, whole, odd).unsaid)
+
+
+def test_a_shell_reads_megatrons_script(tmp_path: Path) -> None:
+    """Run by a shell with torchrun replaced: what arrives is what was meant."""
+    written = export("megatron-lm", plan(Layout(dp=4, tp=2, pp=2, schedule="1f1b"), 8), RECIPE)
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    (tmp_path / "megatron.sh").write_text(written.files["megatron.sh"])
+    ran = subprocess.run(
+        ["/bin/sh", "megatron.sh"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    arrived = options(ran.stdout.splitlines()[ran.stdout.splitlines().index("pretrain_gpt.py") + 1 :])
+    assert arrived == megatron(written)[1]
+
+
+def test_the_folder_holds_all_and_is_written_again(tmp_path: Path) -> None:
+    folder = tmp_path / "plans" / "job"
+    paths = write_plan(plan(Layout(dp=2, pp=2), 4), RECIPE, folder)
+    names = {path.name for path in paths}
+    assert names == set(plan_files(plan(Layout(dp=2, pp=2), 4), RECIPE))
+    assert {"plan.json", "plan.html", "timeline.svg", "timeline.trace.json"} < names
+    assert json.loads((folder / "plan.json").read_text())["chosen"]["layout"]["pp"] == 2
+    write_plan(plan(Layout(dp=4), 4), RECIPE, folder)
+    assert json.loads((folder / "plan.json").read_text())["chosen"]["layout"]["dp"] == 4
+    assert set(json.loads((folder / RECORD).read_text())) | {RECORD} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["plan.json", "torchtitan.toml", RECORD])
+def test_what_is_not_a_plans_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=re.escape(name)):
+        write_plan(plan(Layout(), 1), RECIPE, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_what_was_changed_since_is_left_alone(tmp_path: Path) -> None:
+    write_plan(plan(Layout(), 1), RECIPE, tmp_path)
+    (tmp_path / "megatron.sh").write_text("tuned by hand")
+    with pytest.raises(InputError, match=r"megatron\.sh: was changed since"):
+        write_plan(plan(Layout(dp=2), 1), RECIPE, tmp_path)
+    assert (tmp_path / "megatron.sh").read_text() == "tuned by hand"
+    assert json.loads((tmp_path / "plan.json").read_text())["chosen"]["layout"]["dp"] == 1
+
+
+def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "plans", tmp_path / "mine"
+    folder.mkdir()
+    outside.write_text("")
+    (folder / RECORD).write_text(
+        json.dumps({"../mine": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"})
+    )
+    with pytest.raises(InputError, match="not a record"):
+        write_plan(plan(Layout(), 1), RECIPE, folder)
+    assert outside.exists()

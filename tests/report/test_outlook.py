@@ -1,0 +1,62 @@
+"""What a plan says of failures, money and what would help."""
+
+from __future__ import annotations
+
+from meshwright.cluster import named_cluster
+from meshwright.families.llama.card import LlamaShape, card
+from meshwright.plan import Plan, PlanRequest, make_plan
+from meshwright.plan.advice import advise, situation
+from meshwright.report.outlook import advice_lines, buys_lines, cost_line, duration, failure_line
+
+SHAPE = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
+
+
+def plan(devices: int, steps: int = 0, name: str = "h100-sxm-80gb") -> Plan:
+    return make_plan(card(SHAPE, 2048), named_cluster(name, devices), PlanRequest(1024, steps=steps))
+
+
+def test_a_long_run_on_many_nodes_says_how_to_survive() -> None:
+    planned = plan(512, steps=400_000)
+    assert planned.outlook is not None and planned.outlook.dollars is not None
+    line = failure_line(planned)
+    assert f"save every {planned.outlook.checkpoint_steps:,} steps" in line
+    assert "spare node" in line and "goodput 9" in line
+    cost = cost_line(planned)
+    assert "the run takes" in cost and f"${planned.outlook.dollars:,.2f} on demand" in cost
+
+
+def test_a_run_that_hardly_ever_fails_says_nothing_of_it() -> None:
+    assert failure_line(plan(8, steps=100)) == ""
+
+
+def test_without_a_price_no_dollars() -> None:
+    assert cost_line(plan(8, steps=10, name="mi300x")).endswith("no price known")
+
+
+def test_what_would_help_most_comes_first() -> None:
+    planned = plan(8)
+    lines = buys_lines(planned)
+    assert len(lines) <= 3
+    best = max((one.saves for one in planned.buys), default=0.0)
+    assert not lines or f"{best:.0%} less" in lines[0]
+
+
+def test_durations_have_two_units() -> None:
+    assert [duration(s) for s in (5, 65, 3700, 54 * 86400 + 3 * 3600)] == [
+        "5 s",
+        "1 min 05 s",
+        "1 h 01 min",
+        "54 d 3 h",
+    ]
+
+
+def test_advice_is_one_line_a_reason() -> None:
+    planned = plan(8)
+    facts = situation(
+        card(SHAPE, 2048), named_cluster("h100-sxm-80gb", 8), planned.chosen.layout, built_in=True, experience="expert"
+    )
+    found = advise(facts)
+    lines = advice_lines(found)
+    assert len(lines) == len(found.strategies) + len(found.tools)
+    assert any(line.startswith("use Megatron-LM") for line in lines)
+    assert any(line.startswith("not Horovod") for line in lines)
