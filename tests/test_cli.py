@@ -172,6 +172,22 @@ def test_the_plan_is_one_json_document(small: str, capsys: Output) -> None:
     assert {"chosen", "runners_up", "rejected"} <= set(plan)
 
 
+def test_a_plan_for_another_framework_for_money_and_for_several_kinds(small: str, capsys: Output) -> None:
+    gpus = ["cluster.named=h100-sxm-80gb", "cluster.devices=4"]
+    assert main(["plan", small, "--json", "--for", "megatron-lm", *gpus, "layout.pp=2", "layout.vpp=2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["framework"] == "megatron-lm" and plan["chosen"]["layout"]["schedule"] == "interleaved"
+    assert main(["plan", small, "--json", "--objective", "money", *gpus]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["objective"] == "money" and plan["chosen"]["layout"]["dp"] <= 4
+    groups = "cluster.groups=[{named='l4',devices=2},{named='a100-sxm-80gb',devices=2}]"
+    assert main(["plan", small, "--json", groups]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [share["group"] for share in plan["shares"]] == ["l4", "a100-sxm-80gb"]
+    assert main(["plan", small, groups]) == 0
+    assert "share" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("columns", ["0", "20", "60", "200"])
 def test_a_plan_is_shown_on_any_width(
     columns: str, small: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
@@ -271,3 +287,15 @@ def test_the_module_runs_as_a_command() -> None:
     )
     assert done.returncode == 2
     assert "no such job file" in done.stderr or "there is no folder" in done.stderr
+
+
+def test_a_plan_is_written_into_a_folder_that_is_its_own(small: str, tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "plans"
+    for _ in range(2):  # the second replaces the first
+        assert main(["plan", small, "--json", "--write", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert json.loads((folder / "plan.json").read_text()) == json.loads(said.out[said.out.index("}\n{") + 2 :])
+    assert all(f"wrote {path}" in said.err for path in folder.iterdir() if path.name != "written.json")
+    (folder / "deepspeed.json").write_text("{}")
+    assert main(["plan", small, "--write", str(folder)]) == 2
+    assert "deepspeed.json: was changed since" in capsys.readouterr().err

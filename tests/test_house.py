@@ -34,8 +34,9 @@ FLOORS: dict[str, int] = {
     # work
     **dict.fromkeys(("train", "engine"), 3),
     # outer loops
-    **dict.fromkeys(("verify", "serve"), 4),
+    **dict.fromkeys(("verify", "rehearse", "serve"), 4),
     # the top: what a person types
+    **dict.fromkeys(("planning", "planning_exact", "planning_serving", "planning_write"), 5),
     **dict.fromkeys(("parser", "verbs", "completion", "commands", "cli", "__main__"), 5),
 }
 TORCH_FROM_FLOOR = 2
@@ -45,6 +46,7 @@ SIBLINGS = {
     ("report", "plan"),
     ("parallel", "nn"),
     ("trace", "nn"),
+    ("probe", "nn"),
     ("tasks", "nn"),
     ("families.module", "nn"),
 }

@@ -102,6 +102,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for index in range(8):
         (texts / f"{index}.txt").write_text(f"text number {index}, and more of it " * 5)
     (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "gpus.toml").write_text(JOB.replace("devices = 2", ""))
     (tmp_path / "net.toml").write_text(NET_JOB)
     (tmp_path / "net.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
@@ -127,6 +128,8 @@ def refused(home: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
 
     return run
 
+
+MIXED = "cluster.groups=[{named='l4',devices=2},{named='a100-sxm-80gb',devices=2}]"
 
 #: (exit code, words of the command, what the one line says: where, what, nearest)
 ONE_PROBLEM = [
@@ -158,7 +161,49 @@ ONE_PROBLEM = [
     (3, "plan job.toml layout.dp=2 layout.tp=2", "dp2 x tp2 x pp1 x cp1 is 4, not 2 devices"),
     (3, "plan job.toml layout.dp=2 layout.tp=2", "command line: layout.dp, layout.tp"),
     (3, "plan job.toml layout.dp=2 layout.tp=2", "nearest: layout.dp=2 layout.tp=1"),
-    (3, "plan job.toml layout.cp=2", "layout.cp: cp=2: context parallel is not offered yet; nearest: layout.cp=1"),
+    (
+        3,
+        "plan job.toml layout.cp=2",
+        "layout.cp: cp=2: context parallel is not offered yet by meshwright; plan for ano",
+    ),
+    (3, "plan job.toml layout.cp=2", "plan for another framework with --for megatron-lm; nearest: layout.cp=1"),
+    (
+        3,
+        "plan job.toml --for megatron-lm layout.cp=3",
+        "cp=3 cuts a sequence into 6 equal pieces, and it has 16 tokens",
+    ),
+    (3, "plan job.toml --for megatron-lm layout.cp=16", "it has 16 tokens; nearest: layout.cp=2"),
+    (3, "plan job.toml --for megatron-lm layout.ep=2", "this model has none; nearest: layout.ep=1"),
+    (3, "plan job.toml --for megatron-lm layout.vpp=2 layout.pp=1", "and pp is 1; nearest: layout.pp=1 layout.vpp=1"),
+    (3, "plan job.toml --for megatron-lm layout.vpp=2 layout.pp=2 layout.schedule=1f1b", "'1f1b' has vpp=1, not 2"),
+    (
+        3,
+        "plan job.toml --for llm-foundry layout.tp=2",
+        "tensor parallel is not offered by llm-foundry; nearest: layout.tp=1",
+    ),
+    (
+        3,
+        "plan job.toml --for torchtitan layout.pp=2 layout.vpp=2 layout.schedule=zbv cluster.devices=4 layout.tp=1",
+        "wrong gradients without an error where blocks are sharded or replicated",
+    ),
+    (3, "plan job.toml layout.schedule=zbv", "schedule 'zbv' is not offered yet by meshwright; plan for another frame"),
+    (
+        3,
+        "plan job.toml layout.offload=true",
+        "not offered yet by meshwright; plan for another framework with --for mega",
+    ),
+    (2, "plan job.toml --for megatron", "--for: unknown framework 'megatron'; did you mean 'megatron-lm'?"),
+    (2, "plan job.toml --objective fame", "--objective: unknown objective 'fame'; known: money, time"),
+    (2, "plan job.toml --profile none.toml", "none.toml: no such profile"),
+    # devices of several kinds
+    (3, f"train gpus.toml {MIXED}", "cluster.groups: devices of several kinds are planned for, and `train` runs those"),
+    (3, f"verify gpus.toml {MIXED}", "cluster.groups: devices of several kinds are for `plan` alone; name one kind"),
+    (2, f"plan job.toml cluster.devices=2 {MIXED}", "cluster.devices: is said by each of cluster.groups; leave it out"),
+    (2, "plan gpus.toml cluster.groups=[{named='l4',devices=2}]", "is one group; one kind of device is cluster.named"),
+    (2, "plan gpus.toml cluster.groups=[{named='l4'}]", "cluster.groups[0][devices]: is required; for example: groups"),
+    (2, "plan gpus.toml cluster.groups=3", "cluster.groups: must be a list of groups, not 3; for example"),
+    (2, f"plan gpus.toml {MIXED}".replace("l4", "l5"), "cluster.named: unknown device 'l5'"),
+    (3, f"plan gpus.toml {MIXED} layout.tp=5", "does not divide"),
     (3, "plan job.toml layout.tp=1 layout.sequence_parallel=true", "sequence_parallel splits over tp, and tp is 1"),
     (3, "plan job.toml layout.pp=2 layout.schedule=1f1b layout.micro_batch=12", "layout.micro_batch=6"),
     (

@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshwright import verbs
@@ -89,12 +89,58 @@ def _plan(options: argparse.Namespace) -> None:
         for axis, mesh_axis in table.items():
             print(f"{axis:<10} {mesh_axis or '-'}")
         return
-    plan = verbs.plan(options.job, options.overrides)
+    if options.serving:
+        return _plan_serving(options)
+    if options.advice:
+        return _advise(options)
+    asked = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
+    if options.exact or options.ranks is not None:
+        return _plan_exact(options, asked)
+    plan = verbs.plan(options.job, options.overrides, **asked)
+    _write(plan, options)
     if options.json:
         return _print_json(plan.as_dict())
     from meshwright.report import terminal
 
     terminal.show_plan(plan, _console())
+
+
+def _write(plan: Plan, options: argparse.Namespace) -> None:
+    if options.write is not None:
+        for path in verbs.write_plan(plan, options.job, options.overrides, options.write):
+            _say(f"wrote {path}")
+
+
+def _plan_exact(options: argparse.Namespace, asked: dict[str, Any]) -> None:
+    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **asked)
+    _write(found.plan, options)
+    if options.json:
+        return _print_json(found.as_dict())
+    from meshwright.report import terminal
+    from meshwright.report.exact import exact_lines
+
+    terminal.show_plan(found.plan, _console())
+    for line in exact_lines(found.exact.as_dict()):
+        print(line)
+
+
+def _advise(options: argparse.Namespace) -> None:
+    found = verbs.advice(options.job, options.overrides, experience=options.advice)
+    if options.json:
+        return _print_json(found.as_dict())
+    from meshwright.report.outlook import advice_lines
+
+    for line in advice_lines(found):
+        print(line)
+
+
+def _plan_serving(options: argparse.Namespace) -> None:
+    plan = verbs.serving_plan(options.job, options.overrides, profile=options.profile)
+    if options.json:
+        return _print_json(plan.as_dict())
+    from meshwright.report import serving
+
+    serving.show_serving_plan(plan, _console())
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -106,6 +152,49 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"gradient {found['gradient']['relative']:.1e} (tolerance {found['tolerance']:.0e})")
     if found["twin"]:
         print(f"  shown on {found['twin']}: one process of this machine does not hold the model itself")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    for answer in verbs.predict(options.cases, profile=options.profile, datasheet=options.datasheet):
+        print(json.dumps(answer, allow_nan=False))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    start = {"profile": options.profile, "datasheet": options.datasheet}
+    found = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
+    if options.json:
+        return _print_json(found)
+    if found["from"] != "cases":
+        return _say_measured(found)
+    error = found["mean_error"]
+    print(f"{found['out']}: fitted to {found['rows']} runs, {len(found['skipped'])} lines left out")
+    print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
+    for one in found["moved"]:
+        print(f"  {one['constant']:<36} {one['from']:>12.5g} -> {one['to']:<12.5g} {one['unit']}")
+    for regime, one in found["corrections"].items():
+        print(f"  correction of {regime}: {one['points']} points, {one['amplitude']:.0%} strong")
+    for regime, (low, high) in found["intervals"].items():
+        print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
+    for bad in found["skipped"]:
+        _say(f"left out: {bad['id']}: {bad['error']}")
+
+
+def _say_measured(found: Mapping[str, Any]) -> None:
+    """What a run or the machine itself changed."""
+    if found["from"] == "machine":
+        print(f"{found['out']}: this machine, measured for {found['seconds']:.0f} s")
+    else:
+        low, high = found["interval"]
+        print(f"{found['out']}: {found['steps']} steps, noise {found['noise']:.1%}")
+        for part in found["parts"]:
+            was, now = (part[when] / part["measured"] - 1 for when in ("before", "after"))
+            print(f"  {part['name']:<12} {part['measured']:.4g} s measured; predicted {was:+.0%}, now {now:+.0%}")
+        for group, factor in found["factors"].items():
+            print(f"  {group:<12} takes {factor:.2f} times as long as was supposed")
+        print(f"  90 % interval of layouts near: {low:.3f} to {high:.3f} times the middle")
+        return
+    for one in found["changed"]:
+        print(f"  {one['constant']:<40} {one['from']:>10.4g} -> {one['to']:<10.4g} {one['unit']}: {one['what']}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -123,7 +212,8 @@ def _train(options: argparse.Namespace) -> None:
             _say(f"resume with: {again}")
             raise
 
-    result = verbs.train(options.job, options.overrides, run=options.run, resume=options.resume, watch=watch)
+    asked = {"run": options.run, "resume": options.resume, "profile": options.profile}
+    result = verbs.train(options.job, options.overrides, **asked, watch=watch)
     if options.json:
         return _print_json(result)
     for name, value in result.items():
@@ -152,7 +242,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    verbs.serve(options.model, options.overrides)
+    verbs.serve(options.model, options.overrides, say=_say)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -185,6 +275,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": _check,
     "explain": _explain,
     "plan": _plan,
+    "predict": _predict,
+    "calibrate": _calibrate,
     "verify": _verify,
     "train": _train,
     "generate": _generate,

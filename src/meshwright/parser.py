@@ -57,6 +57,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
     _add_reading(add)
     _add_planning(add)
+    _add_predicting(add)
     _add_training(add)
     _add_serving(add)
     _add_looking(add)
@@ -89,13 +90,68 @@ def _add_planning(add: Adder) -> None:
         "choose the layout: does it fit, how fast will it be, and why",
         "plan job.toml",
         "plan job.toml cluster.named=h100-sxm-80gb cluster.devices=64 --json",
+        "plan job.toml --exact --ranks 0,5",
+        "plan job.toml --for torchtitan --write plans/job",
+        "plan job.toml --advice new",
+        "plan job.toml --for megatron-lm --objective money",
+        "plan job.toml --serving cluster.named=h100-sxm-80gb serve.tpot_seconds=0.03",
     )
     _takes_job(one)
     one.add_argument("--layout-table", action="store_true", help="print how each logical axis is split, and end")
+    one.add_argument(
+        "--advice",
+        nargs="?",
+        const="some",
+        choices=("new", "some", "expert"),
+        metavar="EXPERIENCE",
+        help="say which strategy and tools suit, for a team that is new, has some experience (default) or is expert",
+    )
+    one.add_argument("--exact", action="store_true", help="rehearse ranks of the layout for the bytes they really hold")
+    one.add_argument("--ranks", type=_ranks, metavar="N,N", help="which ranks to rehearse (default: the telling ones)")
+    one.add_argument("--serving", action="store_true", help="plan how to serve the model, for the targets in [serve]")
+    one.add_argument(
+        "--for", dest="framework", default="meshwright", metavar="FRAMEWORK", help="who will run it: megatron-lm, ..."
+    )
+    one.add_argument("--objective", default="time", metavar="WORD", help="time (default), or money: fewer devices")
+    one.add_argument("--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: those shipped)")
+    one.add_argument(
+        "--write", metavar="DIR", help="write plan, page, timeline and other frameworks' configuration to DIR"
+    )
 
     one = add("verify", "train a layout and one device side by side, and compare", "verify job.toml layout.tp=2")
     _takes_job(one)
     one.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="steps to compare (default: 20)")
+
+
+def _add_predicting(add: Adder) -> None:
+    one = add(
+        "predict",
+        "say how long runs take and what memory they need, a JSON line a case",
+        "predict cases.jsonl",
+        "predict cases.jsonl --profile ours.toml",
+    )
+    one.add_argument("cases", metavar="CASES", help="file of cases, one JSON object a line (docs/predict.md)")
+    _takes_profile(one, "predict")
+
+    one = add(
+        "calibrate",
+        "make a profile from measured runs, from one run, or from this machine, for `predict` and `plan` to use",
+        "calibrate machine --out here.toml",
+        "calibrate runs/job --out here.toml",
+        "calibrate measured.jsonl --out ours.toml",
+    )
+    what = "machine, a run folder of 20 steps or more, or a file of cases with what they took (docs/calibrate.md)"
+    one.add_argument("source", metavar="SOURCE", help=what)
+    one.add_argument("--out", required=True, metavar="PROFILE", help="file to write the profile to (TOML)")
+    one.add_argument(
+        "--seconds",
+        type=_number(1.0, 300.0),
+        default=30.0,
+        metavar="S",
+        help="about how long to measure the machine (default: 30)",
+    )
+    _takes_profile(one, "start")
+    _takes_json(one)
 
 
 def _add_training(add: Adder) -> None:
@@ -109,6 +165,7 @@ def _add_training(add: Adder) -> None:
     _takes_job(one)
     one.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
     one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    one.add_argument("--profile", metavar="PROFILE", help="plan with what `calibrate` wrote (default: what is shipped)")
 
 
 def _add_serving(add: Adder) -> None:
@@ -158,6 +215,13 @@ def _takes_job(parser: argparse.ArgumentParser) -> None:
     _takes_json(parser)
 
 
+def _takes_profile(parser: argparse.ArgumentParser, what: str) -> None:
+    words = {"predict": "predict with", "start": "start from"}[what]
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--profile", metavar="PROFILE", help=f"{words} this profile (default: the one shipped)")
+    chosen.add_argument("--datasheet", action="store_true", help=f"{words} data sheets alone: nothing fitted")
+
+
 def _takes_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -169,6 +233,10 @@ def _at_least(lowest: int) -> Any:
         return int(text)
 
     return whole_number
+
+
+def _ranks(text: str) -> list[int]:
+    return [_at_least(0)(word) for word in text.split(",")]
 
 
 def _number(low: float, high: float) -> Any:

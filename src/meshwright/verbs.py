@@ -9,21 +9,60 @@ from __future__ import annotations
 import json as json_text
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed, nearest_name
+from meshwright.planning import (
+    advice,
+    calibrate,
+    card_of_job,
+    cluster_of_job,
+    each,
+    place,
+    placed,
+    plan,
+    predict,
+    read_job,
+)
+from meshwright.planning_exact import plan_exact
+from meshwright.planning_serving import serving_plan, settle
+from meshwright.planning_write import write_plan
 
 if TYPE_CHECKING:
-    from meshwright.card import Card
-    from meshwright.cluster import Cluster
     from meshwright.job import Job
     from meshwright.launch import Started
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
+
+__all__ = [
+    "advice",
+    "calibrate",
+    "card_of_job",
+    "check",
+    "cluster_of_job",
+    "completion",
+    "doctor",
+    "explain",
+    "generate",
+    "layout_table",
+    "new",
+    "plan",
+    "plan_exact",
+    "predict",
+    "read_job",
+    "report",
+    "resolved",
+    "resume_command",
+    "run_folder_of",
+    "serve",
+    "serving_plan",
+    "train",
+    "verify",
+    "write_plan",
+]
 
 #: Sections that a run's checkpoints were made with: a resumed run must have them as they were.
 OF_THE_RUN = ("model", "data", "task")
@@ -39,37 +78,13 @@ def new(*, schema: bool = False) -> str:
     return json_text.dumps(json_schema(), indent=2) + "\n" if schema else SMALL_JOB
 
 
-def read_job(job: Job | str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
-    """The Job itself, or the one in a file with overrides on top.
-
-    Raises InputError listing every problem, those too that a plan of the rest of the job meets.
-    """
-    from meshwright.job import Job, load_job, sound_part
-
-    if isinstance(job, Job):
-        if overrides:
-            raise InputError(Problem("overrides", "are for job files", "give the values to Job(...)"))
-        return job
-    try:
-        return load_job(job, overrides, data_must_exist=data_must_exist)
-    except InputError as error:
-        problems = list(error.problems)
-        try:
-            rest = sound_part(job, overrides)
-            if rest is not None and rest.model.module is None:  # a module would be run to learn what it is
-                plan(rest)
-        except (InputError, CannotWork) as further:
-            problems += [problem for problem in further.problems if problem not in problems]
-        raise InputError(problems) from None
-
-
 def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the job, its model and its data, and plans it: {"model", "parameters", "layout", "plan", "data": {...}}.
 
     Raises InputError, or CannotWork where only the plan fails, listing every problem of all of them.
     """
     sound = read_job(job, overrides)
-    survey, planned = _each(lambda: _surveyed(sound), lambda: plan(sound))
+    survey, planned = each(lambda: _surveyed(sound), lambda: plan(sound))
     return {
         "model": planned.model,
         "parameters": planned.parameters,
@@ -82,39 +97,11 @@ def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 def _surveyed(job: Job) -> Any:
     from meshwright import data
 
-    with _placed(job):
+    with placed(job):
         survey = data.survey(job)
         if survey.problems:
             raise InputError(survey.problems)
     return survey
-
-
-def _each(*calls: Callable[[], Any]) -> list[Any]:
-    """What each call returns; where some raise InputError or CannotWork, one error with the problems of all."""
-    results, failures = [], []
-    for call in calls:
-        try:
-            results.append(call())
-        except (InputError, CannotWork) as error:
-            failures.append(error)
-    if failures:
-        kind = InputError if any(isinstance(error, InputError) for error in failures) else CannotWork
-        raise kind([problem for error in failures for problem in error.problems]) from failures[0]
-    return results
-
-
-@contextmanager
-def _placed(job: Job) -> Iterator[None]:
-    """Adds, to a problem with a key of the job, the place where the key was said: "job.toml:12: data.source"."""
-    try:
-        yield
-    except (InputError, CannotWork) as error:
-        raise type(error)([replace(one, where=_place(job, one.where)) for one in error.problems]) from error
-
-
-def _place(job: Job, key: str) -> str:
-    said = job.origins.get(key, "default")
-    return key if said in ("default", "Python") else f"{said}: {key}"
 
 
 def explain(job: Job | str | Path, overrides: Sequence[str] = (), keys: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -157,48 +144,6 @@ def resolved(job: Job | str | Path, overrides: Sequence[str] = ()) -> str:
     return job_to_toml(read_job(job, overrides, data_must_exist=False))
 
 
-def card_of_job(job: Job) -> Card:
-    """What the job's model is: read from a table for a family or a Hugging Face folder, traced for a module."""
-    with _placed(job):
-        if job.model.module is not None:
-            from meshwright import trace
-
-            return trace.card_of_job(job)
-        from meshwright import families
-        from meshwright.families.llama import card as llama
-
-        return llama.card(families.shape_of_job(job), job.data.seq_len or 1)
-
-
-def cluster_of_job(job: Job) -> Cluster:
-    """What the job runs on: this machine, or a device of the table."""
-    from meshwright.cluster import resolve_cluster
-
-    with _placed(job):
-        return resolve_cluster(job.cluster)
-
-
-def plan(job: Job | str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """The layout for a job, with what it will cost and why. Needs no data. Raises CannotWork where none fits."""
-    sound = read_job(job, overrides, data_must_exist=False)
-    card, cluster = _each(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
-    return _planned(sound, card, cluster)
-
-
-def _planned(job: Job, card: Card, cluster: Cluster) -> Plan:
-    from meshwright.plan import PlanRequest, make_plan
-
-    request = PlanRequest(
-        global_batch=job.train.global_batch,
-        precision=job.train.precision,
-        pins=job.layout.pins(),
-        steps=job.train.steps,
-        compile=job.train.compile,
-        origins=job.origins,
-    )
-    return make_plan(card, cluster, request)
-
-
 def layout_table() -> dict[str, str | None]:
     """Logical axis of a parameter -> the mesh axis that splits it, None for never."""
     from meshwright.layout import AXIS_RULES
@@ -208,9 +153,12 @@ def layout_table() -> dict[str, str | None]:
 
 def verify(job: Job | str | Path, overrides: Sequence[str] = (), *, steps: int = 20) -> dict[str, Any]:
     """Trains the job's layout and one device side by side. Raises LayoutsDisagree naming where they part."""
+    from meshwright import families
     from meshwright import verify as verification
 
     job = read_job(job, overrides)
+    with placed(job):
+        families.require_trainable(job)
     return verification.run(job, card_of_job(job), cluster_of_job(job), steps=steps)
 
 
@@ -227,14 +175,16 @@ def train(
     *,
     run: str | Path | None = None,
     resume: bool = False,
+    profile: str | Path | None = None,
     watch: Callable[[RunFolder, Plan, Started], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a job into its run folder and writes its report: {"run", "step", "loss", ..., "report"}.
 
+    The plan is made with `profile`, a file that `calibrate` wrote, where one is given.
     `watch(folder, plan, started)` is called once the processes run, and may look on until they end. Raises InputError
     where the folder holds a run and `resume` is not set (or the reverse), RunFailed with the command that resumes.
     """
-    from meshwright import data, launch
+    from meshwright import data, families, launch
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -244,13 +194,18 @@ def train(
     job = read_job(job, overrides)
     if job.cluster.named is not None:
         what = f"'{job.cluster.named}' is planned for, not what this machine has"
-        raise CannotWork(Problem(_place(job, "cluster.named"), what, "leave it out to train on this machine"))
+        raise CannotWork(Problem(place(job, "cluster.named"), what, "leave it out to train on this machine"))
+    if job.cluster.groups:
+        what = "devices of several kinds are planned for, and `train` runs those of this machine"
+        raise CannotWork(Problem(place(job, "cluster.groups"), what, "leave it out to train on this machine"))
+    with placed(job):
+        families.require_trainable(job)
     earlier = _earlier_run(folder, resume, again)
     if earlier is not None:
         _same_run(earlier, job, folder)
-    chosen = _kept_plan(folder, earlier, job) or plan(job)
+    chosen = _kept_plan(folder, earlier, job) or plan(job, profile=profile)
     _make(folder)
-    with _placed(job):
+    with placed(job):
         data.build_manifest(job, folder.manifest)  # first: a folder with a job.toml holds a run that can be resumed
     folder.write_job(job_to_toml(job))
     folder.write_plan(chosen.as_dict())
@@ -374,15 +329,24 @@ def generate(
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
 
 
-def serve(model: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Serves a model until asked to end (Ctrl-C, SIGTERM). Settings: the run's [serve] section, then overrides."""
+def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
+    """Serves a model until asked to end (Ctrl-C, SIGTERM). Settings: the run's [serve] section, then overrides.
+
+    What they leave open is planned for this machine; `say` gets the plan in a line. Raises CannotWork for a model that
+    does not fit, before a weight is read.
+    """
     from meshwright import serve as server
     from meshwright.engine.folder import find_model
     from meshwright.job import read_serve
     from meshwright.run import RunFolder
 
     settings = read_serve(overrides, RunFolder(model).job)
-    server.main(find_model(Path(model)), settings)
+    folder = find_model(Path(model))
+    settled = settle(folder, settings)
+    say(settled.said)
+    figures = settled.plan.chosen.predicted
+    predicted = {"tokens_per_second": figures.tokens_per_second.mid, "token_seconds": figures.tpot_seconds.mid}
+    server.main(folder, settled.settings, precision=settled.precision, predicted=predicted)
 
 
 def report(run: str | Path) -> Path:

@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 
 from meshwright.card import Block, Card, Parameter
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.layout import Layout
-from meshwright.plan.rules import RULES, Facts, Question, refusals
+from meshwright.layout import SCHEDULES, Layout
+from meshwright.plan import FRAMEWORKS, Facts, Question
+from meshwright.plan.rules import RULES, refusals
 
 LLAMA = Facts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
 PLAIN = Facts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))
+MIXTURE = replace(LLAMA, experts=8)
 NORMED = replace(PLAIN, stateful_buffers=("norm.running_mean",), blocks=3, splittable=frozenset({"pp"}))
+
+MEGATRON = "megatron-lm"
+NOT_YET = "not offered yet by meshwright; plan for another framework with --for megatron-lm"
 
 degree = st.integers(-1, 9)
 layouts = st.builds(
@@ -24,22 +29,30 @@ layouts = st.builds(
     shard=degree,
     tp=degree,
     pp=degree,
-    vpp=st.integers(1, 2),
-    cp=st.integers(1, 2),
-    ep=st.integers(1, 2),
+    vpp=st.integers(0, 4),
+    cp=st.integers(0, 5),
+    ep=st.integers(0, 5),
     sequence_parallel=st.booleans(),
     micro_batch=degree,
-    schedule=st.sampled_from(["gpipe", "1f1b", "zigzag"]),
+    schedule=st.sampled_from([*SCHEDULES, "zigzag"]),
     recompute=st.sampled_from(["none", "selective", "full", "some"]),
     offload=st.booleans(),
 )
 questions = st.builds(
-    Question, layouts, st.sampled_from([LLAMA, PLAIN, NORMED]), st.integers(1, 16), st.integers(1, 24)
+    Question,
+    layouts,
+    st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE]),
+    st.integers(1, 16),
+    st.integers(1, 24),
+    st.sampled_from([FRAMEWORKS[name] for name in ("meshwright", MEGATRON, "torchtitan", "llm-foundry")]),
 )
 
 
-def rules_broken(layout: Layout, facts: Facts = LLAMA, devices: int | None = None, batch: int = 24) -> dict[str, str]:
-    question = Question(layout, facts, layout.devices if devices is None else devices, batch)
+def rules_broken(
+    layout: Layout, facts: Facts = LLAMA, devices: int | None = None, batch: int = 24, framework: str = "meshwright"
+) -> dict[str, str]:
+    devices = layout.devices if devices is None else devices
+    question = Question(layout, facts, devices, batch, FRAMEWORKS[framework])
     return {refusal.rule: f"{refusal.reason}; {refusal.nearest}" for refusal in refusals(question)}
 
 
@@ -70,10 +83,10 @@ def test_every_refusal_says_a_reason_and_its_fields(question: Question) -> None:
         (Layout(sequence_parallel=True), LLAMA, 1, 24, "sequence_parallel", "tp is 1"),
         (Layout(dp=2, micro_batch=5), LLAMA, 2, 24, "global_batch", "nearest: layout.micro_batch=6"),
         (Layout(dp=5), LLAMA, 5, 24, "global_batch", "nearest: train.global_batch=25"),
-        (Layout(cp=2), LLAMA, 2, 24, "cp", "not offered yet; nearest: layout.cp=1"),
-        (Layout(dp=2, ep=2), LLAMA, 2, 24, "ep", "not offered yet; nearest: layout.ep=1"),
-        (Layout(pp=2, vpp=2), LLAMA, 2, 24, "vpp", "not offered yet; nearest: layout.vpp=1"),
-        (Layout(offload=True), LLAMA, 1, 24, "offload", "nearest: layout.offload=false"),
+        (Layout(cp=2), LLAMA, 2, 24, "offers_cp", f"{NOT_YET}; nearest: layout.cp=1"),
+        (Layout(dp=2, ep=2), LLAMA, 2, 24, "offers_ep", f"{NOT_YET}; nearest: layout.ep=1"),
+        (Layout(pp=2, vpp=2), LLAMA, 2, 24, "offers_vpp", f"{NOT_YET}; nearest: layout.vpp=1"),
+        (Layout(offload=True), LLAMA, 1, 24, "offers_offload", "nearest: layout.offload=false"),
         (Layout(schedule="zbv"), LLAMA, 1, 24, "schedule", "nearest: layout.schedule=1f1b"),
         (Layout(recompute="selective"), PLAIN, 1, 24, "recompute", "no attention; nearest: layout.recompute=full"),
         (Layout(dp=2), NORMED, 2, 24, "stateful_buffers", "norm.running_mean"),
@@ -84,6 +97,80 @@ def test_every_refusal_says_a_reason_and_its_fields(question: Question) -> None:
 )
 def test_each_rule_with_its_words(layout: Layout, facts: Facts, devices: int, batch: int, rule: str, said: str) -> None:
     assert said in rules_broken(layout, facts, devices, batch)[rule]
+
+
+@pytest.mark.parametrize(
+    ("layout", "facts", "batch", "framework", "rule", "said"),
+    [
+        (Layout(cp=3), LLAMA, 24, MEGATRON, "context", "into 6 equal pieces, and it has 64 tokens"),
+        (Layout(cp=64), LLAMA, 24, MEGATRON, "context", "it has 64 tokens; nearest: layout.cp=32"),
+        (Layout(cp=2), PLAIN, 24, MEGATRON, "context", "has no attention; nearest: layout.cp=1"),
+        (Layout(dp=2, ep=2), LLAMA, 24, MEGATRON, "experts", "this model has none; nearest: layout.ep=1"),
+        (Layout(dp=6, ep=3), MIXTURE, 24, MEGATRON, "experts", "not divide 8 experts; nearest: layout.ep=2"),
+        (Layout(dp=2, ep=4), MIXTURE, 24, MEGATRON, "experts", "does not divide dp x cp = 2; nearest: layout.ep=2"),
+        (Layout(vpp=2), LLAMA, 24, MEGATRON, "virtual_stages", "and pp is 1; nearest: layout.vpp=1"),
+        (
+            Layout(pp=2, vpp=2),
+            LLAMA,
+            24,
+            MEGATRON,
+            "virtual_stages",
+            "schedule '1f1b' has vpp=1, not 2; nearest: layout.schedule=interleaved",
+        ),
+        (
+            Layout(pp=2, schedule="interleaved"),
+            LLAMA,
+            24,
+            MEGATRON,
+            "virtual_stages",
+            "needs vpp of 2 or more, not 1; nearest: layout.vpp=2",
+        ),
+        (
+            Layout(pp=2, vpp=2, schedule="interleaved", micro_batch=8),
+            LLAMA,
+            24,
+            MEGATRON,
+            "micro_batches",
+            "a multiple of 2 micro-batches, and a step has 3; nearest: layout.micro_batch=",
+        ),
+        (Layout(pp=4, vpp=4, schedule="interleaved"), LLAMA, 24, MEGATRON, "pp", "8 blocks to cut"),
+        (
+            Layout(dp=2, shard=2, pp=2, vpp=2, schedule="zbv"),
+            LLAMA,
+            24,
+            "torchtitan",
+            "split_backward",
+            "(dp x cp = 2); nearest: layout.schedule=gpipe layout.vpp=1",
+        ),
+        (
+            Layout(pp=2, vpp=2, schedule="dualpipev", micro_batch=12),
+            LLAMA,
+            24,
+            "torchtitan",
+            "micro_batches",
+            "dualpipev over pp=2 stages needs 4 micro-batches, and a step has 2; nearest: layout.micro_batch=6",
+        ),
+        (Layout(pp=2), LLAMA, 24, "llm-foundry", "offers_pp", "a pipeline is not offered by llm-foundry"),
+        (Layout(pp=2, schedule="zbv"), LLAMA, 24, MEGATRON, "schedule", "'zbv' is not offered by megatron-lm"),
+        (Layout(recompute="selective"), LLAMA, 24, "llm-foundry", "recompute", "nearest: layout.recompute=full"),
+    ],
+)
+def test_rules_of_other_frameworks(
+    layout: Layout, facts: Facts, batch: int, framework: str, rule: str, said: str
+) -> None:
+    assert said in rules_broken(layout, facts, batch=batch, framework=framework)[rule]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=2, shard=2, cp=2, pp=2, vpp=2, schedule="interleaved"),
+        Layout(pp=4, micro_batch=12),  # fewer micro-batches than stages: Megatron's 1F1B runs them
+        Layout(tp=2, sequence_parallel=True, offload=True, recompute="full"),
+    ],
+)
+def test_what_another_framework_offers_is_not_refused(layout: Layout) -> None:
+    assert rules_broken(layout, framework="megatron-lm") == {}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from typing import Any
 
 import pytest
@@ -15,7 +16,11 @@ from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Facts, Plan, PlanRequest, Question, balance, make_plan, refusals
+from meshwright.plan.correction import Correction
 from meshwright.plan.memory import usable_bytes
+from meshwright.plan.profile import default_profile
+from meshwright.plan.setup import Setup
+from meshwright.plan.space import Space
 
 SMALL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
 LLAMA_8B = card(LlamaShape(32, 4096, 32, 8, 128, 14336, 128256), 8192)
@@ -106,9 +111,23 @@ def test_the_json_is_the_contract() -> None:
     assert {"peak_bytes", "tokens_per_second", "mfu", "dollars", "goodput"} <= set(predicted)
     assert {"layout", "predicted", "binding", "why", "stages"} <= set(plan["chosen"])
     assert all({"layout", "why"} <= set(choice) for choice in plan["runners_up"])
-    assert predicted["dollars"] is None and predicted["goodput"] is None
+    assert predicted["dollars"] is None and 0.9 < predicted["goodput"] < 1
+    assert {"objective", "framework", "limit", "considered", "buys", "outlook", "shares"} <= set(plan)
     step = predicted["step_seconds"]["mid"]
     assert predicted["tokens_per_second"] == pytest.approx(16 * 64 / step)
+
+
+def test_a_plan_of_an_earlier_version_is_read() -> None:
+    plan = make_plan(SMALL, cores(2), PlanRequest(16))
+    old = plan.as_dict()
+    for name in ("objective", "framework", "limit", "considered", "buys", "outlook", "shares"):
+        del old[name]
+    for choice in (old["chosen"], *old["runners_up"]):
+        del choice["level"], choice["pipeline"]["weight_seconds"]
+    for lost in old["rejected"]:
+        del lost["count"]
+    read = Plan.from_dict(old)
+    assert read.chosen.layout == plan.chosen.layout and read.buys == () and read.outlook is None
 
 
 def test_a_broken_plan_file_is_bad_input() -> None:
@@ -167,6 +186,70 @@ def test_several_bad_pins_are_all_listed_with_their_places() -> None:
     assert "layout.ep" in said and "job.toml:7: layout.tp: tp=5 does not divide" in said
 
 
+def test_money_may_take_fewer_devices_and_is_never_dearer() -> None:
+    cluster = named_cluster("h100-sxm-80gb", 64)
+    request = PlanRequest(8, steps=1000)
+    quick, cheap = (make_plan(LLAMA_8B, cluster, replace(request, objective=o)) for o in ("time", "money"))
+
+    def price(plan: Plan) -> float:
+        return plan.chosen.predicted.step_seconds.mid * plan.chosen.layout.devices
+
+    assert quick.chosen.layout.devices == 64
+    assert cheap.chosen.layout.devices < 64 and cheap.chosen.layout.devices % 8 == 0, "whole nodes"
+    assert price(cheap) < price(quick)
+    assert cheap.cluster.startswith(f"{cheap.chosen.layout.devices} x ")
+    assert any("dearer" in choice.why for choice in cheap.runners_up)
+    dollars = [plan.chosen.predicted.dollars for plan in (quick, cheap)]
+    assert dollars[0] is not None and dollars[1] is not None and dollars[1] < dollars[0]
+
+
+def test_money_of_one_node_may_take_a_part_of_it() -> None:
+    plan = make_plan(SMALL, cores(4), PlanRequest(16, objective="money"))
+    assert plan.objective == "money" and plan.chosen.layout.devices in (1, 2, 4)
+
+
+def test_other_frameworks_run_other_layouts() -> None:
+    cluster = named_cluster("h100-sxm-80gb", 8)
+    ours = make_plan(LLAMA_8B, cluster, PlanRequest(64))
+    theirs = make_plan(LLAMA_8B, cluster, PlanRequest(64, framework="megatron-lm", pins={"cp": 2, "vpp": 2}))
+    assert (ours.framework, theirs.framework) == ("meshwright", "megatron-lm")
+    assert (ours.chosen.layout.cp, ours.chosen.layout.vpp) == (1, 1)
+    layout = theirs.chosen.layout
+    assert (layout.cp, layout.vpp, layout.schedule) == (2, 2, "interleaved") and layout.pp > 1
+
+
+def test_what_a_profile_has_learnt_counts() -> None:
+    """A correction that doubles the time of the best layout: the plan says so, or takes another."""
+    cluster, request = cores(2), PlanRequest(16, "fp32")
+    first = make_plan(SMALL, cluster, request).chosen
+    space = Space(SMALL, Facts.of(SMALL), cluster, 16, {})
+    asked = Setup(SMALL, cluster, first.layout, 16, "fp32", space.framework)
+    twice = Correction(asked.correction_regime, 1.0, 0.01, (asked.features,), (log(2),))
+    second = make_plan(SMALL, cluster, request, replace(default_profile(), corrections={twice.regime: twice})).chosen
+    if second.layout == first.layout:
+        assert second.predicted.step_seconds.mid == pytest.approx(2 * first.predicted.step_seconds.mid, rel=0.02)
+    else:
+        assert second.predicted.step_seconds.mid > first.predicted.step_seconds.mid
+    assert sum(second.predicted.breakdown.values()) == pytest.approx(second.predicted.step_seconds.mid)
+
+
+def test_an_unknown_framework_or_objective_is_bad_input() -> None:
+    with pytest.raises(InputError, match="did you mean 'megatron-lm'"):
+        make_plan(SMALL, cores(1), PlanRequest(16, framework="megatron"))
+    with pytest.raises(InputError, match="known: money, time"):
+        make_plan(SMALL, cores(1), PlanRequest(16, objective="fame"))
+
+
+def test_what_was_considered_is_counted_and_what_lost_is_grouped() -> None:
+    model = card(LlamaShape(6, 8192, 64, 8, 128, 28672, 128256), 8192)
+    plan = make_plan(model, named_cluster("h100-sxm-80gb", 64), PlanRequest(64, framework="megatron-lm"))
+    counts = plan.considered
+    parts = sum(counts.get(name, 0) for name in ("estimated", "pruned", "too_large", "costlier"))
+    assert counts["space"] > 1000 and counts["estimated"] < counts["space"] == parts
+    assert len(plan.rejected) <= 200 and all(lost.count >= 1 and lost.reason for lost in plan.rejected)
+    assert any(lost.count > 1 for lost in plan.rejected), "of many that fail alike one speaks"
+
+
 def test_an_unknown_pin_is_bad_input() -> None:
     with pytest.raises(InputError, match="did you mean 'recompute'"):
         make_plan(SMALL, cores(1), PlanRequest(16, pins={"recompte": "full"}))
@@ -193,7 +276,8 @@ def test_a_price_gives_dollars() -> None:
     base = cores(2)
     priced = Cluster(base.device, 2, 2, base.intra, base.inter, dollars_per_hour=3.0)
     predicted = make_plan(SMALL, priced, PlanRequest(16, steps=1000)).chosen.predicted
-    assert predicted.dollars == pytest.approx(1000 * predicted.step_seconds.mid / 3600 * 2 * 3.0)
+    arithmetic = 1000 * predicted.step_seconds.mid / 3600 * 2 * 3.0
+    assert predicted.goodput is not None and predicted.dollars == pytest.approx(arithmetic / predicted.goodput)
 
 
 def test_compile_follows_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +292,12 @@ def test_compile_follows_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not make_plan(LLAMA_8B, h100, PlanRequest(64, steps=10)).chosen.compiled
 
 
-def test_405b_on_16384_devices_is_planned() -> None:
+@pytest.mark.parametrize(("devices", "batch"), [(16_384, 2048), (100_000, 4000)])
+def test_405b_on_a_large_cluster_is_planned(devices: int, batch: int) -> None:
     model = card(LlamaShape(126, 16384, 128, 8, 128, 53248, 128256), 8192)
-    plan = make_plan(model, named_cluster("h100-sxm-80gb", 16384), PlanRequest(2048))
-    assert plan.chosen.layout.devices == 16384
-    assert 0.1 < plan.chosen.predicted.mfu < 0.6
+    plan = make_plan(model, named_cluster("h100-sxm-80gb", devices), PlanRequest(batch))
+    assert plan.chosen.layout.devices == devices and plan.considered["estimated"] < 5_000
+    assert 0.05 < plan.chosen.predicted.mfu < 0.6
 
 
 def test_balance_gives_the_stages_of_the_plan() -> None:

@@ -8,14 +8,19 @@ from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.estimate import Estimator
-from meshwright.plan.result import Choice, Interval, Plan, PlanRequest, Prediction, Rejected
-from meshwright.plan.rules import RULES, Facts, Question, Refusal, refusals
+from meshwright.plan.framework import FRAMEWORKS, Framework
+from meshwright.plan.question import Facts, Question, Refusal
+from meshwright.plan.result import Buys, Choice, Interval, Plan, PlanRequest, Prediction, Rejected, Share
+from meshwright.plan.rules import RULES, refusals
 from meshwright.plan.search import make_plan
 
 __all__ = [
+    "FRAMEWORKS",
     "RULES",
+    "Buys",
     "Choice",
     "Facts",
+    "Framework",
     "Interval",
     "Plan",
     "PlanRequest",
@@ -23,6 +28,7 @@ __all__ = [
     "Question",
     "Refusal",
     "Rejected",
+    "Share",
     "balance",
     "make_plan",
     "refusals",

@@ -1,310 +1,347 @@
-"""What a Layout would take: joins compute, network, schedule and memory into seconds and bytes per stage."""
+"""What a Layout would take: joins blocks, schedule, once-a-step work and memory into seconds and bytes per stage."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
 from meshwright.card import Block, Card
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
-from meshwright.plan.compute import BYTES, axis_split, block_seconds, local_elements, optimizer_seconds
-from meshwright.plan.memory import StageMemory, saved_bytes, stage_memory
-from meshwright.plan.network import (
-    all_gather_seconds,
-    all_reduce_seconds,
-    point_to_point_seconds,
-    reduce_scatter_seconds,
-)
-from meshwright.plan.schedule import Timeline, actions, balance_costs, in_flight, replay, span_seconds
-
-#: Share of the computing time that can hide the gathering of weights and the reduction of gradients behind it.
-OVERLAP = {"cpu": 0.0, "cuda": 0.8}  # on a CPU the same core moves the bytes
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """One micro-batch through one block on one rank: seconds of arithmetic, of waiting for others, and bytes kept."""
-
-    forward: float
-    backward: float
-    forward_wait: float
-    backward_wait: float
-    kept_bytes: int
-    working_bytes: int
+from meshwright.plan.blocks import BlockCost, Blocks, block_key
+from meshwright.plan.compute import BYTES, local_elements
+from meshwright.plan.framework import FRAMEWORKS, Framework
+from meshwright.plan.memory import MemoryModel, StageMemory
+from meshwright.plan.once import Once, OnceAStep
+from meshwright.plan.profile import Profile, default_profile
+from meshwright.plan.schedule import TABLE, Timeline, actions, balance_costs, places, replay, span_seconds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The prediction for one Layout, in parts. Stage tuples have one entry a stage, seconds of one micro-batch."""
+    """The prediction for one Layout, in parts. Stage tuples have one entry a virtual stage, seconds of one
+    micro-batch; `breakdown` adds up to the step."""
 
     layout: Layout
     micro_batches: int
     first_blocks: tuple[int, ...]
     forward_seconds: tuple[float, ...]
     backward_seconds: tuple[float, ...]
-    transfer_seconds: float
-    compute_seconds: float  # arithmetic of the slowest stage, whole step
-    communication_seconds: float  # waiting for collectives, whole step, slowest stage
+    weight_seconds: tuple[float, ...]  # the part of the backward that computes weights' gradients
+    transfer_seconds: float  # to another stage, the slowest of them
+    compute_seconds: float  # arithmetic of the slowest rank, whole step
+    launch_seconds: float  # what the host's starting of operations adds to it
+    communication_seconds: float  # waiting for collectives, whole step, slowest rank
     bubble_seconds: float
     optimizer_seconds: float
+    other_seconds: float  # of the host once a step, data and checkpoints
     step_seconds: float
     memory: tuple[StageMemory, ...]
+    once: Once = field(default_factory=Once)
+    boundary_seconds: tuple[float, ...] = ()  # transfers over each boundary between virtual stages
+    pipeline_overlap: bool = True
 
     @property
     def peak_bytes(self) -> int:
         return max(stage.total for stage in self.memory)
 
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return max(stage.allocated for stage in self.memory)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return max(stage.reserved for stage in self.memory)
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        """Seconds by what they go to; their sum is the step."""
+        return {
+            "compute": self.compute_seconds,
+            "launch": self.launch_seconds,
+            "communication": self.communication_seconds - self.once.waits,
+            "bubble": self.bubble_seconds,
+            "gradients": self.once.gradients,
+            "weights": self.once.weights,
+            "optimizer": self.optimizer_seconds,
+            "other": self.other_seconds,
+        }
+
     def timeline(self) -> Timeline:
         """The schedule replayed with these stages."""
-        orders = actions(self.layout.schedule, self.layout.pp, self.micro_batches)
-        return replay(orders, self.forward_seconds, self.backward_seconds, self.transfer_seconds)
+        layout = self.layout
+        orders = actions(layout.schedule, layout.pp, self.micro_batches, layout.vpp)
+        return replay(
+            orders,
+            self.forward_seconds,
+            self.backward_seconds,
+            self.boundary_seconds or self.transfer_seconds,
+            weight_seconds=self.weight_seconds,
+            overlapped=self.pipeline_overlap,
+        )
 
 
 class Estimator:
-    """Estimates layouts of one card on one cluster; equal blocks are computed once, shared parts remembered."""
+    """Estimates layouts of one card on one cluster; equal blocks are computed once, shared parts remembered.
 
-    def __init__(self, card: Card, cluster: Cluster, global_batch: int, precision: str) -> None:
+    `data_seconds` and `checkpoint_seconds` are what a step waits for its batch, and for checkpoints spread over steps.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        cluster: Cluster,
+        global_batch: int,
+        precision: str,
+        *,
+        profile: Profile | None = None,
+        framework: Framework = FRAMEWORKS["meshwright"],
+        data_seconds: float = 0.0,
+        checkpoint_seconds: float = 0.0,
+    ) -> None:
         self.card, self.cluster, self.global_batch, self.precision = card, cluster, global_batch, precision
+        self.framework = framework
+        self.stalls = data_seconds + checkpoint_seconds
+        self.memory = MemoryModel(card, framework, precision, cluster.device)
+        self._take(default_profile() if profile is None else profile)
+
+    def with_profile(self, profile: Profile) -> Estimator:
+        """The same questions answered by other constants. What does not depend on them, memory and the kinds of blocks,
+        is shared with this one: fits ask for thousands."""
+        other = copy(self)
+        other._take(profile)
+        return other
+
+    def _take(self, profile: Profile) -> None:
+        self.profile = profile
+        self.blocks = Blocks(self.cluster, self.precision, self.profile, self.framework)
+        self.once = OnceAStep(self.blocks, self.card)
+        self._gpu = self.cluster.device.kind != "cpu"
+        self._sharpness = (self.profile["cuda.host.sharpness"], self.profile["cuda.host.tied_sharpness"])
         self._costs: dict[tuple[object, ...], tuple[BlockCost, ...]] = {}
-        self._elements: dict[int, tuple[int, ...]] = {}
+        self._elements: dict[tuple[int, int], list[int]] = {}
+        self._shares: dict[tuple[int, int], list[int]] = {}
         self._cuts: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._sums: dict[tuple[object, ...], tuple[list[float], ...]] = {}
+        self._counts: dict[tuple[int, ...], tuple[tuple[tuple[int, int], ...], ...]] = {}
+        self._stages: dict[tuple[object, ...], _Stages] = {}
+        self._transferred: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     @cached_property
     def _kinds(self) -> tuple[list[tuple[Block, int]], list[int]]:
-        """Distinct blocks with the elements they are given, and the kind of each block of the card."""
-        known: dict[object, int] = {}
-        kinds: list[tuple[Block, int]] = []
-        index = []
-        given = self.card.blocks[0].output_elements
-        for place, block in enumerate(self.card.blocks):
-            shapes = tuple((p.shape, p.axes) for p in block.parameters)
-            last = place == len(self.card.blocks) - 1
-            key = (
-                block.kind,
-                shapes,
-                block.products,
-                block.attention,
-                block.saved,
-                block.elementwise_elements,
-                given,
-                last,
-            )
-            if key not in known:
-                known[key] = len(kinds)
-                kinds.append((block, given))
-            index.append(known[key])
-            given = block.output_elements
-        return kinds, index
-
-    @cached_property
-    def _tied_elements(self) -> int:
-        shared = {first for first, _ in self.card.tied}
-        return sum(p.elements for p in self.card.parameters if p.name in shared)
+        return self.card.kinds
 
     def estimate(self, layout: Layout, *, exact: bool = False) -> Estimate:
-        """Seconds and bytes of a layout that no rule refuses; `exact` replays the schedule instead of its formula."""
-        blocks = len(self.card.blocks)
-        m, pp = layout.micro_batches(self.global_batch), layout.pp
-        forward, backward, waits, params, kept = self._stage_sums(layout)
-        cut = self.stages(layout)
-        edges = list(zip(cut, (*cut[1:], blocks), strict=True))
+        """Seconds and bytes of a layout that no rule refuses; `exact` replays the schedule instead of its formula.
 
-        def per_stage(sums: list[float]) -> tuple[float, ...]:
-            return tuple(sums[stop] - sums[start] for start, stop in edges)
-
-        stage_forward, stage_backward, stage_wait = per_stage(forward), per_stage(backward), per_stage(waits)
-        transfer = self._transfer_seconds(layout)
-        orders_seconds = span_seconds(layout.schedule, m, stage_forward, stage_backward, transfer)
-        if exact and pp > 1:
-            orders = actions(layout.schedule, pp, m)
-            orders_seconds = replay(orders, stage_forward, stage_backward, transfer).seconds
-        slowest = max(range(pp), key=lambda s: stage_forward[s] + stage_backward[s])
-        busy = m * (stage_forward[slowest] + stage_backward[slowest])
-        wait = m * stage_wait[slowest]
-        elements = max(per_stage(params))
-        once = self._once_a_step_seconds(layout, elements, stage_backward[slowest])
-        update = optimizer_seconds(elements / layout.shard, self.cluster.device)
+        Raises ValueError where the schedule cannot run so many micro-batches."""
+        m, stages = layout.micro_batches(self.global_batch), self._stages_of(layout)
+        transfer = self._transfers_of(layout)
+        length = self._length(layout, m, stages, transfer, exact)
+        slowest = stages.slowest
+        busy, wait, device = (m * part[slowest] for part in (stages.busy, stages.wait, stages.device))
+        compute = min(device, busy) - wait
+        last = stages.last_backward
+        once = self.once.seconds(layout, stages.elements, last, m, stages.experts)
+        optimizer = self.once.update(layout, max(stages.elements))
+        other = self.once.host_seconds + self.stalls
         return Estimate(
             layout=layout,
             micro_batches=m,
-            first_blocks=cut,
-            forward_seconds=stage_forward,
-            backward_seconds=stage_backward,
-            transfer_seconds=transfer,
-            compute_seconds=busy - wait,
-            communication_seconds=wait + once,
-            bubble_seconds=max(0.0, orders_seconds - busy),
-            optimizer_seconds=update,
-            step_seconds=orders_seconds + once + update,
-            memory=self._memory(layout, edges, per_stage(params), per_stage(kept), m),
+            first_blocks=stages.cut,
+            forward_seconds=stages.forward,
+            backward_seconds=stages.backward,
+            weight_seconds=stages.weight,
+            transfer_seconds=max(transfer, default=0.0),
+            boundary_seconds=transfer,
+            compute_seconds=compute,
+            launch_seconds=busy - wait - compute,
+            communication_seconds=wait + once.waits,
+            bubble_seconds=length - busy,
+            optimizer_seconds=optimizer,
+            other_seconds=other,
+            step_seconds=length + once.waits + optimizer + other,
+            memory=self.memory.stages(layout, stages.cut, m),
+            once=once,
+            pipeline_overlap=self.framework.pipeline_overlap,
         )
 
     def stages(self, layout: Layout) -> tuple[int, ...]:
-        """Index of each stage's first block: the slowest stage as quick as can be."""
-        if layout.pp == 1:
+        """Index of each virtual stage's first block: the slowest stage as quick as can be, or as the framework cuts."""
+        count = layout.pp * layout.vpp
+        if count == 1:
             return (0,)
-        key = (*_block_key(layout), layout.pp)
+        key = (*block_key(layout), count)
         if key not in self._cuts:
-            forward, backward, *_ = self._stage_sums(layout)
-            costs = [forward[i + 1] - forward[i] + backward[i + 1] - backward[i] for i in range(len(forward) - 1)]
-            self._cuts[key] = balance_costs(costs, layout.pp)
+            layers = len(self.card.blocks) - 2
+            even = None if self.framework.head_balanced else equal_layers(layers, count)
+            if even is None:
+                whole = [
+                    self._stage(self._block_costs(layout), self._local_elements(layout), [(kind, 1)], layout.tp > 1)
+                    for kind in range(len(self._kinds[0]))
+                ]
+                even = balance_costs([whole[kind][0] + whole[kind][1] for kind in self._kinds[1]], count)
+            self._cuts[key] = even
         return self._cuts[key]
 
-    def _stage_sums(self, layout: Layout) -> tuple[list[float], ...]:
-        """Running sums over the blocks: forward and backward seconds (waits included), waits, local parameters,
-        bytes kept."""
-        key = _block_key(layout)
-        if key not in self._sums:
-            costs, index = self._block_costs(layout), self._kinds[1]
-            rows = [
-                (
-                    c.forward + c.forward_wait,
-                    c.backward + c.backward_wait,
-                    c.forward_wait + c.backward_wait,
-                    n,
-                    c.kept_bytes,
-                )
-                for c, n in zip(costs, self._kind_elements(layout.tp), strict=True)
-            ]
-            self._sums[key] = tuple(
-                list(accumulate((rows[k][column] for k in index), initial=0.0)) for column in range(5)
-            )
-        return self._sums[key]
+    def _stages_of(self, layout: Layout) -> _Stages:
+        key = (*block_key(layout), layout.pp, layout.vpp, layout.schedule)
+        found = self._stages.get(key)
+        if found is None:
+            found = self._stages[key] = self._new_stages(layout)
+        return found
+
+    def _new_stages(self, layout: Layout) -> _Stages:
+        cut, tied = self.stages(layout), layout.tp > 1
+        costs, sizes = self._block_costs(layout), self._local_elements(layout)
+        shares = self._expert_elements(layout)
+        known: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
+        rows = []
+        for counted in self._counted(cut):
+            if counted not in known:
+                held = sum(count * shares[kind] for kind, count in counted)
+                known[counted] = (*self._stage(costs, sizes, counted, tied), held)
+            rows.append(known[counted])
+        forward, backward, weight, *_ = zip(*rows, strict=True)
+        home = places(layout.schedule, layout.pp, layout.vpp) if layout.pp > 1 else (0,) * len(rows)
+        by_rank = [[0.0] * 6 for _ in range(layout.pp)]
+        for row, rank in zip(rows, home, strict=True):
+            mine = by_rank[rank]
+            for place, value in enumerate((row[0] + row[1], row[3], row[4], row[5], row[1], row[6])):
+                mine[place] += value
+        busy, wait, device, elements, last, experts = zip(*by_rank, strict=True)
+        slowest = max(range(layout.pp), key=busy.__getitem__)
+        return _Stages(cut, forward, backward, weight, busy, wait, device, elements, slowest, last[0], experts)
+
+    def _stage(
+        self, costs: Sequence[BlockCost], sizes: Sequence[float], counted: Sequence[tuple[int, int]], tied: bool
+    ) -> tuple[float, ...]:
+        """Forward, backward and the weights' part of it, waits, the device's own seconds, parameters: of one
+        micro-batch through a stage of so many blocks of each kind."""
+        f = b = w = wait = hf = hb = held = 0.0
+        for kind, count in counted:
+            cost = costs[kind]
+            f, b, w = f + count * cost.forward, b + count * cost.backward, w + count * cost.weight
+            wait += count * (cost.forward_wait + cost.backward_wait)
+            hf, hb = hf + count * cost.host_forward, hb + count * cost.host_backward
+            held += count * sizes[kind]
+        ahead, back = self._joined(f, hf, tied), self._joined(b, hb, tied)
+        share = self._joined(f + b, hf + hb, tied) / (ahead + back) if ahead + back else 0.0
+        return ahead * share, back * share, min(w, back * share), wait, f + b, held
+
+    def _counted(self, cut: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """How many blocks of each kind every stage has."""
+        if cut not in self._counts:
+            index = self._kinds[1]
+            spans = (index[start:stop] for start, stop in zip(cut, (*cut[1:], len(index)), strict=True))
+            self._counts[cut] = tuple(tuple(sorted(Counter(span).items())) for span in spans)
+        return self._counts[cut]
+
+    def _joined(self, device: float, host: float, tied: bool) -> float:
+        """Seconds of a stage whose device and host work side by side: nearly the larger, since one runs ahead of the
+        other only as far as it can. Hosts `tied` by the collectives of every layer all wait for the latest."""
+        if host <= 0.0 or device <= 0.0 or not self._gpu:  # on a CPU the same core does both
+            return device + host
+        high, low = (device, host) if device > host else (host, device)
+        sharpness = self._sharpness[tied]
+        return high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
+
+    def _length(self, layout: Layout, m: int, stages: _Stages, transfer: Sequence[float], exact: bool) -> float:
+        """Seconds of all micro-batches through the pipeline."""
+        if layout.pp == 1 and layout.vpp == 1:
+            return m * (stages.forward[0] + stages.backward[0])
+        overlapped = self.framework.pipeline_overlap
+        weight = stages.weight if TABLE[layout.schedule].splits else None
+        how = {"weight_seconds": weight, "overlapped": overlapped}
+        if exact:
+            orders = actions(layout.schedule, layout.pp, m, layout.vpp)
+            return replay(orders, stages.forward, stages.backward, transfer, **how).seconds  # type: ignore[arg-type]
+        return span_seconds(
+            layout.schedule,
+            m,
+            stages.forward,
+            stages.backward,
+            transfer,
+            vpp=layout.vpp,
+            **how,  # type: ignore[arg-type]
+        )
 
     def _block_costs(self, layout: Layout) -> tuple[BlockCost, ...]:
         """Costs by kind of block."""
-        key = _block_key(layout)
+        key = block_key(layout)
         if key not in self._costs:
-            self._costs[key] = tuple(self._block_cost(layout, block, given) for block, given in self._kinds[0])
+            self._costs[key] = tuple(self.blocks.cost(layout, block, given) for block, given in self._kinds[0])
         return self._costs[key]
 
-    def _kind_elements(self, tp: int) -> tuple[int, ...]:
-        """Parameters of each kind of block that one of `tp` ranks holds."""
-        if tp not in self._elements:
-            self._elements[tp] = tuple(local_elements(block.parameters, tp) for block, _ in self._kinds[0])
-        return self._elements[tp]
+    def _local_elements(self, layout: Layout) -> list[int]:
+        """Parameters of each kind of block that one rank of `tp` and `ep` holds."""
+        key = (layout.tp, layout.ep)
+        if key not in self._elements:
+            self._elements[key] = [local_elements(block.parameters, *key) for block, _ in self._kinds[0]]
+        return self._elements[key]
 
-    def _block_cost(self, layout: Layout, block: Block, given: int) -> BlockCost:
-        recompute = layout.recompute
-        seconds = block_seconds(
-            block,
-            self.cluster.device,
-            tp=layout.tp,
-            sequence_parallel=layout.sequence_parallel,
-            micro_batch=layout.micro_batch,
-            precision=self.precision,
-            recompute=recompute,
-        )
-        forward_wait, backward_wait = self._tensor_waits(layout, block, given, recompute)
-        if not _kept_gathered(layout):  # gathered anew for every pass of every micro-batch
-            gather = self._gather_seconds(layout, local_elements(block.parameters, layout.tp))
-            hidden = OVERLAP[self.cluster.device.kind]
-            forward_wait += max(0.0, gather - hidden * seconds.forward)
-            backward_wait += max(0.0, gather - hidden * (seconds.backward + seconds.recompute))
-        split = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel, "precision": self.precision}
-        whole = saved_bytes(block, recompute="none", **split)  # type: ignore[arg-type]
-        kept = saved_bytes(block, recompute=recompute, **split)  # type: ignore[arg-type]
-        entry = given * BYTES[self.precision] // (layout.tp if layout.sequence_parallel else 1)
-        if recompute == "full":
-            kept = entry
-        return BlockCost(
-            forward=seconds.forward,
-            backward=seconds.backward + seconds.recompute,
-            forward_wait=forward_wait,
-            backward_wait=backward_wait,
-            kept_bytes=kept * layout.micro_batch,
-            working_bytes=(whole - min(kept, whole) + 2 * entry) * layout.micro_batch,
-        )
+    def _expert_elements(self, layout: Layout) -> list[int]:
+        """Of `_local_elements`, those of experts."""
+        key = (layout.tp, layout.ep)
+        if key not in self._shares:
+            own = ([p for p in block.parameters if "expert" in p.axes] for block, _ in self._kinds[0])
+            self._shares[key] = [local_elements(parameters, *key) for parameters in own]
+        return self._shares[key]
 
-    def _tensor_waits(self, layout: Layout, block: Block, given: int, recompute: str) -> tuple[float, float]:
-        """All-reduces of tensor parallelism (or the gather and scatter that replace them), forward and backward.
+    def _transfers_of(self, layout: Layout) -> tuple[float, ...]:
+        degrees = (layout.pp, layout.vpp, layout.tp, layout.cp, layout.dp)
+        key = (*degrees, layout.micro_batch, layout.schedule, layout.sequence_parallel)
+        found = self._transferred.get(key)
+        if found is None:
+            found = self._transferred[key] = self._transfers(layout)
+        return found
 
-        A parameter split by its inner axis leaves partial sums to add, and so does a split table of embeddings; each
-        has its mirror backward. A block split by outer axes alone (the head) has only the mirror.
-        """
-        if layout.tp == 1:
-            return 0.0, 0.0
-        matrices = [p.axes for p in block.parameters if len(p.axes) == 2]
-        inner = sum(axis_split(axes[1]) for axes in matrices)
-        outer = sum(axis_split(axes[0]) for axes in matrices)
-        ahead = inner + (1 if outer and not block.products else 0)
-        back = inner if inner else (1 if outer and block.products else 0)
-        size = given * layout.micro_batch * BYTES[self.precision]
-        once = all_reduce_seconds(size, layout.tp, self.cluster.link(layout.tp))
-        return ahead * once, (back + (ahead if recompute == "full" else 0)) * once
-
-    def _gather_seconds(self, layout: Layout, elements: float) -> float:
-        """Gathering sharded weights in the compute precision."""
-        link = self.cluster.link(layout.tp * layout.shard)
-        return all_gather_seconds(elements * BYTES[self.precision], layout.shard, link)
-
-    def _transfer_seconds(self, layout: Layout) -> float:
-        """Handing a micro-batch's activations to the next stage."""
+    def _transfers(self, layout: Layout) -> tuple[float, ...]:
+        """Handing a micro-batch's activations over each boundary between virtual stages."""
+        count = layout.pp * layout.vpp
+        if count == 1:
+            return ()
         if layout.pp == 1:
-            return 0.0
-        elements = self.card.blocks[0].output_elements * layout.micro_batch
-        size = elements * BYTES[self.precision] / (layout.tp if layout.sequence_parallel else 1)
-        return point_to_point_seconds(size, self.cluster.link(layout.devices))
-
-    def _once_a_step_seconds(self, layout: Layout, elements: float, last_backward: float) -> float:
-        """Gradients reduced over shards and replicas behind the last backward, weights gathered once where they are
-        kept, tied embeddings over the pipeline's ends, the norm for clipping."""
-        link = self.cluster.link(layout.tp * layout.dp * layout.cp)
-        reduce = reduce_scatter_seconds(elements * 4, layout.shard, self.cluster.link(layout.tp * layout.shard))
-        reduce += all_reduce_seconds(elements / layout.shard * 4, layout.replicate, link)
-        seconds = max(0.0, reduce - OVERLAP[self.cluster.device.kind] * last_backward)
-        if _kept_gathered(layout):
-            seconds += self._gather_seconds(layout, elements)
-        everywhere = self.cluster.link(layout.devices)
-        if layout.pp > 1 and self._tied_elements:
-            seconds += all_reduce_seconds(self._tied_elements * 4 / layout.tp, 2, everywhere)
-        return seconds + all_reduce_seconds(8, layout.devices, everywhere)
-
-    def _memory(
-        self,
-        layout: Layout,
-        edges: list[tuple[int, int]],
-        elements: tuple[float, ...],
-        kept_bytes: tuple[float, ...],
-        micro_batches: int,
-    ) -> tuple[StageMemory, ...]:
-        costs, index, sizes = self._block_costs(layout), self._kinds[1], self._kind_elements(layout.tp)
-        stages = []
-        for stage, (start, stop) in enumerate(edges):
-            mine = set(index[start:stop])
-            # The alias of a tied embedding has a copy of its own on the last stage.
-            alias = self._tied_elements // layout.tp if layout.pp > 1 and stage == layout.pp - 1 else 0
-            stages.append(
-                stage_memory(
-                    elements=int(elements[stage]) + alias,
-                    largest_block_elements=max(sizes[kind] for kind in mine),
-                    kept_bytes=int(kept_bytes[stage]),
-                    working_bytes=max(costs[kind].working_bytes for kind in mine),
-                    in_flight=in_flight(layout.schedule, layout.pp, stage, micro_batches),
-                    shard=layout.shard,
-                    kept_gathered=_kept_gathered(layout),
-                    accumulates=micro_batches > 1,
-                    precision=self.precision,
-                    device=self.cluster.device,
-                )
-            )
-        return tuple(stages)
+            return (0.0,) * (count - 1)
+        size = self.card.blocks[0].output_elements * layout.micro_batch * BYTES[self.precision] / layout.cp
+        network, gather = self.blocks.network, 0.0
+        if layout.tp > 1 and self.framework.scatters_transfers and not layout.sequence_parallel:
+            gather = network.all_gather(size, network.group(layout.tp, 1))
+        size /= layout.tp if layout.sequence_parallel or self.framework.scatters_transfers else 1
+        apart = layout.devices // layout.pp
+        inside = max(1, self.cluster.domain // apart)  # stages that one inner link joins
+        near, far = (gather + network.point_to_point(size, far=far) for far in (False, True))
+        home = places(layout.schedule, layout.pp, layout.vpp)
+        return tuple(near if home[i] // inside == home[i + 1] // inside else far for i in range(count - 1))
 
 
-def _kept_gathered(layout: Layout) -> bool:
-    """Whether a stage's weights stay gathered through the step: replicated ones do, and those of a pipeline."""
-    return layout.shard == 1 or layout.pp > 1
+@dataclass(frozen=True)
+class _Stages:
+    """Seconds of one micro-batch by virtual stage, and by rank: busy with host and device, of it waits, the device's
+    own, parameters held; and the rank that is busiest."""
+
+    cut: tuple[int, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...]
+    busy: tuple[float, ...]
+    wait: tuple[float, ...]
+    device: tuple[float, ...]
+    elements: tuple[float, ...]
+    slowest: int
+    last_backward: float  # of the first rank, which ends last
+    experts: tuple[float, ...]  # of the parameters held, those of experts
 
 
-def _block_key(layout: Layout) -> tuple[object, ...]:
-    """What the cost of a block depends on."""
-    return (
-        layout.tp,
-        layout.sequence_parallel,
-        layout.micro_batch,
-        layout.recompute,
-        1 if _kept_gathered(layout) else layout.shard,
-    )
+def equal_layers(layers: int, stages: int) -> tuple[int, ...] | None:
+    """First blocks where every stage has as many layers, the embedding with the first and the head with the last; or,
+    where only that divides, the two counted as layers. None where neither does."""
+    if layers > 0 and layers % stages == 0:
+        each = layers // stages
+        return (0, *(1 + each * stage for stage in range(1, stages)))
+    if layers > 0 and (layers + 2) % stages == 0:
+        each = (layers + 2) // stages
+        return tuple(each * stage for stage in range(stages))
+    return None

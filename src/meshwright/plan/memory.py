@@ -1,38 +1,77 @@
 """Bytes that one rank of each stage holds at its worst moment, split by what they are for.
 
-Weights are fp32 masters and two fp32 moments, split `shard` ways (FSDP2; mixed precision as in Micikevicius et al.
-2018). Beside the masters stands a copy in the compute precision: of the whole stage where it is kept gathered, else of
-two blocks at a time. Gradients are fp32, whole while micro-batches accumulate, since they are reduced once a step.
-Activations are the card's `saved` list times the micro-batches in flight (Korthikanti et al. 2022).
+A framework holds weights in one of two ways (`Framework.holds`):
+
+"masters" (FSDP): fp32 masters and two fp32 moments, split `shard` ways (Micikevicius et al. 2018), and beside them a
+copy in the compute precision: of the whole stage where it is kept gathered, else of two blocks at a time.
+
+"copies" (Megatron, ZeRO): weights in the compute precision and a buffer of fp32 gradients, whole on every rank; masters
+and moments whole too, or spread over the data-parallel ranks (distributed optimizer; Rajbhandari et al. 2020).
+
+Activations are what each virtual stage's micro-batches leave behind (the card's `saved` lists, Korthikanti et al.
+2022), counted over the schedule's own action lists, plus what the backward of one block needs while it runs. The loss
+lives only between the forward and the backward of the last block: it and a block's backward are never there together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
-from meshwright.card import Block, Saved
+from meshwright.card import Block, Card, Parameter, Saved
 from meshwright.cluster import Device
-from meshwright.plan.compute import BYTES
+from meshwright.layout import AXIS_RULES, Layout
+from meshwright.plan.framework import Framework
+from meshwright.plan.schedule import held_bytes, in_flight, places
 
 #: What a process holds before it has a model: libraries on a CPU (resident), context and libraries on a GPU.
 PROCESS_BYTES = {"cpu": 450 * 1024**2, "cuda": 900 * 1024**2}
-#: Share of a device's memory that a plan may fill; the rest is for the system and the allocator's gaps.
+#: Share of a device's memory that a plan may fill; the rest is for the system.
 USABLE = {"cpu": 0.9, "cuda": 0.94}
+#: Share of what comes and goes that a caching allocator holds besides, in blocks that nothing fits into: the middle of
+#: what eight public runs of Megatron-LM reserved beyond what they allocated (0.11 to 0.42). malloc gives back.
+SLACK = {"cpu": 0.0, "cuda": 0.25}
+MASTER_BYTES, MOMENT_BYTES = 4, 4
+#: Bytes of an element between products, by the precision that products run in.
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+#: Bytes of an element that is kept as the input of a product.
+PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on a rank of one stage."""
+    """Bytes on a rank of one stage at its worst moment.
+
+    `buffers` are for communication and for the backward of one block; `slack` is what the allocator holds and cannot
+    use; `process` is outside its sight: libraries, the device's context.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    other: int  # the process itself, communication buffers, working memory of one block
+    buffers: int
+    slack: int = 0
+    process: int = 0
+
+    @property
+    def allocated(self) -> int:
+        """What tensors take: `torch.cuda.max_memory_allocated`."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+    @property
+    def reserved(self) -> int:
+        """What the allocator takes for them: `torch.cuda.max_memory_reserved`."""
+        return self.allocated + self.slack
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.other
+        return self.reserved + self.process
+
+    @property
+    def other(self) -> int:
+        """What is no state of the model and no activation."""
+        return self.buffers + self.slack + self.process
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -43,47 +82,285 @@ def usable_bytes(device: Device) -> int:
     return int(device.memory_bytes * USABLE[device.kind])
 
 
-def saved_bytes(block: Block, *, tp: int, sequence_parallel: bool, precision: str, recompute: str) -> int:
-    """Bytes one sample leaves in a block for the backward pass; `recompute` as in the Layout, "full" keeping only the
-    input (counted by the caller, who knows it): 0 here."""
-    if recompute == "full":
-        return 0
-    kept = [saved for saved in block.saved if not (recompute == "selective" and saved.selective)]
-    return sum(_one(saved, tp, sequence_parallel, precision) for saved in kept)
-
-
-def _one(saved: Saved, tp: int, sequence_parallel: bool, precision: str) -> int:
-    size = saved.elements * (saved.bytes_per_element or BYTES[precision])
+def saved_bytes(saved: Saved, *, tp: int, sequence_parallel: bool, precision: str) -> int:
+    """Bytes that one sample leaves of `saved` on a rank of `tp`."""
+    width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
+    size = saved.elements * (saved.bytes_per_element or width)
     divided = saved.split == "tp" or (saved.split == "sp" and sequence_parallel)
     return size // tp if divided else size
 
 
-def stage_memory(
-    *,
-    elements: int,
-    largest_block_elements: int,
-    kept_bytes: int,
-    working_bytes: int,
-    in_flight: int,
-    shard: int,
-    kept_gathered: bool,
-    accumulates: bool,
-    precision: str,
-    device: Device,
-) -> StageMemory:
-    """Memory of a rank whose stage has `elements` parameters after tensor parallelism.
+def local_size(parameter: Parameter, tp: int, ep: int, vocab_multiple: int) -> int:
+    """Elements of a parameter on one rank; a vocabulary is padded to a multiple of `vocab_multiple` x tp first."""
+    total = 1
+    for size, axis in zip(parameter.shape, parameter.axes, strict=True):
+        ways = {"tp": tp, "ep": ep}.get(AXIS_RULES.get(axis) or "", 1) if axis is not None else 1
+        if axis == "vocab" and vocab_multiple > 1:
+            size = -(-size // (vocab_multiple * tp)) * vocab_multiple * tp
+        total *= -(-size // ways)
+    return total
 
-    `kept_bytes` is what a micro-batch leaves behind, `working_bytes` what is alive only inside one block.
-    `kept_gathered`: the copy for computing is of the whole stage. `accumulates`: a step has several micro-batches.
-    """
-    own = -(-elements // shard)
-    size = BYTES[precision]
-    copied = elements if kept_gathered else min(2 * largest_block_elements, elements)
-    buffers = largest_block_elements * (size + 4)  # a block's gradient before, and while, it is reduced
-    return StageMemory(
-        weights=4 * own + size * copied,
-        gradients=4 * (elements if accumulates else own),
-        optimizer=8 * own,
-        activations=kept_bytes * in_flight,
-        other=PROCESS_BYTES[device.kind] + buffers + working_bytes,
-    )
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One kind of block on one rank: local elements of parameters, dense and of experts, and of each matrix by name.
+    `kept` is what a micro-batch leaves until its backward, of it `loss` what the loss keeps; `working` is what the
+    backward needs besides while it runs."""
+
+    dense: int
+    expert: int
+    kept: int
+    loss: int
+    working: int
+    matrices: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of activations that a rank holds at its worst moment, and what is added to them by its largest backward
+    (beyond the loss, which is then gone) and by the forward of its loss. `repeats`: backwards went before that moment,
+    so that gradients are there. `head` is what the head's own backward adds beside its weights' gradient, less the
+    logits, which are gone by then."""
+
+    activations: int
+    working: int
+    loss: int
+    repeats: bool
+    head: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Local elements of a rank's parameters: dense, of experts, of its largest block, of matrices of distinct name, of
+    the output head."""
+
+    dense: int
+    expert: int
+    largest: int
+    distinct: int
+    head: int
+
+
+class MemoryModel:
+    """Memory of layouts of one card under one framework; equal blocks are counted once, shared parts remembered."""
+
+    def __init__(self, card: Card, framework: Framework, precision: str, device: Device) -> None:
+        self.card, self.framework, self.precision, self.device = card, framework, precision, device
+        self.width = WIDTH[precision]
+        self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
+        self._held: dict[tuple[object, ...], tuple[Held, ...]] = {}
+        self._sizes: dict[tuple[object, ...], tuple[Sizes, ...]] = {}
+        self._kinds, self._index = card.kinds
+        shared = {first for first, _ in card.tied}
+        self._tied = tuple(p for p in card.parameters if p.name in shared)
+
+    def stages(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> tuple[StageMemory, ...]:
+        """Memory of a rank of each of `layout.pp` stages; `firsts` is the first block of each virtual stage, in the
+        model's order. Raises ValueError where the schedule cannot run so many micro-batches."""
+        cut = tuple(firsts)
+        states = self._copies if self.framework.holds == "copies" else self._masters
+        sizes, held = self._stage_sizes(layout, cut), self._stage_held(layout, cut, micro_batches)
+        return tuple(states(layout, own, active) for own, active in zip(sizes, held, strict=True))
+
+    def _copies(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
+        """Weights in the compute precision and whole gradients; the optimizer whole or spread over data parallelism."""
+        own, wide, data = self.framework, self.width, layout.dp * layout.cp
+        everything = sizes.dense + sizes.expert
+        gradient = own.gradient_bytes or wide
+        per_parameter = MASTER_BYTES * (wide < MASTER_BYTES) + 2 * MOMENT_BYTES
+        if layout.shard > 1:  # ZeRO 3: two blocks at a time are whole
+            passing = min(2 * sizes.largest, everything) * (wide + gradient)
+            weights, gradients, optimizer = (
+                -(-everything * size // layout.shard) for size in (wide, gradient, per_parameter)
+            )
+            return self._sum(weights, gradients, 0 if layout.offload else optimizer, held, passing)
+        spread = data if own.optimizer_shard == "dp" else 1
+        spread_experts = max(1, data * layout.tp // (layout.ep * self._expert_tp(layout))) if spread > 1 else 1
+        optimizer = per_parameter * (-(-sizes.dense // spread) + -(-sizes.expert // spread_experts))
+        dummies = wide * sizes.distinct if own.dummy_gradients else 0
+        return self._sum(wide * everything, gradient * everything, 0 if layout.offload else optimizer, held, dummies)
+
+    def _masters(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
+        """fp32 masters and moments, split; beside them a copy in the compute precision of all, or of two blocks at a
+        time. The worst of three moments: the loss of the last micro-batch that comes before any backward, the first
+        backward after it, and the end of the backwards, when no activation is left and every gradient is there."""
+        elements, wide, data = sizes.dense + sizes.expert, self.width, layout.dp * layout.cp
+        own = -(-elements // layout.shard)
+        pair = wide * min(2 * sizes.largest, elements)
+        copied = wide * elements if layout.shard == 1 or layout.pp > 1 else 0
+        gradients = 4 * (elements if held.repeats and not self.framework.reduces_each else own)
+        before = gradients if held.repeats else 0
+        passing = sizes.largest * (wide + 4) if data > 1 else 0  # a block's gradient before, and while, it is reduced
+        # The head's is given back before that where it is added to those of the micro-batches before.
+        head = sizes.head * (wide if data == 1 else 4 if held.repeats else wide + 4) + held.head
+        moments = (
+            (copied, before, held.activations, held.loss),
+            (max(copied, pair), before, held.activations, max(held.working, head)),
+            (copied if layout.pp > 1 else pair, gradients, 0, max(held.working, passing)),
+        )
+        copies, gradients, activations, buffers = max(moments, key=sum)
+        optimizer = 0 if layout.offload else 2 * MOMENT_BYTES * own
+        now = replace(held, activations=activations, working=buffers)
+        return self._sum(MASTER_BYTES * own + copies, gradients, optimizer, now)
+
+    def _sum(self, weights: int, gradients: int, optimizer: int, held: Held, passing: int = 0) -> StageMemory:
+        kind = self.device.kind
+        return StageMemory(
+            weights=weights,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=held.activations,
+            buffers=held.working + passing + (self.framework.workspace_bytes if kind == "cuda" else 0),
+            slack=int(SLACK[kind] * (held.activations + held.working)),
+            process=PROCESS_BYTES[kind],
+        )
+
+    def _expert_tp(self, layout: Layout) -> int:
+        return layout.tp if self.framework.splits_experts else 1
+
+    def _block_bytes(self, layout: Layout) -> tuple[BlockBytes, ...]:
+        key = _block_key(layout)
+        if key not in self._bytes:
+            self._bytes[key] = tuple(self._one(block, given, layout) for block, given in self._kinds)
+        return self._bytes[key]
+
+    def _one(self, block: Block, given: int, layout: Layout) -> BlockBytes:
+        micro, tp = layout.micro_batch, layout.tp
+
+        def size(saved: Saved) -> int:
+            split = layout.sequence_parallel
+            each = saved_bytes(saved, tp=tp, sequence_parallel=split, precision=self.precision)
+            return each * micro // layout.cp
+
+        kind = self.device.kind
+        here = ("", kind, f"{kind} {self.precision}")
+        sizes = [(saved, size(saved)) for saved in block.saved if saved.on in here]
+        whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
+        entry = given * self.width * micro // layout.cp
+        kept = whole
+        if layout.recompute == "selective":
+            kept = sum(n for saved, n in sizes if not saved.selective)
+            kept += sum(size(saved) for saved in block.saved if saved.on == "selective")
+        elif layout.recompute == "full" and block.kind not in self.framework.never_recomputed:
+            kept = entry // (tp if layout.sequence_parallel else 1) + loss
+        # A backward holds gradients of the widest tensor that was kept and of what went in, gathered.
+        widest = max((n for saved, n in sizes if saved.module != "loss"), default=0)
+        dense, expert, matrices = self._local(block, layout)
+        return BlockBytes(dense, expert, kept, loss, whole - min(kept, whole) + widest + 2 * entry, matrices)
+
+    def _local(self, block: Block, layout: Layout) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+        dense, expert, matrices = 0, 0, []
+        for parameter in block.parameters:
+            mixed = "expert" in parameter.axes
+            tp, ep = (self._expert_tp(layout), layout.ep) if mixed else (layout.tp, 1)
+            elements = local_size(parameter, tp, ep, self.framework.vocab_multiple)
+            dense, expert = (dense, expert + elements) if mixed else (dense + elements, expert)
+            if len(parameter.shape) > 1 and "positions" not in parameter.axes and block.kind != "embedding":
+                matrices.append((parameter.name.split(".", 2)[-1], elements))
+        return dense, expert, tuple(matrices)
+
+    def _stage_held(self, layout: Layout, firsts: tuple[int, ...], micro_batches: int) -> tuple[Held, ...]:
+        key = (*_block_key(layout), layout.pp, layout.vpp, layout.schedule, firsts, micro_batches)
+        if key not in self._held:
+            kinds = self._block_bytes(layout)
+            kept = [sum(kinds[k].kept for k in blocks) for blocks in self._blocks(firsts)]
+            held: Sequence[float] = kept
+            if layout.pp > 1:
+                held = held_bytes(layout.schedule, layout.pp, micro_batches, kept, vpp=layout.vpp)
+            ranks: list[Held] = []
+            for most, blocks in zip(held, self._ranks(layout, firsts), strict=True):
+                loss, working = (max(f(kinds[k]) for k in blocks) for f in (_loss, _working))
+                if self.framework.activation_offload:  # a block's are on their way out while the next is computed
+                    most = min(most, loss + 2 * max(kinds[k].kept for k in blocks))
+                last = self._index[-1] in blocks
+                gathered = self._gathered(layout) if last else 0
+                rows = self._loss_rows(layout) if last else 0
+                ends = last + (self._index[0] in blocks)
+                received = (2 - ends) * self._received(layout, micro_batches)
+                received += self.framework.batch_bytes * self.card.units_per_sample * micro_batches * layout.micro_batch
+                repeats = micro_batches * layout.vpp > in_flight(
+                    layout.schedule, layout.pp, len(ranks), micro_batches, layout.vpp
+                )
+                gone = kinds[self._index[-1]].loss // 2 if layout.pp == 1 else 0
+                head = 2 * self._entry(layout) - gone if last else 0
+                ranks.append(Held(int(most) + received, max(0, working - loss) + gathered, rows, repeats, head))
+            self._held[key] = tuple(ranks)
+        return self._held[key]
+
+    def _gathered(self, layout: Layout) -> int:
+        """Bytes of the buffer, kept for good, in which Megatron gathers the output head's split input."""
+        if not layout.sequence_parallel or self.framework.holds != "copies":
+            return 0
+        return self._entry(layout)
+
+    def _entry(self, layout: Layout) -> int:
+        """Bytes of a micro-batch as it goes from block to block, not split over tensor parallelism."""
+        return self._kinds[-1][1] * self.width * layout.micro_batch // layout.cp
+
+    def _received(self, layout: Layout, micro_batches: int) -> int:
+        """Bytes of what a stage receives from one neighbour: torch's pipelines keep a buffer for every micro-batch."""
+        if layout.pp == 1 or not self.framework.buffers_each:
+            return 0
+        return micro_batches * self._entry(layout) // (layout.tp if layout.sequence_parallel else 1)
+
+    def _loss_rows(self, layout: Layout) -> int:
+        """Bytes of the rows of logits that the loss has in fp32 at a time: a copy where they are not fp32, their
+        softmax, and the softmax of the rows before."""
+        rows, tokens = self.framework.loss_rows, self.card.units_per_sample * layout.micro_batch // layout.cp
+        columns = self.card.blocks[-1].output_elements // max(self.card.units_per_sample, 1) // layout.tp
+        return 4 * min(rows, tokens) * columns * (1 + (self.width < 4) + (tokens > rows))
+
+    def _stage_sizes(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[Sizes, ...]:
+        key = (layout.tp, layout.ep, layout.pp, layout.vpp, layout.schedule, firsts)
+        if key not in self._sizes:
+            kinds = self._block_bytes(layout)
+            table = self.framework.vocab_multiple
+            tied = sum(local_size(p, layout.tp, 1, table) for p in self._tied)
+            first, last = self._index[0], self._index[-1]
+            ranks = []
+            for blocks in self._ranks(layout, firsts):
+                # Where the ends are on different ranks, the alias of a tied embedding is a copy of its own, and a layer
+                # that predicts a further token has a copy to embed it with.
+                alias = 0
+                if first not in blocks:
+                    further = any(self._kinds[k][0].kind == "mtp" for k in blocks)
+                    alias = kinds[first].dense if further else tied if last in blocks else 0
+                distinct = {name: size for k in set(blocks) for name, size in kinds[k].matrices}
+                ranks.append(
+                    Sizes(
+                        sum(kinds[k].dense for k in blocks) + alias,
+                        sum(kinds[k].expert for k in blocks),
+                        max(alias, *(kinds[k].dense + kinds[k].expert for k in blocks)),
+                        sum(distinct.values()) + (tied if last in blocks else 0),
+                        kinds[last].dense + tied if last in blocks else 0,
+                    )
+                )
+            self._sizes[key] = tuple(ranks)
+        return self._sizes[key]
+
+    def _blocks(self, firsts: tuple[int, ...]) -> list[list[int]]:
+        """Kinds of the blocks of each virtual stage."""
+        return [self._index[a:b] for a, b in zip(firsts, (*firsts[1:], len(self._index)), strict=True)]
+
+    def _ranks(self, layout: Layout, firsts: tuple[int, ...]) -> list[list[int]]:
+        """Kinds of the blocks of each rank."""
+        stages = self._blocks(firsts)
+        if layout.pp == 1:
+            return [[k for stage in stages for k in stage]]
+        ranks: list[list[int]] = [[] for _ in range(layout.pp)]
+        for blocks, home in zip(stages, places(layout.schedule, layout.pp, layout.vpp), strict=True):
+            ranks[home] += blocks
+        return ranks
+
+
+def _loss(block: BlockBytes) -> int:
+    return block.loss
+
+
+def _working(block: BlockBytes) -> int:
+    return block.working
+
+
+def _block_key(layout: Layout) -> tuple[object, ...]:
+    """What the memory of a block depends on."""
+    return (layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch, layout.recompute)

@@ -1,4 +1,4 @@
-"""When nothing works: why, and the nearest that does."""
+"""When nothing works: why, and the nearest that does. Every suggestion was planned before it is made."""
 
 from __future__ import annotations
 
@@ -7,51 +7,73 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from meshwright.cluster import Cluster
+from meshwright.cluster import GIB, Cluster
 from meshwright.errors import Problem
 from meshwright.layout import Layout
 from meshwright.plan.estimate import Estimate, Estimator
+from meshwright.plan.explore import complexity, ranked, search
 from meshwright.plan.memory import usable_bytes
+from meshwright.plan.question import key_of, nearest_of, word
 from meshwright.plan.result import PlanRequest
-from meshwright.plan.rules import allowed, divisors, key_of, nearest_of, refusals, word
-from meshwright.plan.space import DEGREES, Space, changed, degrees, estimate_all, ranked, with_micro
+from meshwright.plan.rules import refusals
+from meshwright.plan.space import USUAL, WHOLE, Space, changed, frames, micros, size, strands, with_micro
 
-GIB = 1024**3
-
-
-def nearest_working(space: Space) -> Layout:
-    """The allowed layout, pins aside, that keeps most of the pins and stays nearest to the rest; there must be one."""
-    free = replace(space, pins={})
-    best: tuple[tuple[float, ...], Layout] | None = None
-    for family in degrees(free):
-        for variant in _variants_near(free, family, space.pins):
-            far = sum(_distance(value, getattr(variant, name)) for name, value in space.pins.items())
-            differ = sum(getattr(variant, name) != value for name, value in space.pins.items())
-            moved = sum(getattr(variant, name) != value for name, value in space.pins.items() if name in DEGREES)
-            key = (float(differ), float(moved), far, float(variant.pp), float(variant.tp), float(variant.shard))
-            if best is None or key < best[0]:
-                best = (key, variant)
-    assert best is not None
-    return best[1]
+DEGREE_PINS = ("dp", "shard", "tp", "pp", "cp", "ep")
+#: Changes of the pins that are planned, the nearest first, before all the pins are let go.
+TRIED = 12
+MOST_STRANDS = 40_000
+TIMES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def _variants_near(space: Space, family: Layout, pins: Mapping[str, Any]) -> Iterator[Layout]:
-    """The family with as many of the other pins as the rules allow, one at a time."""
-    layout = with_micro(space, family)
-    if "schedule" in pins:  # before the rest: it decides which micro-batches there can be
-        scheduled = with_micro(replace(space, pins={"schedule": 0}), changed(layout, schedule=pins["schedule"]))
-        layout = scheduled if allowed(space.question(scheduled)) else layout
-    for name, value in pins.items():
-        if name in DEGREES or name == "schedule":
+def nearest_pins(space: Space, estimator: Estimator) -> Layout | None:
+    """A layout that fits and whose fields, put in place of the pins, leave most of them as they are and the rest near;
+    None where nothing fits, whatever the pins."""
+    tried: set[tuple[Any, ...]] = set()
+    for layout in sorted(_near(space), key=lambda near: _far(near, space.pins)):
+        values = {name: getattr(layout, name) for name in space.pins}
+        if tuple(values.values()) in tried:
             continue
-        if name == "micro_batch" and isinstance(value, int):
-            shares = divisors(space.global_batch // layout.dp)
-            good = [d for d in shares if allowed(space.question(changed(layout, micro_batch=d)))]
-            value = nearest_of(value, good or shares)
-        variant = changed(layout, **{name: value})
-        if allowed(space.question(variant)):
-            layout = variant
-    yield layout
+        tried.add(tuple(values.values()))
+        if fitting := search(replace(space, pins=values), estimator).fitting:
+            return ranked(fitting)[0].layout
+        if len(tried) == TRIED:
+            break
+    free = search(replace(space, pins={}), estimator).fitting
+    return min((e.layout for e in free), key=lambda layout: _far(layout, space.pins), default=None)
+
+
+def _far(layout: Layout, pins: Mapping[str, Any]) -> tuple[float, ...]:
+    """How far a layout is from the pins: how many differ, of these how many degrees, and by how much."""
+    differ = [name for name, value in pins.items() if getattr(layout, name) != value]
+    moved = sum(name in DEGREE_PINS for name in differ)
+    far = sum(_distance(pins[name], getattr(layout, name)) for name in differ)
+    return (
+        len(differ),
+        moved,
+        far,
+        complexity(layout),
+        layout.pp,
+        layout.tp,
+        layout.cp,
+        layout.shard,
+        layout.micro_batch,
+    )
+
+
+def _near(space: Space) -> Iterator[Layout]:
+    """Every strand without the pins, with the rest of its fields as near to the pins as the rules let them be."""
+    pins, free = space.pins, replace(space, pins={})
+    if size(free) > MOST_STRANDS:
+        free = replace(free, bounds=replace(USUAL, tensor_across_nodes=True))
+    recompute = pins.get("recompute", "none")
+    if recompute not in free.recomputes():
+        recompute = free.recomputes()[-1]
+    offload = pins.get("offload", False) if pins.get("offload", False) in free.offloads() else False
+    for strand in strands(free):
+        micro = strand.micro_batch
+        if isinstance(pins.get("micro_batch"), int):
+            micro = nearest_of(pins["micro_batch"], micros(free, strand))
+        yield changed(strand, recompute=recompute, offload=offload, micro_batch=micro)
 
 
 def _distance(asked: Any, found: Any) -> float:
@@ -60,28 +82,40 @@ def _distance(asked: Any, found: Any) -> float:
     return abs(math.log(asked / found))
 
 
-def why_no_layout(space: Space, request: PlanRequest) -> list[Problem]:
+def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator) -> list[Problem]:
     """Why the rules leave nothing: the model and the batch themselves, else every pin that cannot work alone, and
     what the pins cannot do together."""
-    if not _has_layout(replace(space, pins={})):
-        where, hint = _nearest_question(space)
-        broken = refusals(space.question(_guess(replace(space, pins={}))))
+    free = replace(space, pins={})
+    if not _has_layout(free):
+        where, hint = _nearest_question(space, estimator)
+        broken = refusals(space.question(_guess(free)))
         return [Problem(request.where(where), broken[0].reason, hint)]
     problems: list[Problem] = []
     known: set[str] = set()
     for name, value in space.pins.items():
         alone = replace(space, pins={name: value})
         if not _has_layout(alone):
-            near, reasons = nearest_working(alone), _reasons(alone)
-            problems.append(Problem(request.where(key_of(name)), "; ".join(reasons), _said(near, (name,))))
+            reasons = _reasons(alone)
+            problems.append(Problem(request.where(key_of(name)), "; ".join(reasons), _nearest(alone, estimator)))
             known |= set(reasons)
     together = _together(space, known)
     if not problems or together:
-        names = tuple(space.pins)
         where = _places(request, _concerned(space, together))
-        what = "; ".join(together) or "these pins leave no layout"
-        problems.append(Problem(where, what, _said(nearest_working(space), names)))
+        what = "; ".join(together) or "; ".join(_reasons(space))
+        problems.append(Problem(where, what, _nearest(space, estimator)))
     return problems
+
+
+def _nearest(space: Space, estimator: Estimator) -> str:
+    """The nearest pins that plan, in words of the job file; where none does, what would fit."""
+    found = nearest_pins(space, estimator)
+    if found is None:
+        return _more_devices(space, estimator)
+    return "nearest: " + said(found, space.pins)
+
+
+def said(layout: Layout, names: Mapping[str, Any]) -> str:
+    return " ".join(f"{key_of(name)}={word(getattr(layout, name))}" for name in names)
 
 
 def _together(space: Space, known: set[str]) -> dict[str, set[str]]:
@@ -106,11 +140,7 @@ def _concerned(space: Space, together: Mapping[str, set[str]]) -> list[str]:
 
 
 def _has_layout(space: Space) -> bool:
-    return any(True for _ in degrees(space))
-
-
-def _said(layout: Layout, names: tuple[str, ...]) -> str:
-    return "nearest: " + " ".join(f"{key_of(name)}={word(getattr(layout, name))}" for name in names)
+    return any(True for _ in strands(replace(space, bounds=WHOLE)))
 
 
 def _reasons(space: Space) -> list[str]:
@@ -129,19 +159,28 @@ def _guess(space: Space) -> Layout:
     return with_micro(space, layout)
 
 
-def _nearest_question(space: Space) -> tuple[str, str]:
+def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
     """Where to change what, so that there is a layout: the global batch, or where no batch helps the devices."""
-    divisible = replace(space, pins={}, global_batch=space.cluster.devices)  # divisible by every dp
-    batches = [
+    free, have = replace(space, pins={}), space.global_batch
+    batches = {
         batch
-        for dp in {family.dp for family in degrees(divisible)}
-        for batch in (space.global_batch // dp * dp, -(-space.global_batch // dp) * dp)
-        if batch > 0 and _has_layout(replace(divisible, global_batch=batch))
-    ]
-    if batches:
-        near = min(batches, key=lambda batch: (abs(batch - space.global_batch), batch))
-        return "train.global_batch", f"nearest: train.global_batch={near}"
+        for dp in {frame.dp for frame in frames(replace(free, bounds=WHOLE))}
+        for batch in (have // dp * dp, -(-have // dp) * dp)
+        if batch > 0
+    }
+    for batch in sorted(batches, key=lambda batch: (abs(batch - have), batch)):
+        other = replace(free, global_batch=batch)
+        if _has_layout(other) and search(other, _for(other, estimator)).fitting:
+            return "train.global_batch", f"nearest: train.global_batch={batch}"
     return "cluster.devices", "nearest: cluster.devices=1"
+
+
+def _for(space: Space, estimator: Estimator) -> Estimator:
+    """The same estimator for another batch or cluster."""
+    return Estimator(
+        space.card, space.cluster, space.global_batch, estimator.precision,
+        profile=estimator.profile, framework=estimator.framework,
+    )  # fmt: skip
 
 
 def why_nothing_fits(
@@ -155,37 +194,24 @@ def why_nothing_fits(
         f"the model does not fit {space.cluster} of {have:.1f} GiB: the closest layout, {closest.layout}, "
         f"needs {closest.peak_bytes / GIB:.1f} GiB a device, {(closest.peak_bytes - room) / GIB:.1f} GiB too much"
     )
-    return [Problem("layout" if space.pins else "model", what, _nearest_fit(space, request, estimator))]
+    found = nearest_pins(space, estimator) if space.pins else None
+    if found is not None:
+        return [Problem("layout", what, f"nearest that fits: {said(found, space.pins)} ({found})")]
+    return [Problem("layout" if space.pins else "model", what, _more_devices(space, estimator))]
 
 
-def _nearest_fit(space: Space, request: PlanRequest, estimator: Estimator) -> str:
-    if space.pins:
-        free = replace(space, pins={})
-        fitting, _ = estimate_all(free, estimator)
-        if fitting:
-            best = _nearest_to_pins(fitting, space.pins)
-            changes = {n: getattr(best.layout, n) for n in (*DEGREES, "sequence_parallel", "micro_batch", "recompute")}
-            said = " ".join(
-                f"{key_of(n)}={word(v)}" for n, v in changes.items() if space.pins.get(n, v) != v or n in space.pins
-            )
-            return f"nearest that fits: {said} ({best.layout})"
-    cluster = space.cluster
-    for times in (2, 4, 8, 16, 32, 64, 128):
-        per_node = cluster.devices_per_node if cluster.nodes > 1 else cluster.devices * times
-        per_node = min(per_node, cluster.devices_per_node) if cluster.device.kind == "cuda" else per_node
-        larger = Cluster(
-            cluster.device, cluster.devices * times, per_node, cluster.intra, cluster.inter, cluster.dollars_per_hour
-        )
-        grown = replace(space, cluster=larger, pins={})
-        fitting, _ = estimate_all(grown, Estimator(space.card, larger, space.global_batch, estimator.precision))
-        if fitting:
-            return f"nearest that fits: {larger.devices} such devices ({ranked(fitting)[0].layout})"
+def larger(cluster: Cluster, times: int) -> Cluster:
+    """`times` the devices: more nodes of a cluster that has some, or that a GPU's node cannot hold."""
+    devices = cluster.devices * times
+    per_node = cluster.devices_per_node if cluster.nodes > 1 or cluster.device.kind == "cuda" else devices
+    return replace(cluster, devices=devices, devices_per_node=per_node)
+
+
+def _more_devices(space: Space, estimator: Estimator) -> str:
+    """What would do where no pins help: the fewest devices, doubled from what there is."""
+    for times in TIMES:
+        grown = replace(space, cluster=larger(space.cluster, times), pins={})
+        if fitting := search(grown, _for(grown, estimator)).fitting:
+            best = ranked(fitting)[0].layout
+            return f"nearest that fits: {grown.cluster.devices} such devices ({best})"
     return "nearest: a smaller model, a shorter sequence, or devices with more memory"
-
-
-def _nearest_to_pins(fitting: list[Estimate], pins: Mapping[str, Any]) -> Estimate:
-    def far(estimate: Estimate) -> tuple[float, float]:
-        differ = sum(getattr(estimate.layout, name) != value for name, value in pins.items())
-        return float(differ), estimate.step_seconds
-
-    return min(fitting, key=far)

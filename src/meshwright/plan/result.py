@@ -9,18 +9,21 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
+from meshwright.plan.goodput import Outlook
 from meshwright.plan.memory import StageMemory
-from meshwright.plan.schedule import Timeline, actions, replay
+from meshwright.plan.schedule import Timeline, actions, fewer, places, replay
 
 #: Fields of a Plan that say what was asked.
 ABOUT = ("model", "parameters", "cluster", "device_bytes", "global_batch", "unit")
+OBJECTIVES = ("time", "money")
 
 
 @dataclass(frozen=True)
 class PlanRequest:
     """What is asked of a plan beside model and cluster. `global_batch` is in samples; `pins` are fixed fields of the
     Layout; `precision` is "auto", "fp32" or "bf16"; `compile` is "auto", True or False; `origins` says where
-    "layout.tp" and the like were written.
+    "layout.tp" and the like were written. `objective` is "time", which uses every device, or "money", which may use
+    fewer; `framework` is the name of the one that will run it. `spot`: on capacity that can be reclaimed.
     """
 
     global_batch: int
@@ -29,6 +32,10 @@ class PlanRequest:
     steps: int = 0
     compile: str | bool = "auto"
     origins: Mapping[str, str] = field(default_factory=dict)
+    objective: str = "time"
+    framework: str = "meshwright"
+    spot: bool = False
+    failures_per_1000_node_days: float | None = None  # None: as published
 
     def where(self, key: str) -> str:
         """Place and key for a message: "job.toml:12: layout.tp"."""
@@ -48,8 +55,8 @@ class Interval:
 @dataclass(frozen=True)
 class Prediction:
     """What a layout is predicted to take. `tokens_per_second` is of the whole cluster, in the model's unit (samples for
-    a classifier); `mfu` a fraction of the peak; `dollars` None without a price; `goodput` None where failures are not
-    modelled. `breakdown` splits step_seconds.mid into seconds of compute, communication, bubble and optimizer.
+    a classifier); `mfu` a fraction of the peak; `dollars`, of the whole run, None without a price or steps; `goodput`
+    None where failures are not modelled. `breakdown` splits step_seconds.mid into seconds by what they go to.
     """
 
     step_seconds: Interval
@@ -63,7 +70,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout that works, with its prediction. Tuples have an entry a stage; pipeline seconds are of a micro-batch."""
+    """A layout that works, with its prediction. Tuples have an entry a (virtual) stage, `memory` one a rank of the
+    pipeline; pipeline seconds are of a micro-batch.
+
+    `level` is set of a runner-up that cannot be told apart from the winner: what parts them is less than the plan's
+    margin of error.
+    """
 
     layout: Layout
     precision: str
@@ -77,13 +89,25 @@ class Choice:
     transfer_seconds: float
     binding: str
     why: str
+    level: bool = False
+    weight_seconds: tuple[float, ...] = ()  # the part of the backward that computes weights' gradients
+
+    def parts(self, rank: int) -> tuple[tuple[str, ...], ...]:
+        """The blocks of each virtual stage that a rank of the pipeline has."""
+        if self.layout.pp == 1:
+            return self.stages
+        home = places(self.layout.schedule, self.layout.pp, self.layout.vpp)
+        return tuple(blocks for blocks, at in zip(self.stages, home, strict=True) if at == rank)
 
     def timeline(self, most_micro_batches: int | None = None) -> Timeline:
         """The pipeline's schedule in time, one step, without the optimizer; of its first micro-batches where a limit
         is given, since a picture of thousands shows nothing."""
-        count = min(self.micro_batches, most_micro_batches or self.micro_batches)
-        orders = actions(self.layout.schedule, self.layout.pp, count)
-        return replay(orders, self.forward_seconds, self.backward_seconds, self.transfer_seconds)
+        how = self.layout.schedule if self.layout.pp > 1 else "1f1b", self.layout.pp
+        count = fewer(*how, self.micro_batches, most_micro_batches or self.micro_batches, self.layout.vpp)
+        orders = actions(*how, count, self.layout.vpp)
+        weight = self.weight_seconds or None
+        seconds = self.forward_seconds, self.backward_seconds, self.transfer_seconds
+        return replay(orders, *seconds, weight_seconds=weight)
 
     def as_dict(self) -> dict[str, Any]:
         p = self.predicted
@@ -104,10 +128,12 @@ class Choice:
             "pipeline": {
                 "forward_seconds": list(self.forward_seconds),
                 "backward_seconds": list(self.backward_seconds),
+                "weight_seconds": list(self.weight_seconds),
                 "transfer_seconds": self.transfer_seconds,
             },
             "binding": self.binding,
             "why": self.why,
+            "level": self.level,
         }
 
     @staticmethod
@@ -128,23 +154,69 @@ class Choice:
             transfer_seconds=pipeline["transfer_seconds"],
             binding=data["binding"],
             why=data["why"],
+            level=data.get("level", False),
+            weight_seconds=tuple(pipeline.get("weight_seconds", ())),
         )
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A layout that lost before it ran: it breaks a rule or does not fit."""
+    """A layout that lost before it ran: it breaks a rule or does not fit. `count` is how many it stands for: of a large
+    space one layout, the nearest to working, speaks for those of its degrees that fail alike."""
 
     layout: Layout
     reason: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Buys:
+    """What a change would buy: `change` in words ("4 GiB more a device"), the step it leads to, with which layout, and
+    `saves`, the share of the time for a sample that it takes off (of the price, where money was asked for)."""
+
+    change: str
+    layout: Layout
+    step_seconds: float
+    saves: float
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "layout": self.layout.as_dict()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Buys:
+        return Buys(**{**data, "layout": Layout(**data["layout"])})
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one group of a mixed cluster does: `devices` of a kind run pipeline stages `first_stage` up to, but without,
+    `stop_stage`, and `samples` of each global batch in micro-batches of `micro_batch`; `why` in words."""
+
+    group: str
+    devices: int
+    first_stage: int
+    stop_stage: int
+    samples: int
+    micro_batch: int
+    peak_bytes: int
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class Plan:
     """The layout chosen, those that came next, those that cannot be, and what had to be supposed (`assumed`).
 
-    The rest says what was asked, so that a plan can be read alone: the model and its parameters, the devices in words
-    and the memory of one, the global batch, and the `unit` that speed counts ("tokens" or "samples").
+    `considered` counts layouts: of the "space" within the bounds that were searched so many were "estimated" (of these
+    "missed" did not fit), "pruned" by a bound on their step, "costlier" than one that fits (more recompute than it
+    needs), or "too_large" as a leaner one did not fit. `buys` says what a change would buy, `limit` what holds
+    the plan back, in words, `outlook` what failures and prices make of the run. `shares` is empty but for a cluster of
+    several kinds of device. The rest says what was asked, so that a plan can be read alone: the model and its
+    parameters, the devices in words and the memory of one, the global batch, and the `unit` that speed counts ("tokens"
+    or "samples").
     """
 
     chosen: Choice
@@ -157,15 +229,28 @@ class Plan:
     device_bytes: int
     global_batch: int
     unit: str
+    objective: str = "time"
+    framework: str = "meshwright"
+    limit: str = ""
+    considered: Mapping[str, int] = field(default_factory=dict)
+    buys: tuple[Buys, ...] = ()
+    outlook: Outlook | None = None
+    shares: tuple[Share, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The contract's JSON: equal plans give equal text."""
         return {
             "chosen": self.chosen.as_dict(),
             "runners_up": [choice.as_dict() for choice in self.runners_up],
-            "rejected": [{"layout": lost.layout.as_dict(), "reason": lost.reason} for lost in self.rejected],
+            "rejected": [
+                {"layout": lost.layout.as_dict(), "reason": lost.reason, "count": lost.count} for lost in self.rejected
+            ],
             "assumed": list(self.assumed),
-            **{name: getattr(self, name) for name in ABOUT},
+            **{name: getattr(self, name) for name in (*ABOUT, "objective", "framework", "limit")},
+            "considered": dict(self.considered),
+            "buys": [one.as_dict() for one in self.buys],
+            "outlook": None if self.outlook is None else self.outlook.as_dict(),
+            "shares": [share.as_dict() for share in self.shares],
         }
 
     @staticmethod
@@ -175,9 +260,16 @@ class Plan:
             return Plan(
                 chosen=Choice.from_dict(data["chosen"]),
                 runners_up=tuple(Choice.from_dict(choice) for choice in data["runners_up"]),
-                rejected=tuple(Rejected(Layout(**lost["layout"]), lost["reason"]) for lost in data["rejected"]),
+                rejected=tuple(
+                    Rejected(Layout(**lost["layout"]), lost["reason"], lost.get("count", 1))
+                    for lost in data["rejected"]
+                ),
                 assumed=tuple(data["assumed"]),
                 **{name: data[name] for name in ABOUT},
+                **{name: data[name] for name in ("objective", "framework", "limit", "considered") if name in data},
+                buys=tuple(Buys.from_dict(one) for one in data.get("buys", ())),
+                outlook=Outlook.from_dict(data["outlook"]) if data.get("outlook") else None,
+                shares=tuple(Share(**share) for share in data.get("shares", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(Problem(where, f"not a plan ({error})", "make it again with `meshwright plan`")) from error

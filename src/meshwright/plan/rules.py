@@ -3,84 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from meshwright.card import Card
-from meshwright.layout import AXIS_RULES, RECOMPUTE, SCHEDULES, Layout
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rules need to know of a model. `split_sizes`: axis that tensor parallelism splits -> the greatest
-    divisor that all its sizes share."""
-
-    blocks: int
-    units_per_sample: int
-    has_attention: bool
-    splittable: frozenset[str]
-    split_sizes: Mapping[str, int]
-    stateful_buffers: tuple[str, ...]
-
-    @staticmethod
-    def of(card: Card) -> Facts:
-        sizes = {axis: math.gcd(*sizes) for axis, sizes in card.axis_sizes().items() if AXIS_RULES.get(axis) == "tp"}
-        return Facts(
-            blocks=len(card.blocks),
-            units_per_sample=card.units_per_sample,
-            has_attention=any(block.attention for block in card.blocks),
-            splittable=card.splittable,
-            split_sizes=sizes,
-            stateful_buffers=card.stateful_buffers,
-        )
-
-    @property
-    def stages(self) -> int:
-        """The most pipeline stages that it can be cut into."""
-        return self.blocks if "pp" in self.splittable else 1
-
-    def tensor_parallel_sizes(self, limit: int) -> list[int]:
-        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table."""
-        if "tp" not in self.splittable:
-            return [1]
-        common = math.gcd(*self.split_sizes.values()) if self.split_sizes else 1
-        return [d for d in divisors(common) if d <= limit]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A layout asked about: for this model, on so many devices, with so many samples a step."""
-
-    layout: Layout
-    facts: Facts
-    devices: int
-    global_batch: int
-
-    def changed(self, change: Mapping[str, Any]) -> Question:
-        """The same question with `change` applied: fields of the Layout, `devices` or `global_batch`."""
-        inner = {key: value for key, value in change.items() if key not in ("devices", "global_batch")}
-        return Question(
-            replace(self.layout, **inner),
-            self.facts,
-            change.get("devices", self.devices),
-            change.get("global_batch", self.global_batch),
-        )
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a layout cannot work; `change` is the nearest that satisfies this rule, `fields` what it is about."""
-
-    rule: str
-    reason: str
-    change: Mapping[str, Any] = field(default_factory=dict)
-    fields: tuple[str, ...] = ()
-
-    @property
-    def nearest(self) -> str:
-        """The change in words of the job file: "layout.tp=2 layout.dp=1"."""
-        return "nearest: " + " ".join(f"{key_of(name)}={word(value)}" for name, value in self.change.items())
+from meshwright.layout import RECOMPUTE, Layout
+from meshwright.plan.framework import DIMENSIONS
+from meshwright.plan.question import (
+    ASKS_FOR,
+    FILL,
+    TORCH_PIPELINES,
+    Question,
+    Refusal,
+    divisors,
+    filled,
+    in_rounds,
+    nearest_of,
+    not_offered,
+    word,
+)
+from meshwright.plan.schedule import TABLE
 
 
 @dataclass(frozen=True)
@@ -102,60 +44,125 @@ def allowed(question: Question) -> bool:
     return all(rule.check(question) is None for rule in RULES)
 
 
-def key_of(name: str) -> str:
-    """Where a field stands in the job file."""
-    return {"devices": "cluster.devices", "global_batch": "train.global_batch"}.get(name, f"layout.{name}")
-
-
-def word(value: Any) -> str:
-    """A value as the job file writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def divisors(number: int) -> list[int]:
-    """Divisors of a positive number, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def nearest_of(value: int, candidates: list[int]) -> int:
-    """The candidate nearest to `value` by ratio; the smaller of two equally near."""
-    return min(candidates, key=lambda c: (abs(math.log(c / max(value, 0.5))), c))
-
-
 def _positive(q: Question) -> Refusal | None:
     names = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "micro_batch")
     wrong = {name: 1 for name in names if getattr(q.layout, name) < 1}
     return Refusal("positive", f"{', '.join(wrong)} below 1", wrong, tuple(wrong)) if wrong else None
 
 
-def _offered(name: str, value: Any, reason: str) -> Callable[[Question], Refusal | None]:
-    """A rule that holds `name` at `value`, the only one offered so far."""
+def _offered(name: str) -> Callable[[Question], Refusal | None]:
+    """A rule that holds `name` at its default where the framework does not offer it."""
+    default = Layout.__dataclass_fields__[name].default
 
     def check(q: Question) -> Refusal | None:
         asked = getattr(q.layout, name)
-        if asked == value or (isinstance(asked, int) and asked < 1 and not isinstance(asked, bool)):
+        if asked == default or (q.framework.offers.offload if name == "offload" else q.offers(name)):
             return None
-        return Refusal(name, f"{name}={word(asked)}: {reason} is not offered yet", {name: value}, (name,))
+        if isinstance(asked, int) and asked < 1 and not isinstance(asked, bool):
+            return None
+        reason = f"{name}={word(asked)}: {ASKS_FOR[name]} is {not_offered(q.framework)}"
+        return Refusal(f"offers_{name}", reason, {name: default}, (name,))
 
     return check
 
 
 def _schedule(q: Question) -> Refusal | None:
-    if q.layout.schedule in SCHEDULES:
+    offered, asked = q.framework.offers.schedules, q.layout.schedule
+    if asked in offered or (asked == "1f1b" and q.layout.pp <= 1):  # the default; without a pipeline it says nothing
         return None
-    reason = f"schedule '{q.layout.schedule}' is not offered yet; there are {', '.join(SCHEDULES)}"
-    return Refusal("schedule", reason, {"schedule": "1f1b"}, ("schedule",))
+    known = f"there are {', '.join(offered)}" if offered else "it has no pipeline"
+    if asked in TABLE:
+        reason = f"schedule '{asked}' is {not_offered(q.framework)}; {known}"
+    else:
+        reason = f"schedule '{asked}' is unknown; {known}"
+    change: dict[str, Any] = {"schedule": "1f1b" if q.layout.pp <= 1 or "1f1b" in offered else (*offered, "1f1b")[0]}
+    if not offered:
+        change["pp"] = 1
+    return Refusal("schedule", reason, change, ("schedule",))
+
+
+def _virtual(q: Question) -> Refusal | None:
+    """vpp and the schedule must agree, and virtual stages need a pipeline."""
+    layout, needs = q.layout, TABLE.get(q.layout.schedule)
+    if needs is None or layout.vpp < 1 or layout.pp < 1 or (layout.vpp > 1 and not q.offers("vpp")):
+        return None
+    if layout.pp > 1 and layout.schedule not in q.framework.offers.schedules:
+        return None
+    if layout.pp == 1:
+        if layout.vpp == 1:
+            return None
+        reason = f"vpp={layout.vpp} cuts each stage of a pipeline, and pp is 1"
+        return Refusal("virtual_stages", reason, {"vpp": 1}, ("vpp", "pp"))
+    if needs.least_vpp <= layout.vpp <= needs.most_vpp:
+        return None
+    if needs.most_vpp > 2:
+        reason = f"schedule '{layout.schedule}' needs vpp of 2 or more, not {layout.vpp}"
+    else:
+        reason = f"schedule '{layout.schedule}' has vpp={needs.most_vpp}, not {layout.vpp}"
+    change: dict[str, Any] = {"vpp": needs.least_vpp}
+    if layout.vpp > 1 and "interleaved" in q.framework.offers.schedules and needs.most_vpp == 1:
+        change = {"schedule": "interleaved"}
+    return Refusal("virtual_stages", reason, change, ("vpp", "schedule"))
+
+
+def _split_backward(q: Question) -> Refusal | None:
+    """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
+    parallelism (measured with torch 2.13: losses part in the first steps, no error is raised)."""
+    layout, needs = q.layout, TABLE.get(q.layout.schedule)
+    if needs is None or not needs.splits or layout.pp <= 1 or q.framework.name not in TORCH_PIPELINES:
+        return None
+    if layout.dp * layout.cp <= 1:
+        return None
+    plain = "gpipe" if "gpipe" in q.framework.offers.schedules else "1f1b"
+    reason = (
+        f"schedule '{layout.schedule}' splits the backward pass, and torch's computes wrong gradients without an error "
+        f"where blocks are sharded or replicated one by one (dp x cp = {layout.dp * layout.cp})"
+    )
+    return Refusal("split_backward", reason, {"schedule": plain, "vpp": 1}, ("schedule", "dp"))
 
 
 def _recompute(q: Question) -> Refusal | None:
-    if q.layout.recompute not in RECOMPUTE:
-        reason = f"recompute '{q.layout.recompute}' is unknown; there are {', '.join(RECOMPUTE)}"
-        return Refusal("recompute", reason, {"recompute": "full"}, ("recompute",))
-    if q.layout.recompute == "selective" and not q.facts.has_attention:
+    offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
+    asked = q.layout.recompute
+    if asked in offered:
+        return None
+    most = offered[-1] if offered else "none"
+    if asked not in RECOMPUTE:
+        reason = f"recompute '{asked}' is unknown; there are {', '.join(RECOMPUTE)}"
+    elif asked == "selective" and not q.facts.has_attention:
         reason = "selective recompute drops what attention keeps, and this model has no attention"
-        return Refusal("recompute", reason, {"recompute": "full"}, ("recompute",))
-    return None
+    else:
+        reason = f"recompute={asked} is {not_offered(q.framework)}; there are {', '.join(offered)}"
+    return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
+
+
+def _context(q: Question) -> Refusal | None:
+    layout, length = q.layout, q.facts.units_per_sample
+    if layout.cp <= 1 or not q.offers("cp"):
+        return None
+    if not q.facts.has_attention:
+        reason = f"cp={layout.cp} splits a sequence between devices, and this model has no attention"
+        return Refusal("context", reason, {"cp": 1}, ("cp",))
+    if length % (2 * layout.cp) == 0:
+        return None
+    near = nearest_of(layout.cp, q.facts.context_parallel_sizes(layout.cp))
+    reason = f"cp={layout.cp} cuts a sequence into {2 * layout.cp} equal pieces, and it has {length} tokens"
+    return Refusal("context", reason, {"cp": near}, ("cp",))
+
+
+def _experts(q: Question) -> Refusal | None:
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if layout.ep <= 1 or not q.offers("ep") or data < 1:
+        return None
+    if not q.facts.experts:
+        reason = f"ep={layout.ep} spreads experts over devices, and this model has none"
+        return Refusal("experts", reason, {"ep": 1}, ("ep",))
+    sizes = [d for d in q.facts.expert_parallel_sizes() if data % d == 0]
+    if layout.ep in sizes:
+        return None
+    what = f"{q.facts.experts} experts" if data % layout.ep == 0 else f"dp x cp = {data}"
+    reason = f"ep={layout.ep} does not divide {what}"
+    return Refusal("experts", reason, {"ep": nearest_of(layout.ep, sizes)}, ("ep", "dp"))
 
 
 def _devices(q: Question) -> Refusal | None:
@@ -173,15 +180,17 @@ def _devices(q: Question) -> Refusal | None:
 
 def _nearest_degrees(q: Question) -> dict[str, int]:
     """Degrees with the right product: fewest changed, then nearest, among those that the model can be split by."""
-    layout = q.layout
+    layout, offers = q.layout, q.offers
     best: tuple[float, ...] | None = None
-    for tp in (t for t in q.facts.tensor_parallel_sizes(q.devices) if q.devices % t == 0):
-        for pp in (p for p in divisors(q.devices // tp) if p <= q.facts.stages):
-            new = (q.devices // tp // pp, tp, pp, 1)
-            old = (layout.dp, layout.tp, layout.pp, layout.cp)
-            far = sum(abs(math.log(a / b)) for a, b in zip(new, old, strict=True))
-            key = (sum(a != b for a, b in zip(new, old, strict=True)), far, *new)
-            best = key if best is None or key < best else best
+    contexts = q.facts.context_parallel_sizes(q.devices) if offers("cp") else [1]
+    for tp in (t for t in q.facts.tensor_parallel_sizes(q.devices) if q.devices % t == 0 and (t == 1 or offers("tp"))):
+        for pp in (p for p in divisors(q.devices // tp) if p <= q.facts.stages and (p == 1 or offers("pp"))):
+            for cp in (c for c in contexts if q.devices // tp // pp % c == 0):
+                new = (q.devices // tp // pp // cp, tp, pp, cp)
+                old = (layout.dp, layout.tp, layout.pp, layout.cp)
+                far = sum(abs(math.log(a / b)) for a, b in zip(new, old, strict=True))
+                key = (sum(a != b for a, b in zip(new, old, strict=True)), far, *new)
+                best = key if best is None or key < best else best
     assert best is not None  # dp = devices is always a candidate
     names = ("dp", "tp", "pp", "cp")
     return {n: int(v) for n, v in zip(names, best[2:], strict=True) if int(v) != getattr(layout, n)}
@@ -220,8 +229,9 @@ def _sequence(q: Question) -> Refusal | None:
     if layout.tp <= 1:
         reason = "sequence_parallel splits over tp, and tp is 1"
         return Refusal("sequence_parallel", reason, off, ("sequence_parallel", "tp"))
-    if seq_len % layout.tp:
-        reason = f"sequence_parallel: tp={layout.tp} does not divide the sequence length {seq_len}"
+    if seq_len % (layout.tp * max(1, layout.cp)):
+        ways = f"tp={layout.tp}" if layout.cp <= 1 else f"tp x cp = {layout.tp * layout.cp}"
+        reason = f"sequence_parallel: {ways} does not divide the sequence length {seq_len}"
         return Refusal("sequence_parallel", reason, off, ("sequence_parallel", "tp"))
     return None
 
@@ -235,7 +245,10 @@ def _pipeline(q: Question) -> Refusal | None:
         return Refusal("pp", reason, {"pp": 1}, ("pp",))
     if pp > blocks:
         reason = f"pp={pp} stages, and the model has {blocks} blocks to cut between"
-        return Refusal("pp", reason, {"pp": blocks}, ("pp",))
+        return Refusal("pp", reason, {"pp": blocks, **({"vpp": 1} if q.layout.vpp > 1 else {})}, ("pp",))
+    if pp * q.layout.vpp > blocks:
+        reason = f"pp={pp} x vpp={q.layout.vpp} stages, and the model has {blocks} blocks to cut between"
+        return Refusal("pp", reason, {"vpp": max(1, blocks // pp)}, ("pp", "vpp"))
     return None
 
 
@@ -255,25 +268,31 @@ def _batch(q: Question) -> Refusal | None:
     return Refusal("global_batch", reason, change, ("global_batch", "dp", "micro_batch"))
 
 
-def _warm_up(q: Question) -> Refusal | None:
-    """1F1B starts with a micro-batch on each stage; torch's schedule refuses to run with fewer."""
-    layout, batch = q.layout, q.global_batch
-    per_step = layout.dp * layout.micro_batch
-    if layout.schedule != "1f1b" or layout.pp <= 1 or min(layout.dp, layout.micro_batch, batch) < 1 or batch % per_step:
+def _micro_batches(q: Question) -> Refusal | None:
+    """A schedule starts with a micro-batch on each stage, or more; an interleaved one runs whole rounds of them."""
+    layout, count = q.layout, q.micro_batches
+    if layout.pp <= 1 or not count or layout.schedule not in TABLE or filled(layout, count, q.framework):
         return None
-    count, share = batch // per_step, batch // layout.dp
-    if count >= layout.pp:
-        return None
-    change: dict[str, Any] = {"schedule": "gpipe"}
-    if share >= layout.pp:
-        change = {"micro_batch": most_in_flight(share, layout.pp)}
-    reason = f"1f1b over pp={layout.pp} stages needs as many micro-batches, and a step has {count}"
+    share = q.global_batch // layout.dp
+    counts = [share // micro for micro in divisors(share)]
+    good = [n for n in counts if filled(layout, n, q.framework)]
+    if good:
+        change: dict[str, Any] = {"micro_batch": share // nearest_of(count, good)}
+    elif "gpipe" in q.framework.offers.schedules:
+        change = {"schedule": "gpipe", "vpp": 1}
+    elif "1f1b" in q.framework.offers.schedules and q.framework.name not in TORCH_PIPELINES:
+        change = {"schedule": "1f1b", "vpp": 1}
+    else:
+        change = {"pp": 1, "vpp": 1}
+    change = {name: value for name, value in change.items() if getattr(layout, name) != value}
+    asks = f"{layout.schedule} over pp={layout.pp} stages needs"
+    if in_rounds(layout) and count >= layout.pp:
+        reason = f"{asks} a multiple of {layout.pp} micro-batches, and a step has {count}"
+    elif FILL[layout.schedule] > 1:
+        reason = f"{asks} {FILL[layout.schedule] * layout.pp} micro-batches, and a step has {count}"
+    else:
+        reason = f"{asks} as many micro-batches, and a step has {count}"
     return Refusal("micro_batches", reason, change, ("schedule", "pp", "micro_batch"))
-
-
-def most_in_flight(share: int, stages: int) -> int:
-    """The largest micro-batch that divides a rank's share of the batch into `stages` parts or more."""
-    return max(d for d in divisors(share) if d <= share // stages)
 
 
 def _buffers(q: Question) -> Refusal | None:
@@ -297,18 +316,23 @@ def _buffers(q: Question) -> Refusal | None:
 
 RULES: tuple[Rule, ...] = (
     Rule("positive", "every degree is 1 or more", _positive),
-    Rule("cp", "context parallel is not offered yet", _offered("cp", 1, "context parallel")),
-    Rule("ep", "expert parallel is not offered yet", _offered("ep", 1, "expert parallel")),
-    Rule("vpp", "virtual stages are not offered yet", _offered("vpp", 1, "an interleaved pipeline")),
-    Rule("offload", "offload is not offered yet", _offered("offload", False, "optimizer state in host memory")),
-    Rule("schedule", "schedules: gpipe, 1f1b", _schedule),
-    Rule("recompute", "recompute: none, selective (with attention), full", _recompute),
+    *(
+        Rule(f"offers_{name}", f"{ASKS_FOR[name]}: where the framework offers it", _offered(name))
+        for name in DIMENSIONS
+    ),
+    Rule("offers_offload", "optimizer state in host memory: where the framework offers it", _offered("offload")),
+    Rule("schedule", "a schedule that the framework offers", _schedule),
+    Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
     Rule("shard", "shard divides dp x cp", _shard),
     Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
-    Rule("sequence_parallel", "sequence_parallel needs tp > 1 that divides the sequence", _sequence),
+    Rule("sequence_parallel", "sequence_parallel needs tp > 1, and tp x cp that divides the sequence", _sequence),
+    Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
+    Rule("experts", "ep divides the experts and dp x cp", _experts),
     Rule("pp", "a stage has a block or more, and the model names its blocks", _pipeline),
+    Rule("virtual_stages", "vpp > 1 needs a pipeline and a schedule of virtual stages", _virtual),
+    Rule("split_backward", "no split backward pass over wrapped blocks in torch's pipeline", _split_backward),
     Rule("global_batch", "global_batch is a multiple of dp x micro_batch", _batch),
-    Rule("micro_batches", "1f1b has a micro-batch for each stage or more", _warm_up),
+    Rule("micro_batches", "a schedule has the micro-batches that it needs", _micro_batches),
     Rule("stateful_buffers", "buffers that training changes need the whole batch in one place", _buffers),
 )

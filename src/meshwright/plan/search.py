@@ -1,201 +1,191 @@
-"""The search: every layout that the rules allow and the pins leave, ranked by predicted time among those that fit."""
+"""The plan: what the search found, ranked by time or money among what fits, with what lost and why."""
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass, replace
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
-from meshwright.layout import RECOMPUTE, Layout
+from meshwright.layout import Layout
+from meshwright.plan.choose import beaten_by_rule, choice_of, not_shown, too_large
+from meshwright.plan.corrected import corrected
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.memory import usable_bytes
+from meshwright.plan.explore import Found, Value, ranked, search
+from meshwright.plan.framework import FRAMEWORKS, Framework
+from meshwright.plan.goodput import Outlook, Reliability, outlook
 from meshwright.plan.nearest import why_no_layout, why_nothing_fits
-from meshwright.plan.result import Choice, Interval, Plan, PlanRequest, Prediction, Rejected
-from meshwright.plan.rules import Facts, divisors, refusals
-from meshwright.plan.space import TIE, Space, estimate_all, ranked, with_micro
+from meshwright.plan.profile import Profile
+from meshwright.plan.question import Facts, divisors
+from meshwright.plan.result import OBJECTIVES, Choice, Plan, PlanRequest
+from meshwright.plan.sensitivity import buys, limit
+from meshwright.plan.space import Space
 
-GIB = 1024**3
 RUNNERS_UP = 5
 FIELDS = tuple(Layout.__dataclass_fields__)
-#: The 90 % interval around an uncalibrated prediction, as factors of its middle.
-INTERVAL = {"cpu": (0.5, 2.0), "cuda": (0.75, 1.5)}
-#: torch.compile: the share of the computing that it saves, and what the first step takes longer. The CPU's share is
-#: from bench/train.py (docs/benchmarks.md); the GPU's was never measured by us.
-COMPILE_SAVES = {"cpu": 0.05, "cuda": 0.2}
-COMPILE_SECONDS = 60.0
 
 
-def make_plan(card: Card, cluster: Cluster, request: PlanRequest) -> Plan:
-    """The best layout of `card` on `cluster` for `request`, the runners-up, and what was rejected and why.
+@dataclass(frozen=True)
+class Searched:
+    """One size of the cluster, searched."""
 
-    Raises InputError for a pin that is no field of the Layout; CannotWork when the pins leave no layout or none fits,
-    naming the nearest that does.
+    space: Space
+    estimator: Estimator
+    found: Found
+
+
+def make_plan(
+    card: Card, cluster: Cluster, request: PlanRequest, profile: Profile | None = None, *, what_if: bool = True
+) -> Plan:
+    """The best layout of `card` on `cluster` for `request`, the runners-up, and what was rejected and why; with
+    `what_if`, what changes would buy.
+
+    Raises InputError for a pin that is no field of the Layout, an unknown framework or objective; CannotWork when the
+    pins leave no layout or none fits, naming the nearest that does.
     """
+    framework = checked(request)
+    precision = cluster.resolve_precision(request.precision)
+    asked = Space(card, Facts.of(card), cluster, request.global_batch, dict(request.pins), framework)
+    several = [_searched(asked, precision, profile)]
+    if request.objective == "money":
+        several += [_searched(replace(asked, cluster=smaller), precision, profile) for smaller in fewer(cluster)]
+    whole = several[0]
+    working = [one for one in several if one.found.fitting]
+    if not working and not whole.found.missing:
+        raise CannotWork(why_no_layout(whole.space, request, whole.estimator))
+    if not working:
+        raise CannotWork(why_nothing_fits(whole.space, request, whole.estimator, whole.found.missing))
+    return _plan(working, whole, request, what_if)
+
+
+def checked(request: PlanRequest) -> Framework:
+    """The framework that was named. Raises InputError for it, the objective or a pin where they are unknown."""
     problems = [
         Problem(request.where(f"layout.{name}"), "unknown field of the layout", nearest_name(name, FIELDS))
         for name in request.pins
         if name not in FIELDS
     ]
+    if request.objective not in OBJECTIVES:
+        known = nearest_name(request.objective, OBJECTIVES)
+        problems.append(Problem("command line: --objective", f"unknown objective '{request.objective}'", known))
+    if request.framework not in FRAMEWORKS:
+        known = nearest_name(request.framework, list(FRAMEWORKS))
+        problems.append(Problem("command line: --for", f"unknown framework '{request.framework}'", known))
     if problems:
         raise InputError(problems)
-    precision = cluster.resolve_precision(request.precision)
-    space = Space(card, Facts.of(card), cluster, request.global_batch, dict(request.pins))
-    estimator = Estimator(card, cluster, request.global_batch, precision)
-    fitting, missing = estimate_all(space, estimator)
-    if not fitting and not missing:
-        raise CannotWork(why_no_layout(space, request))
-    if not fitting:
-        raise CannotWork(why_nothing_fits(space, request, estimator, missing))
-    best = ranked([estimator.estimate(e.layout, exact=_replayed(e)) for e in _varied(ranked(fitting))])
-    winner = _choice(best[0], None, space, request, precision, len(fitting))
-    losers = tuple(_choice(estimate, best[0], space, request, precision, len(fitting)) for estimate in best[1:])
-    rejected = (*_rejected_by_rule(space), *_rejected_by_memory(missing, cluster))
-    assumed = (*cluster.assumed, "speeds from data sheets: nothing was measured on these devices yet")
+    return FRAMEWORKS[request.framework]
+
+
+def _searched(space: Space, precision: str, profile: Profile | None) -> Searched:
+    estimator = Estimator(
+        space.card, space.cluster, space.global_batch, precision, profile=profile, framework=space.framework
+    )
+    return Searched(space, estimator, search(space, estimator))
+
+
+def fewer(cluster: Cluster) -> list[Cluster]:
+    """The same cluster with fewer devices, what one may rent: whole nodes; of a single node its equal parts."""
+    if cluster.nodes > 1:
+        powers = {2**n for n in range(cluster.nodes.bit_length())}
+        nodes = range(1, cluster.nodes) if cluster.nodes <= 16 else sorted(powers | set(divisors(cluster.nodes)))
+        return [replace(cluster, devices=n * cluster.devices_per_node) for n in nodes if n < cluster.nodes]
+    return [replace(cluster, devices=d, devices_per_node=d) for d in divisors(cluster.devices)[:-1]]
+
+
+def value_of(objective: str) -> Value:
+    """What is made small: seconds of a step, or what a step costs; prices of one cluster are equal, so device-seconds
+    rank as dollars do."""
+    if objective == "time":
+        return lambda estimate: estimate.step_seconds
+    return lambda estimate: estimate.step_seconds * estimate.layout.devices
+
+
+def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_if: bool) -> Plan:
+    value = value_of(request.objective)
+    place: dict[Layout, Searched] = {estimate.layout: one for one in working for estimate in one.found.fitting}
+    order = ranked([_exact(estimate, place) for estimate in _met(working)], value)
+    shown = [place[estimate.layout].estimator.estimate(estimate.layout) for estimate in _varied(order)]
+    best = ranked([_exact(estimate, place, _replayed(estimate)) for estimate in shown], value)
+    winner, mine = best[0], place[best[0].layout]
+    plain = mine.estimator.estimate(winner.layout)  # what the search compared
+    bought = buys(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
+    chances = outlook_of(winner, mine.space, request)
+    choices: list[Choice] = []
+    for estimate in best:
+        at = place[estimate.layout]
+        first = None if estimate is winner else winner
+        prospects = chances if first is None else outlook_of(estimate, at.space, request)
+        choices.append(choice_of(estimate, first, at.space, at.estimator, request, len(order), prospects))
+    cluster, found = mine.space.cluster, whole.found
+    rejected = (
+        *beaten_by_rule(whole.space),
+        *too_large(found.missing, cluster),
+        *not_shown(order, [choice.layout for choice in choices], winner, value),
+    )
     return Plan(
-        chosen=winner,
-        runners_up=losers,
+        chosen=choices[0],
+        runners_up=tuple(choices[1:]),
         rejected=rejected,
-        assumed=assumed,
-        model=card.name,
-        parameters=card.parameter_elements,
+        assumed=(*cluster.assumed, *mine.estimator.profile.assumed, *whole.space.framework.assumed),
+        model=whole.space.card.name,
+        parameters=whole.space.card.parameter_elements,
         cluster=str(cluster),
         device_bytes=cluster.device.memory_bytes,
         global_batch=request.global_batch,
-        unit=card.unit,
+        unit=whole.space.card.unit,
+        objective=request.objective,
+        framework=request.framework,
+        limit=limit(plain, cluster, mine.found),
+        considered=dict(sorted(_total(working + [whole] * (whole not in working)).items())),
+        buys=tuple(replace(b, step_seconds=b.step_seconds * winner.step_seconds / plain.step_seconds) for b in bought),
+        outlook=chances,
     )
+
+
+def _met(working: list[Searched]) -> list[Estimate]:
+    return [estimate for one in working for estimate in one.found.fitting]
+
+
+def _exact(estimate: Estimate, place: dict[Layout, Searched], replayed: bool = False) -> Estimate:
+    """The estimate as the plan shows it: replayed where that is asked, and corrected by what the profile has learnt."""
+    at = place[estimate.layout]
+    found = at.estimator.estimate(estimate.layout, exact=True) if replayed else estimate
+    return corrected(found, at.space, at.estimator) if at.estimator.profile.corrections else found
+
+
+def outlook_of(estimate: Estimate, space: Space, request: PlanRequest) -> Outlook:
+    """What failures and prices make of a run with this layout."""
+    known = Reliability()
+    if request.failures_per_1000_node_days is not None:
+        known = replace(known, failures_per_1000_node_days=request.failures_per_1000_node_days)
+    return outlook(
+        parameters=space.card.parameter_elements,
+        cluster=space.cluster,
+        step_seconds=estimate.step_seconds,
+        steps=request.steps,
+        spot=request.spot,
+        reliability=known,
+    )
+
+
+def _total(several: list[Searched]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in several:
+        for name, number in one.found.counts.items():
+            total[name] = total.get(name, 0) + number
+    return total
 
 
 def _replayed(estimate: Estimate) -> bool:
     """Whether a replay is worth its time: a schedule of many thousand actions is as well served by its formula."""
-    return estimate.micro_batches * estimate.layout.pp <= 20_000
-
-
-def _does_not_fit(estimate: Estimate, room: int) -> str:
-    needs, misses = estimate.peak_bytes / GIB, (estimate.peak_bytes - room) / GIB
-    return f"does not fit: needs {needs:.1f} GiB a device at best, {misses:.1f} GiB more than there is room for"
+    return estimate.micro_batches * estimate.layout.pp * estimate.layout.vpp <= 2_000
 
 
 def _varied(order: list[Estimate]) -> list[Estimate]:
-    """The first, and after it the best of each further (dp, tp, pp): runners-up that differ in no more than their
+    """The first, and after it the best of each further set of degrees: runners-up that differ in no more than their
     `shard` say the same thing again and again."""
     shown: dict[tuple[int, ...], Estimate] = {}
     for estimate in order[1:]:
         layout = estimate.layout
-        shown.setdefault((layout.dp, layout.tp, layout.pp), estimate)
+        shown.setdefault((layout.dp, layout.tp, layout.pp, layout.cp, layout.ep), estimate)
     return [order[0], *list(shown.values())[:RUNNERS_UP]]
-
-
-def _choice(
-    estimate: Estimate, winner: Estimate | None, space: Space, request: PlanRequest, precision: str, considered: int
-) -> Choice:
-    """A Choice from an estimate; `winner` is None for the winner itself."""
-    names = [block.name for block in space.card.blocks]
-    edges = zip(estimate.first_blocks, (*estimate.first_blocks[1:], len(names)), strict=True)
-    if winner is None:
-        why = _why_best(estimate, space, considered)
-    else:
-        why = _why_lost(estimate, winner)
-    return Choice(
-        layout=estimate.layout,
-        precision=precision,
-        compiled=_compiled(estimate, space.cluster.device.kind, request),
-        micro_batches=estimate.micro_batches,
-        stages=tuple(tuple(names[start:stop]) for start, stop in edges),
-        predicted=_prediction(estimate, space, request, precision),
-        memory=estimate.memory,
-        forward_seconds=estimate.forward_seconds,
-        backward_seconds=estimate.backward_seconds,
-        transfer_seconds=estimate.transfer_seconds,
-        binding=_binding(estimate),
-        why=why,
-    )
-
-
-def _compiled(estimate: Estimate, kind: str, request: PlanRequest) -> bool:
-    """As asked; on "auto" where the run is long enough to earn back twice the time that compiling takes."""
-    if request.compile != "auto":
-        return bool(request.compile)
-    if kind == "cpu" and not shutil.which("g++"):  # inductor builds C++ there
-        return False
-    return request.steps * estimate.compute_seconds * COMPILE_SAVES[kind] > 2 * COMPILE_SECONDS
-
-
-def _parts(estimate: Estimate) -> dict[str, float]:
-    return {
-        "compute": estimate.compute_seconds,
-        "communication": estimate.communication_seconds,
-        "bubble": estimate.bubble_seconds,
-        "optimizer": estimate.optimizer_seconds,
-    }
-
-
-def _prediction(estimate: Estimate, space: Space, request: PlanRequest, precision: str) -> Prediction:
-    device, seconds = space.cluster.device, estimate.step_seconds
-    low, high = INTERVAL[device.kind]
-    flops = 3 * space.card.forward_flops * space.global_batch
-    price = space.cluster.dollars_per_hour
-    dollars = None
-    if price is not None and request.steps > 0:
-        dollars = request.steps * seconds / 3600 * space.cluster.devices * price
-    return Prediction(
-        step_seconds=Interval(low * seconds, seconds, high * seconds),
-        peak_bytes=estimate.peak_bytes,
-        tokens_per_second=space.global_batch * space.card.units_per_sample / seconds,
-        mfu=flops / (seconds * space.cluster.devices * device.flops[precision]),
-        dollars=dollars,
-        goodput=None,  # failures are not modelled yet
-        breakdown=_parts(estimate),
-    )
-
-
-def _binding(estimate: Estimate) -> str:
-    """What holds the layout back: memory where it had to recompute, else the largest part of the step."""
-    if estimate.layout.recompute != "none":
-        return "memory"
-    parts = _parts(estimate)
-    return max(parts, key=lambda name: parts[name])
-
-
-def _why_best(estimate: Estimate, space: Space, considered: int) -> str:
-    device = space.cluster.device
-    free = device.memory_bytes - estimate.peak_bytes
-    shares = {name: seconds / estimate.step_seconds for name, seconds in _parts(estimate).items()}
-    share = ", ".join(f"{value:.0%} {name}" for name, value in shares.items() if value >= 0.005)
-    among = "the only layout that fits" if considered == 1 else f"the fastest of {considered} ways to split that fit"
-    return f"{among}: {share}; {free / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} stay free on the fullest device"
-
-
-def _why_lost(estimate: Estimate, winner: Estimate) -> str:
-    """How much slower, and which part of the step grew most."""
-    extra = estimate.step_seconds - winner.step_seconds
-    mine, best = _parts(estimate), _parts(winner)
-    grew = max(mine, key=lambda name: mine[name] - best[name])
-    slower = extra / winner.step_seconds
-    if extra <= TIE * winner.step_seconds:
-        return f"level within {TIE:.0%}, but less simple"
-    cause = f"{mine[grew] - best[grew]:.3g} s more {grew}"
-    if RECOMPUTE.index(estimate.layout.recompute) > RECOMPUTE.index(winner.layout.recompute):
-        cause += f", and fits only with recompute={estimate.layout.recompute}"
-    return f"{slower:.0%} slower: {cause}"
-
-
-def _rejected_by_memory(missing: list[Estimate], cluster: Cluster) -> list[Rejected]:
-    room = usable_bytes(cluster.device)
-    ordered = sorted(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
-    return [Rejected(e.layout, _does_not_fit(e, room)) for e in ordered]
-
-
-def _rejected_by_rule(space: Space) -> list[Rejected]:
-    """Degrees that divide the devices, one at a time beside data parallelism, and the rule that refuses each."""
-    lost: list[Rejected] = []
-    devices = space.cluster.devices
-    tried = [Layout(dp=devices)]
-    for degree in (d for d in divisors(devices) if d > 1):
-        tried += [Layout(dp=devices // degree, tp=degree), Layout(dp=devices // degree, pp=degree)]
-    for layout in tried:
-        layout = with_micro(space, layout)
-        broken = refusals(space.question(layout))
-        if broken:
-            lost.append(Rejected(layout, broken[0].reason))
-    return lost

@@ -1,0 +1,109 @@
+"""Speed of the search: candidates estimated a second on one core, and how long plans of large clusters take.
+
+    python bench/search.py [--candidates 100000] [--profile] [--json]
+
+Seconds are of this process's own work (process_time). The first table estimates every layout of a space, with nothing
+pruned, until there are so many candidates; the second makes whole plans, with all that bounds and pruning save, with
+runners-up, what changes would buy, and the outlook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster, named_cluster
+from meshwright.families.llama.card import LlamaShape, card
+from meshwright.plan import FRAMEWORKS, Facts, PlanRequest, make_plan
+from meshwright.plan.estimate import Estimator
+from meshwright.plan.space import Space, layouts
+
+LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)
+LLAMA_70B = LlamaShape(80, 8192, 64, 8, 128, 28672, 128256)
+LLAMA_405B = LlamaShape(126, 16384, 128, 8, 128, 53248, 128256)
+
+#: (model, its shape, devices, global batch, framework) whose layouts are all estimated
+ESTIMATED = (
+    ("8B", LLAMA_8B, 512, 1024, "megatron-lm"),
+    ("70B", LLAMA_70B, 2048, 2048, "meshwright"),
+    ("70B", LLAMA_70B, 1024, 2048, "megatron-lm"),
+)
+#: ... and that are planned
+PLANNED = (
+    ("8B", LLAMA_8B, 8, 64, "meshwright"),
+    ("70B", LLAMA_70B, 512, 1024, "meshwright"),
+    ("70B", LLAMA_70B, 512, 1024, "megatron-lm"),
+    ("405B", LLAMA_405B, 16_384, 2048, "meshwright"),
+    ("405B", LLAMA_405B, 16_384, 2048, "megatron-lm"),
+    ("405B", LLAMA_405B, 100_000, 4000, "meshwright"),
+    ("405B", LLAMA_405B, 100_000, 4000, "megatron-lm"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--candidates", type=int, default=100_000)
+    parser.add_argument("--profile", action="store_true", help="say where the time of the last row of each table goes")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = [_estimated(*row, options.candidates) for row in ESTIMATED]
+    plans = [_planned(*row) for row in PLANNED]
+    if options.json:
+        print(json.dumps({"estimated": rows, "planned": plans}))
+        return
+    print("model  devices  framework      candidates  seconds  us each")
+    for row in rows:
+        line = "{model:<6} {devices:>7,}  {framework:<12} {candidates:>12,}  {seconds:>7.2f}  {microseconds:>7.1f}"
+        print(line.format(**row))
+    print("\nmodel  devices  framework       in bounds  estimated  seconds  layout")
+    for row in plans:
+        line = "{model:<6} {devices:>7,}  {framework:<12} {space:>12,}  {estimated:>9,}  {seconds:>7.2f}  {layout}"
+        print(line.format(**row))
+    if options.profile:
+        _profiled(lambda: _estimated(*ESTIMATED[-1], min(options.candidates, 5_000)))
+        _profiled(lambda: _planned(*PLANNED[-1]))
+
+
+def _setting(shape: LlamaShape, devices: int) -> tuple[Card, Cluster]:
+    return card(shape, 8192), named_cluster("h100-sxm-80gb", devices)
+
+
+def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:
+    """Every layout of the whole space in the order it is generated, with a new estimator; `most` at most."""
+    model, cluster = _setting(shape, devices)
+    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
+    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    begin, count = time.process_time(), 0
+    for layout in islice(layouts(space), most):
+        estimator.estimate(layout)
+        count += 1
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework}
+    return {**about, "candidates": count, "seconds": seconds, "microseconds": 1e6 * seconds / count}
+
+
+def _planned(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
+    model, cluster = _setting(shape, devices)
+    begin = time.process_time()
+    plan = make_plan(model, cluster, PlanRequest(batch, steps=10_000, framework=framework))
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework, "layout": str(plan.chosen.layout)}
+    return {**about, "seconds": seconds, **{key: plan.considered[key] for key in ("space", "estimated")}}
+
+
+def _profiled(call: Callable[[], object]) -> None:
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(15)
+
+
+if __name__ == "__main__":
+    main()

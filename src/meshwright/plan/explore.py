@@ -1,0 +1,295 @@
+"""The walk through a Space: what fits, what is too large, and what a bound shows to be beaten without an estimate.
+
+Three things spare estimates, none of which can cost the best layout (`every` is the slow twin without them; a test
+holds the two together). More recompute only costs time, so it is taken only as far as it is needed. What does not fit
+at its leanest does not fit with a larger micro-batch or a smaller shard either. And no step is shorter than its
+micro-batches take on their way through the stages, so what is slower than the best by that alone is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from meshwright.layout import Layout
+from meshwright.plan.estimate import Estimate, Estimator
+from meshwright.plan.memory import usable_bytes
+from meshwright.plan.schedule import TABLE
+from meshwright.plan.space import (
+    DEGREES,
+    NARROW,
+    USUAL,
+    WHOLE,
+    Bounds,
+    Space,
+    family_of,
+    layouts,
+    micros,
+    size,
+    strands,
+)
+
+#: A simpler layout is taken over one predicted to be faster by less than this share: no prediction is that good.
+TIE = 0.01
+#: Spaces of more layouts than this, before the rules, are searched within tighter bounds.
+MOST_LAYOUTS = {"whole": 15_000, "usual": 60_000}
+#: A layout whose step must take this many times the best one found so far is not estimated: it would be no runner-up.
+BEATEN = 1.25
+#: How many families are polished after a search within bounds, and how many layouts too large are remembered.
+POLISHED, REMEMBERED = 4, 2_000
+POLISH = replace(USUAL, name="polish", sequence_off=True)
+
+Value = Callable[[Estimate], float]
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A layout that does not fit: its peak and what its step would take."""
+
+    peak_bytes: int
+    step_seconds: float
+    layout: Layout
+
+
+@dataclass
+class Found:
+    """What a search met.
+
+    `counts`: of the layouts in its "space" so many were "estimated" (of these "missed" did not fit), "pruned" by a
+    bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has the best of each set of
+    degrees, `missing` the leanest of those sets of which nothing fits, `too_large` all estimated that do not fit.
+    """
+
+    fitting: list[Estimate] = field(default_factory=list)
+    missing: list[Estimate] = field(default_factory=list)
+    too_large: list[TooLarge] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    bounds: Bounds = WHOLE
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
+
+
+def complexity(layout: Layout) -> int:
+    """How much there is to go wrong: what a tie is decided by."""
+    return (
+        4 * (layout.pp > 1) + 3 * (layout.tp > 1) + 3 * (layout.cp > 1) + 2 * (layout.ep > 1) + (layout.shard > 1)
+        + (layout.recompute != "none") + 2 * (layout.vpp > 1) + (layout.schedule != "1f1b") + 2 * layout.offload
+    )  # fmt: skip
+
+
+def order_key(estimate: Estimate) -> tuple[float, int, str]:
+    return estimate.step_seconds, estimate.peak_bytes, _last_word(estimate.layout)
+
+
+def _last_word(layout: Layout) -> str:
+    return " ".join(map(str, layout.as_dict().values()))
+
+
+def ranked(estimates: list[Estimate], value: Value | None = None) -> list[Estimate]:
+    """Best first, by seconds or by `value`; among those within TIE of it, the simplest, then the leanest, is first."""
+    worth = value or (lambda estimate: estimate.step_seconds)
+    order = sorted(estimates, key=lambda e: (worth(e), e.peak_bytes))
+    if not order:
+        return order
+    limit = worth(order[0]) * (1 + TIE)
+    tied = [e for e in order if worth(e) <= limit]
+    tied.sort(key=lambda e: (complexity(e.layout), worth(e), e.peak_bytes, _last_word(e.layout)))
+    return tied + order[len(tied) :]
+
+
+def bounded(space: Space) -> Space:
+    """The space in the widest bounds that can be searched in a moment."""
+    for bounds in (WHOLE, USUAL):
+        within = replace(space, bounds=bounds)
+        if size(within, MOST_LAYOUTS[bounds.name] + 1) <= MOST_LAYOUTS[bounds.name]:
+            return within
+    return replace(space, bounds=NARROW)
+
+
+def search(space: Space, estimator: Estimator) -> Found:
+    """What works in a space: in bounds where it is large, polished around the best; in the whole where nothing in the
+    bounds fits."""
+    within = bounded(space)
+    found = explore(within, estimator)
+    if within.bounds is WHOLE:
+        return found
+    if not found.fitting:
+        for bounds in (USUAL, replace(USUAL, name="wide", tensor_across_nodes=True, least_tokens=256)):
+            further = explore(replace(space, bounds=bounds), estimator)
+            if further.fitting:
+                return _polished(space, estimator, further)
+            found = further if further.missing else found
+        return found
+    return _polished(space, estimator, found)
+
+
+def _polished(space: Space, estimator: Estimator, found: Found) -> Found:
+    """The best families again, with every shard degree, schedule and depth of the whole space."""
+    best = {e.layout: e for e in found.fitting}
+    tried: set[tuple[object, ...]] = set()
+    seconds = min(e.step_seconds for e in found.fitting)
+    for estimate in ranked(found.fitting):
+        degrees = {name: getattr(estimate.layout, name) for name in DEGREES if name != "shard"}
+        if tuple(degrees.values()) in tried:
+            continue
+        tried.add(tuple(degrees.values()))
+        finer = replace(space, pins={**degrees, **space.pins}, bounds=POLISH)
+        near = explore(finer, estimator, beaten=1 + 2 * TIE, known_seconds=seconds)
+        seconds = min([seconds, *(e.step_seconds for e in near.fitting)])
+        best.update({e.layout: e for e in near.fitting})
+        for name, number in near.counts.items():
+            found.count(name, number)
+        if len(tried) == POLISHED:
+            break
+    families: dict[tuple[int, ...], Estimate] = {}
+    for estimate in sorted(best.values(), key=order_key):
+        families.setdefault(family_of(estimate.layout), estimate)
+    found.fitting = list(families.values())
+    return found
+
+
+def explore(
+    space: Space, estimator: Estimator, *, beaten: float = BEATEN, known_seconds: float = float("inf")
+) -> Found:
+    """For each set of degrees the fastest layout that fits, or the one that misses by least. What takes `beaten` times
+    the best, or a step that is known to be possible, may be missing."""
+    walk = _Walk(space, estimator, beaten, known_seconds)
+    order = []
+    for place, strand in enumerate(strands(space)):
+        sizes = micros(space, strand)
+        floor = min(walk.floor(replace(strand, micro_batch=micro)) for micro in sizes)
+        order.append((floor, place, strand, sizes))
+    for _, _, strand, sizes in sorted(order, key=lambda entry: entry[:2]):  # what may be best first: it prunes the rest
+        walk.follow(strand, sizes)
+    return walk.end()
+
+
+class _Walk:
+    """A walk along the strands of a space, with what it has learnt on the way."""
+
+    def __init__(self, space: Space, estimator: Estimator, beaten: float, known_seconds: float) -> None:
+        self.space, self.estimator, self.beaten = space, estimator, beaten
+        self.room = usable_bytes(space.cluster.device)
+        self.found = Found(bounds=space.bounds)
+        self.best_seconds = known_seconds
+        self.fitting: dict[tuple[int, ...], list[Estimate]] = {}
+        self.missing: dict[tuple[int, ...], Estimate] = {}
+        self.floors: dict[tuple[object, ...], float] = {}
+        self.too_large_from: dict[tuple[object, ...], int] = {}  # micro-batch from which kin cannot fit
+        self.recomputes, self.offloads = space.recomputes(), space.offloads()
+        self.ladder = len(self.recomputes) * len(self.offloads)
+
+    def follow(self, strand: Layout, sizes: list[int]) -> None:
+        """Every micro-batch of a strand, ascending, and of each the least recompute and offload that fits."""
+        family = family_of(strand)
+        for micro in sizes:
+            self.found.count("space", self.ladder)
+            self._climb(replace(strand, micro_batch=micro), family)
+
+    def _climb(self, strand: Layout, family: tuple[int, ...]) -> None:
+        """A micro-batch, by rungs: without recompute, with more and more of it; then with offload."""
+        tried = pruned = known = 0
+        for offload in self.offloads:
+            for rung, recompute in enumerate(self.recomputes):
+                layout = replace(strand, recompute=recompute, offload=offload)
+                if self.floor(layout) > self.beaten * self.best_seconds:
+                    pruned += len(self.recomputes) - rung
+                    break
+                if self._cannot_fit(layout):
+                    known += 1
+                    continue
+                estimate = self.estimator.estimate(layout)
+                tried += 1
+                peak_bytes = estimate.peak_bytes
+                if peak_bytes <= self.room:
+                    self.fitting.setdefault(family, []).append(estimate)
+                    self.best_seconds = min(self.best_seconds, estimate.step_seconds)
+                    break
+                self._note(estimate, peak_bytes, family)
+            else:
+                continue  # nothing fits without offload, or nothing at all
+            if rung == 0:  # without recompute, or not worth it even so: offload only costs time
+                break
+        counts = {"estimated": tried, "pruned": pruned, "too_large": known}
+        for name, number in (*counts.items(), ("costlier", self.ladder - sum(counts.values()))):
+            self.found.count(name, number)
+
+    def _cannot_fit(self, layout: Layout) -> bool:
+        """Whether a smaller micro-batch, a larger shard, or sequence parallelism was too large already."""
+        key = _kin(layout)
+        with_sequence = (*key[:-1], True)
+        least = min(self.too_large_from.get(one, layout.micro_batch + 1) for one in (key, with_sequence))
+        return layout.micro_batch >= least and layout.micro_batches(self.space.global_batch) > 1
+
+    def _note(self, estimate: Estimate, peak_bytes: int, family: tuple[int, ...]) -> None:
+        self.found.count("missed")
+        layout, key = estimate.layout, _kin(estimate.layout)
+        # With one micro-batch a step nothing accumulates, which can take less: it says nothing about the others.
+        if layout.micro_batches(self.space.global_batch) > 1:
+            self.too_large_from[key] = min(layout.micro_batch, self.too_large_from.get(key, layout.micro_batch))
+        if len(self.found.too_large) < REMEMBERED or estimate.step_seconds < self.best_seconds:
+            self.found.too_large.append(TooLarge(peak_bytes, estimate.step_seconds, estimate.layout))
+        known = self.missing.get(family)
+        if known is None or peak_bytes < known.peak_bytes:
+            self.missing[family] = estimate
+
+    def floor(self, layout: Layout) -> float:
+        """Seconds that a step takes at least. One micro-batch takes `whole` through all blocks, were nothing sharded
+        over data parallelism. Some rank has its share of that m times; and where a rank begins it has had to wait for
+        those before it, at the end for their backwards (once around, of its `vpp` virtual stages the first). With
+        stage times c, M = max over s of (sum of c before s) / vpp + m c_s, so c_s <= (M - sum / vpp) / m, and the sum
+        of all is at most vpp M (1 - (1 - 1 / (vpp m)) ** pp). Where backwards are split nobody need wait so."""
+        key = (layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch, layout.recompute)
+        if key not in self.floors:
+            alone = Layout(
+                tp=layout.tp,
+                cp=layout.cp,
+                ep=layout.ep,
+                dp=layout.ep,
+                sequence_parallel=layout.sequence_parallel,
+                micro_batch=layout.micro_batch,
+                recompute=layout.recompute,
+            )
+            if not alone.micro_batches(self.space.global_batch):  # too few samples for these experts: none is known
+                self.floors[key] = 0.0
+            else:
+                estimate = self.estimator.estimate(alone)
+                self.floors[key] = estimate.forward_seconds[0] + estimate.backward_seconds[0]
+        whole, count = self.floors[key], layout.micro_batches(self.space.global_batch)
+        if layout.pp == 1:
+            return count * whole
+        if TABLE[layout.schedule].splits:
+            return max(whole, count / layout.pp * whole)
+        turns = layout.vpp * count
+        return max(whole, whole / (layout.vpp * (1 - (1 - 1 / turns) ** layout.pp)))
+
+    def end(self) -> Found:
+        found = self.found
+        found.fitting = [ranked(several)[0] for several in self.fitting.values()]
+        found.missing = [estimate for family, estimate in self.missing.items() if family not in self.fitting]
+        return found
+
+
+def _kin(layout: Layout) -> tuple[object, ...]:
+    """What layouts share of which one that is too large shows that a larger micro-batch, a smaller shard degree (they
+    come in falling order) or the lack of sequence parallelism is too large as well; that last, at the end. Whole
+    weights are kin of nothing sharded: they need no buffers to be gathered in."""
+    return (
+        layout.dp,
+        layout.tp,
+        layout.pp,
+        layout.cp,
+        layout.ep,
+        layout.vpp,
+        layout.schedule,
+        layout.recompute,
+        layout.offload,
+        layout.shard > 1,
+        layout.sequence_parallel,
+    )
+
+
+def every(space: Space, estimator: Estimator) -> Iterator[Estimate]:
+    """An estimate of every layout of a space, whatever the bounds know: the slow twin of `explore`."""
+    return (estimator.estimate(layout) for layout in layouts(space))
