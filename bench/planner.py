@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from meshwright.plan.calibrate import (
 from meshwright.plan.case import measured_cases
 from meshwright.plan.fit import folds, spread_rows
 from meshwright.plan.predict import Predictor
-from meshwright.plan.profile import DATASHEET, DEFAULT_FILE, Profile
+from meshwright.plan.profile import DATASHEET, DEFAULT_FILE, Profile, default_profile
 
 SINGLE, MULTI = "VIA-Research/vTrain single", "VIA-Research/vTrain multi"
 FITTED_ROWS = {SINGLE: 72, MULTI: 20}
@@ -281,7 +281,12 @@ def write_default(data: Path, say: Callable[[str], None]) -> None:
         *(f"#   {source}" for source in sources),
         "# Intervals hold 90 % of runs whose group was not fitted, by regime (docs/predict.md).",
     ]
-    found.profile.save(DEFAULT_FILE)
+    kept = default_profile()  # what other benches fitted, on machines that these runs say nothing of
+    cpu = {name: value for name, value in kept.constants.items() if name.startswith("cpu.")}
+    said = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("# cpu.")]
+    intervals = {**found.profile.intervals, "cpu": kept.interval("cpu")}
+    replace(found.profile.changed(cpu), intervals=intervals).save(DEFAULT_FILE)
+    head += said
     DEFAULT_FILE.write_text("\n".join(head) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     say(f"wrote {DEFAULT_FILE}: {len(found.moved)} constants moved, {found.held_out:.1%} on groups not fitted")
 

@@ -5,8 +5,11 @@
     python -m bench.runs --load /tmp/runs.json        predicts again, measures nothing
     python -m bench.runs --profile other.toml         beside the default and the machine's own, another profile
 
-Two profiles are shown: the default, and what `calibrate machine` finds just before (--probe seconds of it; 0 for none).
-Neither has seen a step of these models.
+Four kinds of constants are shown: those of microbenchmarks; the same corrected by one run of each model; those fitted
+to the runs of the other models, which is how the shipped profile's are made (--write-default: of all of them); and the
+last as `calibrate machine` changes them by what it finds just before (--probe seconds of it; 0 for none). No prediction
+has seen the run that it is of; a few of the microbenchmarks' constants were rounded after looking at steps of two of
+these models.
 
 At most one rank a core. Two worlds take turns, one of two processes and one of a single process with both cores, and
 every round goes through all layouts, so that what else the machine does falls on all of them alike. The noise is the
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,8 @@ from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.from_machine import machine_profile
 from meshwright.plan.from_run import Ran, corrected
-from meshwright.plan.profile import Profile, default_profile, load_profile
+from meshwright.plan.profile import Profile, load_profile
 
 WORLDS = (1, 2)
 Measured = dict[str, Any]
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--load", type=Path, help="measure nothing, read them from this file")
     parser.add_argument("--profile", type=Path, nargs="*", default=[], help="beside the default, other profiles")
     parser.add_argument("--probe", type=float, default=40.0, help="seconds to measure the machine for its own profile")
+    parser.add_argument("--write-default", action="store_true", help="fit the shipped profile's CPU constants to this")
     options = parser.parse_args()
     if options.load:
         loaded = json.loads(options.load.read_text())
@@ -219,12 +223,19 @@ def main() -> None:
         print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     if options.save:
         options.save.write_text(json.dumps({"measured": measured, "machine": machine, "load": os.getloadavg()}))
-    profiles = [default_profile()]
-    if machine:
-        profiles.append(machine_profile(machine, cpu_cluster(), default_profile(), "machine"))
+    from bench.runs_fit import unfitted
+
+    profiles = [replace(unfitted(), name="microbenchmarks")]
     for profile in (*profiles, *(load_profile(path) for path in options.profile)):
         print(table(measured, profile, details=True))
-    print(after_a_run(measured, default_profile()))
+    from bench.runs_fit import held_out, write_default
+
+    print(after_a_run(measured, unfitted()))
+    print(held_out(measured)[0])
+    if machine:
+        print(held_out(measured, machine)[0])
+    if options.write_default:
+        write_default(measured)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def test_no_verb_shows_the_help(capsys: Output) -> None:
         (["plan", "j.toml", "--jsn"], "unknown flag '--jsn'; did you mean '--json'?"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
         (["plan"], "the following arguments are required: JOB"),
+        (["plan", "j.toml", "--serving", "--write", "d"], "--serving does not read --write; leave out --write"),
+        (["plan", "j.toml", "--advice", "--for", "deepspeed"], "--advice does not read --for; leave out --for"),
         (["report", "a", "b"], "'b' is one word too many"),
         (["verify", "j.toml", "--steps", "0"], "must be a whole number of at least 1, not '0'"),
         (["generate", "r", "--prompt", "a", "--top-p", "nan"], "must be a number from 0 to 1, not 'nan'"),

@@ -23,6 +23,7 @@ def test_short_names() -> None:
     assert str(Layout(dp=2, shard=2, tp=2, pp=2, sequence_parallel=True, recompute="full")) == (
         "dp2 tp2 pp2 shard2 sp 1f1b recompute=full micro1"
     )
+    assert str(Layout(dp=2, offload=True)) == "dp2 offload micro1"
 
 
 def test_as_dict_makes_the_layout_again() -> None:

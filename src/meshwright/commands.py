@@ -89,11 +89,13 @@ def _plan(options: argparse.Namespace) -> None:
         for axis, mesh_axis in table.items():
             print(f"{axis:<10} {mesh_axis or '-'}")
         return
+    _refuse_unread(options)
     if options.serving:
         return _plan_serving(options)
     if options.advice:
         return _advise(options)
-    asked = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
+    words = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
+    asked = {name: word for name, word in words.items() if word is not None}
     if options.exact or options.ranks is not None:
         return _plan_exact(options, asked)
     plan = verbs.plan(options.job, options.overrides, **asked)
@@ -103,6 +105,36 @@ def _plan(options: argparse.Namespace) -> None:
     from meshwright.report import terminal
 
     terminal.show_plan(plan, _console())
+
+
+#: Ways of asking for a plan -> flags that they do not read, by their names among the options.
+UNREAD: Mapping[str, Mapping[str, str]] = {
+    "serving": {
+        "advice": "--advice",
+        "exact": "--exact",
+        "ranks": "--ranks",
+        "framework": "--for",
+        "objective": "--objective",
+        "write": "--write",
+    },
+    "advice": {
+        "exact": "--exact",
+        "ranks": "--ranks",
+        "framework": "--for",
+        "objective": "--objective",
+        "profile": "--profile",
+        "write": "--write",
+    },
+}
+
+
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Raises InputError for flags that the way of asking would pass over without a word."""
+    for way, unread in UNREAD.items():
+        said = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
+        if getattr(options, way) and said:
+            what = f"--{way} does not read {', '.join(said)}"
+            raise InputError(Problem("command line", what, f"leave out {', '.join(said)}, or --{way}"))
 
 
 def _write(plan: Plan, options: argparse.Namespace) -> None:

@@ -76,6 +76,8 @@ class Layout:
             words.append(self.schedule)
         if self.recompute != "none":
             words.append(f"recompute={self.recompute}")
+        if self.offload:
+            words.append("offload")
         return " ".join([*(words or ["1 device"]), f"micro{self.micro_batch}"])
 
 

@@ -110,9 +110,9 @@ def _add_planning(add: Adder) -> None:
     one.add_argument("--ranks", type=_ranks, metavar="N,N", help="which ranks to rehearse (default: the telling ones)")
     one.add_argument("--serving", action="store_true", help="plan how to serve the model, for the targets in [serve]")
     one.add_argument(
-        "--for", dest="framework", default="meshwright", metavar="FRAMEWORK", help="who will run it: megatron-lm, ..."
+        "--for", dest="framework", metavar="FRAMEWORK", help="who will run it: megatron-lm, ... (default: meshwright)"
     )
-    one.add_argument("--objective", default="time", metavar="WORD", help="time (default), or money: fewer devices")
+    one.add_argument("--objective", metavar="WORD", help="time (default), or money: fewer devices")
     one.add_argument("--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: those shipped)")
     one.add_argument(
         "--write", metavar="DIR", help="write plan, page, timeline and other frameworks' configuration to DIR"

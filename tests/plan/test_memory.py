@@ -162,6 +162,16 @@ def test_context_parallelism_divides_activations_and_experts_are_divided_by_thei
     assert spread.optimizer > 12 * 4 * 2 * 2 * 1024 * 4096
 
 
+@pytest.mark.parametrize("name", ["torchtitan", "megatron-lm"])
+def test_experts_that_are_elsewhere_are_not_sharded_away_once_more(name: str) -> None:
+    """Eight ranks hold every fp32 moment once between them, whether experts are split by ep, by shard, or by both."""
+    mixed = decoder_card(replace(GPT, experts=8, top_k=2), 256, "megatron")
+    for ep in (1, 2, 4, 8):
+        (own,) = stages(mixed, Layout(dp=8, shard=8, ep=ep), 1, "bf16", framework=FRAMEWORKS[name])
+        moments = own.optimizer * 8 / (8 if name == "torchtitan" else 12)
+        assert moments == pytest.approx(mixed.parameter_elements, rel=1e-3)
+
+
 def test_activations_in_host_memory_leave_two_blocks_of_them() -> None:
     layout, framework = Layout(pp=2), replace(MEGATRON, activation_offload=True)
     found = stages(toy(8), layout, 8, "fp32", framework=framework)

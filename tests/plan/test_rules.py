@@ -164,13 +164,23 @@ def test_rules_of_other_frameworks(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(dp=2, shard=2, cp=2, pp=2, vpp=2, schedule="interleaved"),
+        Layout(dp=2, cp=2, pp=2, vpp=2, schedule="interleaved"),
+        Layout(dp=2, shard=4, cp=2),
         Layout(pp=4, micro_batch=12),  # fewer micro-batches than stages: Megatron's 1F1B runs them
         Layout(tp=2, sequence_parallel=True, offload=True, recompute="full"),
     ],
 )
 def test_what_another_framework_offers_is_not_refused(layout: Layout) -> None:
     assert rules_broken(layout, framework="megatron-lm") == {}
+
+
+@pytest.mark.parametrize("name", ["megatron-lm", "megatron-bridge", "deepspeed"])
+def test_weights_are_not_sharded_in_a_pipeline_where_the_optimizer_is(name: str) -> None:
+    (said,) = rules_broken(Layout(dp=4, shard=4, pp=2), framework=name).values()
+    assert "weights not in a pipeline" in said and "layout.shard=1" in said
+    (said,) = rules_broken(Layout(dp=8, shard=4), framework=name).values()
+    assert "over part of dp x cp = 8" in said
+    assert rules_broken(Layout(dp=4, shard=4, pp=2), framework="torchtitan") == {}
 
 
 @pytest.mark.parametrize(

@@ -304,3 +304,22 @@ def test_balance_gives_the_stages_of_the_plan() -> None:
     cluster = cores(4)
     chosen = make_plan(SMALL, cluster, PlanRequest(16, "fp32", {"pp": 4})).chosen
     assert balance(SMALL, cluster, chosen.layout, 16, "fp32") == chosen.stages
+
+
+def test_a_plan_for_megatron_spreads_the_optimizer_and_keeps_weights_whole_in_a_pipeline() -> None:
+    plan = make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 64), PlanRequest(64, framework="megatron-lm"))
+    for one in (plan.chosen, *plan.runners_up):
+        assert one.layout.shard == 1 or (one.layout.pp == 1 and one.layout.shard == one.layout.dp * one.layout.cp)
+        assert not one.compiled  # its kernels are fused by hand
+    layout = plan.chosen.layout
+    if layout.shard == 1:  # 12 bytes of masters and moments for 2 of weights, shared by all data-parallel ranks
+        for stage in plan.chosen.memory:
+            assert stage.optimizer == pytest.approx(6 * stage.weights / (layout.dp * layout.cp), rel=0.02)
+
+
+def test_a_split_backward_is_not_compiled() -> None:
+    pins = {"dp": 1, "pp": 4, "schedule": "zb-h1"}
+    request = PlanRequest(64, steps=10_000, framework="torchtitan", pins=pins)
+    assert not make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 32), request).chosen.compiled
+    whole = replace(request, pins=pins | {"schedule": "1f1b"})
+    assert make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 32), whole).chosen.compiled

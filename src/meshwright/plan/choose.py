@@ -16,6 +16,7 @@ from meshwright.plan.memory import usable_bytes
 from meshwright.plan.question import divisors
 from meshwright.plan.result import Choice, Interval, PlanRequest, Prediction, Rejected
 from meshwright.plan.rules import refusals
+from meshwright.plan.schedule import TABLE
 from meshwright.plan.space import Space, with_micro
 
 #: torch.compile: the share of the computing that it saves, and what the first step takes longer. The CPU's share is
@@ -50,7 +51,7 @@ def choice_of(
     return Choice(
         layout=estimate.layout,
         precision=estimator.precision,
-        compiled=_compiled(estimate, space.cluster.device.kind, request),
+        compiled=_compiled(estimate, space, request),
         micro_batches=estimate.micro_batches,
         stages=tuple(tuple(names[start:stop]) for start, stop in edges),
         predicted=predicted,
@@ -65,10 +66,17 @@ def choice_of(
     )
 
 
-def _compiled(estimate: Estimate, kind: str, request: PlanRequest) -> bool:
-    """As asked; on "auto" where the run is long enough to earn back twice the time that compiling takes."""
+def _compiled(estimate: Estimate, space: Space, request: PlanRequest) -> bool:
+    """As asked; on "auto" where the run is long enough to earn back twice the time that compiling takes.
+
+    Never on "auto" where kernels are fused by hand, nor in a pipeline that splits backwards, which walks the graph of
+    the backward pass: a compiled one has a single node.
+    """
     if request.compile != "auto":
         return bool(request.compile)
+    kind, layout = space.cluster.device.kind, estimate.layout
+    if space.framework.fused == "kernels" or (layout.pp > 1 and TABLE[layout.schedule].splits):
+        return False
     if kind == "cpu" and not shutil.which("g++"):  # inductor builds C++ there
         return False
     return request.steps * estimate.compute_seconds * COMPILE_SAVES[kind] > 2 * COMPILE_SECONDS

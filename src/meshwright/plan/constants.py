@@ -70,9 +70,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.net.gather_share", 0.93, "share", "of all-reduce's bus speed, gather and scatter", _NCCL, 0.1),
     Constant("cuda.net.tree_share", 0.5, "share", "of a bus that all devices share", _NCCL, 0.2),
     Constant("cuda.net.switch_share", 0.97, "share", "of the measured bus with sums in the switch", _NCCL, 0.1),
-    Constant(
-        "cuda.net.inter_share", 0.85, "share", "of a network card", "nccl-tests issue 290: 46-48 of 50 GB/s", 0.5
-    ),
+    Constant("cuda.net.inter_share", 0.85, "share", "of a network card", "nccl-tests issue 290: 46-48 of 50 GB/s", 0.5),
     Constant("cuda.net.jitter_seconds", 5e-6, "s", "waiting for the last rank, per doubling", "physics", 0.7, False),
     # overlap
     Constant("cuda.overlap.slows", 0.13, "share", "computing slows under a collective", "Galvatron's profiles", 0.5),

@@ -16,18 +16,24 @@ DIMENSIONS = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")
 
 @dataclass(frozen=True)
 class Offers:
-    """What a framework can be asked for: Layout fields that may leave their default, schedules, recompute words."""
+    """What a framework can be asked for: Layout fields that may leave their default, schedules, recompute words.
+
+    `spreads_optimizer`: the optimizer's state can be spread over the data-parallel ranks while weights are whole
+    (distributed optimizer, ZeRO 1), which a plan always asks for; weights too (Megatron's FSDP, ZeRO 3) are sharded
+    only over all data-parallel ranks at once and without a pipeline.
+    """
 
     fields: frozenset[str]
     schedules: tuple[str, ...]
     recompute: tuple[str, ...] = ("none", "selective", "full")
     offload: bool = False
+    spreads_optimizer: bool = False
 
 
 #: Two of torch's handles to cuBLAS (forward and backward threads) and one of Transformer Engine, 32 MiB each on
 #: devices since Hopper: what both ask for in their public code.
 _TE_WORKSPACE = 3 * 32 * 2**20
-_MEGATRON = Offers(frozenset(DIMENSIONS), ("1f1b", "interleaved"), offload=True)
+_MEGATRON = Offers(frozenset(DIMENSIONS), ("1f1b", "interleaved"), offload=True, spreads_optimizer=True)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class Framework:
     workspace_bytes: int = 0  # of the libraries that multiply matrices, inside the allocator
     never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block that always keep
     assumed: tuple[str, ...] = field(default=())
+
+    @property
+    def planned(self) -> Framework:
+        """As a plan asks for it: with the optimizer's state spread where that can be."""
+        return replace(self, optimizer_shard="dp") if self.offers.spreads_optimizer else self
 
     def with_software(self, words: Mapping[str, object]) -> Framework:
         """This framework with the options a case names: `compile`, `fused_cross_entropy`, `activation_offload`,
@@ -185,7 +196,7 @@ _ROWS = (
     ),
     Framework(
         name="deepspeed",
-        offers=Offers(frozenset({"dp", "shard", "tp", "pp"}), ("1f1b",), offload=True),
+        offers=Offers(frozenset({"dp", "shard", "tp", "pp"}), ("1f1b",), offload=True, spreads_optimizer=True),
         gradient_overlap=0.8,
         gather_overlap=0.8,
         loss_scaling=True,

@@ -171,7 +171,7 @@ class MemoryModel:
         if layout.shard > 1:  # ZeRO 3: two blocks at a time are whole
             passing = min(2 * sizes.largest, everything) * (wide + gradient)
             weights, gradients, optimizer = (
-                -(-everything * size // layout.shard) for size in (wide, gradient, per_parameter)
+                self._sharded(layout, sizes, size) for size in (wide, gradient, per_parameter)
             )
             return self._sum(weights, gradients, 0 if layout.offload else optimizer, held, passing)
         spread = data if own.optimizer_shard == "dp" else 1
@@ -185,7 +185,7 @@ class MemoryModel:
         time. The worst of three moments: the loss of the last micro-batch that comes before any backward, the first
         backward after it, and the end of the backwards, when no activation is left and every gradient is there."""
         elements, wide, data = sizes.dense + sizes.expert, self.width, layout.dp * layout.cp
-        own = -(-elements // layout.shard)
+        own = self._sharded(layout, sizes)
         pair = wide * min(2 * sizes.largest, elements)
         copied = wide * elements if layout.shard == 1 or layout.pp > 1 else 0
         gradients = 4 * (elements if held.repeats and not self.framework.reduces_each else own)
@@ -214,6 +214,12 @@ class MemoryModel:
             slack=int(SLACK[kind] * (held.activations + held.working)),
             process=PROCESS_BYTES[kind],
         )
+
+    def _sharded(self, layout: Layout, sizes: Sizes, each: int = 1) -> int:
+        """Bytes, at `each` a parameter, of a rank's part of what is split by `shard`. Experts lie on every ep-th rank
+        only, so that there are fewer ranks to split each of them over."""
+        ways = max(1, layout.shard * layout.tp // (layout.ep * self._expert_tp(layout)))
+        return -(-sizes.dense * each // layout.shard) - (-sizes.expert * each // ways)
 
     def _expert_tp(self, layout: Layout) -> int:
         return layout.tp if self.framework.splits_experts else 1

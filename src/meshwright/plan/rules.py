@@ -204,6 +204,18 @@ def _shard(q: Question) -> Refusal | None:
     return Refusal("shard", f"shard={layout.shard} does not divide dp x cp = {data}", {"shard": near}, ("shard", "dp"))
 
 
+def _weights(q: Question) -> Refusal | None:
+    """Frameworks that shard the optimizer shard weights only over all data-parallel ranks, and not in a pipeline."""
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if not q.framework.offers.spreads_optimizer or layout.shard <= 1 or data < 1 or data % layout.shard:
+        return None
+    if layout.pp <= 1 and layout.shard == data:
+        return None
+    where = "in a pipeline" if layout.pp > 1 else f"over part of dp x cp = {data}"
+    reason = f"shard={layout.shard}: {q.framework.name} shards weights not {where}; its optimizer is sharded anyway"
+    return Refusal("weights", reason, {"shard": 1}, ("shard", "pp"))
+
+
 def _tensor(q: Question) -> Refusal | None:
     tp = q.layout.tp
     if tp <= 1:
@@ -325,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
     Rule("shard", "shard divides dp x cp", _shard),
+    Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework has it so", _weights),
     Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
     Rule("sequence_parallel", "sequence_parallel needs tp > 1, and tp x cp that divides the sequence", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),

@@ -73,7 +73,7 @@ def checked(request: PlanRequest) -> Framework:
         problems.append(Problem("command line: --for", f"unknown framework '{request.framework}'", known))
     if problems:
         raise InputError(problems)
-    return FRAMEWORKS[request.framework]
+    return FRAMEWORKS[request.framework].planned
 
 
 def _searched(space: Space, precision: str, profile: Profile | None) -> Searched:

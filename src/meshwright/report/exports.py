@@ -255,7 +255,7 @@ def _megatron_sharding(plan: Plan, unsaid: list[str]) -> list[str | int | float]
     if data == 1:
         return []
     if layout.shard == 1:
-        if not plan.framework.startswith("megatron"):
+        if not FRAMEWORKS[plan.framework].offers.spreads_optimizer:
             unsaid.append(
                 "whole optimizer states on every rank are not asked for: they are spread, which costs no more"
             )
@@ -288,7 +288,7 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
         "gradient_accumulation_steps": choice.micro_batches,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": recipe.lr}},
-        "zero_optimization": _zero(layout, unsaid),
+        "zero_optimization": _zero(plan, unsaid),
     }
     if choice.precision != "fp32":
         config["fp16" if choice.precision == "fp16" else "bf16"] = {"enabled": True}
@@ -331,16 +331,18 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
     return Export("deepspeed", "0.19.6", files, tuple(unsaid))
 
 
-def _zero(layout: Layout, unsaid: list[str]) -> dict[str, Any]:
+def _zero(plan: Plan, unsaid: list[str]) -> dict[str, Any]:
     """The stage of ZeRO (Rajbhandari et al. 2020) that shards what the layout does."""
+    layout = plan.chosen.layout
     data = layout.dp * layout.cp
-    stage = 0 if layout.shard == 1 else 1 if layout.pp > 1 else 3
+    spread = layout.shard == 1 and data > 1 and FRAMEWORKS[plan.framework].offers.spreads_optimizer
+    stage = 1 if spread else 0 if layout.shard == 1 else 1 if layout.pp > 1 else 3
     table: dict[str, Any] = {"stage": stage}
     if stage:
         table["overlap_comm"] = stage == 3
-    if stage == 1:
+    if stage == 1 and not spread:
         unsaid.append("weights and gradients sharded in a pipeline: ZeRO 1 shards the optimizer alone")
-    if stage and layout.shard < data:
+    if stage and layout.shard < data and not spread:
         if stage == 3:
             table["mics_shard_size"] = layout.shard
             unsaid.append("the model must be built under deepspeed.zero.MiCS_Init to be sharded over part of the ranks")
