@@ -112,6 +112,13 @@ def test_wishes_out_of_reach_end_with_what_can_be_had(small: Path) -> None:
         serving_plan(small, ["serve.tpot_seconds=1e-9"])
 
 
+def test_a_faulty_wish_is_not_answered_with_a_training_plan(llama: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        serving_plan(llama, ["cluster.named=l4", "cluster.devices=1", "serve.tpot_seconds=0"])
+    (problem,) = caught.value.problems
+    assert "serve.tpot_seconds" in problem.where
+
+
 def test_serve_takes_what_is_open_from_the_plan(tmp_path: Path) -> None:
     tiny = {**CONFIG, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = folder_of({**tiny, "intermediate_size": 128, "vocab_size": 512}, tmp_path / "tiny")

@@ -348,7 +348,10 @@ def hugging_face(home: Path, config: str) -> list[str]:
     [
         ('{"model_type": "llama",', "folder/config.json: cannot be read as JSON"),
         ("[1]", "folder/config.json: is not a JSON object"),
-        (json.dumps({"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}), "model_type 'evil' is not a decoder that we know; "),
+        (
+            json.dumps({"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}),
+            "model_type 'evil' is not a decoder that we know; ",
+        ),
         (json.dumps(SHAPE | {"hidden_size": -1}), "hidden_size must be a positive whole number, found -1"),
         (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: silu"),
     ],

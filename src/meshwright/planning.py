@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from meshwright.plan.profile import Profile
 
 
-def read_job(job: Job | str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
+def read_job(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data_must_exist: bool = True,
+    rest_plan: Callable[[Job], object] | None = None,
+) -> Job:
     """The Job itself, or the one in a file with overrides on top.
 
-    Raises InputError listing every problem, those too that a plan of the rest of the job meets.
+    Raises InputError listing every problem, those too that `rest_plan` (default: `plan`) of the rest of the job meets.
     """
     from meshwright.job import Job, load_job, sound_part
 
@@ -42,7 +48,7 @@ def read_job(job: Job | str | Path, overrides: Sequence[str] = (), *, data_must_
         try:
             rest = sound_part(job, overrides)
             if rest is not None and rest.model.module is None:  # a module would be run to learn what it is
-                plan(rest)
+                (rest_plan or plan)(rest)
         except (InputError, CannotWork) as further:
             problems += [problem for problem in further.problems if problem not in problems]
         raise InputError(problems) from None

@@ -43,7 +43,7 @@ def serving_plan(
     from meshwright.plan.serving_time import SERVERS
     from meshwright.plan.serving_ways import Question
 
-    sound = read_job(job, overrides, data_must_exist=False)
+    sound = read_job(job, overrides, data_must_exist=False, rest_plan=serving_plan)
     cluster = cluster_of_job(sound)
     with placed(sound):
         shape, precision, longest = _model_of_job(sound)

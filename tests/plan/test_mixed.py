@@ -18,6 +18,7 @@ from meshwright.plan.groups import Asked, MixedCluster
 from meshwright.plan.memory import usable_bytes
 from meshwright.plan.mixed import by_samples, make_mixed_plan
 from meshwright.plan.stages import through_stages
+from meshwright.report.outlook import cost_line
 
 MODEL = card(LlamaShape(layers=6, hidden=1024, heads=16, kv_heads=8, head_dim=64, ffn=2816, vocab=8192), 1024)
 BIG = card(LlamaShape(12, 4096, 32, 8, 128, 11008, 32000), 4096)
@@ -159,3 +160,13 @@ def test_devices_of_the_table() -> None:
     best = make_plan(BIG, mixed.groups[1], PlanRequest(64)).chosen.predicted.step_seconds.mid
     assert plan.chosen.predicted.step_seconds.mid < best
     assert plan.chosen.predicted.dollars is not None
+
+
+def test_money_and_failures_of_several_kinds_are_those_that_are_said() -> None:
+    mixed = MixedCluster(tuple(replace(g, dollars_per_hour=float(n)) for n, g in enumerate(both().groups, start=1)))
+    usual = make_mixed_plan(MODEL, mixed, PlanRequest(64, steps=10**6))
+    often = make_mixed_plan(MODEL, mixed, PlanRequest(64, steps=10**6, failures_per_1000_node_days=1e5))
+    assert usual.outlook is not None and often.outlook is not None
+    assert often.outlook.mtbf_hours < usual.outlook.mtbf_hours / 100
+    assert usual.outlook.dollars is not None and "no price known" not in cost_line(usual)
+    assert f"${usual.outlook.dollars:,.2f} on demand" in cost_line(usual)

@@ -11,17 +11,19 @@ from meshwright.cluster import GIB, Cluster
 from meshwright.errors import Problem
 from meshwright.layout import Layout
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.explore import complexity, ranked, search
+from meshwright.plan.explore import complexity, explore, ranked, search
 from meshwright.plan.memory import usable_bytes
 from meshwright.plan.question import key_of, nearest_of, word
 from meshwright.plan.result import PlanRequest
 from meshwright.plan.rules import refusals
-from meshwright.plan.space import USUAL, WHOLE, Space, changed, frames, micros, size, strands, with_micro
+from meshwright.plan.space import NARROW, USUAL, WHOLE, Space, changed, frames, micros, size, strands, with_micro
 
 DEGREE_PINS = ("dp", "shard", "tp", "pp", "cp", "ep")
 #: Changes of the pins that are planned, the nearest first, before all the pins are let go.
 TRIED = 12
 MOST_STRANDS = 40_000
+#: Bytes a parameter that no layout spares: a copy to compute with; master and moments where they stay on the devices.
+COMPUTED_BYTES, STATE_BYTES = 2, 12
 TIMES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -211,7 +213,22 @@ def _more_devices(space: Space, estimator: Estimator) -> str:
     """What would do where no pins help: the fewest devices, doubled from what there is."""
     for times in TIMES:
         grown = replace(space, cluster=larger(space.cluster, times), pins={})
+        if not _leanest_fits(grown, estimator):
+            continue
         if fitting := search(grown, _for(grown, estimator)).fitting:
             best = ranked(fitting)[0].layout
             return f"nearest that fits: {grown.cluster.devices} such devices ({best})"
     return "nearest: a smaller model, a shorter sequence, or devices with more memory"
+
+
+def _leanest_fits(space: Space, estimator: Estimator) -> bool:
+    """Whether any layout fits that computes everything again and takes a sample at a time. Full searches of ever larger
+    clusters, of which none fits, would take minutes."""
+    room = usable_bytes(space.cluster.device)
+    offloads = space.framework.offers.offload
+    least = space.card.parameter_elements * (COMPUTED_BYTES if offloads else STATE_BYTES) / space.cluster.devices
+    if least > room:
+        return False
+    pins = {"recompute": "full"} if space.facts.stateful_buffers else {"recompute": "full", "micro_batch": 1}
+    leanest = replace(space, pins=pins, bounds=NARROW)
+    return bool(explore(leanest, _for(leanest, estimator)).fitting)

@@ -24,13 +24,15 @@ class Action(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     """What a schedule is. `least_vpp` to `most_vpp` are the virtual stages a rank may have, `folded` says that they lie
-    in a V, `splits` that backwards are done in halves."""
+    in a V, `splits` that backwards are done in halves; `fill` x ranks micro-batches keep every rank busy: torch's
+    pipelining refuses fewer, and so does what needs twice as many by its own order."""
 
     name: str
     least_vpp: int
     most_vpp: int
     folded: bool
     splits: bool
+    fill: int
     source: str
 
 
@@ -40,13 +42,13 @@ MANY = 1 << 30
 TABLE: dict[str, Schedule] = {
     row.name: row
     for row in (
-        Schedule("gpipe", 1, 1, False, False, "Huang et al. 2019, arXiv 1811.06965"),
-        Schedule("1f1b", 1, 1, False, False, "Narayanan et al. 2019 (PipeDream-Flush), arXiv 2006.09503"),
-        Schedule("interleaved", 2, MANY, False, False, "Narayanan et al. 2021, arXiv 2104.04473"),
-        Schedule("zb-h1", 1, MANY, False, True, "Qi et al. 2024, arXiv 2401.10241, section 2"),
-        Schedule("zb-h2", 1, 1, False, True, "Qi et al. 2024, arXiv 2401.10241, section 2"),
-        Schedule("zbv", 2, 2, True, True, "Qi et al. 2024, arXiv 2405.15362"),
-        Schedule("dualpipev", 2, 2, True, True, "DeepSeek-V3, arXiv 2412.19437, folded into a V"),
+        Schedule("gpipe", 1, 1, False, False, 0, "Huang et al. 2019, arXiv 1811.06965"),
+        Schedule("1f1b", 1, 1, False, False, 1, "Narayanan et al. 2019 (PipeDream-Flush), arXiv 2006.09503"),
+        Schedule("interleaved", 2, MANY, False, False, 1, "Narayanan et al. 2021, arXiv 2104.04473"),
+        Schedule("zb-h1", 1, MANY, False, True, 1, "Qi et al. 2024, arXiv 2401.10241, section 2"),
+        Schedule("zb-h2", 1, 1, False, True, 1, "Qi et al. 2024, arXiv 2401.10241, section 2"),
+        Schedule("zbv", 2, 2, True, True, 1, "Qi et al. 2024, arXiv 2405.15362"),
+        Schedule("dualpipev", 2, 2, True, True, 2, "DeepSeek-V3, arXiv 2412.19437, folded into a V"),
     )
 }
 
@@ -69,8 +71,8 @@ def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str
     ):
         near = round(micro_batches / stages) * stages
         return f"{schedule} over {stages} stages needs whole rounds of micro-batches ({near}), not {micro_batches}"
-    if schedule == "dualpipev" and micro_batches < 2 * stages:
-        return f"dualpipev over {stages} ranks needs {2 * stages} micro-batches or more, not {micro_batches}"
+    if row.fill > 1 and micro_batches < row.fill * stages:
+        return f"{schedule} over {stages} ranks needs {row.fill * stages} micro-batches or more, not {micro_batches}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from meshwright.card import Card
 from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.framework import FRAMEWORKS, Framework
+from meshwright.plan.orders import TABLE
 
 #: What a field of the Layout asks for, in words.
 ASKS_FOR = {
@@ -27,11 +28,6 @@ ASKS_FOR = {
 #: Frameworks whose pipeline is torch.distributed.pipelining: its schedules refuse too few micro-batches, and those
 #: that split the backward pass compute wrong gradients, without an error, where blocks are wrapped one by one.
 TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
-
-
-#: Micro-batches that a schedule needs, in multiples of pp; "gpipe" runs with any number. Under other pipelines than
-#: torch's 1F1B does so too.
-FILL: Mapping[str, int] = {"gpipe": 0, "1f1b": 1, "interleaved": 1, "zb-h1": 1, "zb-h2": 1, "zbv": 1, "dualpipev": 2}
 
 
 @dataclass(frozen=True)
@@ -144,10 +140,11 @@ class Refusal:
 
 
 def filled(layout: Layout, count: int, framework: Framework) -> bool:
-    """Whether `count` micro-batches are enough for the layout's schedule, and in whole rounds where it has rounds."""
+    """Whether `count` micro-batches are enough for the layout's schedule, and in whole rounds where it has rounds.
+    Under other pipelines than torch's 1F1B runs with any number."""
     if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:
         return True
-    return count >= FILL[layout.schedule] * layout.pp and not (in_rounds(layout) and count % layout.pp)
+    return count >= TABLE[layout.schedule].fill * layout.pp and not (in_rounds(layout) and count % layout.pp)
 
 
 def in_rounds(layout: Layout) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
-from meshwright.plan.goodput import Outlook
+from meshwright.plan.goodput import Outlook, Reliability
 from meshwright.plan.memory import StageMemory
 from meshwright.plan.schedule import Timeline, actions, fewer, places, replay
 
@@ -36,6 +36,13 @@ class PlanRequest:
     framework: str = "meshwright"
     spot: bool = False
     failures_per_1000_node_days: float | None = None  # None: as published
+
+    @property
+    def reliability(self) -> Reliability:
+        """How often nodes fail: as the job says, else as is usual."""
+        usual = Reliability()
+        said = self.failures_per_1000_node_days
+        return usual if said is None else replace(usual, failures_per_1000_node_days=said)
 
     def where(self, key: str) -> str:
         """Place and key for a message: "job.toml:12: layout.tp"."""
@@ -201,6 +208,12 @@ class Share:
     micro_batch: int
     peak_bytes: int
     why: str
+
+    @property
+    def stages(self) -> str:
+        """The stages that it runs, in words."""
+        last = self.stop_stage - 1
+        return f"stage {last}" if last <= self.first_stage else f"stages {self.first_stage} to {last}"
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -11,7 +11,6 @@ from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.framework import DIMENSIONS
 from meshwright.plan.question import (
     ASKS_FOR,
-    FILL,
     TORCH_PIPELINES,
     Question,
     Refusal,
@@ -300,8 +299,8 @@ def _micro_batches(q: Question) -> Refusal | None:
     asks = f"{layout.schedule} over pp={layout.pp} stages needs"
     if in_rounds(layout) and count >= layout.pp:
         reason = f"{asks} a multiple of {layout.pp} micro-batches, and a step has {count}"
-    elif FILL[layout.schedule] > 1:
-        reason = f"{asks} {FILL[layout.schedule] * layout.pp} micro-batches, and a step has {count}"
+    elif TABLE[layout.schedule].fill > 1:
+        reason = f"{asks} {TABLE[layout.schedule].fill * layout.pp} micro-batches, and a step has {count}"
     else:
         reason = f"{asks} as many micro-batches, and a step has {count}"
     return Refusal("micro_batches", reason, change, ("schedule", "pp", "micro_batch"))

@@ -13,7 +13,7 @@ from meshwright.plan.corrected import corrected
 from meshwright.plan.estimate import Estimate, Estimator
 from meshwright.plan.explore import Found, Value, ranked, search
 from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.goodput import Outlook, Reliability, outlook
+from meshwright.plan.goodput import Outlook, outlook
 from meshwright.plan.nearest import why_no_layout, why_nothing_fits
 from meshwright.plan.profile import Profile
 from meshwright.plan.question import Facts, divisors
@@ -155,16 +155,13 @@ def _exact(estimate: Estimate, place: dict[Layout, Searched], replayed: bool = F
 
 def outlook_of(estimate: Estimate, space: Space, request: PlanRequest) -> Outlook:
     """What failures and prices make of a run with this layout."""
-    known = Reliability()
-    if request.failures_per_1000_node_days is not None:
-        known = replace(known, failures_per_1000_node_days=request.failures_per_1000_node_days)
     return outlook(
         parameters=space.card.parameter_elements,
         cluster=space.cluster,
         step_seconds=estimate.step_seconds,
         steps=request.steps,
         spot=request.spot,
-        reliability=known,
+        reliability=request.reliability,
     )
 
 

@@ -243,7 +243,7 @@ def _way(asked: Asked, placed: Placed) -> Way:
     chances = asked.chances(placed.seconds, asked.mixed.groups)
     choice = choice_of(whole, None, space, estimator, request, 1, chances)
     shares = _shares(asked, placed)
-    why = "; ".join(f"{s.group} has stages {s.first_stage} to {s.stop_stage - 1}: {s.why}" for s in shares)
+    why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
     predicted = replace(choice.predicted, mfu=mfu(asked, placed.seconds))
     return Way("stages", replace(choice, predicted=predicted, why=why), shares)
 

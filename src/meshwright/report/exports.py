@@ -15,6 +15,7 @@ from typing import Any
 from meshwright.families.decoder import DecoderShape
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
+from meshwright.plan.framework import FRAMEWORKS
 from meshwright.plan.schedule import TABLE
 
 #: Layout.schedule -> torchtitan's word (torch.distributed.pipelining's class), where it has one.

@@ -31,8 +31,10 @@ def cost_line(plan: Plan) -> str:
     words = []
     if outlook.elapsed_seconds is not None:
         words.append(f"the run takes {duration(outlook.elapsed_seconds)}")
-    if outlook.dollars is not None and outlook.price is not None:
-        kind = "on spot" if outlook.spot else "on demand"
+    kind = "on spot" if outlook.spot else "on demand"
+    if outlook.dollars is not None and outlook.price is None:  # devices of several kinds
+        words.append(f"${outlook.dollars:,.2f} {kind}, each kind of device at its own price")
+    elif outlook.dollars is not None and outlook.price is not None:
         age = "as the job says" if outlook.price.as_of == "job" else f"price of {outlook.price.as_of}"
         words.append(f"${outlook.dollars:,.2f} {kind} at ${outlook.price.dollars_per_hour:,.2f} a device-hour ({age})")
     else:
@@ -67,8 +69,7 @@ def share_lines(plan: Plan) -> list[str]:
     """What each kind of device does, in a cluster of several."""
     lines = []
     for share in plan.shares:
-        stages = f"stages {share.first_stage} to {share.stop_stage - 1}"
-        what = f"{stages}, {share.samples} samples of each batch in micro-batches of {share.micro_batch}"
+        what = f"{share.stages}, {share.samples} samples of each batch in micro-batches of {share.micro_batch}"
         lines.append(f"{share.devices} x {share.group}: " + (f"{what}; " if share.samples else "") + share.why)
     return lines
 
