@@ -2,8 +2,9 @@
 
     python bench/search.py [--candidates 100000] [--profile] [--json]
 
-Seconds are of this process's own work (process_time). The first table estimates every layout of a space, with nothing
-pruned, until there are so many candidates; the second makes whole plans, with all that bounds and pruning save, with
+Seconds are of this process's own work (process_time). The first table searches whole spaces, not narrowed: every
+candidate is estimated, or left out because a proven bound says that it cannot be the best. The second estimates every
+layout, with nothing left out, until there are so many candidates; the third makes whole plans, narrowed as usual, with
 runners-up, what changes would buy, and the outlook.
 """
 
@@ -24,6 +25,7 @@ from meshwright.cluster import Cluster, named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import FRAMEWORKS, Facts, PlanRequest, make_plan
 from meshwright.plan.estimate import Estimator
+from meshwright.plan.explore import explore
 from meshwright.plan.space import Space, layouts
 
 LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)
@@ -35,6 +37,7 @@ ESTIMATED = (
     ("8B", LLAMA_8B, 512, 1024, "megatron-lm"),
     ("70B", LLAMA_70B, 2048, 2048, "meshwright"),
     ("70B", LLAMA_70B, 1024, 2048, "megatron-lm"),
+    ("405B", LLAMA_405B, 1024, 1024, "megatron-lm"),
 )
 #: ... and that are planned
 PLANNED = (
@@ -54,12 +57,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="say where the time of the last row of each table goes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    searched = [_searched(*row) for row in ESTIMATED]
     rows = [_estimated(*row, options.candidates) for row in ESTIMATED]
     plans = [_planned(*row) for row in PLANNED]
     if options.json:
-        print(json.dumps({"estimated": rows, "planned": plans}))
+        print(json.dumps({"searched": searched, "estimated": rows, "planned": plans}))
         return
-    print("model  devices  framework      candidates  seconds  us each")
+    print("model  devices  framework      candidates  estimated  seconds  seconds for 100,000")
+    for row in searched:
+        about = "{model:<6} {devices:>7,}  {framework:<12} {candidates:>12,}"
+        print((about + "  {estimated:>9,}  {seconds:>7.2f}  {each:>7.1f}").format(**row))
+    print("\nmodel  devices  framework      candidates  seconds  us each")
     for row in rows:
         line = "{model:<6} {devices:>7,}  {framework:<12} {candidates:>12,}  {seconds:>7.2f}  {microseconds:>7.1f}"
         print(line.format(**row))
@@ -74,6 +82,23 @@ def main() -> None:
 
 def _setting(shape: LlamaShape, devices: int) -> tuple[Card, Cluster]:
     return card(shape, 8192), named_cluster("h100-sxm-80gb", devices)
+
+
+def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
+    """The whole space, by the search that loses nothing."""
+    model, cluster = _setting(shape, devices)
+    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
+    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    begin = time.process_time()
+    counts = explore(space, estimator).counts
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework, "candidates": counts["space"]}
+    return {
+        **about,
+        "estimated": counts["estimated"],
+        "seconds": seconds,
+        "each": seconds / counts["space"] * 100_000,
+    }
 
 
 def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:

@@ -43,25 +43,30 @@ def balance_costs(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    low, high = max(max(costs), sums[-1] / stages), sums[-1]
-    best = _cut_from_the_end(sums, stages, high)
-    for _ in range(60):
-        if high - low <= 1e-12 * high:
-            break
-        middle = (low + high) / 2
-        cut = _cut_from_the_end(sums, stages, middle)
-        worst = max(sums[stop] - sums[start] for start, stop in zip(cut, (*cut[1:], count), strict=True))
-        if worst <= middle * (1 + 1e-12):
-            best, high = cut, min(middle, worst)
+    low = max(max(costs), sums[-1] / stages)
+    best, high, _ = _cut_from_the_end(sums, stages, sums[-1] / stages + max(costs))
+    while low < high * (1 - 1e-12):  # every turn low or high moves to a sum of neighbours, of which there are few
+        cut, worst, further = _cut_from_the_end(sums, stages, (low + high) / 2)
+        if worst <= (low + high) / 2 * (1 + 1e-12):
+            best, high = cut, min(high, worst)
         else:
-            low = middle
+            low = further
     return best
 
 
-def _cut_from_the_end(sums: Sequence[float], stages: int, cap: float) -> tuple[int, ...]:
-    """Fill the last stage up to `cap`, then the one before, leaving every earlier stage at least one block."""
-    starts, stop = [], len(sums) - 1
+def _cut_from_the_end(sums: Sequence[float], stages: int, cap: float) -> tuple[tuple[int, ...], float, float]:
+    """Fill the last stage up to `cap`, then the one before, leaving every earlier stage at least one block: the cut, its
+    largest stage, and the least cap that cuts otherwise or, where this one was too small for the first stage, suits."""
+    starts, stop, worst, further = [], len(sums) - 1, 0.0, float("inf")
+    cap *= 1 + 1e-12
     for stage in range(stages - 1, 0, -1):
-        stop = bisect_left(sums, sums[stop] - cap * (1 + 1e-12), stage, stop - 1)
+        end = sums[stop]
+        stop = bisect_left(sums, end - cap, stage, stop - 1)
         starts.append(stop)
-    return (0, *reversed(starts))
+        held = end - sums[stop]
+        if held > worst:
+            worst = held
+        if stop > stage and (more := end - sums[stop - 1]) < further:
+            further = more
+    worst = max(worst, sums[stop])
+    return (0, *reversed(starts)), worst, min(further, worst)
