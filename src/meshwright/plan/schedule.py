@@ -55,8 +55,10 @@ def balance_costs(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 def _cut_from_the_end(sums: Sequence[float], stages: int, cap: float) -> tuple[tuple[int, ...], float, float]:
-    """Fill the last stage up to `cap`, then the one before, leaving every earlier stage at least one block: the cut, its
-    largest stage, and the least cap that cuts otherwise or, where this one was too small for the first stage, suits."""
+    """Fill the last stage up to `cap`, then the one before, leaving every earlier stage at least one block.
+
+    Returns the cut, its largest stage, and the least cap that cuts otherwise (or, if it is less, that largest stage).
+    """
     starts, stop, worst, further = [], len(sums) - 1, 0.0, float("inf")
     cap *= 1 + 1e-12
     for stage in range(stages - 1, 0, -1):
