@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
@@ -353,6 +353,7 @@ def test_any_file_makes_a_job_or_problems(tmp_path: Path, content: bytes) -> Non
 
 @quick
 @given(st.lists(st.text(max_size=20) | st.tuples(names, keys, st.text(max_size=12)).map("{0[0]}.{0[1]}={0[2]}".format)))
+@example(["model.hf=~0"])
 def test_any_overrides_make_a_job_or_problems(small: Path, overrides: list[str]) -> None:
     try:
         assert load_job(small, overrides).train.steps >= 1

@@ -49,6 +49,6 @@ def absolute_paths(sections: dict[str, Any], folders: dict[str, Path]) -> dict[s
         value = content.get(name) if isinstance(content, dict) else None
         if isinstance(content, dict) and isinstance(value, str) and value and value not in words and "\0" not in value:
             # normpath, not resolve: a link that the user gave a name keeps that name
-            absolute = os.path.normpath(Path.cwd() / folders.get(key, Path()) / Path(value).expanduser())
+            absolute = os.path.normpath(Path.cwd() / folders.get(key, Path()) / os.path.expanduser(value))
             result[section] = {**content, name: absolute}
     return result

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Device, Link, named_cluster
@@ -71,6 +71,7 @@ PINS = st.fixed_dictionaries(
     pins=PINS,
     framework=st.sampled_from(["meshwright", "megatron-lm", "torchtitan", "llm-foundry"]),
 )
+@example(devices=1, batch=1, pins={"schedule": "interleaved"}, framework="megatron-lm")
 def test_a_plan_keeps_all_pins_or_every_suggestion_plans(
     devices: int, batch: int, pins: dict[str, Any], framework: str
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
@@ -24,6 +24,7 @@ def test_every_constant_says_what_it_is_and_where_it_comes_from() -> None:
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-9, 1e9), max_size=8))
+@example({"cuda.overlap.share": 0.99999})
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, values: dict[str, float]) -> None:
     path = tmp_path_factory.mktemp("profiles") / "p.toml"
     profile = DATASHEET.changed(values, name='one "of" mine\\')

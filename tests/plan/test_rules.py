@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwright.card import Block, Card, Parameter
@@ -57,6 +57,7 @@ def rules_broken(
 
 
 @given(questions)
+@example(Question(Layout(dp=-1, pp=2, micro_batch=-1), LLAMA, 2, 1))
 def test_the_nearest_change_removes_the_refusal(question: Question) -> None:
     for refusal in refusals(question):
         assert refusal.change, refusal

@@ -136,7 +136,7 @@ def torch_order(name: str, stages: int, micro: int, vpp: int) -> list[list[Actio
 
 
 TORCH = {
-    "gpipe": ("ScheduleGPipe", [(1, 3, 1), (4, 6, 1)]),
+    "gpipe": ("ScheduleGPipe", [(2, 3, 1), (4, 6, 1)]),
     "1f1b": ("Schedule1F1B", [(2, 2, 1), (4, 4, 1), (4, 9, 1), (8, 16, 1)]),
     "interleaved": ("ScheduleInterleaved1F1B", [(2, 4, 2), (4, 8, 2), (4, 8, 4), (4, 10, 2), (4, 3, 2), (8, 32, 3)]),
     "zb-h1": ("ScheduleInterleavedZeroBubble", [(2, 4, 1), (4, 8, 1), (8, 24, 1), (4, 8, 2), (4, 12, 3)]),
@@ -271,6 +271,14 @@ def test_a_blocking_transfer_takes_the_senders_time() -> None:
     beside = replay(orders, [2.0, 1.0], [2.0, 1.0], 0.5).seconds
     instead = replay(orders, [2.0, 1.0], [2.0, 1.0], 0.5, overlapped=False).seconds
     assert beside < instead == pytest.approx(replay(orders, [2.5, 1.0], [2.0, 1.5], 0.0).seconds)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_stage_is_no_pipeline_whatever_the_schedules_name(schedule: str) -> None:
+    (order,) = actions(schedule, 1, 3)
+    assert [action.kind for action in order] == ["F", "B"] * 3
+    assert in_flight(schedule, 1, 0, 3) == 1 and held_bytes(schedule, 1, 3, [5.0]) == (5.0,)
+    assert span_seconds(schedule, 3, [1.0], [2.0]) == pytest.approx(9.0)
 
 
 def test_lists_that_wait_for_each_other_are_found() -> None:

@@ -60,7 +60,7 @@ def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str
         return f"no schedule '{schedule}'; there are {', '.join(TABLE)}"
     if min(stages, micro_batches, vpp) < 1:
         return f"{schedule} needs a stage, a micro-batch and a virtual stage at least"
-    if not row.least_vpp <= vpp <= row.most_vpp:
+    if stages * vpp > 1 and not row.least_vpp <= vpp <= row.most_vpp:
         wants = f"{row.least_vpp}" if row.most_vpp == row.least_vpp else f"{row.least_vpp} or more"
         return f"{schedule} has {wants} virtual stages a rank, not {vpp}"
     if (
@@ -71,7 +71,7 @@ def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str
     ):
         near = round(micro_batches / stages) * stages
         return f"{schedule} over {stages} stages needs whole rounds of micro-batches ({near}), not {micro_batches}"
-    if row.fill > 1 and micro_batches < row.fill * stages:
+    if row.fill > 1 and stages > 1 and micro_batches < row.fill * stages:
         return f"{schedule} over {stages} ranks needs {row.fill * stages} micro-batches or more, not {micro_batches}"
     return None
 
@@ -91,10 +91,17 @@ def places(schedule: str, stages: int, vpp: int = 1) -> tuple[int, ...]:
     return tuple(stage % stages for stage in range(stages * vpp))
 
 
+def in_effect(schedule: str, stages: int, vpp: int = 1) -> str:
+    """The schedule that is run: where one stage is the whole model there is no pipeline, and one micro-batch follows
+    the other, whatever the schedule's name."""
+    return "1f1b" if stages * vpp == 1 else schedule
+
+
 def actions(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> tuple[tuple[Action, ...], ...]:
     """Each rank's actions in order. Raises ValueError where the schedule cannot run that (`problem`)."""
     if (wrong := problem(schedule, stages, micro_batches, vpp)) is not None:
         raise ValueError(wrong)
+    schedule = in_effect(schedule, stages, vpp)
     return tuple(tuple(_rank(schedule, stages, micro_batches, vpp, rank)) for rank in range(stages))
 
 

@@ -98,7 +98,7 @@ def dump(profile: Profile) -> str:
     lines += ["", "[constants]"]
     for row in _ROWS:
         value = float(f"{profile.constants[row.name]:.6g}")
-        if not math.isclose(value, row.value, rel_tol=1e-5):
+        if value != float(f"{row.value:.6g}"):
             lines.append(f'"{row.name}" = {value!r}  # {row.unit}; data sheet: {row.value:g}')
     lines += ["", "[intervals]"]
     for regime, (low, high) in sorted(profile.intervals.items()):

@@ -113,15 +113,10 @@ class Question:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a rank's step; 0 where the batch cannot be divided so."""
-        each = self.layout.dp * self.layout.micro_batch
-        return self.global_batch // each if each >= 1 and self.global_batch % each == 0 else 0
-
-    @property
-    def sound(self) -> bool:
-        """Whether every degree is 1 or more."""
-        layout = self.layout
-        degrees = (layout.dp, layout.shard, layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep, layout.micro_batch)
-        return min(degrees) >= 1
+        dp, micro = self.layout.dp, self.layout.micro_batch
+        if min(dp, micro, self.global_batch) < 1 or self.global_batch % (dp * micro):
+            return 0
+        return self.global_batch // (dp * micro)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from operator import mul
 from typing import Any
 
-from meshwright.plan.orders import TABLE, Action, actions, places, problem
+from meshwright.plan.orders import TABLE, Action, actions, in_effect, places, problem
 from meshwright.plan.replay import action_seconds, boundary_seconds
 
 
@@ -66,6 +66,7 @@ def _span(
     stages = len(forward) // vpp
     if (wrong := problem(schedule, stages, micro_batches, vpp)) is not None:
         raise ValueError(wrong)
+    schedule = in_effect(schedule, stages, vpp)
     row = TABLE[schedule]
     between = boundary_seconds(places(schedule, stages, vpp), transfer)
     seconds = action_seconds(forward, backward, weight, row.splits)
@@ -334,6 +335,7 @@ def _enough(schedule: str, stages: int, micro_batches: int, vpp: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _moments(schedule: str, stages: int, micro_batches: int, vpp: int) -> tuple[_Moments, ...]:
+    schedule = in_effect(schedule, stages, vpp)
     if schedule in ("gpipe", "1f1b"):
         most = (micro_batches if schedule == "gpipe" else min(stages - rank, micro_batches) for rank in range(stages))
         return tuple(_Moments((rank,), count, ((count, 0),)) for rank, count in enumerate(most))
