@@ -3,13 +3,13 @@
     python -m bench.runs                              measures all of it and prints the tables (about eight minutes)
     python -m bench.runs --save /tmp/runs.json        the same, and keeps the raw seconds
     python -m bench.runs --load /tmp/runs.json        predicts again, measures nothing
-    python -m bench.runs --profile other.toml         beside the default and the machine's own, another profile
+    python -m bench.runs --profile other.toml         with another profile beside them
 
-Four kinds of constants are shown: those of microbenchmarks; the same corrected by one run of each model; those fitted
-to the runs of the other models, which is how the shipped profile's are made (--write-default: of all of them); and the
-last as `calibrate machine` changes them by what it finds just before (--probe seconds of it; 0 for none). No prediction
-has seen the run that it is of; a few of the microbenchmarks' constants were rounded after looking at steps of two of
-these models.
+Five kinds of constants are shown: those of microbenchmarks; the shipped profile's, which were fitted to these models'
+runs on one machine (default.toml says which) and know nothing of any other; the same as `calibrate machine` changes
+them by what it finds just before (--probe seconds of it; 0 for none); the same corrected by one run of each model; and
+those fitted to this machine's runs of the other models, which is how the shipped ones are made (--write-default: of all
+of them). On the machine of the shipped profile only the first and the last have not seen the run that they predict.
 
 At most one rank a core. Two worlds take turns, one of two processes and one of a single process with both cores, and
 every round goes through all layouts, so that what else the machine does falls on all of them alike. The noise is the
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -36,8 +37,9 @@ from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
 from meshwright.plan.estimate import Estimate, Estimator
+from meshwright.plan.from_machine import machine_profile
 from meshwright.plan.from_run import Ran, corrected
-from meshwright.plan.profile import Profile, load_profile
+from meshwright.plan.profile import Profile, default_profile, load_profile
 
 WORLDS = (1, 2)
 Measured = dict[str, Any]
@@ -127,44 +129,40 @@ def noise(one: Measured) -> float:
     return statistics.fmean(abs(statistics.median(seconds) / middle - 1) for seconds in one["rounds"])
 
 
-def table(measured: Mapping[str, list[Measured]], profile: Profile, details: bool) -> str:
-    """One row a run, then one a model: what the profile predicts beside what was measured."""
-    lines, summary = [], []
-    all_errors: list[float] = []
+def table(
+    measured: Mapping[str, list[Measured]], profiles: Mapping[str, Profile], title: str
+) -> tuple[str, list[float]]:
+    """What each model's profile predicts beside what was measured, a row a run, then one a model; and the logarithm of
+    measured over predicted of every run."""
+    lines = ["", title, "", "| model | layout | measured, s | predicted, s | error | noise |"]
+    lines.append("|---|---|---|---|---|---|")
+    summary, logs = [], []
     for model, found in measured.items():
-        card, batch = card_of(model), MODELS[model][2]
-        errors, covered = [], 0
-        said = []
-        for one in found:
-            guess, seconds = estimate(card, one, batch, profile), median_seconds(one)
-            low, high = profile.interval("cpu", "meshwright", "node")
-            errors.append(guess.step_seconds / seconds - 1)
-            covered += guess.step_seconds * low <= seconds <= guess.step_seconds * high
+        card, profile = card_of(model), profiles[model]
+        guesses = [estimate(card, one, MODELS[model][2], profile).step_seconds for one in found]
+        seconds = [median_seconds(one) for one in found]
+        errors = [guess / second - 1 for guess, second in zip(guesses, seconds, strict=True)]
+        logs += [math.log(second / guess) for guess, second in zip(guesses, seconds, strict=True)]
+        for one, guess, second, error in zip(found, guesses, seconds, errors, strict=True):
             name = f"{Layout(**one['layout'])} {one['precision']}"
-            said.append((one["precision"], guess.step_seconds, seconds, name))
-            if details:
-                lines.append(
-                    f"| {model} | {name} | {seconds:.3f} | {guess.step_seconds:.3f} | {errors[-1]:+.0%} "
-                    f"| {noise(one):.0%} |"
-                )
+            lines.append(f"| {model} | {name} | {second:.3f} | {guess:.3f} | {error:+.0%} | {noise(one):.0%} |")
+        low, high = profile.interval("cpu", "meshwright", "node")
+        held = sum(low * guess <= second <= high * guess for guess, second in zip(guesses, seconds, strict=True))
         regrets = []
-        for precision in sorted({row[0] for row in said}):
-            group = [row for row in said if row[0] == precision]
-            picked, best = min(group, key=lambda row: row[1]), min(group, key=lambda row: row[2])
-            regrets.append(f"{precision} {picked[2] / best[2] - 1:.0%} ({picked[3]}, best {best[3]})")
-        noises = statistics.fmean(noise(one) for one in found)
-        absolute = [abs(error) for error in errors]
-        all_errors += absolute
+        for precision in sorted({one["precision"] for one in found}):
+            group = [index for index, one in enumerate(found) if one["precision"] == precision]
+            picked = min(group, key=lambda index: guesses[index])
+            best = min(group, key=lambda index: seconds[index])
+            regrets.append(f"{precision} {seconds[picked] / seconds[best] - 1:.0%}")
         summary.append(
-            f"| {model} | {len(found)} | {statistics.fmean(absolute):.1%} | {statistics.fmean(errors):+.1%} "
-            f"| {max(absolute):.0%} | {noises:.1%} | {covered / len(found):.0%} | {'; '.join(regrets)} |"
+            f"| {model} | {len(found)} | {statistics.fmean(map(abs, errors)):.1%} | {statistics.fmean(errors):+.1%} "
+            f"| {max(map(abs, errors)):.0%} | {statistics.fmean(map(noise, found)):.1%} | {held / len(found):.0%} "
+            f"| {', '.join(regrets)} |"
         )
-    head = ["", f"Profile: {profile.name}", ""]
-    if details:
-        head += ["| model | layout | measured, s | predicted, s | error | noise |", "|---|---|---|---|---|---|"]
-    title = "| model | runs | mean error | bias | largest | noise | in the interval | regret of the pick |"
-    mean = f"Mean error of all {len(all_errors)} runs: {statistics.fmean(all_errors):.1%}"
-    return "\n".join([*head, *lines, "", title, "|---|---|---|---|---|---|---|---|", *summary, "", mean])
+    head = "| model | runs | mean error | bias | largest | noise | in the interval | regret of the pick |"
+    lines += ["", head, "|---|---|---|---|---|---|---|---|", *summary, ""]
+    lines.append(f"Mean error of all {len(logs)} runs: {statistics.fmean(abs(math.exp(-log) - 1) for log in logs):.1%}")
+    return "\n".join(lines), logs
 
 
 def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str:
@@ -223,17 +221,15 @@ def main() -> None:
         print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     if options.save:
         options.save.write_text(json.dumps({"measured": measured, "machine": machine, "load": os.getloadavg()}))
-    from bench.runs_fit import unfitted
+    from bench.runs_fit import held_out, unfitted, write_default
 
-    profiles = [replace(unfitted(), name="microbenchmarks")]
-    for profile in (*profiles, *(load_profile(path) for path in options.profile)):
-        print(table(measured, profile, details=True))
-    from bench.runs_fit import held_out, write_default
-
-    print(after_a_run(measured, unfitted()))
-    print(held_out(measured)[0])
+    profiles = [replace(unfitted(), name="microbenchmarks"), default_profile()]
     if machine:
-        print(held_out(measured, machine)[0])
+        profiles.append(machine_profile(machine, cpu_cluster(), default_profile(), "shipped, then calibrate machine"))
+    for profile in (*profiles, *(load_profile(path) for path in options.profile)):
+        print(table(measured, dict.fromkeys(measured, profile), f"Profile: {profile.name}")[0])
+    print(after_a_run(measured, default_profile()))
+    print(held_out(measured)[0])
     if options.write_default:
         write_default(measured)
 

@@ -119,15 +119,19 @@ def test_auto_precision_follows_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "flags", "fp32", "bf16"),
+    ("maker", "flags", "fp32", "bf16"),
     [
-        ("AuthenticAMD", {"avx2", "avx512f", "avx512_bf16"}, 32, 128),
-        ("GenuineIntel", {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, 64, 1024),
-        ("GenuineIntel", {"avx2"}, 32, 16),
+        ("AuthenticAMD 25", {"avx2", "avx512f", "avx512_bf16"}, 32, 64),
+        ("AuthenticAMD 26", {"avx2", "avx512f", "avx512_bf16"}, 32, 128),
+        ("AuthenticAMD 25", {"avx2"}, 32, 16),
+        ("GenuineIntel 6", {"avx2", "avx512f", "avx512_bf16"}, 64, 128),
+        ("GenuineIntel 6", {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, 64, 1024),
+        ("GenuineIntel 6", {"avx2"}, 32, 16),
+        ("", set(), 32, 16),
     ],
 )
-def test_rates_of_a_core_follow_its_instructions(vendor: str, flags: set[str], fp32: int, bf16: int) -> None:
-    rates, _ = cluster._core_flops(vendor, frozenset(flags), 1000.0)
+def test_rates_of_a_core_follow_its_instructions(maker: str, flags: set[str], fp32: int, bf16: int) -> None:
+    rates, _ = cluster._core_flops(maker, frozenset(flags), 1000.0)
     assert rates == {"fp32": fp32 * 1e9, "bf16": bf16 * 1e9}
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +18,18 @@ from meshwright.errors import InputError, Problem, nearest_name
 GIB = 1024**3
 DEVICES_FILE = Path(__file__).with_name("devices.csv")
 
-#: Flops a cycle of one core: (cpu flag that must be there, fp32, bf16); the first row that matches counts.
-#: fp32 is 32 (two 8-wide fused multiply-adds) unless the vendor's library uses 512-bit registers for it.
-CPU_FLOPS_PER_CYCLE: tuple[tuple[str, int, int], ...] = (
-    ("amx_bf16", 64, 1024),
-    ("avx512_bf16", 32, 128),
-    ("avx512f", 64, 32),
-    ("avx2", 32, 16),
-    ("", 8, 4),
+AMD = "AuthenticAMD"
+#: Flops a cycle of one core: (vendor and family, flag, fp32, bf16); the first row that matches counts, "" any. AMD's
+#: fp32 is 32, as torch's products take the 256-bit path there; family 25 (Zen 4) halves its 512-bit instructions.
+CPU_FLOPS_PER_CYCLE: tuple[tuple[str, str, int, int], ...] = (
+    (f"{AMD} 25", "avx512_bf16", 32, 64),
+    (AMD, "avx512_bf16", 32, 128),
+    (AMD, "avx512f", 32, 32),
+    ("", "amx_bf16", 64, 1024),
+    ("", "avx512_bf16", 64, 128),
+    ("", "avx512f", 64, 32),
+    ("", "avx2", 32, 16),
+    ("", "", 8, 4),
 )
 CPU_MEMORY_BYTES_PER_SECOND = 30e9  # what one thread reads on servers of 2020 and later
 CPU_LAUNCH_SECONDS = 6e-6  # eager dispatch of one operation, forward or backward
@@ -56,7 +60,8 @@ class Device:
 
     `kind` is "cpu" where host and device are one, else "cuda", whoever made it. `real_flops` holds the rates, by
     precision, that large matrix products were measured to reach, `real_memory_bytes_per_second` the memory's (0: never
-    measured). `units` cores share the tiles of a product (0: not known); `generation` names kernels' kin ("sm90").
+    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names kernels'
+    kin ("sm90").
     """
 
     name: str
@@ -154,6 +159,21 @@ class Cluster:
         fits = [d for d in range(step, max(self.joined, step) + 1, step) if self.devices % d == 0]
         return fits[-1]
 
+    def in_processes(self, count: int) -> Cluster:
+        """The same CPU cores in `count` processes, a divisor of those that there are: each has as many times the
+        threads."""
+        device, times = self.device, self.devices // count
+        cores = device.units * times
+        merged = replace(
+            device,
+            name=f"process on {cores} CPU cores",
+            memory_bytes=device.memory_bytes * times,
+            flops={precision: rate * times for precision, rate in device.flops.items()},
+            memory_bytes_per_second=device.memory_bytes_per_second * times,
+            units=cores,
+        )
+        return replace(self, device=merged, devices=count, devices_per_node=count)
+
     def link(self, extent: int) -> Link:
         """The slowest link of a group whose ranks lie within `extent` adjacent ranks."""
         return self.intra if extent <= self.domain else self.inter
@@ -223,7 +243,7 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
         flops={precision: rate * speed for precision, rate in rates.items()},
         memory_bytes_per_second=CPU_MEMORY_BYTES_PER_SECOND * speed,
         launch_seconds=CPU_LAUNCH_SECONDS / share,
-        units=threads,
+        units=cores // max(count, 1),
     )
     link = Link("shared memory, gloo", GLOO_BYTES_PER_SECOND * share, GLOO_LATENCY_SECONDS / share, topology="host")
     per_node = count if devices_per_node is None else devices_per_node
@@ -334,7 +354,7 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
 
 
 def _cpuinfo() -> tuple[str, frozenset[str], float | None]:
-    """(vendor, flags, MHz) of the first core, as far as the system tells."""
+    """("vendor family", flags, MHz) of the first core, as far as the system tells."""
     path = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     if path.exists():
@@ -342,10 +362,11 @@ def _cpuinfo() -> tuple[str, frozenset[str], float | None]:
             key, _, value = line.partition(":")
             fields[key.strip()] = value.strip()
     megahertz = float(fields["cpu MHz"]) if "cpu MHz" in fields else None
-    return fields.get("vendor_id", ""), frozenset(fields.get("flags", "").split()), megahertz
+    maker = f"{fields.get('vendor_id', '')} {fields.get('cpu family', '')}".strip()
+    return maker, frozenset(fields.get("flags", "").split()), megahertz
 
 
-def _core_flops(vendor: str, flags: frozenset[str], megahertz: float | None) -> tuple[dict[str, float], list[str]]:
+def _core_flops(maker: str, flags: frozenset[str], megahertz: float | None) -> tuple[dict[str, float], list[str]]:
     """Peak flops a second of one core by precision, and what had to be supposed."""
     assumed = []
     if megahertz is None:
@@ -354,9 +375,11 @@ def _core_flops(vendor: str, flags: frozenset[str], megahertz: float | None) -> 
     if not flags:
         flags = frozenset({"avx2"})
         assumed.append("instructions of a core: 256-bit vectors")
-    fp32, bf16 = next((a, b) for flag, a, b in CPU_FLOPS_PER_CYCLE if not flag or flag in flags)
-    if vendor == "AuthenticAMD":
-        fp32 = min(fp32, 32)  # torch's fp32 products take the 256-bit path there
+    fp32, bf16 = next(
+        (a, b)
+        for who, flag, a, b in CPU_FLOPS_PER_CYCLE
+        if maker.startswith(who) and (not flag or flag in flags)
+    )
     return {"fp32": fp32 * megahertz * 1e6, "bf16": bf16 * megahertz * 1e6}, assumed
 
 

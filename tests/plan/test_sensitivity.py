@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from meshwright import cluster as machine
 from meshwright.cluster import GIB, Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
@@ -83,3 +84,19 @@ def test_what_is_bought_is_in_the_json() -> None:
     plan = plan_of(network=2e9)
     assert plan.buys and Plan.from_dict(plan.as_dict()) == plan
     assert replace(plan, buys=()).as_dict()["buys"] == []
+
+
+def test_fewer_processes_on_the_same_cores_buy_what_they_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
+    small = card(LlamaShape(layers=12, hidden=192, heads=6, kv_heads=6, head_dim=32, ffn=512, vocab=16384), 128)
+    request = PlanRequest(8, "fp32")
+    slow = replace(machine.cpu_cluster(2), intra=Link("slow", 1e8, 1e-3, topology="host"))
+    plan = make_plan(small, slow, request)
+    (fewer,) = [one for one in plan.buys if "threads a process" in one.change]
+    assert fewer.change == "cluster.devices=1 (2 threads a process) instead of 2"
+    assert machine.cpu_cluster(1).device == slow.in_processes(1).device
+    assert seconds(make_plan(small, machine.cpu_cluster(1), request)) == pytest.approx(fewer.step_seconds)
+    pinned = make_plan(small, slow, replace(request, pins={"dp": 2}))
+    assert not any("threads a process" in one.change for one in pinned.buys)
+    many = make_plan(small, replace(machine.cpu_cluster(8), intra=slow.intra), request)
+    assert not any("threads a process" in one.change for one in many.buys), "eight processes share two cores"

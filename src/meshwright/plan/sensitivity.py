@@ -15,6 +15,7 @@ from meshwright.plan.choose import parts
 from meshwright.plan.estimate import Estimate, Estimator
 from meshwright.plan.explore import Found, Value, explore, ranked
 from meshwright.plan.memory import usable_bytes
+from meshwright.plan.question import divisors
 from meshwright.plan.result import Buys
 from meshwright.plan.space import USUAL, WHOLE, Space, size
 
@@ -33,7 +34,7 @@ def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, val
     several = [
         *_memory(winner, space, found, value),
         *_links(winner, space, estimator, found, value),
-        *_devices(winner, space, estimator),
+        *(_processes if space.cluster.device.kind == "cpu" else _devices)(winner, space, estimator),
         *_batch(winner, space, estimator, value),
     ]
     return tuple(sorted((one for one in several if one.saves >= LEAST_SAVED), key=lambda one: (-one.saves, one.change)))
@@ -124,8 +125,6 @@ def _doubled(link: Link) -> Link:
 def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
     """One node more, or one device in a single node of processes; where no layout uses that many, twice as many."""
     cluster = space.cluster
-    if cluster.device.kind == "cpu":
-        return  # the cores of this machine are what they are
     node = cluster.devices_per_node
     for devices in (cluster.devices + node, 2 * cluster.devices):
         grown = replace(space, cluster=replace(cluster, devices=devices))
@@ -140,6 +139,24 @@ def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[B
         change = f"{more} devices more ({more // node} node{'s' if more > node else ''})"
         yield Buys(change, best.layout, best.step_seconds, saved, f"{best.layout}: {share}")
         return
+
+
+def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
+    """Fewer processes, each with more threads, on the same cores of one machine: the best of all counts."""
+    cluster, found = space.cluster, []
+    if cluster.nodes > 1 or not cluster.device.units:
+        return
+    for count in divisors(cluster.devices)[:-1]:
+        fewer = cluster.in_processes(count)
+        best = _best(replace(space, cluster=fewer), winner, estimator, ("dp", "shard", "tp", "pp"))
+        if best is not None:
+            found.append((best.step_seconds, count, fewer.device.units, best))
+    if not found:
+        return
+    seconds, count, threads, best = min(found, key=lambda one: one[:2])
+    saved = 1 - seconds / winner.step_seconds
+    change = f"cluster.devices={count} ({threads} threads a process) instead of {cluster.devices}"
+    yield Buys(change, best.layout, seconds, saved, f"{best.layout}: the same cores, fewer processes to wait for")
 
 
 def _batch(winner: Estimate, space: Space, estimator: Estimator, value: Value) -> Iterator[Buys]:
