@@ -376,9 +376,7 @@ def _core_flops(maker: str, flags: frozenset[str], megahertz: float | None) -> t
         flags = frozenset({"avx2"})
         assumed.append("instructions of a core: 256-bit vectors")
     fp32, bf16 = next(
-        (a, b)
-        for who, flag, a, b in CPU_FLOPS_PER_CYCLE
-        if maker.startswith(who) and (not flag or flag in flags)
+        (a, b) for who, flag, a, b in CPU_FLOPS_PER_CYCLE if maker.startswith(who) and (not flag or flag in flags)
     )
     return {"fp32": fp32 * megahertz * 1e6, "bf16": bf16 * megahertz * 1e6}, assumed
 
