@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from meshwright.cluster import GIB, Cluster
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.corrected import factors
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.explore import TIE, Value
+from meshwright.plan.explore import TIE, TooLarge, Value
 from meshwright.plan.goodput import Outlook
 from meshwright.plan.memory import usable_bytes
 from meshwright.plan.question import divisors
@@ -151,26 +152,29 @@ def _why_dearer(estimate: Estimate, winner: Estimate) -> str:
     return f"{times - 1:.0%} dearer a sample on {estimate.layout.devices} devices, where it is {speed}"
 
 
-def too_large(missing: list[Estimate], cluster: Cluster) -> list[Rejected]:
+def too_large(missing: list[TooLarge], cluster: Cluster) -> list[Rejected]:
     """What does not fit, the nearest miss first; of many, the nearest of each (tp, pp, cp, ep)."""
     room = usable_bytes(cluster.device)
     ordered = sorted(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
-    return [Rejected(estimate.layout, does_not_fit(estimate, room), count) for estimate, count in _grouped(ordered)]
+    return [Rejected(one.layout, does_not_fit(one.peak_bytes, room), count) for one, count in _grouped(ordered)]
 
 
-def does_not_fit(estimate: Estimate, room: int) -> str:
-    needs, misses = estimate.peak_bytes / GIB, (estimate.peak_bytes - room) / GIB
+def does_not_fit(peak_bytes: int, room: int) -> str:
+    needs, misses = peak_bytes / GIB, (peak_bytes - room) / GIB
     return f"does not fit: needs {needs:.1f} GiB a device at best, {misses:.1f} GiB more than there is room for"
 
 
-def _grouped(ordered: list[Estimate]) -> list[tuple[Estimate, int]]:
+Lost = TypeVar("Lost", Estimate, TooLarge)
+
+
+def _grouped(ordered: list[Lost]) -> list[tuple[Lost, int]]:
     """All of a few; of more, the first of each group with how many it stands for, the last one for all the rest."""
     if len(ordered) <= MOST_REJECTED:
-        return [(estimate, 1) for estimate in ordered]
-    groups: dict[tuple[int, ...], list[Estimate]] = {}
-    for estimate in ordered:
-        layout = estimate.layout
-        groups.setdefault((layout.tp, layout.pp, layout.cp, layout.ep), []).append(estimate)
+        return [(one, 1) for one in ordered]
+    groups: dict[tuple[int, ...], list[Lost]] = {}
+    for one in ordered:
+        layout = one.layout
+        groups.setdefault((layout.tp, layout.pp, layout.cp, layout.ep), []).append(one)
     firsts = [(several[0], len(several)) for several in groups.values()]
     kept, rest = firsts[:MOST_REJECTED], firsts[MOST_REJECTED:]
     if rest:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +13,20 @@ from meshwright.layout import Layout
 from meshwright.plan.blocks import BlockCost, Blocks, block_key
 from meshwright.plan.compute import BYTES, local_elements
 from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.memory import MemoryModel, StageMemory
+from meshwright.plan.memory import Counted, MemoryModel, StageMemory
 from meshwright.plan.once import Once, OnceAStep
 from meshwright.plan.profile import Profile, default_profile
-from meshwright.plan.schedule import TABLE, Timeline, actions, balance_costs, places, replay, span_seconds
+from meshwright.plan.schedule import (
+    TABLE,
+    Timeline,
+    actions,
+    balance_costs,
+    least_span,
+    places,
+    replay,
+    replayed_seconds,
+    span_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,6 @@ class Estimator:
         self._elements: dict[tuple[int, int], list[int]] = {}
         self._shares: dict[tuple[int, int], list[int]] = {}
         self._cuts: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._counts: dict[tuple[int, ...], tuple[tuple[tuple[int, int], ...], ...]] = {}
         self._stages: dict[tuple[object, ...], _Stages] = {}
         self._transferred: dict[tuple[object, ...], tuple[float, ...]] = {}
 
@@ -139,7 +147,7 @@ class Estimator:
         Raises ValueError where the schedule cannot run so many micro-batches."""
         m, stages = layout.micro_batches(self.global_batch), self._stages_of(layout)
         transfer = self._transfers_of(layout)
-        length = self._length(layout, m, stages, transfer, exact)
+        length = self._length(layout, m, stages, transfer, replayed_seconds if exact else span_seconds)
         slowest = stages.slowest
         busy, wait, device = (m * part[slowest] for part in (stages.busy, stages.wait, stages.device))
         compute = min(device, busy) - wait
@@ -168,6 +176,22 @@ class Estimator:
             pipeline_overlap=self.framework.pipeline_overlap,
         )
 
+    def peak_bytes(self, layout: Layout) -> int:
+        """Bytes on the fullest rank, as `estimate` says it, without its seconds."""
+        stages = self.memory.stages(layout, self.stages(layout), layout.micro_batches(self.global_batch))
+        return max(stage.total for stage in stages)
+
+    def least_seconds(self, layout: Layout) -> float:
+        """Seconds that the step takes at least: as `estimate` says, or a little less, without walking the schedule."""
+        m, stages = layout.micro_batches(self.global_batch), self._stages_of(layout)
+        length = self._length(layout, m, stages, self._transfers_of(layout), least_span)
+        once = self.once.seconds(layout, stages.elements, stages.last_backward, m, stages.experts)
+        return length + once.waits + self._apart(layout, stages)
+
+    def _apart(self, layout: Layout, stages: _Stages) -> float:
+        """Seconds of a step beside its micro-batches and what waits for other ranks."""
+        return self.once.update(layout, max(stages.elements)) + self.once.host_seconds + self.stalls
+
     def stages(self, layout: Layout) -> tuple[int, ...]:
         """Index of each virtual stage's first block: the slowest stage as quick as can be, or as the framework cuts."""
         count = layout.pp * layout.vpp
@@ -179,7 +203,7 @@ class Estimator:
             even = None if self.framework.head_balanced else equal_layers(layers, count)
             if even is None:
                 whole = [
-                    self._stage(self._block_costs(layout), self._local_elements(layout), [(kind, 1)], layout.tp > 1)
+                    self._stage(self._block_costs(layout), self._local_elements(layout), ((kind, 1),), layout.tp > 1)
                     for kind in range(len(self._kinds[0]))
                 ]
                 even = balance_costs([whole[kind][0] + whole[kind][1] for kind in self._kinds[1]], count)
@@ -197,9 +221,9 @@ class Estimator:
         cut, tied = self.stages(layout), layout.tp > 1
         costs, sizes = self._block_costs(layout), self._local_elements(layout)
         shares = self._expert_elements(layout)
-        known: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
+        known: dict[Counted, tuple[float, ...]] = {}
         rows = []
-        for counted in self._counted(cut):
+        for counted in self.memory.counted(cut):
             if counted not in known:
                 held = sum(count * shares[kind] for kind, count in counted)
                 known[counted] = (*self._stage(costs, sizes, counted, tied), held)
@@ -216,7 +240,7 @@ class Estimator:
         return _Stages(cut, forward, backward, weight, busy, wait, device, elements, slowest, last[0], experts)
 
     def _stage(
-        self, costs: Sequence[BlockCost], sizes: Sequence[float], counted: Sequence[tuple[int, int]], tied: bool
+        self, costs: Sequence[BlockCost], sizes: Sequence[float], counted: Counted, tied: bool
     ) -> tuple[float, ...]:
         """Forward, backward and the weights' part of it, waits, the device's own seconds, parameters: of one
         micro-batch through a stage of so many blocks of each kind."""
@@ -231,14 +255,6 @@ class Estimator:
         share = self._joined(f + b, hf + hb, tied) / (ahead + back) if ahead + back else 0.0
         return ahead * share, back * share, min(w, back * share), wait, f + b, held
 
-    def _counted(self, cut: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """How many blocks of each kind every stage has."""
-        if cut not in self._counts:
-            index = self._kinds[1]
-            spans = (index[start:stop] for start, stop in zip(cut, (*cut[1:], len(index)), strict=True))
-            self._counts[cut] = tuple(tuple(sorted(Counter(span).items())) for span in spans)
-        return self._counts[cut]
-
     def _joined(self, device: float, host: float, tied: bool) -> float:
         """Seconds of a stage whose device and host work side by side: nearly the larger, since one runs ahead of the
         other only as far as it can. Hosts `tied` by the collectives of every layer all wait for the latest."""
@@ -248,24 +264,21 @@ class Estimator:
         sharpness = self._sharpness[tied]
         return high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
 
-    def _length(self, layout: Layout, m: int, stages: _Stages, transfer: Sequence[float], exact: bool) -> float:
-        """Seconds of all micro-batches through the pipeline."""
+    def _length(
+        self, layout: Layout, m: int, stages: _Stages, transfer: Sequence[float], how: Callable[..., float]
+    ) -> float:
+        """Seconds of all micro-batches through the pipeline, as `how` counts them."""
         if layout.pp == 1 and layout.vpp == 1:
             return m * (stages.forward[0] + stages.backward[0])
-        overlapped = self.framework.pipeline_overlap
-        weight = stages.weight if TABLE[layout.schedule].splits else None
-        how = {"weight_seconds": weight, "overlapped": overlapped}
-        if exact:
-            orders = actions(layout.schedule, layout.pp, m, layout.vpp)
-            return replay(orders, stages.forward, stages.backward, transfer, **how).seconds  # type: ignore[arg-type]
-        return span_seconds(
+        return how(
             layout.schedule,
             m,
             stages.forward,
             stages.backward,
             transfer,
             vpp=layout.vpp,
-            **how,  # type: ignore[arg-type]
+            weight_seconds=stages.weight if TABLE[layout.schedule].splits else None,
+            overlapped=self.framework.pipeline_overlap,
         )
 
     def _block_costs(self, layout: Layout) -> tuple[BlockCost, ...]:

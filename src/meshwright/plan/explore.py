@@ -1,9 +1,10 @@
 """The walk through a Space: what fits, what is too large, and what a bound shows to be beaten without an estimate.
 
-Three things spare estimates, none of which can cost the best layout (`every` is the slow twin without them; a test
+Four things spare estimates, none of which can cost the best layout (`every` is the slow twin without them; a test
 holds the two together). More recompute only costs time, so it is taken only as far as it is needed. What does not fit
-at its leanest does not fit with a larger micro-batch or a smaller shard either. And no step is shorter than its
-micro-batches take on their way through the stages, so what is slower than the best by that alone is left out.
+at its leanest does not fit with a larger micro-batch or a smaller shard either, and memory is counted before time. No
+step is shorter than its micro-batches take on their way through the stages, so what is slower than the best by that
+alone is left out; and what by its busiest rank is slower than another of its degrees is not replayed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ TIE = 0.01
 MOST_LAYOUTS = {"whole": 15_000, "usual": 60_000}
 #: A layout whose step must take this many times the best one found so far is not estimated: it would be no runner-up.
 BEATEN = 1.25
-#: How many families are polished after a search within bounds, and how many layouts too large are remembered.
-POLISHED, REMEMBERED = 4, 2_000
+#: How many families are polished after a search within bounds.
+POLISHED = 4
 POLISH = replace(USUAL, name="polish", sequence_off=True)
 
 Value = Callable[[Estimate], float]
@@ -44,10 +45,10 @@ Value = Callable[[Estimate], float]
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A layout that does not fit: its peak and what its step would take."""
+    """A layout that does not fit: its peak and what its step would take at least."""
 
     peak_bytes: int
-    step_seconds: float
+    least_seconds: float
     layout: Layout
 
 
@@ -57,11 +58,11 @@ class Found:
 
     `counts`: of the layouts in its "space" so many were "estimated" (of these "missed" did not fit), "pruned" by a
     bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has the best of each set of
-    degrees, `missing` the leanest of those sets of which nothing fits, `too_large` all estimated that do not fit.
+    degrees, `missing` the leanest of those sets of which nothing fits, `too_large` all counted that do not fit.
     """
 
     fitting: list[Estimate] = field(default_factory=list)
-    missing: list[Estimate] = field(default_factory=list)
+    missing: list[TooLarge] = field(default_factory=list)
     too_large: list[TooLarge] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     bounds: Bounds = WHOLE
@@ -174,7 +175,8 @@ class _Walk:
         self.found = Found(bounds=space.bounds)
         self.best_seconds = known_seconds
         self.fitting: dict[tuple[int, ...], list[Estimate]] = {}
-        self.missing: dict[tuple[int, ...], Estimate] = {}
+        self.quickest: dict[tuple[int, ...], float] = {}  # seconds of each family's best so far
+        self.missing: dict[tuple[int, ...], TooLarge] = {}
         self.floors: dict[tuple[object, ...], float] = {}
         self.too_large_from: dict[tuple[object, ...], int] = {}  # micro-batch from which kin cannot fit
         self.recomputes, self.offloads = space.recomputes(), space.offloads()
@@ -193,20 +195,23 @@ class _Walk:
         for offload in self.offloads:
             for rung, recompute in enumerate(self.recomputes):
                 layout = replace(strand, recompute=recompute, offload=offload)
-                if self.floor(layout) > self.beaten * self.best_seconds:
+                floor = self.floor(layout)
+                if floor > self.beaten * self.best_seconds:
                     pruned += len(self.recomputes) - rung
                     break
                 if self._cannot_fit(layout):
                     known += 1
                     continue
-                estimate = self.estimator.estimate(layout)
-                tried += 1
-                peak_bytes = estimate.peak_bytes
+                peak_bytes = self.estimator.peak_bytes(layout)
                 if peak_bytes <= self.room:
-                    self.fitting.setdefault(family, []).append(estimate)
-                    self.best_seconds = min(self.best_seconds, estimate.step_seconds)
+                    if self._slow(layout, family):
+                        pruned += 1
+                    else:
+                        tried += 1
+                        self._keep(self.estimator.estimate(layout), family)
                     break
-                self._note(estimate, peak_bytes, family)
+                tried += 1
+                self._note(TooLarge(peak_bytes, floor, layout), family)
             else:
                 continue  # nothing fits without offload, or nothing at all
             if rung == 0:  # without recompute, or not worth it even so: offload only costs time
@@ -222,17 +227,27 @@ class _Walk:
         least = min(self.too_large_from.get(one, layout.micro_batch + 1) for one in (key, with_sequence))
         return layout.micro_batch >= least and layout.micro_batches(self.space.global_batch) > 1
 
-    def _note(self, estimate: Estimate, peak_bytes: int, family: tuple[int, ...]) -> None:
+    def _slow(self, layout: Layout, family: tuple[int, ...]) -> bool:
+        """Whether another layout of the same degrees is quicker than this can be, and by more than a tie."""
+        known = self.quickest.get(family)
+        return known is not None and self.estimator.least_seconds(layout) > known * (1 + TIE)
+
+    def _keep(self, estimate: Estimate, family: tuple[int, ...]) -> None:
+        self.fitting.setdefault(family, []).append(estimate)
+        seconds = estimate.step_seconds
+        self.quickest[family] = min(seconds, self.quickest.get(family, seconds))
+        self.best_seconds = min(self.best_seconds, seconds)
+
+    def _note(self, one: TooLarge, family: tuple[int, ...]) -> None:
         self.found.count("missed")
-        layout, key = estimate.layout, _kin(estimate.layout)
+        layout, key = one.layout, _kin(one.layout)
         # With one micro-batch a step nothing accumulates, which can take less: it says nothing about the others.
         if layout.micro_batches(self.space.global_batch) > 1:
             self.too_large_from[key] = min(layout.micro_batch, self.too_large_from.get(key, layout.micro_batch))
-        if len(self.found.too_large) < REMEMBERED or estimate.step_seconds < self.best_seconds:
-            self.found.too_large.append(TooLarge(peak_bytes, estimate.step_seconds, estimate.layout))
+        self.found.too_large.append(one)
         known = self.missing.get(family)
-        if known is None or peak_bytes < known.peak_bytes:
-            self.missing[family] = estimate
+        if known is None or one.peak_bytes < known.peak_bytes:
+            self.missing[family] = one
 
     def floor(self, layout: Layout) -> float:
         """Seconds that a step takes at least. One micro-batch takes `whole` through all blocks, were nothing sharded
@@ -267,7 +282,7 @@ class _Walk:
     def end(self) -> Found:
         found = self.found
         found.fitting = [ranked(several)[0] for several in self.fitting.values()]
-        found.missing = [estimate for family, estimate in self.missing.items() if family not in self.fitting]
+        found.missing = [one for family, one in self.missing.items() if family not in self.fitting]
         return found
 
 

@@ -15,6 +15,7 @@ lives only between the forward and the backward of the last block: it and a bloc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -141,6 +142,10 @@ class Sizes:
     head: int
 
 
+#: Kinds of block with how many there are of each.
+Counted = tuple[tuple[int, int], ...]
+
+
 class MemoryModel:
     """Memory of layouts of one card under one framework; equal blocks are counted once, shared parts remembered."""
 
@@ -150,6 +155,8 @@ class MemoryModel:
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
         self._held: dict[tuple[object, ...], tuple[Held, ...]] = {}
         self._sizes: dict[tuple[object, ...], tuple[Sizes, ...]] = {}
+        self._counts: dict[tuple[int, ...], tuple[Counted, ...]] = {}
+        self._by_rank: dict[tuple[object, ...], tuple[Counted, ...]] = {}
         self._kinds, self._index = card.kinds
         shared = {first for first, _ in card.tied}
         self._tied = tuple(p for p in card.parameters if p.name in shared)
@@ -269,12 +276,13 @@ class MemoryModel:
         key = (*_block_key(layout), layout.pp, layout.vpp, layout.schedule, firsts, micro_batches)
         if key not in self._held:
             kinds = self._block_bytes(layout)
-            kept = [sum(kinds[k].kept for k in blocks) for blocks in self._blocks(firsts)]
-            held: Sequence[float] = kept
+            kept = [sum(count * kinds[k].kept for k, count in stage) for stage in self.counted(firsts)]
+            held: Sequence[float] = kept if layout.pp > 1 else [sum(kept)]
             if layout.pp > 1:
                 held = held_bytes(layout.schedule, layout.pp, micro_batches, kept, vpp=layout.vpp)
             ranks: list[Held] = []
-            for most, blocks in zip(held, self._ranks(layout, firsts), strict=True):
+            for most, mine in zip(held, self._ranks(layout, firsts), strict=True):
+                blocks = [k for k, _ in mine]
                 loss, working = (max(f(kinds[k]) for k in blocks) for f in (_loss, _working))
                 if self.framework.activation_offload:  # a block's are on their way out while the next is computed
                     most = min(most, loss + 2 * max(kinds[k].kept for k in blocks))
@@ -324,18 +332,19 @@ class MemoryModel:
             tied = sum(local_size(p, layout.tp, 1, table) for p in self._tied)
             first, last = self._index[0], self._index[-1]
             ranks = []
-            for blocks in self._ranks(layout, firsts):
+            for mine in self._ranks(layout, firsts):
+                blocks = [k for k, _ in mine]
                 # Where the ends are on different ranks, the alias of a tied embedding is a copy of its own, and a layer
                 # that predicts a further token has a copy to embed it with.
                 alias = 0
                 if first not in blocks:
                     further = any(self._kinds[k][0].kind == "mtp" for k in blocks)
                     alias = kinds[first].dense if further else tied if last in blocks else 0
-                distinct = {name: size for k in set(blocks) for name, size in kinds[k].matrices}
+                distinct = {name: size for k in blocks for name, size in kinds[k].matrices}
                 ranks.append(
                     Sizes(
-                        sum(kinds[k].dense for k in blocks) + alias,
-                        sum(kinds[k].expert for k in blocks),
+                        sum(count * kinds[k].dense for k, count in mine) + alias,
+                        sum(count * kinds[k].expert for k, count in mine),
                         max(alias, *(kinds[k].dense + kinds[k].expert for k in blocks)),
                         sum(distinct.values()) + (tied if last in blocks else 0),
                         kinds[last].dense + tied if last in blocks else 0,
@@ -344,19 +353,24 @@ class MemoryModel:
             self._sizes[key] = tuple(ranks)
         return self._sizes[key]
 
-    def _blocks(self, firsts: tuple[int, ...]) -> list[list[int]]:
-        """Kinds of the blocks of each virtual stage."""
-        return [self._index[a:b] for a, b in zip(firsts, (*firsts[1:], len(self._index)), strict=True)]
+    def counted(self, firsts: tuple[int, ...]) -> tuple[Counted, ...]:
+        """How many blocks of each kind every virtual stage has, the kinds in order."""
+        if firsts not in self._counts:
+            spans = (self._index[a:b] for a, b in zip(firsts, (*firsts[1:], len(self._index)), strict=True))
+            self._counts[firsts] = tuple(tuple(sorted(Counter(span).items())) for span in spans)
+        return self._counts[firsts]
 
-    def _ranks(self, layout: Layout, firsts: tuple[int, ...]) -> list[list[int]]:
-        """Kinds of the blocks of each rank."""
-        stages = self._blocks(firsts)
-        if layout.pp == 1:
-            return [[k for stage in stages for k in stage]]
-        ranks: list[list[int]] = [[] for _ in range(layout.pp)]
-        for blocks, home in zip(stages, places(layout.schedule, layout.pp, layout.vpp), strict=True):
-            ranks[home] += blocks
-        return ranks
+    def _ranks(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[Counted, ...]:
+        """The same of every rank."""
+        key = (layout.pp, layout.vpp, layout.schedule, firsts)
+        if key not in self._by_rank:
+            stages = self.counted(firsts)
+            home = places(layout.schedule, layout.pp, layout.vpp) if layout.pp > 1 else (0,) * len(stages)
+            ranks: list[Counter[int]] = [Counter() for _ in range(layout.pp)]
+            for stage, rank in zip(stages, home, strict=True):
+                ranks[rank].update(dict(stage))
+            self._by_rank[key] = tuple(tuple(sorted(rank.items())) for rank in ranks)
+        return self._by_rank[key]
 
 
 def _loss(block: BlockBytes) -> int:

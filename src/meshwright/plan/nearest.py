@@ -10,8 +10,8 @@ from typing import Any
 from meshwright.cluster import GIB, Cluster
 from meshwright.errors import Problem
 from meshwright.layout import Layout
-from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.explore import complexity, explore, ranked, search
+from meshwright.plan.estimate import Estimator
+from meshwright.plan.explore import TooLarge, complexity, explore, ranked, search
 from meshwright.plan.memory import usable_bytes
 from meshwright.plan.question import key_of, nearest_of, word
 from meshwright.plan.result import PlanRequest
@@ -186,7 +186,7 @@ def _for(space: Space, estimator: Estimator) -> Estimator:
 
 
 def why_nothing_fits(
-    space: Space, request: PlanRequest, estimator: Estimator, missing: list[Estimate]
+    space: Space, request: PlanRequest, estimator: Estimator, missing: list[TooLarge]
 ) -> list[Problem]:
     """The layout that misses by least, by how much, and the nearest that works: pins dropped, or more devices."""
     closest = min(missing, key=lambda e: (e.peak_bytes, str(e.layout)))

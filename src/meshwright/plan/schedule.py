@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from meshwright.plan.orders import TABLE, Action, Schedule, actions, fewer, places, problem
 from meshwright.plan.replay import Event, Timeline, replay
-from meshwright.plan.span import held_bytes, in_flight, span_seconds
+from meshwright.plan.span import held_bytes, in_flight, least_span, span_seconds
 
 __all__ = [
     "TABLE",
@@ -24,11 +24,30 @@ __all__ = [
     "fewer",
     "held_bytes",
     "in_flight",
+    "least_span",
     "places",
     "problem",
     "replay",
+    "replayed_seconds",
     "span_seconds",
 ]
+
+
+def replayed_seconds(
+    schedule: str,
+    micro_batches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    transfer_seconds: float | Sequence[float] = 0.0,
+    *,
+    vpp: int = 1,
+    weight_seconds: Sequence[float] | None = None,
+    overlapped: bool = True,
+) -> float:
+    """`span_seconds`, by running every action."""
+    orders = actions(schedule, len(forward_seconds) // vpp, micro_batches, vpp)
+    how = {"weight_seconds": weight_seconds, "overlapped": overlapped}
+    return replay(orders, forward_seconds, backward_seconds, transfer_seconds, **how).seconds  # type: ignore[arg-type]
 
 
 def balance_costs(costs: Sequence[float], stages: int) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_i
         unit=whole.space.card.unit,
         objective=request.objective,
         framework=request.framework,
-        limit=limit(plain, cluster, mine.found),
+        limit=limit(plain, cluster, mine.found, mine.estimator),
         considered=dict(sorted(_total(working + [whole] * (whole not in working)).items())),
         buys=tuple(replace(b, step_seconds=b.step_seconds * winner.step_seconds / plain.step_seconds) for b in bought),
         outlook=chances,

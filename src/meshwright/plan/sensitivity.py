@@ -32,7 +32,7 @@ MOST_MEMORY = 2.0
 def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> tuple[Buys, ...]:
     """What each change would buy, the most first; only what saves LEAST_SAVED or more."""
     several = [
-        *_memory(winner, space, found, value),
+        *_memory(winner, space, estimator, found, value),
         *_links(winner, space, estimator, found, value),
         *(_processes if space.cluster.device.kind == "cpu" else _devices)(winner, space, estimator),
         *_batch(winner, space, estimator, value),
@@ -40,14 +40,13 @@ def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, val
     return tuple(sorted((one for one in several if one.saves >= LEAST_SAVED), key=lambda one: (-one.saves, one.change)))
 
 
-def limit(winner: Estimate, cluster: Cluster, found: Found) -> str:
+def limit(winner: Estimate, cluster: Cluster, found: Found, estimator: Estimator) -> str:
     """The binding constraint in words: memory where better layouts do not fit, else what takes the most of the step."""
     layout, room = winner.layout, usable_bytes(cluster.device)
     least = winner.step_seconds * (1 - LEAST_SAVED)
-    better = [e for e in found.too_large if e.step_seconds < least and e.peak_bytes <= MOST_MEMORY * room]
     economy = [f"recompute={layout.recompute}"] * (layout.recompute != "none") + ["offload"] * layout.offload
-    if economy and better:
-        near = min(better, key=lambda one: (one.peak_bytes, one.step_seconds, str(one.layout)))
+    near = next(_quicker(found, estimator, room, least), None) if economy else None
+    if near is not None:
         gib = (near.peak_bytes - room) / GIB
         return (
             f"memory: {' and '.join(economy)} makes it fit; {near.layout} would be faster and misses by {gib:.1f} GiB"
@@ -68,20 +67,18 @@ def limit(winner: Estimate, cluster: Cluster, found: Found) -> str:
     return f"{words.get(most, most)}: {shares[most] / winner.step_seconds:.0%} of the step"
 
 
-def _memory(winner: Estimate, space: Space, found: Found, value: Value) -> Iterator[Buys]:
+def _memory(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:
     """The fastest layout that each further GiB would let in, as long as it is faster."""
     if space.cluster.device.kind == "cpu":
         return  # a process's memory is a share of the machine's: more devices or fewer say it better
     device = space.cluster.device
     room, best = usable_bytes(device), value(winner)
     each = value(winner) / winner.step_seconds  # what a second is worth: the devices are the same
-    shown = 0
-    for one in sorted(found.too_large, key=lambda one: (one.peak_bytes, one.step_seconds, str(one.layout))):
-        if one.peak_bytes > room * MOST_MEMORY or shown == MEMORY_STEPS:
+    for _ in range(MEMORY_STEPS):
+        one = next(_quicker(found, estimator, room, best / each * (1 - LEAST_SAVED)), None)
+        if one is None:
             return
-        if one.step_seconds * each > best * (1 - LEAST_SAVED):
-            continue
-        best, shown = one.step_seconds * each, shown + 1
+        best = one.step_seconds * each
         # usable is a share of what there is, so a little more must be there than is missing
         more = -(-(one.peak_bytes - room) * device.memory_bytes // room // GIB)
         yield Buys(
@@ -91,6 +88,16 @@ def _memory(winner: Estimate, space: Space, found: Found, value: Value) -> Itera
             1 - one.step_seconds / winner.step_seconds,
             f"{one.layout} would fit",
         )
+
+
+def _quicker(found: Found, estimator: Estimator, room: int, seconds: float) -> Iterator[Estimate]:
+    """Layouts that do not fit whose step is shorter than `seconds`, the nearest to fitting first."""
+    near = (one for one in found.too_large if one.least_seconds < seconds and one.peak_bytes <= room * MOST_MEMORY)
+    for one in sorted(near, key=lambda one: (one.peak_bytes, str(one.layout))):
+        if estimator.least_seconds(one.layout) < seconds:
+            estimate = estimator.estimate(one.layout)
+            if estimate.step_seconds < seconds:
+                yield estimate
 
 
 def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import Any
@@ -42,6 +42,25 @@ def span_seconds(
     )
 
 
+def least_span(
+    schedule: str,
+    micro_batches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    transfer_seconds: float | Sequence[float] = 0.0,
+    *,
+    vpp: int = 1,
+    weight_seconds: Sequence[float] | None = None,
+    overlapped: bool = True,
+) -> float:
+    """Seconds that the schedule takes at least: what the busiest rank works, and what goes before its first action and
+    after its last. Arguments as of `span_seconds`, whose length is never less."""
+    setting = _Setting.of(
+        schedule, vpp, forward_seconds, backward_seconds, weight_seconds, transfer_seconds, overlapped
+    )
+    return max(ends + micro_batches * each for each, ends in setting.busy)
+
+
 #: Rounds (of a micro-batch a rank) that are replayed whole, and of which the last step of growth is taken, by ranks:
 #: more ranks fill more slowly, but their rounds are longer too.
 LONGEST = ((4, 4, 6), (8, 3, 4), (1 << 30, 2, 3))
@@ -66,23 +85,14 @@ def _span(
     stages = len(forward) // vpp
     if (wrong := problem(schedule, stages, micro_batches, vpp)) is not None:
         raise ValueError(wrong)
-    schedule = in_effect(schedule, stages, vpp)
-    row = TABLE[schedule]
-    between = boundary_seconds(places(schedule, stages, vpp), transfer)
-    seconds = action_seconds(forward, backward, weight, row.splits)
-    if not overlapped:  # the sender's time: as if its work took longer
-        ahead, back = (*between, 0.0), (0.0, *between)
-        seconds = {
-            kind: [own + sent for own, sent in zip(seconds[kind], more, strict=True)]
-            for kind, more in zip("FBIW", (ahead, back, back, [0.0] * len(ahead)), strict=True)
-        }
-        between = (0.0,) * len(between)
+    setting = _Setting.of(schedule, vpp, forward, backward, weight, transfer, overlapped)
+    schedule, seconds, between, busy = setting.schedule, setting.seconds, setting.between, setting.busy
     if schedule == "gpipe":
         rest = micro_batches - 1
         return sum(seconds["F"]) + sum(seconds["B"]) + rest * (max(seconds["F"]) + max(seconds["B"])) + 2 * sum(between)
-    busy = _busiest(seconds, places(schedule, stages, vpp), between, row.splits)
     length = _lengths(schedule, stages, micro_batches, vpp, seconds, between)
-    size = micro_batches // max(1, micro_batches // stages) if vpp > 1 and not row.folded else stages
+    rounds = vpp > 1 and not TABLE[schedule].folded
+    size = micro_batches // max(1, micro_batches // stages) if rounds else stages
     before, last = next((low, high) for ranks, low, high in LONGEST if stages <= ranks)
     while micro_batches > last * size:
         (longest, round_), rest = length(last * size), micro_batches - last * size
@@ -96,19 +106,52 @@ def _span(
     return length(micro_batches)[0]
 
 
-def _busiest(
-    seconds: Mapping[str, Sequence[float]], home: Sequence[int], between: Sequence[float], splits: bool
-) -> list[tuple[float, float]]:
-    """For each rank what it works for a micro-batch, and what goes before its first action and after its last (where
-    backwards are whole: weights' gradients may be what it ends with)."""
-    stages = max(home) + 1
-    each = [0.0] * stages
-    for stage, rank in enumerate(home):
-        each[rank] += seconds["F"][stage] + seconds["B"][stage]
-    back = [0.0] * len(home) if splits else seconds["B"]
-    ways = zip(seconds["F"], back, between, strict=False)
-    ends = accumulate((f + b + (t if splits else 2 * t) for f, b, t in ways), initial=0.0)
-    return list(zip(each, list(ends)[:stages], strict=True))
+@dataclass(frozen=True)
+class _Setting:
+    """A schedule with seconds of each kind of action by virtual stage, and of the transfers between them."""
+
+    schedule: str
+    seconds: Mapping[str, Sequence[float]]
+    between: tuple[float, ...]
+    home: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        schedule: str,
+        vpp: int,
+        forward: Sequence[float],
+        backward: Sequence[float],
+        weight: Sequence[float] | None,
+        transfer: float | Sequence[float],
+        overlapped: bool,
+    ) -> _Setting:
+        stages = len(forward) // vpp
+        schedule = in_effect(schedule, stages, vpp)
+        home = places(schedule, stages, vpp)
+        between = tuple(boundary_seconds(home, transfer))
+        seconds = action_seconds(forward, backward, weight, TABLE[schedule].splits)
+        if not overlapped:  # the sender's time: as if its work took longer
+            ahead, back = (*between, 0.0), (0.0, *between)
+            seconds = {
+                kind: [own + sent for own, sent in zip(seconds[kind], more, strict=True)]
+                for kind, more in zip("FBIW", (ahead, back, back, [0.0] * len(ahead)), strict=True)
+            }
+            between = (0.0,) * len(between)
+        return _Setting(schedule, seconds, between, home)
+
+    @cached_property
+    def busy(self) -> list[tuple[float, float]]:
+        """For each rank what it works for a micro-batch, and what goes before its first action and after its last
+        (where backwards are whole: weights' gradients may be what it ends with)."""
+        splits, seconds = TABLE[self.schedule].splits, self.seconds
+        stages = max(self.home) + 1
+        each = [0.0] * stages
+        for stage, rank in enumerate(self.home):
+            each[rank] += seconds["F"][stage] + seconds["B"][stage]
+        back = [0.0] * len(self.home) if splits else seconds["B"]
+        ways = zip(seconds["F"], back, self.between, strict=False)
+        ends = accumulate((f + b + (t if splits else 2 * t) for f, b, t in ways), initial=0.0)
+        return list(zip(each, list(ends)[:stages], strict=True))
 
 
 def _lengths(
