@@ -300,7 +300,7 @@ def _table_device(row: Mapping[str, str]) -> Device:
     return Device(
         name=row["name"],
         kind="cuda",
-        memory_bytes=int(float(row["memory_gb"]) * 1e9),
+        memory_bytes=int(float(row["memory_gib"]) * GIB),
         flops={key: rate for key, rate in rates.items() if rate},
         memory_bytes_per_second=float(row["memory_gbps"]) * 1e9,
         launch_seconds=CUDA_LAUNCH_SECONDS,
@@ -347,9 +347,9 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
     rows = [row for row in table.values() if re.search(row["pattern"], name)]
     assumed: tuple[str, ...] = ()
     if not rows:  # a GPU we have no figures for: the row nearest in memory, and say so
-        rows = [min(table.values(), key=lambda row: abs(float(row["memory_gb"]) * 1e9 - memory_bytes))]
+        rows = [min(table.values(), key=lambda row: abs(float(row["memory_gib"]) * GIB - memory_bytes))]
         assumed = (f"'{name}' is not in the table of devices: speeds of {rows[0]['name']}",)
-    row = {**rows[0], "name": name, "memory_gb": str(memory_bytes / 1e9)}
+    row = {**rows[0], "name": name, "memory_gib": str(memory_bytes / GIB)}
     return _table_cluster(row, count, count if devices_per_node is None else devices_per_node, assumed)
 
 

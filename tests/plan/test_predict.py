@@ -103,7 +103,7 @@ def test_unknown_recompute_is_the_least_that_fits() -> None:
     assert any("of 0% of the layers, the least that fits" in word for word in roomy["assumed"])
     none = answer(changed("layout", recompute="none"))
     assert roomy["step_seconds"]["mid"] == pytest.approx(none["step_seconds"]["mid"])
-    big = {"layers": 40, "hidden": 8192, "heads": 64, "kv_heads": 64, "ffn": 32768, "seq_len": 4096}
+    big = {"layers": 48, "hidden": 8192, "heads": 64, "kv_heads": 64, "ffn": 32768, "seq_len": 4096}
     times = {}
     for word in ("none", "unknown", "full"):
         line = changed("model", **big)

@@ -130,6 +130,7 @@ _ROWS = (
     ),
     Framework(
         name="megatron-lm",
+        attention="best",  # Transformer Engine prefers cuDNN's from Hopper on
         accumulate_bytes=0.0,  # fused into the product that gives them
         scatters_transfers=True,
         offers=_MEGATRON,
@@ -222,6 +223,7 @@ _ROWS = (
     ),
     Framework(
         name="unknown",
+        attention="best",
         accumulate_bytes=0.0,  # fused into the product that gives them
         scatters_transfers=True,
         offers=_MEGATRON,

@@ -29,9 +29,11 @@ from meshwright.plan.schedule import held_bytes, in_flight, places
 PROCESS_BYTES = {"cpu": 450 * 1024**2, "cuda": 900 * 1024**2}
 #: Share of a device's memory that a plan may fill; the rest is for the system.
 USABLE = {"cpu": 0.9, "cuda": 0.94}
-#: Share of what comes and goes that a caching allocator holds besides, in blocks that nothing fits into: the middle of
-#: what eight public runs of Megatron-LM reserved beyond what they allocated (0.11 to 0.42). malloc gives back.
-SLACK = {"cpu": 0.0, "cuda": 0.25}
+#: What a caching allocator holds besides, in blocks that nothing fits into: a share of what comes and goes, and at most
+#: one of all that is allocated. The middle of what eleven public runs of Megatron-LM reserved beyond what they allocated
+#: (0.11 to 0.45, and 0.03 to 0.08). malloc gives back.
+SLACK = {"cpu": 0.0, "cuda": 0.3}
+MOST_SLACK = 0.06
 MASTER_BYTES, MOMENT_BYTES = 4, 4
 #: Bytes of an element between products, by the precision that products run in.
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
@@ -81,6 +83,11 @@ class StageMemory:
 def usable_bytes(device: Device) -> int:
     """Bytes of a device that a plan may fill."""
     return int(device.memory_bytes * USABLE[device.kind])
+
+
+def slack_bytes(kind: str, moving_bytes: int, allocated_bytes: int) -> int:
+    """What a kind of device's allocator holds beside `allocated_bytes`, of which `moving_bytes` come and go."""
+    return int(min(SLACK[kind] * moving_bytes, MOST_SLACK * allocated_bytes))
 
 
 def saved_bytes(saved: Saved, *, tp: int, sequence_parallel: bool, precision: str) -> int:
@@ -212,13 +219,15 @@ class MemoryModel:
 
     def _sum(self, weights: int, gradients: int, optimizer: int, held: Held, passing: int = 0) -> StageMemory:
         kind = self.device.kind
+        buffers = held.working + passing + (self.framework.workspace_bytes if kind == "cuda" else 0)
+        allocated = weights + gradients + optimizer + held.activations + buffers
         return StageMemory(
             weights=weights,
             gradients=gradients,
             optimizer=optimizer,
             activations=held.activations,
-            buffers=held.working + passing + (self.framework.workspace_bytes if kind == "cuda" else 0),
-            slack=int(SLACK[kind] * (held.activations + held.working)),
+            buffers=buffers,
+            slack=slack_bytes(kind, held.activations + held.working, allocated),
             process=PROCESS_BYTES[kind],
         )
 

@@ -198,6 +198,9 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
         schedule = word.lower()
     elif word is not None:
         assumed.append(f"schedule '{word}': taken for {schedule}")
+    if framework.name == "torchtitan" and given["cp"] > 1 and given["dp"] % given["shard"] == 0:
+        fields["shard"] = given["shard"] * given["cp"]  # its mesh for FSDP spans both
+        assumed.append("torchtitan shards weights over context-parallel ranks too")
     if "optimizer_shard" in given:
         framework = replace(framework, optimizer_shard="dp" if given["optimizer_shard"] > 1 else "none")
     if wrong := problem(

@@ -11,7 +11,7 @@ from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.choose import choice_of
 from meshwright.plan.groups import Asked, Way, mfu
-from meshwright.plan.memory import StageMemory, usable_bytes
+from meshwright.plan.memory import StageMemory, slack_bytes, usable_bytes
 from meshwright.plan.once import Once
 from meshwright.plan.question import Facts, divisors
 from meshwright.plan.result import Share
@@ -53,9 +53,8 @@ class Blocks:
                 sums[one.name] = sum(values) * in_flight // self.micro_batches
             else:
                 sums[one.name] = sum(values) if one.name in ADDED else max(values)
-        # the allocator's slack is a share of what comes and goes
-        share = max(memory.slack / max(1, memory.activations + memory.buffers) for memory in mine)
-        sums["slack"] = int(share * (sums["activations"] + sums["buffers"]))
+        moving, states = sums["activations"] + sums["buffers"], sum(sums[name] for name in ADDED)
+        sums["slack"] = slack_bytes(self.group.device.kind, moving, moving + states)
         return StageMemory(**sums)
 
     def limit(self, start: int, in_flight: int) -> int:
@@ -63,14 +62,12 @@ class Blocks:
         if (start, in_flight) not in self._limits:
             room, stop = usable_bytes(self.group.device), start
             fixed = kept = buffers = process = 0
-            share = 0.0
             for memory in self.memory[start:]:  # as in `stage`, which is its slow twin
                 fixed += memory.weights + memory.gradients + memory.optimizer
                 kept += memory.activations
                 buffers, process = max(buffers, memory.buffers), max(process, memory.process)
-                share = max(share, memory.slack / max(1, memory.activations + memory.buffers))
-                held = kept * in_flight // self.micro_batches + buffers
-                if fixed + held + int(share * held) + process > room:
+                moving = kept * in_flight // self.micro_batches + buffers
+                if fixed + moving + slack_bytes(self.group.device.kind, moving, fixed + moving) + process > room:
                     break
                 stop += 1
             self._limits[start, in_flight] = stop
