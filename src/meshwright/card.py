@@ -79,7 +79,8 @@ class Saved:
     `bytes_per_element` 0 means the compute precision. `selective` is dropped by selective recompute. `module` is the
     part of the block that leaves this behind, by Megatron-LM's words for what it may recompute, or "product" (the input
     of one) or "loss". `on` names the only condition under which it is kept: a kind of device ("cpu"), with a precision
-    ("cpu bf16"), or "selective": a recomputed block keeps what its products made.
+    ("cpu bf16"), or "selective": a recomputed block keeps what its products made, and under tensor parallelism
+    ("selective tp") what was summed of it.
     """
 
     name: str

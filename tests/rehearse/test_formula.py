@@ -12,7 +12,7 @@ from meshwright.layout import Layout
 from meshwright.rehearse.ask import question
 
 #: Largest relative distance of the formula from the rehearsal that the cases below may show.
-BAND = 0.12
+BAND = 0.065
 MODEL = {"family": "llama", "layers": 4, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 2048, "vocab": 8192}
 QUICK = [Layout(dp=4, shard=4, pp=2, schedule="1f1b", micro_batch=1)]
 MANY = [

@@ -29,8 +29,8 @@ from meshwright.plan.schedule import held_bytes, in_flight, places
 PROCESS_BYTES = {"cpu": 450 * 1024**2, "cuda": 900 * 1024**2}
 #: Share of a device's memory that a plan may fill; the rest is for the system.
 USABLE = {"cpu": 0.9, "cuda": 0.94}
-#: What a caching allocator holds besides, in blocks that nothing fits into: a share of what comes and goes, and at most
-#: one of all that is allocated. The middle of what eleven public runs of Megatron-LM reserved beyond what they allocated
+#: What a caching allocator holds besides, in blocks that nothing fits into: a share of what comes and goes, at most one
+#: of all that is allocated. The middle of what eleven public runs of Megatron-LM reserved beyond what they allocated
 #: (0.11 to 0.45, and 0.03 to 0.08). malloc gives back.
 SLACK = {"cpu": 0.0, "cuda": 0.3}
 MOST_SLACK = 0.06
@@ -125,12 +125,13 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of activations that a rank holds at its worst moment, and what is added to them by its largest backward
-    (beyond the loss, which is then gone) and by the forward of its loss. `repeats`: backwards went before that moment,
-    so that gradients are there. `head` is what the head's own backward adds beside its weights' gradient, less the
-    logits, which are gone by then."""
+    """Bytes of activations that a rank holds at its worst moment and (`left`) when its first backward has ended, and what
+    is added to them by its largest backward (beyond the loss, which is then gone) and by the forward of its loss.
+    `repeats`: backwards went before the worst moment, so that gradients are there. `head` is what the head's own
+    backward adds beside its weights' gradient, less the logits, which are gone by then."""
 
     activations: int
+    left: int
     working: int
     loss: int
     repeats: bool
@@ -197,7 +198,7 @@ class MemoryModel:
     def _masters(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
         """fp32 masters and moments, split; beside them a copy in the compute precision of all, or of two blocks at a
         time. The worst of three moments: the loss of the last micro-batch that comes before any backward, the first
-        backward after it, and the end of the backwards, when no activation is left and every gradient is there."""
+        backward after it, and from then on, when every gradient is there."""
         elements, wide, data = sizes.dense + sizes.expert, self.width, layout.dp * layout.cp
         own = self._sharded(layout, sizes)
         pair = wide * min(2 * sizes.largest, elements)
@@ -210,7 +211,7 @@ class MemoryModel:
         moments = (
             (copied, before, held.activations, held.loss),
             (max(copied, pair), before, held.activations, max(held.working, head)),
-            (copied if layout.pp > 1 else pair, gradients, 0, max(held.working, passing)),
+            (copied if layout.pp > 1 else pair, gradients, held.left, max(held.working, passing)),
         )
         copies, gradients, activations, buffers = max(moments, key=sum)
         optimizer = 0 if layout.offload else 2 * MOMENT_BYTES * own
@@ -262,7 +263,8 @@ class MemoryModel:
         kept = whole
         if layout.recompute == "selective":
             kept = sum(n for saved, n in sizes if not saved.selective)
-            kept += sum(size(saved) for saved in block.saved if saved.on == "selective")
+            whens = ("selective", "selective tp") if tp > 1 else ("selective",)
+            kept += sum(size(saved) for saved in block.saved if saved.on in whens)
         elif layout.recompute == "full" and block.kind not in self.framework.never_recomputed:
             kept = entry // (tp if layout.sequence_parallel else 1) + loss
         # A backward holds gradients of the widest tensor that was kept and of what went in, gathered.
@@ -301,12 +303,12 @@ class MemoryModel:
                 ends = last + (self._index[0] in blocks)
                 received = (2 - ends) * self._received(layout, micro_batches)
                 received += self.framework.batch_bytes * self.card.units_per_sample * micro_batches * layout.micro_batch
-                repeats = micro_batches * layout.vpp > in_flight(
-                    layout.schedule, layout.pp, len(ranks), micro_batches, layout.vpp
-                )
+                flying = in_flight(layout.schedule, layout.pp, len(ranks), micro_batches, layout.vpp)
+                repeats = micro_batches * layout.vpp > flying
                 gone = kinds[self._index[-1]].loss // 2 if layout.pp == 1 else 0
                 head = 2 * self._entry(layout) - gone if last else 0
-                ranks.append(Held(int(most) + received, max(0, working - loss) + gathered, rows, repeats, head))
+                left = int(most) * (flying - 1) // flying + received if layout.pp > 1 else 0
+                ranks.append(Held(int(most) + received, left, max(0, working - loss) + gathered, rows, repeats, head))
             self._held[key] = tuple(ranks)
         return self._held[key]
 

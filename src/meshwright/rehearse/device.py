@@ -1,16 +1,19 @@
-"""What is different on the device that a rehearsal stands for: its allocator, its attention, its sends."""
+"""What is different on the device that a rehearsal stands for: its allocator, its kernels, its sends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+
+from meshwright.nn import Attention
 
 aten = torch.ops.aten
 
@@ -24,12 +27,44 @@ def rounding(kind: str) -> int:
     return _CUDA_BLOCK_BYTES if kind == "cuda" else 1
 
 
-def attention(kind: str) -> Callable[..., Tensor]:
-    """Stands in for `nn.Attention`, which asks the device of its tensors: the kernel that a device of `kind` would run.
+def stand_in_kernels(module: nn.Module, kind: str) -> None:
+    """Has the parts of `module` that ask the device of their tensors run what a device of `kind` would: fake tensors
+    are on the CPU.
 
-    On a GPU torch takes flash attention in half precision and its memory-efficient one in fp32; fake tensors are on the
-    CPU and would take neither.
+    On a GPU torch takes flash attention in half precision and its memory-efficient one in fp32, and RMS norms are one
+    kernel each; on a CPU they are written out, in fp32.
     """
+    if kind == "cpu":
+        return
+    for child in module.modules():
+        if isinstance(child, Attention):
+            child.forward = attention(kind)  # type: ignore[method-assign]
+        elif isinstance(child, nn.RMSNorm) and child.weight is not None:
+            child.forward = partial(_norm, child)  # type: ignore[method-assign]
+
+
+def _norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
+    result: Tensor = _FusedNorm.apply(x, module.weight)
+    return result
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What torch's fused RMS norm takes and keeps: its input and the scale of each row, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def attention(kind: str) -> Callable[..., Tensor]:
+    """The kernel that `nn.Attention` would run on a device of `kind`."""
     assert kind == "cuda", kind
 
     def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:

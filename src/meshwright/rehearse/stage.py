@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright import tasks
 from meshwright.layout import Box, Layout
-from meshwright.nn import Attention
 from meshwright.parallel import Mesh, apply, stand_in, start
 from meshwright.rehearse import device
 from meshwright.rehearse.peak import Peak, extrapolated
@@ -154,10 +153,8 @@ def _trainer(part: Part, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) ->
     task = tasks.get(part.job.task.name)
     data = MadeUp(part.job, model.module)
     outline = _outline(part, mesh, model, task, data) if layout.pp > 1 and fake else None
-    if fake and part.kind != "cpu":
-        for child in model.module.modules():
-            if isinstance(child, Attention):
-                child.forward = device.attention(part.kind)  # type: ignore[method-assign]
+    if fake:
+        device.stand_in_kernels(model.module, part.kind)
     applied = apply(
         layout,
         model.module,

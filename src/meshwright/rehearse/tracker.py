@@ -44,8 +44,8 @@ class Tracker(TorchDispatchMode):
     """A mode that counts the storages of every tensor that operations take or return.
 
     `rounding` is the allocator's: each storage counts as a multiple of it. `inside` gives the bytes that an operation,
-    named with its arguments, uses and gives back within itself. With `made_up`, questions for a value (item, float,
-    tolist), which fake tensors cannot answer, get 1.
+    named with its arguments, uses and gives back within itself. With `made_up`, for fake tensors, questions for a value
+    (item, float, tolist), which they cannot answer, get 1, and what a collective made is its own once waited for.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._made_up and func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if self._made_up and func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as a real one does; a fake one would take memory for another
         self._backward_or_not()
         result = func(*args, **(kwargs or {}))
         self._see_all((args, kwargs, result))

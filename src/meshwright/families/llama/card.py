@@ -266,6 +266,7 @@ def _layer_saved(shape: LlamaShape, t: int) -> tuple[Saved, ...]:
         Saved("layer input", t * h, "sp", on="selective"),
         Saved("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
         Saved("products into the residual stream", 2 * t * h, on="selective"),
+        Saved("their sums over tensor-parallel ranks", 2 * t * h, "sp", on="selective tp"),
     ]
     return tuple(table)
 
