@@ -125,8 +125,8 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of activations that a rank holds at its worst moment and (`left`) when its first backward has ended, and what
-    is added to them by its largest backward (beyond the loss, which is then gone) and by the forward of its loss.
+    """Bytes of activations that a rank holds at its worst moment and (`left`) when its first backward has ended, and
+    what is added to them by its largest backward (beyond the loss, which is then gone) and by the forward of its loss.
     `repeats`: backwards went before the worst moment, so that gradients are there. `head` is what the head's own
     backward adds beside its weights' gradient, less the logits, which are gone by then."""
 
