@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from meshwright.plan.calibrate import (
     calibrate_rows,
     conformal,
     held_out,
+    pair_intervals,
     replace_profile,
     rows_of,
 )
@@ -168,6 +170,23 @@ def regret(scored: Sequence[Scored]) -> dict[str, Any] | None:
     return {"groups": len(losses), "mean": sum(losses) / len(losses), "max": max(losses), "rank": rank}
 
 
+def told_apart(scored: Sequence[Scored], apart: float) -> dict[str, float]:
+    """Of the pairs of layouts of a group, every group counting alike: the share predicted to differ by more than the
+    factor `apart`, and of these the share that really come in that order."""
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(one.row.group, []).append(one)
+    said = right = total = 0.0
+    for found in groups.values():
+        pairs = [(a, b) for a, b in combinations(found, 2) if a.row.setup.layout != b.row.setup.layout]
+        differ = [(a, b) for a, b in pairs if max(a.mid, b.mid) > apart * min(a.mid, b.mid)]
+        if pairs:
+            total += 1
+            said += len(differ) / len(pairs)
+            right += sum((a.mid < b.mid) == (a.row.seconds < b.row.seconds) for a, b in differ) / len(pairs)
+    return {"factor": apart, "told": said / total, "right": right / said if said else 1.0}
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation, ties sharing their mean rank."""
     x, y = _ranks(a), _ranks(b)
@@ -259,6 +278,11 @@ def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
         },
         "memory": {"cases": memory_of_cases(data), "megatron": memory_of_megatron(data)},
     }
+    apart = pair_intervals(rows, [math.log(one.row.seconds / one.mid) for one in default])
+    found["pairs"] = {
+        "datasheet": told_apart(datasheet, DATASHEET.interval("pairs", "cuda")[1]),
+        "default, models held out": told_apart(default, apart["pairs.cuda"][1]),
+    }
     for name in ("single, groups", "multi, rows"):
         found["regret"][f"calibrated, {name}"] = regret(calibrated[name])
     found["means"] = {
@@ -283,8 +307,8 @@ def write_default(data: Path, say: Callable[[str], None]) -> None:
     ]
     kept = default_profile()  # what other benches fitted, on machines that these runs say nothing of
     cpu = {name: value for name, value in kept.constants.items() if name.startswith("cpu.")}
-    said = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("# cpu.")]
-    intervals = {**found.profile.intervals, "cpu": kept.interval("cpu")}
+    said = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("# cpu")]
+    intervals = {**found.profile.intervals, "cpu": kept.interval("cpu"), "pairs.cpu": kept.interval("pairs", "cpu")}
     replace(found.profile.changed(cpu), intervals=intervals).save(DEFAULT_FILE)
     head += said
     DEFAULT_FILE.write_text("\n".join(head) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")
@@ -313,6 +337,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     for name, one in found["regret"].items():
         rank = "     -" if one["rank"] is None else f"{one['rank']:>6.3f}"
         yield f"{name[:64]:<66} {one['groups']:>6}  {one['mean']:>6.1%}  {one['max']:>6.1%}  {rank}"
+    yield "\nTWO LAYOUTS OF A GROUP         90 % of ratios within   told apart   of these in that order"
+    for name, one in found["pairs"].items():
+        yield f"{name:<30} {'x':>18}{one['factor']:.2f}   {one['told']:>9.0%}   {one['right']:>9.1%}"
     yield "\nPEAK MEMORY                       rows    mean     p95     max"
     for place, table in found["memory"].items():
         for name, one in (table or {}).items():

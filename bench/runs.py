@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, nargs="*", default=[], help="beside the default, other profiles")
     parser.add_argument("--probe", type=float, default=40.0, help="seconds to measure the machine for its own profile")
     parser.add_argument("--write-default", action="store_true", help="fit the shipped profile's CPU constants to this")
+    parser.add_argument("--write-intervals", action="store_true", help="the shipped profile's CPU intervals by this")
     options = parser.parse_args()
     if options.load:
         loaded = json.loads(options.load.read_text())
@@ -221,7 +222,7 @@ def main() -> None:
         print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     if options.save:
         options.save.write_text(json.dumps({"measured": measured, "machine": machine, "load": os.getloadavg()}))
-    from bench.runs_fit import held_out, unfitted, write_default
+    from bench.runs_fit import held_out, unfitted, write_default, write_intervals
 
     profiles = [replace(unfitted(), name="microbenchmarks"), default_profile()]
     if machine:
@@ -232,6 +233,8 @@ def main() -> None:
     print(held_out(measured)[0])
     if options.write_default:
         write_default(measured)
+    if options.write_intervals:
+        write_intervals(measured)
 
 
 if __name__ == "__main__":

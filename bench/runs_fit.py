@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from bench.runs import Measured, card_of, estimate, median_seconds, table
 from bench.runs_models import MODELS
+from meshwright.plan.calibrate import weighted_quantile
 from meshwright.plan.cpu_constants import CPU_CONSTANTS
 from meshwright.plan.fit import Prior, fit
 from meshwright.plan.profile import DEFAULT_FILE, Profile, default_profile
@@ -48,17 +50,43 @@ def held_out(measured: Mapping[str, list[Measured]]) -> tuple[str, list[float]]:
 
 
 def write_default(measured: Mapping[str, list[Measured]]) -> None:
-    """The shipped profile with CPU constants fitted to all the runs, and the interval that models held out ask for."""
+    """The shipped profile with CPU constants fitted to all the runs, and the intervals that models held out ask for."""
+    _, logs = held_out(measured)
+    best = fitted(measured)
+    start = default_profile().changed({one.name: best[one.name] for one in CPU_CONSTANTS})
+    said = f"# cpu.*: written by `python -m bench.runs --write-default` from {len(logs)} runs on two cores of an EPYC."
+    _save(replace(start, intervals={**start.intervals, **_intervals(measured, logs)}), said, "# cpu.")
+
+
+def write_intervals(measured: Mapping[str, list[Measured]]) -> None:
+    """The shipped profile with its CPU constants as they are and its intervals widened by what runs on this machine ask
+    for, where it is not the one that they were fitted on."""
+    start = default_profile()
+    _, logs = table(measured, dict.fromkeys(measured, start), "")
+    said = f"# cpu intervals: `python -m bench.runs --write-intervals`, {len(logs)} runs on a machine not fitted."
+    found = _intervals(measured, logs)
+    (low, high), (least, most) = found["cpu"], start.interval("cpu")
+    intervals = {**start.intervals, **found, "cpu": (min(low, least), max(high, most))}
+    _save(replace(start, intervals=intervals), said, "# cpu intervals")
+
+
+def _intervals(measured: Mapping[str, list[Measured]], logs: list[float]) -> dict[str, tuple[float, float]]:
+    """Of a run, and of the ratio of two layouts of a model in one precision."""
     import numpy as np
 
-    _, logs = held_out(measured)
     low, high = (math.exp(float(x)) for x in np.quantile(logs, TAILS))
-    interval = (min(low / WIDER, 1.0), max(high * WIDER, 1.0))
-    start = default_profile()
-    values = {one.name: fitted(measured)[one.name] for one in CPU_CONSTANTS}
-    profile = replace(start.changed(values), intervals={**start.intervals, "cpu": interval})
+    left, pairs = iter(logs), []
+    for found in measured.values():
+        mine = [(one["precision"], log) for one, log in zip(found, left, strict=False)]
+        near = [abs(a - b) for (p, a), (q, b) in combinations(mine, 2) if p == q]
+        pairs += [(apart, 1 / len(near)) for apart in near]
+    apart = math.exp(weighted_quantile(pairs, TAILS[1] - TAILS[0]))
+    return {"cpu": (min(low / WIDER, 1.0), max(high * WIDER, 1.0)), "pairs.cpu": (1 / apart, apart)}
+
+
+def _save(profile: Profile, said: str, instead: str) -> None:
+    """Writes the shipped profile, `said` in its head in place of the line that begins with `instead`."""
     head = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    said = f"# cpu.*: written by `python -m bench.runs --write-default` from {len(logs)} runs on two cores of an EPYC."
+    lines = [*(line for line in head if not line.startswith(instead)), said]
     profile.save(DEFAULT_FILE)
-    lines = [*(line for line in head if not line.startswith("# cpu.")), said]
     DEFAULT_FILE.write_text("\n".join(lines) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")

@@ -14,7 +14,7 @@ from meshwright.families.decoder import card as decoder_card
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import Layout
 from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.memory import PROCESS_BYTES, MemoryModel, StageMemory, local_size, usable_bytes
+from meshwright.plan.memory import PROCESS_BYTES, MemoryModel, StageMemory, local_size, slack_bytes, usable_bytes
 
 H100 = named_cluster("h100-sxm-80gb", 8)
 OURS = FRAMEWORKS["meshwright"]
@@ -215,6 +215,35 @@ def test_peak_of_a_run_that_nobody_here_made() -> None:
     found = stages(decoder_card(shape, 4096, "megatron+fused_loss"), layout, 4, "bf16", framework=framework)[0]
     assert found.allocated / 2**30 == pytest.approx(39.07, rel=0.01)
     assert found.reserved / 2**30 == pytest.approx(40.18, rel=0.03)
+
+
+def test_torchtitan_recomputes_every_second_product_and_turns_logits_into_fp32() -> None:
+    # Llama 3 8B of 8,192 tokens a sample on 128 devices: torchtitan printed 67.0 GiB reserved for 2 samples, eager.
+    shape, t = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256), 8192
+    model, titan = decoder_card(shape, t, "titan"), FRAMEWORKS["torchtitan"]
+    layout = Layout(dp=128, shard=128, micro_batch=2, recompute="selective")
+    found = stages(model, layout, 1, "bf16", framework=titan)[0]
+    q, v, gate, output, last, given, scale = 4096, 1024, 14336, 4096, 4096, 4096, 4 * 32 / 2
+    layers = 32 * 2 * (q + v + gate + output + last + given + scale)
+    log_softmax_and_two_gradients = 3 * 4 * 128256
+    rest = found.activations - 2 * t * (layers + log_softmax_and_two_gradients)
+    assert 0 < rest < 0.02 * found.activations  # norms' scales, the head's input
+    assert found.reserved / 2**30 == pytest.approx(67.0, rel=0.12)
+
+
+def test_a_layer_of_two_that_is_recomputed_leaves_half() -> None:
+    every_other = replace(MEGATRON, selective="block")
+    none, half, full = (
+        stages(toy(), Layout(recompute=word), 1, "fp32", framework=every_other)[0].activations
+        for word in ("none", "selective", "full")
+    )
+    assert half == (none + full) / 2 and full < none
+
+
+def test_the_allocators_slack_is_bounded_by_what_is_allocated() -> None:
+    assert slack_bytes("cuda", 100, 10_000) == 30
+    assert slack_bytes("cuda", 9_000, 10_000) == 600
+    assert slack_bytes("cpu", 100, 10_000) == 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -11,6 +11,7 @@ from meshwright.cluster import GIB, Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
 from meshwright.plan.explore import TIE
+from meshwright.plan.profile import default_profile
 
 MODEL = card(LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=5504, vocab=32000), 2048)
 
@@ -73,9 +74,9 @@ def test_idle_stages_are_named_as_the_limit() -> None:
 
 def test_runners_up_within_the_margin_are_told() -> None:
     plan = plan_of()
-    high = plan.chosen.predicted.step_seconds.high
+    _, apart = default_profile().interval("pairs", "cuda")
     for choice in plan.runners_up:
-        assert choice.level == (choice.predicted.step_seconds.mid <= high)
+        assert choice.level == (choice.predicted.step_seconds.mid <= apart * seconds(plan))
         assert choice.level == ("cannot be told apart" in choice.why)
     assert any(choice.level for choice in plan.runners_up)
 

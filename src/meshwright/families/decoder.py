@@ -145,8 +145,9 @@ def _mtp_parameters(shape: DecoderShape, at: str) -> list[Parameter]:
 def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
     """The Card for sequences of `seq_len` tokens; `style` says who computes it, and so what is kept for backward.
 
-    "plain" is eager PyTorch as our own modules are; "megatron" is Megatron-Core with Transformer Engine's fused
-    kernels; "megatron-legacy" the unfused attention of 2022; "hf" and "fsdp" are eager blocks of Hugging Face's kind.
+    "plain" is eager PyTorch as our own modules are; "titan" as torchtitan's are; "megatron" is Megatron-Core with
+    Transformer Engine's fused kernels; "megatron-legacy" the unfused attention of 2022; "hf" and "fsdp" are eager
+    blocks of Hugging Face's kind.
     Options follow a "+" (decoder_saved.OPTIONS). Raises KeyError for another word.
     """
     t, h = seq_len, shape.hidden

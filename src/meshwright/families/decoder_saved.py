@@ -9,7 +9,7 @@ from __future__ import annotations
 from meshwright.card import Saved
 from meshwright.families.decoder_shape import DecoderShape
 
-STYLES = ("plain", "megatron", "megatron-legacy", "hf", "fsdp")
+STYLES = ("plain", "titan", "megatron", "megatron-legacy", "hf", "fsdp")
 #: What may be said after a style.
 OPTIONS = {
     "dropout": "masks of one byte after the embedding, attention and the feed-forward",
@@ -30,7 +30,7 @@ class Style:
         if unknown:
             raise KeyError(f"{words}: {', '.join(sorted(unknown))}")
         legacy = base == "megatron-legacy"
-        self.megatron = base.startswith("megatron")
+        self.megatron, self.titan = base.startswith("megatron"), base == "titan"
         self.options = frozenset(options) | (frozenset({"dropout", "unfused"}) if legacy else frozenset())
 
     def __contains__(self, option: str) -> bool:
@@ -49,7 +49,19 @@ def block_saved(shape: DecoderShape, t: int, words: str, mixed: bool) -> tuple[S
     if shape.norms == 4:
         table += [*_norm(shape, t, "attn_out_norm", style), *_norm(shape, t, "ffn_out_norm", style)]
     table += _mixture(shape, t, style) if mixed else _feed_forward("ffn", shape.ffn, t, shape.gated, style)
+    if style.titan:
+        table += _between_products(t * h)
     return (*table, *_mask("feed-forward's dropout", t * h, style))
+
+
+def _between_products(elements: int) -> list[Saved]:
+    """What torchtitan's selective recompute keeps besides every second product: what the last one made, what was summed
+    over tensor-parallel ranks, and the layer's input."""
+    return [
+        Saved("layer input", elements, "sp", on="selective"),
+        Saved("last product", elements, on="selective"),
+        Saved("sums over tensor-parallel ranks", 2 * elements, "sp", on="selective tp"),
+    ]
 
 
 def embedding_saved(shape: DecoderShape, t: int, words: str) -> tuple[Saved, ...]:
@@ -64,6 +76,9 @@ def head_saved(shape: DecoderShape, t: int, words: str) -> tuple[Saved, ...]:
     style = Style(words)
     norm = _norm(shape, t, "norm", style) if shape.final_norm else []
     given = _given("out input", t * shape.hidden, style)
+    if style.titan and "fused_loss" not in style:  # the logits are turned into fp32 whole
+        said = "log-softmax of the logits, its gradient and theirs"
+        return (*norm, given, Saved(said, 3 * t * shape.vocab, "tp", 4, module="loss"))
     if not style.megatron or "fused_loss" in style:
         return (*norm, given, Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"))
     # The logits, and their softmax in fp32; backward, the softmax and the gradient of the logits.
@@ -92,7 +107,7 @@ def _norm(shape: DecoderShape, t: int, name: str, style: Style) -> list[Saved]:
     """A norm keeps its input, and of each token its scale and, but for RMS norms, its mean."""
     statistics = 1 if shape.norm == "rms" else 2
     return [
-        Saved(f"{name} input", t * shape.hidden, "sp"),
+        Saved(f"{name} input", t * shape.hidden, "sp", selective=style.titan),
         Saved(f"{name} statistics", t * statistics, "sp", bytes_per_element=4),
     ]
 
@@ -107,7 +122,8 @@ def _attention(shape: DecoderShape, t: int, style: Style) -> list[Saved]:
     values = shape.heads * (shape.head_dim + shape.value_dim) if shape.latent else shape.kv_width
     table = [
         Saved("q", t * q, "tp"),
-        Saved("k and v", t * (shape.kv_width + values), "tp"),
+        Saved("k", t * shape.kv_width, "tp", selective=style.titan),
+        Saved("v", t * values, "tp"),
         Saved("attention output", t * out, "tp", module="product"),
     ]
     if "two_outputs" in style:
@@ -142,6 +158,11 @@ def _feed_forward(name: str, width: int, t: int, gated: bool, style: Style, spli
         return [
             Saved(f"{name} gate and up", 2 * t * width, split),
             Saved(f"{name} activation", t * width, split, module="product"),
+        ]
+    if style.titan:
+        return [
+            Saved(f"{name} gate", t * width, split),
+            Saved(f"{name} up, silu and product", 3 * t * width, split, selective=True),
         ]
     return [
         Saved(f"{name} gate and up", 2 * t * width, split),

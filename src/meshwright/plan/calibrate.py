@@ -4,7 +4,8 @@
 2. Per regime the residuals may become a smooth correction (correction.py), if it proves itself: refits without some
    groups must predict those groups better by a twentieth with it than without (few runs: not clearly worse).
 3. The same refits give the intervals: the 5 % and 95 % quantiles of log(measured / predicted) over runs whose group was
-   not fitted (split conformal prediction; Vovk et al. 2005, Lei et al. 2018), by regime where it has enough runs.
+   not fitted (split conformal prediction; Vovk et al. 2005, Lei et al. 2018), by regime where it has enough runs; and
+   by how much the ratio of two layouts of a group is off.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import InputError, MeshwrightError, Problem
@@ -150,7 +152,8 @@ def calibrate_rows(
     kept = _proven(residuals) if correct else frozenset()
     profile = with_corrections(fitted, rows, kept) if kept else fitted
     told = [_choose(one, kept) for one in residuals]
-    intervals = conformal([one.row for one in residuals], [z for z, _ in told], [unit for _, unit in told])
+    tested, logs = [one.row for one in residuals], [z for z, _ in told]
+    intervals = {**conformal(tested, logs, [unit for _, unit in told]), **pair_intervals(tested, logs)}
     profile = replace_profile(profile, intervals={**start.intervals, **intervals}, fitted_rows=len(rows))
     return Calibration(
         profile=profile,
@@ -336,20 +339,37 @@ def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]
     return intervals
 
 
+def pair_intervals(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, tuple[float, float]]:
+    """Factors (low, high) by "pairs" and kind of device: by so much the ratio of two layouts' times of the same group
+    is predicted, for 90 % of the pairs. Every group counts for as much. What layouts of a group have in common is off
+    for all of them alike, so two may be told apart that differ by less than their intervals."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault((row.setup.regime[0], row.group), []).append(index)
+    by_kind: dict[str, list[tuple[float, float]]] = {}
+    for (kind, _), members in groups.items():
+        pairs = [(a, b) for a, b in combinations(members, 2) if rows[a].setup.layout != rows[b].setup.layout]
+        by_kind.setdefault(kind, []).extend((abs(logs[a] - logs[b]), 1 / len(pairs)) for a, b in pairs)
+    return {
+        f"pairs.{kind}": (1 / apart, apart)
+        for kind, found in by_kind.items()
+        if len(found) >= FEWEST_FOR_INTERVAL and (apart := math.exp(weighted_quantile(found, COVERAGE)))
+    }
+
+
+def weighted_quantile(found: Sequence[tuple[float, float]], share: float) -> float:
+    """The least value below or at which lies a `share` of the weights; (value, weight) each."""
+    ordered, total = sorted(found), sum(weight for _, weight in found)
+    passed = accumulate(weight for _, weight in ordered)
+    reached = (value for (value, _), weight in zip(ordered, passed, strict=True) if weight >= share * total)
+    return next(reached, ordered[-1][0])
+
+
 def _quantiles(scores: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    count, total = len(scores), sum(weights)
+    count = len(scores)
     tail = max(0.0, 1 - (1 + COVERAGE) / 2 * (count + 1) / count)
-    ordered = sorted(zip(scores, weights, strict=True))
-
-    def reach(pairs: Sequence[tuple[float, float]]) -> float:
-        passed = 0.0
-        for score, weight in pairs:
-            passed += weight
-            if passed > tail * total:
-                return score
-        return pairs[-1][0]
-
-    low, high = reach(ordered), reach(ordered[::-1])
+    low = weighted_quantile(list(zip(scores, weights, strict=True)), tail)
+    high = -weighted_quantile([(-score, weight) for score, weight in zip(scores, weights, strict=True)], tail)
     return math.exp(min(low, 0.0)), math.exp(max(high, 0.0))
 
 

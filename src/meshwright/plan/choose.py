@@ -45,8 +45,8 @@ def choice_of(
     if winner is None:
         why = _why_best(estimate, space, considered, request.objective)
     else:
-        _, high = factors(winner.layout, space, estimator)
-        level = estimate.step_seconds <= high * winner.step_seconds and request.objective == "time"
+        _, apart = estimator.profile.interval("pairs", space.cluster.device.kind)
+        level = estimate.step_seconds <= apart * winner.step_seconds and request.objective == "time"
         why = why_lost(estimate, winner, request.objective)
         why += "; cannot be told apart" if level else ""
     return Choice(

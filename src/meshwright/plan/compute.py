@@ -272,8 +272,9 @@ def kept_share(block: Block, tp: int, sequence_parallel: bool) -> float:
     """Share of a block's memory-bound work left to one of `tp` ranks, as its saved activations are split."""
     if tp == 1:
         return 1.0
-    whole = sum(saved.elements for saved in block.saved)
+    kept = [saved for saved in block.saved if not saved.on.startswith("selective")]
+    whole = sum(saved.elements for saved in kept)
     if not whole:
         return 1 / tp if sequence_parallel else 1.0
-    split = sum(s.elements for s in block.saved if s.split == "tp" or (s.split == "sp" and sequence_parallel))
+    split = sum(s.elements for s in kept if s.split == "tp" or (s.split == "sp" and sequence_parallel))
     return (whole - split + split / tp) / whole

@@ -261,7 +261,9 @@ class MemoryModel:
         whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
         entry = given * self.width * micro // layout.cp
         kept = whole
-        if layout.recompute == "selective":
+        if layout.recompute == "selective" and self.framework.selective == "block":
+            kept = (whole + entry) // 2  # every other block is recomputed
+        elif layout.recompute == "selective":
             kept = sum(n for saved, n in sizes if not saved.selective)
             whens = ("selective", "selective tp") if tp > 1 else ("selective",)
             kept += sum(size(saved) for saved in block.saved if saved.on in whens)

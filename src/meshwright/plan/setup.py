@@ -41,7 +41,7 @@ SELECTIVE = {"selective_attention": "attention", "selective_op": "operations", "
 #: How a framework's blocks compute, as the card's styles know it.
 STYLES = {
     "meshwright": "plain",
-    "torchtitan": "plain",
+    "torchtitan": "titan",
     "llm-foundry": "fsdp",
     "deepspeed": "hf",
     "megatron-deepspeed": "megatron-legacy",
