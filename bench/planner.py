@@ -34,6 +34,7 @@ from meshwright.plan.calibrate import (
     rows_of,
 )
 from meshwright.plan.case import measured_cases
+from meshwright.plan.explore import TIE, complexity
 from meshwright.plan.fit import folds, spread_rows
 from meshwright.plan.predict import Predictor
 from meshwright.plan.profile import DATASHEET, DEFAULT_FILE, Profile, default_profile
@@ -152,15 +153,17 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def regret(scored: Sequence[Scored]) -> dict[str, Any] | None:
-    """How much slower the layout that is predicted quickest is than the best measured of its group: mean and largest
-    over the groups with several layouts, and the mean rank correlation within groups of five or more."""
+    """How much slower the layout that a plan takes is than the best measured of its group: mean and largest over the
+    groups with several layouts, and the mean rank correlation within groups of five or more."""
     groups: dict[str, list[Scored]] = {}
     for one in scored:
         groups.setdefault(one.row.group, []).append(one)
     losses, ranks = [], []
     for found in groups.values():
         if len({one.row.setup.layout for one in found}) > 1:
-            picked = min(found, key=lambda one: one.mid)
+            level = (1 + TIE) * min(one.mid for one in found)
+            near = [one for one in found if one.mid <= level]
+            picked = min(near, key=lambda one: (complexity(one.row.setup.layout), one.mid))
             losses.append(picked.row.seconds / min(one.row.seconds for one in found) - 1)
             if len(found) >= 5:
                 ranks.append(spearman([one.mid for one in found], [one.row.seconds for one in found]))

@@ -22,10 +22,13 @@ from typing import Any
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster, named_cluster
-from meshwright.families.llama.card import LlamaShape, card
+from meshwright.families import card_of_job
+from meshwright.families.llama.card import LlamaShape
+from meshwright.job import Job
 from meshwright.plan import FRAMEWORKS, Facts, PlanRequest, make_plan
 from meshwright.plan.estimate import Estimator
 from meshwright.plan.explore import explore
+from meshwright.plan.setup import style_of
 from meshwright.plan.space import Space, layouts
 
 LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)
@@ -80,13 +83,20 @@ def main() -> None:
         _profiled(lambda: _planned(*PLANNED[-1]))
 
 
-def _setting(shape: LlamaShape, devices: int) -> tuple[Card, Cluster]:
-    return card(shape, 8192), named_cluster("h100-sxm-80gb", devices)
+def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Cluster]:
+    model = {"layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "kv_heads": shape.kv_heads}
+    job = Job(
+        model={"family": "llama", **model, "ffn": shape.ffn, "vocab": shape.vocab},
+        data={"seq_len": 8192},
+        train={"steps": 1, "lr": 1e-4, "global_batch": 1},
+    )
+    style = "plain" if framework == "meshwright" else style_of(framework, "bf16", None)
+    return card_of_job(job, style), named_cluster("h100-sxm-80gb", devices)
 
 
 def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
     """The whole space, by the search that loses nothing."""
-    model, cluster = _setting(shape, devices)
+    model, cluster = _setting(shape, devices, framework)
     space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
     estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
     begin = time.process_time()
@@ -103,7 +113,7 @@ def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework:
 
 def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:
     """Every layout of the whole space in the order it is generated, with a new estimator; `most` at most."""
-    model, cluster = _setting(shape, devices)
+    model, cluster = _setting(shape, devices, framework)
     space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
     estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
     begin, count = time.process_time(), 0
@@ -116,7 +126,7 @@ def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework
 
 
 def _planned(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
-    model, cluster = _setting(shape, devices)
+    model, cluster = _setting(shape, devices, framework)
     begin = time.process_time()
     plan = make_plan(model, cluster, PlanRequest(batch, steps=10_000, framework=framework))
     seconds = time.process_time() - begin
