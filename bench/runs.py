@@ -177,7 +177,9 @@ def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str
         ran = Ran(card, cpu_cluster(2), batch, layout, teacher["precision"])
         observed = {"step": [seconds for turn in teacher["rounds"] for seconds in turn]}
         for name in ("forward", "backward", "optimizer"):
-            observed[name] = [max(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)]
+            observed[name] = [
+                statistics.fmean(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)
+            ]
         fit = corrected(ran, observed, profile, "corrected")
         others = [one for one in found if one is not teacher and one["precision"] == teacher["precision"]]
         before, after = (

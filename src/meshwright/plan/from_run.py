@@ -150,7 +150,7 @@ def corrected(
     ran: Ran, observed: Mapping[str, Sequence[float]], start: Profile, name: str, said: str = "corrected by a run"
 ) -> RunFit:
     """`start`, corrected by the seconds of each step ("step") and of those of its parts that are known ("forward",
-    "backward", "optimizer"; sums over the step, of the slowest rank)."""
+    "backward", "optimizer"; sums over the step, the mean of the ranks)."""
     kind = ran.cluster.device.kind
     before = _parts(ran, start)
     names = [part for part in before if part in observed]
@@ -195,8 +195,9 @@ def _near(before: tuple[float, float], left: float) -> tuple[float, float]:
 
 
 def spans(trace: Path, steps: Mapping[int, float]) -> dict[str, list[float]]:
-    """Seconds by part for each of the `steps` that the trace holds whole: the sum of a rank's spans of that name, of
-    the slowest rank. {} without a trace."""
+    """Seconds by part for each of the `steps` that the trace holds whole: the sum of a rank's spans of that name, the
+    mean of the ranks, so that the parts add up to the step: who is early in one waits in another. {} without a trace.
+    """
     if not trace.is_file() or trace.stat().st_size > LARGEST_TRACE_BYTES:
         return {}
     try:
@@ -209,12 +210,15 @@ def spans(trace: Path, steps: Mapping[int, float]) -> dict[str, list[float]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(Problem(str(trace), f"is not a trace of a run ({error})")) from error
     whole = {step for name, step, _ in sums if name == "batch"}
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     for (name, step, _), seconds in sums.items():
         if step in whole and step in steps:
-            by_step = found.setdefault(name, {})
-            by_step[step] = max(by_step.get(step, 0.0), seconds)
-    return {name: list(by_step.values()) for name, by_step in found.items() if len(by_step) >= 3}
+            found.setdefault(name, {}).setdefault(step, []).append(seconds)
+    return {
+        name: [statistics.fmean(ranks) for ranks in by_step.values()]
+        for name, by_step in found.items()
+        if len(by_step) >= 3
+    }
 
 
 def _parts(ran: Ran, profile: Profile) -> dict[str, float]:
