@@ -4,8 +4,7 @@ The table has what each run was told and two counters of torch's allocator; a bl
 columns leave out is in the name of the case, which says what the case tests: `te` or not, rope, untied, MLA. What runs
 share besides (vocabularies, dropout of 0.1, 8 GPUs where nothing is said, the attention a deterministic run falls back
 to) is in the public configuration of the regression suite. The counters are of the last rank of the last stage, which
-is the one that writes logs. No constant is fitted: every figure follows from `plan.memory`. One thing was read off the
-measurements: which of the early runs (by the name of their machine) wrote attention's scores out.
+is the one that writes logs. No constant is fitted: every figure follows from `plan.memory`.
 
     python bench/megatron_rows.py --data FOLDER
 """
@@ -128,10 +127,10 @@ def _local(row: MegatronRow) -> bool:
 
 
 def _unfused(row: MegatronRow) -> bool:
-    """Deterministic runs write attention's scores out, but for those of the later suite that resume: they choose."""
+    """Deterministic runs write attention's scores out, but for those that resume: they choose."""
     if row.given["deterministic_env"] != "1":
         return row.case.startswith("bert") or row.says("loss_fusion")
-    chooses = row.says("resume", "memory_speed") and "dracooci" not in row.golden
+    chooses = row.says("resume", "memory_speed")
     return _local(row) or row.case.startswith("bert") or not (chooses or row.number("cp", 1) > 1)
 
 

@@ -30,7 +30,6 @@ from meshwright.plan.calibrate import (
     conformal,
     held_out,
     pair_intervals,
-    replace_profile,
     rows_of,
 )
 from meshwright.plan.case import measured_cases
@@ -92,7 +91,7 @@ def default_scores(rows: Sequence[Row], keys: Sequence[str]) -> list[Scored]:
     for fold in sorted(set(fold_of)):
         others = [one for one, place in zip(residuals, fold_of, strict=True) if place != fold]
         intervals = conformal([one.row for one in others], [one.plain for one in others], [one.unit for one in others])
-        profile = replace_profile(DATASHEET, intervals={**DATASHEET.intervals, **intervals})
+        profile = replace(DATASHEET, intervals={**DATASHEET.intervals, **intervals})
         for index, place in enumerate(fold_of):
             if place == fold:
                 scored[index] = _scored(residuals[index], profile)

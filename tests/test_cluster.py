@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -63,6 +64,40 @@ def test_gpus_of_this_machine_take_the_rates_of_the_table(monkeypatch: pytest.Mo
     assert found.device.flops["bf16"] == 989e12
     with pytest.raises(InputError, match="devices=4"):
         resolve_cluster(Wish(devices=5))
+
+
+@pytest.mark.parametrize(
+    ("printed", "row"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA B200", "b200-sxm"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B300 SXM6 AC", "b300-sxm"),
+        ("NVIDIA GB300", "gb300"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla V100-SXM2-32GB", "v100-sxm-32gb"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_what_nvidia_smi_prints_is_one_row_or_none(monkeypatch: pytest.MonkeyPatch, printed: str, row: str) -> None:
+    rows = [name for name, known in cluster._device_table().items() if re.search(known["pattern"], printed)]
+    assert rows == ([row] if row else [])
+    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [(printed, 80 * 2**30)])
+    assert resolve_cluster(Wish()).device.name == (row or printed)
+
+
+def test_a_box_of_different_gpus_is_planned_as_the_first_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = [("NVIDIA H100 80GB HBM3", 80 * 2**30), ("NVIDIA A100-SXM4-40GB", 40 * 2**30)]
+    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: boards)
+    found = resolve_cluster(Wish())
+    assert found.device.memory_bytes == 40 * 2**30
+    assert any("though there are NVIDIA A100-SXM4-40GB too" in said for said in found.assumed)
 
 
 def test_an_unknown_gpu_is_planned_for_with_the_nearest_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

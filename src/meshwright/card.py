@@ -91,6 +91,10 @@ class Saved:
     module: str = ""
     on: str = ""
 
+    def kept(self, kind: str, precision: str) -> bool:
+        """Whether it is kept, nothing being recomputed, by a `kind` of device in `precision`."""
+        return self.on in ("", kind, f"{kind} {precision}")
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -168,7 +172,8 @@ class Card:
         given, end = self.blocks[0].output_elements, len(self.blocks) - 1
         for place, block in enumerate(self.blocks):
             shapes = tuple((p.shape, p.axes) for p in block.parameters)
-            what = (block.kind, block.products, block.attention, block.saved, block.elementwise_elements, block.experts)
+            work = (block.products, block.attention, block.experts, block.elementwise_elements)
+            what = (block.kind, work, block.saved, block.output_elements)
             key = (shapes, what, given, place if place in (0, end) else -1)
             if key not in known:
                 known[key] = len(kinds)

@@ -347,9 +347,12 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
     rows = [row for row in table.values() if re.search(row["pattern"], name)]
     assumed: tuple[str, ...] = ()
     if not rows:  # a GPU we have no figures for: the row nearest in memory, and say so
-        rows = [min(table.values(), key=lambda row: abs(float(row["memory_gib"]) * GIB - memory_bytes))]
-        assumed = (f"'{name}' is not in the table of devices: speeds of {rows[0]['name']}",)
-    row = {**rows[0], "name": name, "memory_gib": str(memory_bytes / GIB)}
+        near = min(table.values(), key=lambda row: abs(float(row["memory_gib"]) * GIB - memory_bytes))
+        rows = [{**near, "name": name}]
+        assumed = (f"'{name}' is not in the table of devices: speeds of {near['name']}",)
+    if others := sorted({other for other, _ in gpus} - {name}):
+        assumed = (*assumed, f"all GPUs are '{name}', though there are {', '.join(others)} too")
+    row = {**rows[0], "memory_gib": str(min(size for _, size in gpus) / GIB)}
     return _table_cluster(row, count, count if devices_per_node is None else devices_per_node, assumed)
 
 

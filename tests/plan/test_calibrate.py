@@ -18,7 +18,6 @@ from meshwright.plan.calibrate import (
     calibrate,
     conformal,
     pair_intervals,
-    replace_profile,
     rows_of,
     weighted_quantile,
 )
@@ -113,7 +112,7 @@ def test_what_no_constant_says_becomes_a_correction_that_proved_itself(
     _, rest, found = bumped
     assert found.held_out < 0.9 * found.held_out_plain
     assert set(found.profile.corrections) == {"a100-sxm-80gb/megatron-lm/bf16/full/node"}
-    plain = replace(found, profile=replace_profile(found.profile, corrections={}))
+    plain = replace(found, profile=replace(found.profile, corrections={}))
     assert errors(found, rest)[0] < errors(plain, rest)[0]
 
 

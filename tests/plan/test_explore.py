@@ -31,13 +31,14 @@ def estimator_of(space: Space) -> Estimator:
 
 
 @settings(max_examples=30, deadline=None)
+@example(nodes=1, per_node=8, batch=8, mebibytes=1046, framework="torchtitan", pins={"cp": 1, "pp": 2, "tp": 4})
 @example(nodes=2, per_node=4, batch=32, mebibytes=1078, framework="megatron-lm", pins={"cp": 1})
 @given(
     nodes=st.sampled_from([1, 2, 4]),
     per_node=st.sampled_from([1, 2, 4]),
     batch=st.sampled_from([8, 24, 32]),
     mebibytes=st.integers(950, 1400),
-    framework=st.sampled_from(["meshwright", "megatron-lm"]),
+    framework=st.sampled_from(["meshwright", "megatron-lm", "torchtitan"]),
     pins=st.fixed_dictionaries(
         {"cp": st.just(1)},
         optional={"pp": st.sampled_from([1, 2]), "tp": st.sampled_from([1, 2]), "recompute": st.just("none")},
@@ -54,7 +55,8 @@ def test_no_short_cut_costs_the_best_layout(
     assert bool(found.fitting) == bool(fitting)
     if fitting:
         best = min(estimate.step_seconds for estimate in fitting)
-        assert best <= ranked(found.fitting)[0].step_seconds <= best * (1 + TIE) ** 2
+        assert min(estimate.step_seconds for estimate in found.fitting) == best
+        assert ranked(found.fitting)[0].step_seconds <= best * (1 + TIE)
     assert all(estimate.peak_bytes <= room for estimate in found.fitting)
     assert found.counts.get("space", 0) == len(everything)
 

@@ -13,8 +13,9 @@ from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder import card as decoder_card
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import Layout
+from meshwright.plan.block_memory import local_size
 from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.memory import PROCESS_BYTES, MemoryModel, StageMemory, local_size, slack_bytes, usable_bytes
+from meshwright.plan.memory import PROCESS_BYTES, MemoryModel, StageMemory, slack_bytes, usable_bytes
 
 H100 = named_cluster("h100-sxm-80gb", 8)
 OURS = FRAMEWORKS["meshwright"]

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from meshwright.card import Card
 from meshwright.cluster import named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
+from meshwright.plan.block_memory import BlockMemory
 from meshwright.plan.blocks import Blocks
 from meshwright.plan.framework import FRAMEWORKS, Framework
 from meshwright.plan.once import OnceAStep
@@ -18,9 +20,10 @@ MODEL = card(DecoderShape(2, 1024, 16, 16, 64, 4096, 32000), 1024, "megatron")
 PLAIN = FRAMEWORKS["megatron-lm"]
 
 
-def once(framework: Framework = PLAIN, model: object = MODEL) -> OnceAStep:
+def once(framework: Framework = PLAIN, model: Card = MODEL) -> OnceAStep:
     cluster = named_cluster("h100-sxm-80gb", 64)
-    return OnceAStep(Blocks(cluster, "bf16", DATASHEET, framework), model)  # type: ignore[arg-type]
+    memory = BlockMemory(framework, "bf16", cluster.device)
+    return OnceAStep(Blocks(cluster, "bf16", DATASHEET, framework, memory), model)
 
 
 def test_replicated_gradients_are_all_reduced_in_the_precision_of_the_wire() -> None:
@@ -60,6 +63,9 @@ def test_tied_embeddings_are_summed_over_the_ends_of_a_pipeline() -> None:
     layout = Layout(dp=32, pp=2)
     apart, together = (once(model=model).seconds(layout, [1e8] * 2, 0.0, 4).gradients for model in (MODEL, tied))
     assert together > apart
+    folded = replace(layout, vpp=2, schedule="zbv")  # both ends are on the first rank
+    apart, together = (once(model=model).seconds(folded, [1e8] * 2, 0.0, 4).gradients for model in (MODEL, tied))
+    assert together == apart
 
 
 def test_experts_are_summed_over_the_ranks_that_hold_the_same_ones() -> None:
@@ -75,3 +81,10 @@ def test_a_distributed_optimizer_scatters_and_gathers_and_updates_its_part() -> 
     layout, spread = Layout(dp=64), once(replace(PLAIN, optimizer_shard="dp"))
     assert spread.seconds(layout, [1e9], 0.0, 1).weights > 0 == once().seconds(layout, [1e9], 0.0, 1).weights
     assert spread.update(layout, 1e9) == pytest.approx(once().update(layout, 1e9) / 64)
+
+
+def test_every_expert_is_updated_once_however_they_are_spread() -> None:
+    spread = once(replace(PLAIN, optimizer_shard="dp"))
+    for optimizer in (spread, once()):
+        whole = optimizer.update(Layout(dp=8, shard=8), 8e9, 8e9)
+        assert optimizer.update(Layout(dp=8, shard=8, ep=8), 1e9, 1e9) == pytest.approx(whole)

@@ -10,6 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from meshwright.layout import Layout
+
+DATA, STAGES = Layout(dp=2), Layout(pp=2)
+
 
 @pytest.fixture(scope="module")
 def planner() -> ModuleType:
@@ -30,7 +34,7 @@ class FakeRow:
     source: str = "s"
 
 
-def scored(planner: ModuleType, group: str, layout: str, measured: float, mid: float) -> object:
+def scored(planner: ModuleType, group: str, layout: Layout, measured: float, mid: float) -> object:
     row = FakeRow(group, measured, SimpleNamespace(layout=layout))
     return planner.Scored(row, 0.9 * mid, mid, 1.1 * mid)
 
@@ -43,11 +47,11 @@ def test_rank_correlation_is_scipy_s(planner: ModuleType) -> None:
 
 def test_regret_is_what_the_layout_picked_loses(planner: ModuleType) -> None:
     rows = [
-        scored(planner, "a", "x", 1.0, 2.0),
-        scored(planner, "a", "y", 1.3, 1.0),  # picked, though 30 % slower
-        scored(planner, "b", "x", 1.0, 1.0),  # picked, and best
-        scored(planner, "b", "y", 2.0, 3.0),
-        scored(planner, "c", "x", 5.0, 5.0),  # nothing to pick from
+        scored(planner, "a", DATA, 1.0, 2.0),
+        scored(planner, "a", STAGES, 1.3, 1.0),  # picked, though 30 % slower
+        scored(planner, "b", DATA, 1.0, 1.01),  # picked as simpler among what is level, and best
+        scored(planner, "b", STAGES, 2.0, 1.0),
+        scored(planner, "c", DATA, 5.0, 5.0),  # nothing to pick from
     ]
     found = planner.regret(rows)
     assert (found["groups"], found["max"]) == (2, pytest.approx(0.3))
@@ -55,8 +59,21 @@ def test_regret_is_what_the_layout_picked_loses(planner: ModuleType) -> None:
     assert planner.regret(rows[4:]) is None
 
 
+def test_pairs_that_are_told_apart_are_counted_by_group(planner: ModuleType) -> None:
+    rows = [
+        scored(planner, "a", DATA, 1.0, 1.0),
+        scored(planner, "a", STAGES, 2.0, 1.5),  # said to be slower, and is
+        scored(planner, "b", DATA, 1.0, 1.5),
+        scored(planner, "b", STAGES, 2.0, 1.0),  # said to be quicker, and is not
+        scored(planner, "c", DATA, 1.0, 1.0),
+        scored(planner, "c", STAGES, 2.0, 1.1),  # nothing is said
+        scored(planner, "d", DATA, 1.0, 1.0),  # nothing to compare with
+    ]
+    assert planner.told_apart(rows, 1.2) == {"factor": 1.2, "told": pytest.approx(2 / 3), "right": pytest.approx(0.5)}
+
+
 def test_errors_and_coverage(planner: ModuleType) -> None:
-    rows = [scored(planner, "a", str(i), 1.0, mid) for i, mid in enumerate((1.0, 1.05, 1.2, 0.5))]
+    rows = [scored(planner, "a", Layout(dp=i + 1), 1.0, mid) for i, mid in enumerate((1.0, 1.05, 1.2, 0.5))]
     found = planner.summary(rows)
     assert found["mean"] == pytest.approx((0 + 0.05 + 0.2 + 0.5) / 4)
     assert found["p95"] == pytest.approx(0.5)

@@ -324,3 +324,13 @@ def test_a_split_backward_is_not_compiled() -> None:
     assert not make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 32), request).chosen.compiled
     whole = replace(request, pins=pins | {"schedule": "1f1b"})
     assert make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 32), whole).chosen.compiled
+
+
+@pytest.mark.parametrize("framework", ["meshwright", "megatron-lm", "nemo"])
+def test_the_picture_of_a_pipeline_is_as_long_as_the_plan_says(framework: str) -> None:
+    request = PlanRequest(64, pins={"pp": 4, "dp": 4, "tp": 2}, framework=framework)
+    chosen = make_plan(LLAMA_8B, named_cluster("h100-sxm-80gb", 32), request).chosen
+    inside = ("compute", "launch", "communication", "bubble")
+    seconds = sum(chosen.predicted.breakdown.get(name, 0.0) for name in inside)
+    assert chosen.timeline().seconds == pytest.approx(seconds, rel=1e-6)
+    assert type(chosen).from_dict(chosen.as_dict()).timeline() == chosen.timeline()

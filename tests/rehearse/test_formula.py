@@ -24,6 +24,8 @@ MANY = [
     Layout(dp=2, tp=4, sequence_parallel=True, micro_batch=2),
     Layout(dp=4, pp=2, schedule="gpipe", micro_batch=1, recompute="full"),
     Layout(dp=2, shard=2, pp=4, schedule="1f1b", micro_batch=1),
+    Layout(dp=4, shard=4, pp=2, schedule="gpipe", micro_batch=1),
+    Layout(dp=4, shard=4, pp=2, schedule="1f1b", micro_batch=4),  # as many micro-batches as stages
 ]
 
 

@@ -7,15 +7,16 @@ it; the rest is waited for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshwright.card import Block
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
+from meshwright.plan.block_memory import BlockMemory
 from meshwright.plan.compute import BYTES, OPERAND_BYTES, Compute, axis_split, local_elements, split_key
 from meshwright.plan.cpu import CpuCompute
-from meshwright.plan.framework import Framework
-from meshwright.plan.memory import saved_bytes
+from meshwright.plan.framework import Framework, kept_gathered
 from meshwright.plan.profile import Profile
 from meshwright.plan.wires import network
 
@@ -38,11 +39,6 @@ class BlockCost:
     host_backward: float
 
 
-def kept_gathered(layout: Layout) -> bool:
-    """Whether a stage's weights stay gathered through the step: replicated ones do, and those of a pipeline."""
-    return layout.shard == 1 or layout.pp > 1
-
-
 def block_key(layout: Layout) -> tuple[object, ...]:
     """What the cost of a block depends on."""
     return (
@@ -54,15 +50,31 @@ def block_key(layout: Layout) -> tuple[object, ...]:
         layout.recompute,
         layout.offload,
         layout.pp > 1,
-        1 if kept_gathered(layout) else layout.shard,
+        (1, 1) if kept_gathered(layout) else (layout.shard, layout.dp * layout.cp),
     )
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Seconds of moving parameters between data-parallel ranks, nothing hidden: gathering weights over the ranks of a
+    shard group, scattering their gradients over them, and summing gradients over the groups."""
+
+    gather: float = 0.0
+    scatter: float = 0.0
+    sum: float = 0.0
+
+    def __add__(self, other: Movement) -> Movement:
+        return Movement(self.gather + other.gather, self.scatter + other.scatter, self.sum + other.sum)
 
 
 class Blocks:
     """Costs of a card's blocks on one cluster at one precision, under one framework and profile."""
 
-    def __init__(self, cluster: Cluster, precision: str, profile: Profile, framework: Framework) -> None:
+    def __init__(
+        self, cluster: Cluster, precision: str, profile: Profile, framework: Framework, memory: BlockMemory
+    ) -> None:
         self.cluster, self.precision, self.framework, self.profile = cluster, precision, framework, profile
+        self.memory = memory
         self.network = network(cluster, profile)
         on_cpu = cluster.device.kind == "cpu"  # the same cores move the bytes
         self.compute = (CpuCompute if on_cpu else Compute)(cluster.device, precision, profile, framework)
@@ -71,10 +83,11 @@ class Blocks:
         self.overlap = 0.0 if on_cpu else min(1.0, constants["cuda.overlap.share"])
         self.collective_start = 0.0 if on_cpu or framework.cuda_graphs else constants["cuda.host.collective_seconds"]
         self.offload_speed = constants["cuda.offload.bytes_per_second"]
+        self.gradient_bytes = framework.gradient_wire_bytes or BYTES[precision]
         self.gathered_bytes = (OPERAND_BYTES if framework.gathers_quantized else BYTES)[precision]
         self._exchanges: dict[tuple[object, ...], _Exchanges] = {}
-        self._gathers: dict[tuple[object, ...], tuple[float, float]] = {}
-        self._elements: dict[tuple[object, ...], int] = {}
+        self._gathers: dict[tuple[object, ...], Movement] = {}
+        self._elements: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def cost(self, layout: Layout, block: Block, given: int) -> BlockCost:
         """The cost of `block`, which is handed `given` elements a sample."""
@@ -82,21 +95,23 @@ class Blocks:
         copied, added = self._passes(layout, block)
         forward, backward = seconds.forward + copied, seconds.backward + seconds.recompute + copied + added
         sent, repeated, own = self._exchanges_of(layout, block, given), self._repeated(layout, block), self.framework
-        wait = self._beside(forward, sent.tensor[0], own.tensor_overlap)
-        wait_back = self._beside(backward, sent.tensor[1], own.tensor_overlap) + wait * repeated
+        ahead = [(sent.tensor[0], own.tensor_overlap)]
+        back = [(sent.tensor[1] + sent.tensor[0] * repeated, own.tensor_overlap)]
         if sent.context:
-            wait += self._beside(forward, sent.context, own.context_overlap)
-            wait_back += self._beside(backward, sent.context * (2 + repeated), own.context_overlap)
+            ahead.append((sent.context, own.context_overlap))
+            back.append((sent.context * (2 + repeated), own.context_overlap))
         if sent.experts:
-            wait += self._beside(forward, sent.experts, own.expert_overlap)
-            wait_back += self._beside(backward, sent.experts * (1 + repeated), own.expert_overlap)
+            ahead.append((sent.experts, own.expert_overlap))
+            back.append((sent.experts * (1 + repeated), own.expert_overlap))
         if not kept_gathered(layout):
-            gather, gather_back = self._weights(layout, block)
-            wait += self._beside(forward, gather, own.gather_overlap)
-            wait_back += self._beside(backward, gather_back, own.gather_overlap)
+            moved = self._weights(layout, block)
+            reduced = moved.scatter + moved.sum if own.reduces_in_blocks(layout) else 0.0
+            ahead.append((moved.gather, own.gather_overlap))
+            back.append((moved.gather + reduced, own.gather_overlap))
         if own.activation_offload:
-            away = self._offloaded(layout, block)
-            wait, wait_back = wait + self._beside(forward, away, 1.0), wait_back + self._beside(backward, away, 1.0)
+            away = self._offloaded(layout, block, given)
+            ahead, back = [*ahead, (away, 1.0)], [*back, (away, 1.0)]
+        wait, wait_back = self._beside(forward, ahead), self._beside(backward, back)
         starts, starts_back = self._starts(layout, block, sent.sums)
         return BlockCost(
             forward=forward + wait,
@@ -113,23 +128,27 @@ class Blocks:
         adding gradients to those of the micro-batches before."""
         if isinstance(self.compute, CpuCompute):  # counts them itself
             return 0.0, 0.0
-        seconds = self._held(layout, block) / self.compute.memory
+        seconds = sum(self._held(layout, block)) / self.compute.memory
         copied = 0.0 if kept_gathered(layout) else seconds * self.framework.copy_bytes
         return copied, seconds * self.framework.accumulate_bytes
 
-    def _held(self, layout: Layout, block: Block) -> int:
-        """Parameters of a block that one rank holds before sharding."""
+    def _held(self, layout: Layout, block: Block) -> tuple[int, int]:
+        """Parameters of a block that one rank holds before sharding: those of experts, and the others."""
         key = (id(block), layout.tp, layout.ep)
         if key not in self._elements:
-            self._elements[key] = local_elements(block.parameters, layout.tp, layout.ep)
+            whole = local_elements(block.parameters, layout.tp, layout.ep)
+            experts = local_elements((p for p in block.parameters if "expert" in p.axes), layout.tp, layout.ep)
+            self._elements[key] = (experts, whole - experts)
         return self._elements[key]
 
-    def _beside(self, computing: float, seconds: float, share: float) -> float:
-        """What communication of `seconds` adds to computing that may hide `share` of it: the slow-down and the rest."""
-        if seconds <= 0.0:
-            return 0.0
-        hidden = min(seconds * share * self.overlap, computing)
-        return hidden * self.slows + seconds - hidden
+    def _beside(self, computing: float, sent: Sequence[tuple[float, float]]) -> float:
+        """What communication, each (seconds, share of them that may hide), adds to the computing that it hides behind:
+        the slow-down, and what is left over. All of it shares that computing."""
+        wait, room = 0.0, computing
+        for seconds, share in sent:
+            hidden = min(seconds * share * self.overlap, room)
+            wait, room = wait + hidden * self.slows + seconds - hidden, room - hidden
+        return wait
 
     def _exchanges_of(self, layout: Layout, block: Block, given: int) -> _Exchanges:
         key = (id(block), given, *split_key(layout))
@@ -173,36 +192,31 @@ class Blocks:
         size = tokens * BYTES[self.precision] / (layout.tp if layout.sequence_parallel else 1)
         return 2 * self.network.all_to_all(size, self.network.group(layout.ep, layout.tp))
 
-    def _weights(self, layout: Layout, block: Block) -> tuple[float, float]:
-        """Sharded weights gathered before each pass, and where the framework does so each micro-batch, gradients
-        scattered after it."""
-        key = (id(block), layout.tp, layout.ep, layout.shard)
+    def _weights(self, layout: Layout, block: Block) -> Movement:
+        """A block's sharded weights gathered before a pass, and its gradients reduced. Of experts every ep-th rank
+        holds the same."""
+        key = (id(block), layout.tp, layout.ep, layout.dp * layout.cp, layout.shard)
         found = self._gathers.get(key)
         if found is None:
-            elements = self._held(layout, block)
-            gather = self.gather_seconds(layout, elements, layout.shard)
-            back = self.scatter_seconds(layout, elements, layout.shard) if self.framework.reduces_each else 0.0
-            found = self._gathers[key] = (gather, gather + back)
+            experts, others = self._held(layout, block)
+            found = self._gathers[key] = self.movement(layout, others, 1) + self.movement(layout, experts, layout.ep)
         return found
 
-    def _offloaded(self, layout: Layout, block: Block) -> float:
-        """Activations sent to the host after the forward, and fetched again before the backward."""
-        tp, parallel, precision = layout.tp, layout.sequence_parallel, self.precision
-        if layout.recompute == "full":
-            size = block.output_elements * BYTES[precision]
-        else:
-            kept = (saved_bytes(saved, tp=tp, sequence_parallel=parallel, precision=precision) for saved in block.saved)
-            size = sum(kept)
-        return size * layout.micro_batch / layout.cp / self.offload_speed
+    def movement(self, layout: Layout, elements: float, apart: int) -> Movement:
+        """Moving `elements` of parameters between data-parallel ranks of which every `apart`-th holds the same."""
+        data, shard = layout.dp * layout.cp // apart, max(1, layout.shard // apart)
+        sharded = self.network.group(shard, layout.tp * apart)
+        replicas = self.network.group(data // shard, layout.tp * apart * shard)
+        return Movement(
+            self.network.all_gather(elements * self.gathered_bytes, sharded),
+            self.network.reduce_scatter(elements * self.gradient_bytes, sharded),
+            self.network.all_reduce(elements / shard * self.gradient_bytes, replicas),
+        )
 
-    def gather_seconds(self, layout: Layout, elements: float, ranks: int) -> float:
-        """Gathering weights spread over `ranks` of the data-parallel ranks, in the compute precision."""
-        return self.network.all_gather(elements * self.gathered_bytes, self.network.group(ranks, layout.tp))
-
-    def scatter_seconds(self, layout: Layout, elements: float, ranks: int) -> float:
-        """Gradients reduced and scattered over `ranks` of the data-parallel ranks."""
-        size = elements * (self.framework.gradient_wire_bytes or BYTES[self.precision])
-        return self.network.reduce_scatter(size, self.network.group(ranks, layout.tp))
+    def _offloaded(self, layout: Layout, block: Block, given: int) -> float:
+        """Activations sent to the host after the forward, and fetched again before the backward; a loss stays."""
+        kept = self.memory.of(block, given, layout)
+        return (kept.kept - kept.loss) / self.offload_speed
 
     def _repeated(self, layout: Layout, block: Block) -> float:
         """How often the backward runs this block's forward, and its collectives, again."""

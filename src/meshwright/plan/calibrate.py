@@ -154,7 +154,7 @@ def calibrate_rows(
     told = [_choose(one, kept) for one in residuals]
     tested, logs = [one.row for one in residuals], [z for z, _ in told]
     intervals = {**conformal(tested, logs, [unit for _, unit in told]), **pair_intervals(tested, logs)}
-    profile = replace_profile(profile, intervals={**start.intervals, **intervals}, fitted_rows=len(rows))
+    profile = replace(profile, intervals={**start.intervals, **intervals}, fitted_rows=len(rows))
     return Calibration(
         profile=profile,
         rows=len(rows),
@@ -171,7 +171,7 @@ def fit_profile(rows: Sequence[Row], start: Profile, name: str, fitter: Fitter |
     """The start profile with the constants that the rows speak of fitted to them."""
     few = [rows[index] for index in _thinned(rows, MOST_OF_A_SOURCE)]
     profile = start.changed((fitter or Fitter(few, start)).fit(few).values, name)
-    return replace_profile(profile, assumed=(), corrections={})
+    return replace(profile, assumed=(), corrections={})
 
 
 class Fitter:
@@ -184,7 +184,8 @@ class Fitter:
             for one in CONSTANTS
             if one.prior > 0 and start[one.name] > 0
         ]
-        self._place = {row.id: index for index, row in enumerate(rows)}
+        self._rows = list(rows)
+        self._place = {id(row): index for index, row in enumerate(self._rows)}  # ids of a file may repeat
         for row in rows:  # what does not depend on constants is kept in this predictor
             self.start.seconds(row.setup)
         self._logs, self._slopes = slopes(self._model(rows), len(rows), self.priors)
@@ -193,7 +194,7 @@ class Fitter:
         """The values for these rows, every source and group with equal weight. Constants that matter to no row stay."""
         import numpy as np
 
-        places = [self._place[row.id] for row in rows]
+        places = [self._place[id(row)] for row in rows]
         weights = np.array(balanced_weights([row.source for row in rows], [row.group for row in rows]))
         measured = np.log([row.seconds for row in rows])
         return fit(self._model(rows), measured, weights, self.priors, (self._logs[places], self._slopes[places]))
@@ -276,9 +277,9 @@ def _residual(row: Row, log: float, correction: Correction | None) -> Residual:
 def with_corrections(profile: Profile, rows: Sequence[Row], regimes: frozenset[str]) -> Profile:
     """The profile with a correction for each of the regimes, learnt from the rows."""
     chosen = [rows[index] for index in _thinned(rows, MOST_POINTS_OF_A_SOURCE)]
-    learnt = _learn(chosen, residual_logs(chosen, replace_profile(profile, corrections={})))
+    learnt = _learn(chosen, residual_logs(chosen, replace(profile, corrections={})))
     kept = {regime: one for regime, one in learnt.items() if regime in regimes}
-    return replace_profile(profile, corrections=kept)
+    return replace(profile, corrections=kept)
 
 
 def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
@@ -334,7 +335,7 @@ def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]
     for regime, members in by_regime.items():
         if len(members) >= FEWEST_FOR_INTERVAL:
             scores = [logs[index] / units[index] for index in members]
-            weights = balanced_weights([rows[i].source for i in members], [rows[i].id for i in members])
+            weights = balanced_weights([rows[i].source for i in members], [str(i) for i in members])
             intervals[regime] = _quantiles(scores, weights)
     return intervals
 
@@ -382,11 +383,6 @@ def moves(start: Profile, profile: Profile) -> tuple[Mapping[str, Any], ...]:
             widths = math.log(after / before) / one.prior if one.prior else 0.0
             found.append({"constant": one.name, "unit": one.unit, "from": before, "to": after, "sigmas": widths})
     return tuple(sorted(found, key=lambda row: (-abs(row["sigmas"]), row["constant"])))
-
-
-def replace_profile(profile: Profile, **changes: Any) -> Profile:
-    """The profile with fields replaced, and a cache of its own."""
-    return replace(profile, **changes, _cache={})
 
 
 def _fold_keys(rows: Sequence[Row]) -> list[str]:

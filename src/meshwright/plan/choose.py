@@ -20,9 +20,7 @@ from meshwright.plan.rules import refusals
 from meshwright.plan.schedule import TABLE
 from meshwright.plan.space import Space, with_micro
 
-#: torch.compile: the share of the computing that it saves, and what the first step takes longer. The CPU's share is
-#: from bench/train.py (docs/benchmarks.md); the GPU's was never measured by us.
-COMPILE_SAVES = {"cpu": 0.05, "cuda": 0.2}
+#: What torch.compile makes the first step take longer (bench/train.py: 38 and 45 s on two cores).
 COMPILE_SECONDS = 60.0
 #: Entries of each kind that a plan lists as rejected; what is beyond is counted into them.
 MOST_REJECTED = 40
@@ -52,7 +50,7 @@ def choice_of(
     return Choice(
         layout=estimate.layout,
         precision=estimator.precision,
-        compiled=_compiled(estimate, space, request),
+        compiled=estimate.compiled,
         micro_batches=estimate.micro_batches,
         stages=tuple(tuple(names[start:stop]) for start, stop in edges),
         predicted=predicted,
@@ -60,15 +58,16 @@ def choice_of(
         forward_seconds=estimate.forward_seconds,
         backward_seconds=estimate.backward_seconds,
         weight_seconds=estimate.weight_seconds,
-        transfer_seconds=estimate.transfer_seconds,
+        transfer_seconds=estimate.boundary_seconds or estimate.transfer_seconds,
         binding=binding(estimate),
         why=why,
         level=level,
+        overlapped=estimate.pipeline_overlap,
     )
 
 
-def _compiled(estimate: Estimate, space: Space, request: PlanRequest) -> bool:
-    """As asked; on "auto" where the run is long enough to earn back twice the time that compiling takes.
+def compiles(estimate: Estimate, space: Space, estimator: Estimator, request: PlanRequest) -> bool:
+    """Whether to compile: as asked; on "auto" where the run is long enough to earn back twice the time that it takes.
 
     Never on "auto" where kernels are fused by hand, nor in a pipeline that splits backwards, which walks the graph of
     the backward pass: a compiled one has a single node.
@@ -80,7 +79,8 @@ def _compiled(estimate: Estimate, space: Space, request: PlanRequest) -> bool:
         return False
     if kind == "cpu" and not shutil.which("g++"):  # inductor builds C++ there
         return False
-    return request.steps * estimate.compute_seconds * COMPILE_SAVES[kind] > 2 * COMPILE_SECONDS
+    saved = estimate.step_seconds - estimator.compiled.estimate(layout).step_seconds
+    return request.steps * saved > 2 * COMPILE_SECONDS
 
 
 #: Parts of a step that are told even where they take nothing.

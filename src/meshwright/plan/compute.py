@@ -140,7 +140,7 @@ class Compute:
             scores = shape.heads / layout.tp * samples * shape.seq_len * shape.seq_len / layout.cp
             rate = self.rates[self.plain] * c["attention.unfused"]
             passes = c["attention.passes"] + (SOFTMAX_PASSES if self._falls_back(shape, layout) else 0.0)
-            products = flops * (2 if shape.causal else 1) / rate
+            products = 2 * scores * (shape.head_dim + (shape.value_dim or shape.head_dim)) / rate
             moved = passes * scores * BYTES[self.precision] / self.memory
             return products + moved, 2 * products + 1.5 * moved
         shares = FLASH_SHARE[self.framework.attention]
@@ -160,7 +160,7 @@ class Compute:
     def elementwise(self, block: Block, layout: Layout) -> float:
         """Seconds of a block's memory-bound operations, forward."""
         moved = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
-        moved *= kept_share(block, layout.tp, layout.sequence_parallel)
+        moved *= kept_share(block, layout, self.device.kind, self.precision)
         fused = self.framework.fused
         if block.kind == "head":
             if self.framework.fused_cross_entropy or fused == "compiled":
@@ -268,13 +268,14 @@ def _tiles_used(rows: float, columns: float, groups: int, units: int) -> float:
     return best
 
 
-def kept_share(block: Block, tp: int, sequence_parallel: bool) -> float:
-    """Share of a block's memory-bound work left to one of `tp` ranks, as its saved activations are split."""
+def kept_share(block: Block, layout: Layout, kind: str, precision: str) -> float:
+    """Share of a block's memory-bound work left to one tensor-parallel rank, as its saved activations are split."""
+    tp = layout.tp
     if tp == 1:
         return 1.0
-    kept = [saved for saved in block.saved if not saved.on.startswith("selective")]
+    kept = [saved for saved in block.saved if saved.kept(kind, precision)]
     whole = sum(saved.elements for saved in kept)
     if not whole:
-        return 1 / tp if sequence_parallel else 1.0
-    split = sum(s.elements for s in kept if s.split == "tp" or (s.split == "sp" and sequence_parallel))
+        return 1 / tp if layout.sequence_parallel else 1.0
+    split = sum(s.elements for s in kept if s.split == "tp" or (s.split == "sp" and layout.sequence_parallel))
     return (whole - split + split / tp) / whole

@@ -119,7 +119,7 @@ class CpuCompute(Compute):
         elements = float(block.elementwise_elements)
         if block.kind == "head":
             elements = max(0.0, elements - LOSS_MOVES * block.output_elements)
-        elements *= layout.micro_batch * kept_share(block, layout.tp, layout.sequence_parallel) / layout.cp
+        elements *= layout.micro_batch * kept_share(block, layout, "cpu", self.word) / layout.cp
         return elements * self.bytes
 
     def loss(self, block: Block, layout: Layout) -> float:
@@ -165,11 +165,12 @@ class CpuCompute(Compute):
             recomputed = forward + moved - (self._last_product(block, layout) if full else kept)
             host_again = self.c["host.checkpoint_seconds"] + starts * (1 if full else SELECTIVE_STARTS)
         gathered, reduced = self.sharding(block, layout)
+        share = self.c["compiled.share"] if self.framework.fused == "compiled" else 1.0
         return BlockSeconds(
-            forward=forward + moved + self.loss(block, layout) + gathered,
-            backward=backward + self.elementwise_backward(block, layout) + reduced,
-            recompute=recomputed,
-            weight=weight,
+            forward=share * (forward + moved + self.loss(block, layout)) + gathered,
+            backward=share * (backward + self.elementwise_backward(block, layout)) + reduced,
+            recompute=share * recomputed,
+            weight=share * weight,
             host_forward=starts,
             host_backward=2 * starts,
             host_again=host_again,

@@ -49,6 +49,7 @@ CPU_CONSTANTS: tuple[Constant, ...] = (
     _row("cpu.host.sharding.bf16.seconds", 0.9e-3, "s", "a block that FSDP2 wraps, a micro-batch"),
     _row("cpu.host.checkpoint_seconds", 1.0e-3, "s", "a block that is recomputed, a micro-batch"),
     _row("cpu.host.step_seconds", 4e-3, "s", "a step: batch, clipping, events", 0.7),
+    Constant("cpu.compiled.share", 0.95, "share", "of a block's own seconds, compiled", "bench/train.py"),
     # threads of one process
     _row("cpu.threads.product_share", 0.9, "share", "what a further thread adds to products", 0.2),
     _row("cpu.threads.memory_share", 0.7, "share", "what a further thread adds to all other work", 0.3),

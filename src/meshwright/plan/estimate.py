@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from meshwright.card import Block, Card
@@ -18,12 +18,9 @@ from meshwright.plan.once import Once, OnceAStep
 from meshwright.plan.profile import Profile, default_profile
 from meshwright.plan.schedule import (
     TABLE,
-    Timeline,
-    actions,
     balance_costs,
     least_span,
     places,
-    replay,
     replayed_seconds,
     span_seconds,
 )
@@ -52,6 +49,7 @@ class Estimate:
     once: Once = field(default_factory=Once)
     boundary_seconds: tuple[float, ...] = ()  # transfers over each boundary between virtual stages
     pipeline_overlap: bool = True
+    compiled: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -78,19 +76,6 @@ class Estimate:
             "optimizer": self.optimizer_seconds,
             "other": self.other_seconds,
         }
-
-    def timeline(self) -> Timeline:
-        """The schedule replayed with these stages."""
-        layout = self.layout
-        orders = actions(layout.schedule, layout.pp, self.micro_batches, layout.vpp)
-        return replay(
-            orders,
-            self.forward_seconds,
-            self.backward_seconds,
-            self.boundary_seconds or self.transfer_seconds,
-            weight_seconds=self.weight_seconds,
-            overlapped=self.pipeline_overlap,
-        )
 
 
 class Estimator:
@@ -121,12 +106,13 @@ class Estimator:
         """The same questions answered by other constants. What does not depend on them, memory and the kinds of blocks,
         is shared with this one: fits ask for thousands."""
         other = copy(self)
+        other.__dict__.pop("compiled", None)
         other._take(profile)
         return other
 
     def _take(self, profile: Profile) -> None:
         self.profile = profile
-        self.blocks = Blocks(self.cluster, self.precision, self.profile, self.framework)
+        self.blocks = Blocks(self.cluster, self.precision, self.profile, self.framework, self.memory.blocks)
         self.once = OnceAStep(self.blocks, self.card)
         self._gpu = self.cluster.device.kind != "cpu"
         self._sharpness = (self.profile["cuda.host.sharpness"], self.profile["cuda.host.tied_sharpness"])
@@ -153,7 +139,7 @@ class Estimator:
         compute = min(device, busy) - wait
         last = stages.last_backward
         once = self.once.seconds(layout, stages.elements, last, m, stages.experts)
-        optimizer = self.once.update(layout, max(stages.elements))
+        optimizer = self._update(layout, stages)
         other = self.once.host_seconds + self.stalls
         return Estimate(
             layout=layout,
@@ -174,12 +160,26 @@ class Estimator:
             memory=self.memory.stages(layout, stages.cut, m),
             once=once,
             pipeline_overlap=self.framework.pipeline_overlap,
+            compiled=self.framework.fused == "compiled",
         )
+
+    @cached_property
+    def compiled(self) -> Estimator:
+        """The same questions where blocks are compiled: fewer memory-bound passes, fewer operations to start."""
+        other = copy(self)
+        other.__dict__.pop("compiled", None)
+        other.framework = replace(self.framework, fused="compiled")
+        other._take(self.profile)
+        return other
 
     def peak_bytes(self, layout: Layout) -> int:
         """Bytes on the fullest rank, as `estimate` says it, without its seconds."""
         stages = self.memory.stages(layout, self.stages(layout), layout.micro_batches(self.global_batch))
         return max(stage.total for stage in stages)
+
+    def least_bytes(self, layout: Layout) -> int:
+        """Bytes on the fullest rank at least, with larger micro-batches or a smaller shard too."""
+        return self.memory.least_bytes(layout, self.stages(layout), layout.micro_batches(self.global_batch))
 
     def least_seconds(self, layout: Layout) -> float:
         """Seconds that the step takes at least: as `estimate` says, or a little less, without walking the schedule."""
@@ -190,7 +190,12 @@ class Estimator:
 
     def _apart(self, layout: Layout, stages: _Stages) -> float:
         """Seconds of a step beside its micro-batches and what waits for other ranks."""
-        return self.once.update(layout, max(stages.elements)) + self.once.host_seconds + self.stalls
+        return self._update(layout, stages) + self.once.host_seconds + self.stalls
+
+    def _update(self, layout: Layout, stages: _Stages) -> float:
+        """Seconds of the optimizer, on the rank with the most to do."""
+        held = set(zip(stages.elements, stages.experts, strict=True))
+        return max(self.once.update(layout, elements, experts) for elements, experts in held)
 
     def stages(self, layout: Layout) -> tuple[int, ...]:
         """Index of each virtual stage's first block: the slowest stage as quick as can be, or as the framework cuts."""

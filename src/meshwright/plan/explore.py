@@ -9,7 +9,7 @@ alone is left out; and what by its busiest rank is slower than another of its de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from meshwright.layout import Layout
@@ -58,8 +58,8 @@ class Found:
     """What a search met.
 
     `counts`: of the layouts in its "space" so many were "estimated" (of these "missed" did not fit), "pruned" by a
-    bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has the best of each set of
-    degrees, `missing` the leanest of those sets of which nothing fits, `too_large` all counted that do not fit.
+    bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has what is notable of what
+    fits, `missing` the leanest of those sets of which nothing fits, `too_large` all counted that do not fit.
     """
 
     fitting: list[Estimate] = field(default_factory=list)
@@ -88,16 +88,29 @@ def _last_word(layout: Layout) -> str:
     return " ".join(map(str, layout.as_dict().values()))
 
 
-def ranked(estimates: list[Estimate], value: Value | None = None) -> list[Estimate]:
-    """Best first, by seconds or by `value`; among those within TIE of it, the simplest, then the leanest, is first."""
+def ranked(estimates: list[Estimate], value: Value | None = None, least: float = float("inf")) -> list[Estimate]:
+    """Best first, by seconds or by `value`; among those within TIE of it (or of what is known to be `least`), the
+    simplest, then the leanest, is first."""
     worth = value or (lambda estimate: estimate.step_seconds)
     order = sorted(estimates, key=lambda e: (worth(e), e.peak_bytes))
     if not order:
         return order
-    limit = worth(order[0]) * (1 + TIE)
+    limit = min(least, worth(order[0])) * (1 + TIE)
     tied = [e for e in order if worth(e) <= limit]
     tied.sort(key=lambda e: (complexity(e.layout), worth(e), e.peak_bytes, _last_word(e.layout)))
     return tied + order[len(tied) :]
+
+
+def notable(estimates: Iterable[Estimate]) -> list[Estimate]:
+    """The quickest of each set of degrees, and whatever is within TIE of the quickest of all, which may be simpler."""
+    found, families = sorted(estimates, key=order_key), set()
+    kept = []
+    for estimate in found:
+        family = family_of(estimate.layout)
+        if family not in families or estimate.step_seconds <= found[0].step_seconds * (1 + TIE):
+            families.add(family)
+            kept.append(estimate)
+    return kept
 
 
 def bounded(space: Space) -> Space:
@@ -144,18 +157,15 @@ def _polished(space: Space, estimator: Estimator, found: Found) -> Found:
             found.count(name, number)
         if len(tried) == POLISHED:
             break
-    families: dict[tuple[int, ...], Estimate] = {}
-    for estimate in sorted(best.values(), key=order_key):
-        families.setdefault(family_of(estimate.layout), estimate)
-    found.fitting = list(families.values())
+    found.fitting = notable(best.values())
     return found
 
 
 def explore(
     space: Space, estimator: Estimator, *, beaten: float = BEATEN, known_seconds: float = float("inf")
 ) -> Found:
-    """For each set of degrees the fastest layout that fits, or the one that misses by least. What takes `beaten` times
-    the best, or a step that is known to be possible, may be missing."""
+    """For each set of degrees the fastest layout that fits (`notable`), or the one that misses by least. What takes
+    `beaten` times the best, or a step that is known to be possible, may be missing."""
     walk = _Walk(space, estimator, beaten, known_seconds)
     order = []
     for place, strand in enumerate(strands(space)):
@@ -179,7 +189,7 @@ class _Walk:
         self.quickest: dict[tuple[int, ...], float] = {}  # seconds of each family's best so far
         self.missing: dict[tuple[int, ...], TooLarge] = {}
         self.floors: dict[tuple[object, ...], float] = {}
-        self.too_large_from: dict[tuple[object, ...], int] = {}  # micro-batch from which kin cannot fit
+        self.cannot: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # (micro-batch, shard) from which kin do not
         self.recomputes, self.offloads = space.recomputes(), space.offloads()
         self.ladder = len(self.recomputes) * len(self.offloads)
 
@@ -222,11 +232,18 @@ class _Walk:
             self.found.count(name, number)
 
     def _cannot_fit(self, layout: Layout) -> bool:
-        """Whether a smaller micro-batch, a larger shard, or sequence parallelism was too large already."""
+        """Whether kin with as small a micro-batch and as large a shard, or smaller and larger, cannot fit."""
+        if layout.pp == 1 and not self._accumulates(layout):
+            return False
         key = _kin(layout)
-        with_sequence = (*key[:-1], True)
-        least = min(self.too_large_from.get(one, layout.micro_batch + 1) for one in (key, with_sequence))
-        return layout.micro_batch >= least and layout.micro_batches(self.space.global_batch) > 1
+        return any(
+            micro <= layout.micro_batch and shard >= layout.shard
+            for one in {key, (*key[:-1], True)}  # sequence parallelism leaves no more
+            for micro, shard in self.cannot.get(one, ())
+        )
+
+    def _accumulates(self, layout: Layout) -> bool:
+        return layout.micro_batches(self.space.global_batch) > 1
 
     def _slow(self, layout: Layout, family: tuple[int, ...]) -> bool:
         """Whether another layout of the same degrees is quicker than this can be, and by more than a tie."""
@@ -241,10 +258,11 @@ class _Walk:
 
     def _note(self, one: TooLarge, family: tuple[int, ...]) -> None:
         self.found.count("missed")
-        layout, key = one.layout, _kin(one.layout)
-        # With one micro-batch a step nothing accumulates, which can take less: it says nothing about the others.
-        if layout.micro_batches(self.space.global_batch) > 1:
-            self.too_large_from[key] = min(layout.micro_batch, self.too_large_from.get(key, layout.micro_batch))
+        layout = one.layout
+        # Where gradients are added up all grows with the micro-batch; in a pipeline they may take less with fewer of
+        # them, so that there the rest must be too large already.
+        if self._accumulates(layout) if layout.pp == 1 else self.estimator.least_bytes(layout) > self.room:
+            self.cannot.setdefault(_kin(layout), []).append((layout.micro_batch, layout.shard))
         self.found.too_large.append(one)
         known = self.missing.get(family)
         if known is None or one.peak_bytes < known.peak_bytes:
@@ -252,10 +270,10 @@ class _Walk:
 
     def floor(self, layout: Layout) -> float:
         """Seconds that a step takes at least. One micro-batch takes `whole` through all blocks, were nothing sharded
-        over data parallelism. Some rank has its share of that m times; and where a rank begins it has had to wait for
-        those before it, at the end for their backwards (once around, of its `vpp` virtual stages the first). With
-        stage times c, M = max over s of (sum of c before s) / vpp + m c_s, so c_s <= (M - sum / vpp) / m, and the sum
-        of all is at most vpp M (1 - (1 - 1 / (vpp m)) ** pp). Where backwards are split nobody need wait so."""
+        over data parallelism. Some rank has its share of that m times. Of whole stages, a rank that begins has had to
+        wait for those before it, at the end for their backwards: with stage times c, M = max over s of (sum of c before
+        s) + m c_s, so c_s <= (M - sum) / m, and the sum of all is at most M (1 - (1 - 1 / m) ** pp). Where backwards
+        are split, or a stage is cut into virtual ones that may be light at first, nobody need wait so long."""
         key = (layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch, layout.recompute)
         if key not in self.floors:
             alone = Layout(
@@ -275,22 +293,21 @@ class _Walk:
         whole, count = self.floors[key], layout.micro_batches(self.space.global_batch)
         if layout.pp == 1:
             return count * whole
-        if TABLE[layout.schedule].splits:
+        if layout.vpp > 1 or TABLE[layout.schedule].splits:
             return max(whole, count / layout.pp * whole)
-        turns = layout.vpp * count
-        return max(whole, whole / (layout.vpp * (1 - (1 - 1 / turns) ** layout.pp)))
+        return max(whole, whole / (1 - (1 - 1 / count) ** layout.pp))
 
     def end(self) -> Found:
         found = self.found
-        found.fitting = [ranked(several)[0] for several in self.fitting.values()]
+        found.fitting = notable(estimate for several in self.fitting.values() for estimate in several)
         found.missing = [one for family, one in self.missing.items() if family not in self.fitting]
         return found
 
 
 def _kin(layout: Layout) -> tuple[object, ...]:
-    """What layouts share of which one that is too large shows that a larger micro-batch, a smaller shard degree (they
-    come in falling order) or the lack of sequence parallelism is too large as well; that last, at the end. Whole
-    weights are kin of nothing sharded: they need no buffers to be gathered in."""
+    """What layouts share of which one that is too large shows that a larger micro-batch, a smaller shard degree or the
+    lack of sequence parallelism (that last, at the end) is too large as well. Whole weights are kin of nothing sharded:
+    they need no buffers to be gathered in."""
     return (
         layout.dp,
         layout.tp,

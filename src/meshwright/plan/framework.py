@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.layout import Layout
 
 DIMENSIONS = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")
 
@@ -18,6 +19,8 @@ DIMENSIONS = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")
 class Offers:
     """What a framework can be asked for: Layout fields that may leave their default, schedules, recompute words.
 
+    `sequence_always`: tensor parallelism comes with sequence parallelism, or (`sequence_with_experts`) does where
+    experts are spread too. `shards_context`: weights are sharded over the context-parallel ranks at least.
     `spreads_optimizer`: the optimizer's state can be spread over the data-parallel ranks while weights are whole
     (distributed optimizer, ZeRO 1), which a plan always asks for; weights too (Megatron's FSDP, ZeRO 3) are sharded
     only over all data-parallel ranks at once and without a pipeline.
@@ -28,12 +31,22 @@ class Offers:
     recompute: tuple[str, ...] = ("none", "selective", "full")
     offload: bool = False
     spreads_optimizer: bool = False
+    sequence_always: bool = False
+    sequence_with_experts: bool = False
+    shards_context: bool = False
 
 
 #: Two of torch's handles to cuBLAS (forward and backward threads) and one of Transformer Engine, 32 MiB each on
 #: devices since Hopper: what both ask for in their public code.
 _TE_WORKSPACE = 3 * 32 * 2**20
-_MEGATRON = Offers(frozenset(DIMENSIONS), ("1f1b", "interleaved"), offload=True, spreads_optimizer=True)
+_MEGATRON = Offers(
+    frozenset(DIMENSIONS), ("1f1b", "interleaved"), offload=True, spreads_optimizer=True, sequence_with_experts=True
+)
+
+
+def kept_gathered(layout: Layout) -> bool:
+    """Whether a stage's weights stay gathered through the step: replicated ones do, and those of a pipeline."""
+    return layout.shard == 1 or layout.pp > 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Framework:
     # what it holds in memory (plan/memory.py)
     holds: str = "masters"  # fp32 weights, sharded, and a passing copy; or "copies": whole, in the compute precision
     gradient_bytes: int = 4  # of the buffer that "copies" gather gradients in; 0 means the compute precision's
-    reduces_each: bool = False  # "masters": gradients are reduced after every micro-batch, so never whole
+    reduces_each: bool = False  # sharded gradients are reduced after every micro-batch, so never whole
     loss_rows: int = 0  # rows of logits that the loss turns into fp32 at a time (nn/loss.py); 0: see the card
     batch_bytes: int = 0  # of a token of a rank's share of the batch, which each stage has: ids, positions, targets
     buffers_each: bool = False  # a pipeline keeps a buffer for each micro-batch that it receives (torch's)
@@ -88,6 +101,10 @@ class Framework:
     workspace_bytes: int = 0  # of the libraries that multiply matrices, inside the allocator
     never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block that always keep
     assumed: tuple[str, ...] = field(default=())
+
+    def reduces_in_blocks(self, layout: Layout) -> bool:
+        """Whether each block's gradients are reduced as its backward ends, after every micro-batch."""
+        return self.reduces_each and not kept_gathered(layout)
 
     @property
     def planned(self) -> Framework:
@@ -159,7 +176,7 @@ _ROWS = (
         name="megatron-bridge",
         accumulate_bytes=0.0,  # fused into the product that gives them
         scatters_transfers=True,
-        offers=replace(_MEGATRON, schedules=("1f1b", "interleaved")),
+        offers=replace(_MEGATRON, sequence_always=True),
         attention="best",
         fused="kernels",
         fused_cross_entropy=True,
@@ -178,7 +195,10 @@ _ROWS = (
         name="torchtitan",
         copy_bytes=4.0,
         offers=Offers(
-            frozenset(DIMENSIONS), ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"), offload=False
+            frozenset(DIMENSIONS),
+            ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"),
+            sequence_always=True,
+            shards_context=True,
         ),
         buffers_each=True,
         reduces_each=True,
@@ -208,7 +228,7 @@ _ROWS = (
         name="megascale",
         accumulate_bytes=0.0,  # fused into the product that gives them
         scatters_transfers=True,
-        offers=_MEGATRON,
+        offers=replace(_MEGATRON, sequence_always=True),
         fused="kernels",
         gradient_wire_bytes=4,
         gradient_overlap=0.9,

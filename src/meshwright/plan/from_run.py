@@ -22,7 +22,6 @@ from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
-from meshwright.plan.choose import COMPILE_SAVES
 from meshwright.plan.cpu import CpuCompute
 from meshwright.plan.estimate import Estimator
 from meshwright.plan.from_machine import Change, changes
@@ -167,9 +166,9 @@ def corrected(
     interval = _near(start.interval(*regime.split(".")), left)
     assumed = [*start.assumed, said]
     if ran.compiled:
-        assumed.append(f"that run was compiled, which is taken to save {COMPILE_SAVES[kind]:.0%} of its computing")
+        assumed.append("that run was compiled: what this saves is supposed, not measured")
     intervals = {**start.intervals, regime: interval}
-    profile = replace(moved, intervals=intervals, assumed=tuple(assumed), _cache={})
+    profile = replace(moved, intervals=intervals, assumed=tuple(assumed))
     parts = tuple(Part(part, middle[part], noise[part], before[part], after[part]) for part in names)
     return RunFit(profile, len(observed["step"]), factors, parts, tuple(changes(start, profile)), interval)
 
@@ -225,9 +224,9 @@ def _parts(ran: Ran, profile: Profile) -> dict[str, float]:
     """What the profile predicts of the parts that a trace tells."""
     card, layout = ran.card, ran.layout
     estimator = Estimator(card, ran.cluster, ran.global_batch, ran.precision, profile=profile)
+    estimator = estimator.compiled if ran.compiled else estimator
     found = estimator.estimate(layout, exact=True)
-    saved = COMPILE_SAVES[ran.cluster.device.kind] * found.compute_seconds if ran.compiled else 0.0
-    parts = {"step": found.step_seconds - saved}
+    parts = {"step": found.step_seconds}
     compute = estimator.blocks.compute
     if isinstance(compute, CpuCompute):
         elements = sum(block.parameter_elements for block in card.blocks) / (layout.tp * layout.pp * layout.shard)
@@ -235,8 +234,7 @@ def _parts(ran: Ran, profile: Profile) -> dict[str, float]:
     if layout.pp == 1:
         m = found.micro_batches
         forward, backward = m * found.forward_seconds[0], m * found.backward_seconds[0]
-        share = 1 - saved / (forward + backward)
-        parts |= {"forward": forward * share, "backward": backward * share + found.once.gradients}
+        parts |= {"forward": forward, "backward": backward + found.once.gradients}
     return parts
 
 

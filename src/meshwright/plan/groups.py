@@ -100,12 +100,12 @@ class Asked:
     precision: str
     framework: Framework
     profile: Profile | None
-    _estimators: dict[tuple[str, int, int], Estimator] = field(default_factory=dict, repr=False, compare=False)
+    _estimators: dict[tuple[str, int], Estimator] = field(default_factory=dict, repr=False, compare=False)
 
     def estimator(self, cluster: Cluster, batch: int | None = None) -> Estimator:
         """The estimator of a group, remembered with all that it has computed."""
         batch = self.request.global_batch if batch is None else batch
-        key = (cluster.device.name, cluster.devices, batch)
+        key = (repr(cluster), batch)
         if key not in self._estimators:
             self._estimators[key] = Estimator(
                 self.card, cluster, batch, self.precision, profile=self.profile, framework=self.framework
@@ -128,7 +128,8 @@ class Asked:
         dollars = None
         if found.elapsed_seconds is not None and all(prices):
             hourly = sum(p.dollars_per_hour * g.devices for p, g in zip(prices, groups, strict=True) if p is not None)
-            dollars = found.elapsed_seconds / 3600 * hourly
+            paid = 1 + found.spare_nodes * cluster.devices_per_node / devices  # spares, at the mean price
+            dollars = found.elapsed_seconds / 3600 * hourly * paid
         return replace(found, dollars=dollars)
 
 

@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from meshwright.card import Block, Card, Parameter, Saved
+from meshwright.card import Card
 from meshwright.cluster import Device
-from meshwright.layout import AXIS_RULES, Layout
-from meshwright.plan.framework import Framework
+from meshwright.layout import Layout
+from meshwright.plan.block_memory import WIDTH, BlockBytes, BlockMemory, local_size
+from meshwright.plan.framework import Framework, kept_gathered
 from meshwright.plan.schedule import held_bytes, in_flight, places
 
 #: What a process holds before it has a model: libraries on a CPU (resident), context and libraries on a GPU.
@@ -35,10 +36,6 @@ USABLE = {"cpu": 0.9, "cuda": 0.94}
 SLACK = {"cpu": 0.0, "cuda": 0.3}
 MOST_SLACK = 0.06
 MASTER_BYTES, MOMENT_BYTES = 4, 4
-#: Bytes of an element between products, by the precision that products run in.
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
-#: Bytes of an element that is kept as the input of a product.
-PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
 
 
 @dataclass(frozen=True)
@@ -90,39 +87,6 @@ def slack_bytes(kind: str, moving_bytes: int, allocated_bytes: int) -> int:
     return int(min(SLACK[kind] * moving_bytes, MOST_SLACK * allocated_bytes))
 
 
-def saved_bytes(saved: Saved, *, tp: int, sequence_parallel: bool, precision: str) -> int:
-    """Bytes that one sample leaves of `saved` on a rank of `tp`."""
-    width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
-    size = saved.elements * (saved.bytes_per_element or width)
-    divided = saved.split == "tp" or (saved.split == "sp" and sequence_parallel)
-    return size // tp if divided else size
-
-
-def local_size(parameter: Parameter, tp: int, ep: int, vocab_multiple: int) -> int:
-    """Elements of a parameter on one rank; a vocabulary is padded to a multiple of `vocab_multiple` x tp first."""
-    total = 1
-    for size, axis in zip(parameter.shape, parameter.axes, strict=True):
-        ways = {"tp": tp, "ep": ep}.get(AXIS_RULES.get(axis) or "", 1) if axis is not None else 1
-        if axis == "vocab" and vocab_multiple > 1:
-            size = -(-size // (vocab_multiple * tp)) * vocab_multiple * tp
-        total *= -(-size // ways)
-    return total
-
-
-@dataclass(frozen=True)
-class BlockBytes:
-    """One kind of block on one rank: local elements of parameters, dense and of experts, and of each matrix by name.
-    `kept` is what a micro-batch leaves until its backward, of it `loss` what the loss keeps; `working` is what the
-    backward needs besides while it runs."""
-
-    dense: int
-    expert: int
-    kept: int
-    loss: int
-    working: int
-    matrices: tuple[tuple[str, int], ...]
-
-
 @dataclass(frozen=True)
 class Held:
     """Bytes of activations that a rank holds at its worst moment and (`left`) when its first backward has ended, and
@@ -159,7 +123,7 @@ class MemoryModel:
 
     def __init__(self, card: Card, framework: Framework, precision: str, device: Device) -> None:
         self.card, self.framework, self.precision, self.device = card, framework, precision, device
-        self.width = WIDTH[precision]
+        self.width, self.blocks = WIDTH[precision], BlockMemory(framework, precision, device)
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
         self._held: dict[tuple[object, ...], tuple[Held, ...]] = {}
         self._sizes: dict[tuple[object, ...], tuple[Sizes, ...]] = {}
@@ -173,9 +137,26 @@ class MemoryModel:
         """Memory of a rank of each of `layout.pp` stages; `firsts` is the first block of each virtual stage, in the
         model's order. Raises ValueError where the schedule cannot run so many micro-batches."""
         cut = tuple(firsts)
-        states = self._copies if self.framework.holds == "copies" else self._masters
         sizes, held = self._stage_sizes(layout, cut), self._stage_held(layout, cut, micro_batches)
-        return tuple(states(layout, own, active) for own, active in zip(sizes, held, strict=True))
+        ranks = zip(sizes, held, strict=True)
+        if self.framework.holds == "copies":
+            return tuple(self._copies(layout, own, active) for own, active in ranks)
+        return tuple(self._masters(layout, own, active, micro_batches) for own, active in ranks)
+
+    def least_bytes(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> int:
+        """What the fullest rank holds at least, whatever larger micro-batches, or a smaller shard, the same layout has.
+
+        Gradients of "masters" are left out: they take less where fewer micro-batches add theirs up. All else grows with
+        the micro-batch: with half as many in flight, each twice as large, no less is kept.
+        """
+        if self.framework.holds == "copies":
+            return max(stage.total for stage in self.stages(layout, firsts, micro_batches))
+        cut, moments = tuple(firsts), 1 if layout.offload else 3
+        ranks = zip(self._stage_sizes(layout, cut), self._stage_held(layout, cut, micro_batches), strict=True)
+        return PROCESS_BYTES[self.device.kind] + max(
+            moments * MASTER_BYTES * self._sharded(layout, own) + self._copied(layout, own) + active.activations
+            for own, active in ranks
+        )
 
     def _copies(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
         """Weights in the compute precision and whole gradients; the optimizer whole or spread over data parallelism."""
@@ -190,22 +171,28 @@ class MemoryModel:
             )
             return self._sum(weights, gradients, 0 if layout.offload else optimizer, held, passing)
         spread = data if own.optimizer_shard == "dp" else 1
-        spread_experts = max(1, data * layout.tp // (layout.ep * self._expert_tp(layout))) if spread > 1 else 1
+        spread_experts = max(1, data * layout.tp // (layout.ep * self.blocks.expert_tp(layout))) if spread > 1 else 1
         optimizer = per_parameter * (-(-sizes.dense // spread) + -(-sizes.expert // spread_experts))
         dummies = wide * sizes.distinct if own.dummy_gradients else 0
         return self._sum(wide * everything, gradient * everything, 0 if layout.offload else optimizer, held, dummies)
 
-    def _masters(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
+    def _copied(self, layout: Layout, sizes: Sizes) -> int:
+        """Bytes of the weights that stay gathered, in the compute precision."""
+        return self.width * (sizes.dense + sizes.expert) if kept_gathered(layout) else 0
+
+    def _masters(self, layout: Layout, sizes: Sizes, held: Held, micro_batches: int) -> StageMemory:
         """fp32 masters and moments, split; beside them a copy in the compute precision of all, or of two blocks at a
         time. The worst of three moments: the loss of the last micro-batch that comes before any backward, the first
-        backward after it, and from then on, when every gradient is there."""
+        backward after it, and from then on, when every gradient is there: whole, while micro-batches add theirs up."""
         elements, wide, data = sizes.dense + sizes.expert, self.width, layout.dp * layout.cp
         own = self._sharded(layout, sizes)
         pair = wide * min(2 * sizes.largest, elements)
-        copied = wide * elements if layout.shard == 1 or layout.pp > 1 else 0
-        gradients = 4 * (elements if held.repeats and not self.framework.reduces_each else own)
+        copied = self._copied(layout, sizes)
+        whole = micro_batches > 1 and not self.framework.reduces_in_blocks(layout)
+        gradients = 4 * (elements if whole else own)
         before = gradients if held.repeats else 0
-        passing = sizes.largest * (wide + 4) if data > 1 else 0  # a block's gradient before, and while, it is reduced
+        # A block's gradient while it is reduced, in fp32, and before that where it is not among those added up.
+        passing = sizes.largest * (4 if whole else wide + 4) if data > 1 else 0
         # The head's is given back before that where it is added to those of the micro-batches before.
         head = sizes.head * (wide if data == 1 else 4 if held.repeats else wide + 4) + held.head
         moments = (
@@ -235,55 +222,14 @@ class MemoryModel:
     def _sharded(self, layout: Layout, sizes: Sizes, each: int = 1) -> int:
         """Bytes, at `each` a parameter, of a rank's part of what is split by `shard`. Experts lie on every ep-th rank
         only, so that there are fewer ranks to split each of them over."""
-        ways = max(1, layout.shard * layout.tp // (layout.ep * self._expert_tp(layout)))
+        ways = max(1, layout.shard * layout.tp // (layout.ep * self.blocks.expert_tp(layout)))
         return -(-sizes.dense * each // layout.shard) - (-sizes.expert * each // ways)
-
-    def _expert_tp(self, layout: Layout) -> int:
-        return layout.tp if self.framework.splits_experts else 1
 
     def _block_bytes(self, layout: Layout) -> tuple[BlockBytes, ...]:
         key = _block_key(layout)
         if key not in self._bytes:
-            self._bytes[key] = tuple(self._one(block, given, layout) for block, given in self._kinds)
+            self._bytes[key] = tuple(self.blocks.of(block, given, layout) for block, given in self._kinds)
         return self._bytes[key]
-
-    def _one(self, block: Block, given: int, layout: Layout) -> BlockBytes:
-        micro, tp = layout.micro_batch, layout.tp
-
-        def size(saved: Saved) -> int:
-            split = layout.sequence_parallel
-            each = saved_bytes(saved, tp=tp, sequence_parallel=split, precision=self.precision)
-            return each * micro // layout.cp
-
-        kind = self.device.kind
-        here = ("", kind, f"{kind} {self.precision}")
-        sizes = [(saved, size(saved)) for saved in block.saved if saved.on in here]
-        whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
-        entry = given * self.width * micro // layout.cp
-        kept = whole
-        if layout.recompute == "selective" and self.framework.selective == "block":
-            kept = (whole + entry) // 2  # every other block is recomputed
-        elif layout.recompute == "selective":
-            kept = sum(n for saved, n in sizes if not saved.selective)
-            whens = ("selective", "selective tp") if tp > 1 else ("selective",)
-            kept += sum(size(saved) for saved in block.saved if saved.on in whens)
-        elif layout.recompute == "full" and block.kind not in self.framework.never_recomputed:
-            kept = entry // (tp if layout.sequence_parallel else 1) + loss
-        # A backward holds gradients of the widest tensor that was kept and of what went in, gathered.
-        widest = max((n for saved, n in sizes if saved.module != "loss"), default=0)
-        dense, expert, matrices = self._local(block, layout)
-        return BlockBytes(dense, expert, kept, loss, whole - min(kept, whole) + widest + 2 * entry, matrices)
-
-    def _local(self, block: Block, layout: Layout) -> tuple[int, int, tuple[tuple[str, int], ...]]:
-        dense, expert, matrices = 0, 0, []
-        for parameter in block.parameters:
-            mixed = "expert" in parameter.axes
-            tp, ep = (self._expert_tp(layout), layout.ep) if mixed else (layout.tp, 1)
-            elements = local_size(parameter, tp, ep, self.framework.vocab_multiple)
-            dense, expert = (dense, expert + elements) if mixed else (dense + elements, expert)
-            if len(parameter.shape) > 1 and "positions" not in parameter.axes and block.kind != "embedding":
-                matrices.append((parameter.name.split(".", 2)[-1], elements))
-        return dense, expert, tuple(matrices)
 
     def _stage_held(self, layout: Layout, firsts: tuple[int, ...], micro_batches: int) -> tuple[Held, ...]:
         key = (*_block_key(layout), layout.pp, layout.vpp, layout.schedule, firsts, micro_batches)

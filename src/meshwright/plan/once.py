@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from meshwright.card import Card
 from meshwright.layout import Layout
-from meshwright.plan.blocks import Blocks, kept_gathered
-from meshwright.plan.compute import BYTES
+from meshwright.plan.blocks import Blocks
 from meshwright.plan.cpu import CpuCompute
+from meshwright.plan.framework import kept_gathered
+from meshwright.plan.schedule import TABLE
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class OnceAStep:
         reduce, gather = self._moved(key, layout, mine, of_experts)
         reduce = max(0.0, reduce - share * window)
         gather = max(0.0, gather - share_of_gather * window / 2)  # a forward takes half of a backward
-        if layout.pp > 1 and self.tied:
+        if self.tied and layout.pp > 1 and not TABLE[layout.schedule].folded:  # a V has both ends on one rank
             far = self.network.group(2, layout.devices // 2)
-            size = self.tied * (self.framework.gradient_wire_bytes or BYTES[self.blocks.precision]) / layout.tp
+            size = self.tied * self.blocks.gradient_bytes / layout.tp
             reduce += self.network.all_reduce(size, far)
         return Once(reduce + self._norm(layout.devices), gather)
 
@@ -80,38 +81,31 @@ class OnceAStep:
         """Seconds of the reduction and of the gathering, nothing hidden."""
         found = self._known.get(key)
         if found is None:
-            data = layout.dp * layout.cp
-            found = self._new(layout, elements - experts, data, 1)
+            found = self._new(layout, elements - experts, 1)
             if experts:
-                own = self._new(layout, experts, data // layout.ep, layout.ep)
+                own = self._new(layout, experts, layout.ep)
                 found = Once(found.gradients + own.gradients, found.weights + own.weights)
             self._known[key] = found
         return found.gradients, found.weights
 
-    def _new(self, layout: Layout, elements: float, data: int, apart: int) -> Once:
-        """For parameters of which `data` ranks, each `apart` data-parallel ranks from the next, hold the same."""
-        width = self.framework.gradient_wire_bytes or BYTES[self.blocks.precision]
-        shard, stride = max(1, layout.shard // apart), layout.tp * apart
-        sharded, everyone = self.network.group(shard, stride), self.network.group(data, stride)
-        weight = elements * self.blocks.gathered_bytes
+    def _new(self, layout: Layout, elements: float, apart: int) -> Once:
+        """For parameters of which every `apart`-th data-parallel rank holds the same."""
         if self.framework.optimizer_shard == "dp" and layout.shard == 1:
             # distributed optimizer: scatter gradients, gather what was updated
-            scatter = self.network.reduce_scatter(elements * width, everyone)
-            return Once(scatter, self.network.all_gather(weight, everyone))
-        reduce = 0.0
-        if layout.shard > 1 and (kept_gathered(layout) or not self.framework.reduces_each):
-            reduce = self.network.reduce_scatter(elements * width, sharded)
-        replicas = self.network.group(data // shard, stride * shard)
-        reduce += self.network.all_reduce(elements / shard * width, replicas)
-        gather = self.network.all_gather(weight, sharded) if kept_gathered(layout) else 0.0
-        return Once(reduce, gather)
+            everyone = self.network.group(layout.dp * layout.cp // apart, layout.tp * apart)
+            scatter = self.network.reduce_scatter(elements * self.blocks.gradient_bytes, everyone)
+            return Once(scatter, self.network.all_gather(elements * self.blocks.gathered_bytes, everyone))
+        moved = self.blocks.movement(layout, elements, apart)
+        reduce = 0.0 if self.framework.reduces_in_blocks(layout) else moved.scatter + moved.sum
+        return Once(reduce, moved.gather if kept_gathered(layout) else 0.0)
 
-    def update(self, layout: Layout, elements: float) -> float:
-        """The optimizer's step on what a rank holds of `elements`."""
+    def update(self, layout: Layout, elements: float, experts: float = 0.0) -> float:
+        """The optimizer's step on a rank's part of `elements`, of them `experts`, which fewer ranks share."""
         compute = self.blocks.compute
         if isinstance(compute, CpuCompute):
             return compute.optimizer(elements / layout.shard) + compute.once(elements, layout)
         spread = layout.shard
         if self.framework.optimizer_shard == "dp":
             spread = layout.dp * layout.cp
-        return compute.optimizer(elements / spread, offload=layout.offload)
+        own = (elements - experts) / spread + experts / max(1, spread // layout.ep)
+        return compute.optimizer(own, offload=layout.offload)

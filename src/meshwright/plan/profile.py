@@ -45,7 +45,6 @@ class Profile:
     assumed: tuple[str, ...] = ()
     fitted_rows: int = 0
     corrections: Mapping[str, Correction] = field(default_factory=dict)
-    _cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> float:
         return self.constants[name]

@@ -78,7 +78,8 @@ class Prediction:
 @dataclass(frozen=True)
 class Choice:
     """A layout that works, with its prediction. Tuples have an entry a (virtual) stage, `memory` one a rank of the
-    pipeline; pipeline seconds are of a micro-batch.
+    pipeline; pipeline seconds are of a micro-batch, transfers by boundary between virtual stages (or one for all), and
+    `overlapped` says whether these run beside the work.
 
     `level` is set of a runner-up that cannot be told apart from the winner: what parts them is less than the plan's
     margin of error.
@@ -93,11 +94,12 @@ class Choice:
     memory: tuple[StageMemory, ...]
     forward_seconds: tuple[float, ...]
     backward_seconds: tuple[float, ...]
-    transfer_seconds: float
+    transfer_seconds: float | tuple[float, ...]
     binding: str
     why: str
     level: bool = False
     weight_seconds: tuple[float, ...] = ()  # the part of the backward that computes weights' gradients
+    overlapped: bool = True
 
     def parts(self, rank: int) -> tuple[tuple[str, ...], ...]:
         """The blocks of each virtual stage that a rank of the pipeline has."""
@@ -114,7 +116,7 @@ class Choice:
         orders = actions(*how, count, self.layout.vpp)
         weight = self.weight_seconds or None
         seconds = self.forward_seconds, self.backward_seconds, self.transfer_seconds
-        return replay(orders, *seconds, weight_seconds=weight)
+        return replay(orders, *seconds, weight_seconds=weight, overlapped=self.overlapped)
 
     def as_dict(self) -> dict[str, Any]:
         p = self.predicted
@@ -137,6 +139,7 @@ class Choice:
                 "backward_seconds": list(self.backward_seconds),
                 "weight_seconds": list(self.weight_seconds),
                 "transfer_seconds": self.transfer_seconds,
+                "overlapped": self.overlapped,
             },
             "binding": self.binding,
             "why": self.why,
@@ -147,7 +150,7 @@ class Choice:
     def from_dict(data: Mapping[str, Any]) -> Choice:
         predicted = dict(data["predicted"])
         interval = Interval(**predicted.pop("step_seconds"))
-        pipeline = data["pipeline"]
+        pipeline, between = data["pipeline"], data["pipeline"]["transfer_seconds"]
         return Choice(
             layout=Layout(**data["layout"]),
             precision=data["precision"],
@@ -158,11 +161,12 @@ class Choice:
             memory=tuple(StageMemory(**stage) for stage in data["memory"]),
             forward_seconds=tuple(pipeline["forward_seconds"]),
             backward_seconds=tuple(pipeline["backward_seconds"]),
-            transfer_seconds=pipeline["transfer_seconds"],
+            transfer_seconds=tuple(between) if isinstance(between, list | tuple) else between,
             binding=data["binding"],
             why=data["why"],
             level=data.get("level", False),
             weight_seconds=tuple(pipeline.get("weight_seconds", ())),
+            overlapped=pipeline.get("overlapped", True),
         )
 
 

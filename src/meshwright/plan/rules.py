@@ -197,10 +197,16 @@ def _nearest_degrees(q: Question) -> dict[str, int]:
 
 def _shard(q: Question) -> Refusal | None:
     layout, data = q.layout, q.layout.dp * q.layout.cp
-    if layout.shard < 1 or data < 1 or data % layout.shard == 0:
+    if layout.shard < 1 or data < 1:
         return None
-    near = nearest_of(layout.shard, divisors(data))
-    return Refusal("shard", f"shard={layout.shard} does not divide dp x cp = {data}", {"shard": near}, ("shard", "dp"))
+    context = layout.cp if q.framework.offers.shards_context and layout.cp > 1 else 1
+    if data % layout.shard == 0 and layout.shard % context == 0:
+        return None
+    near = nearest_of(layout.shard, [d for d in divisors(data) if d % context == 0])
+    reason = f"shard={layout.shard} does not divide dp x cp = {data}"
+    if data % layout.shard == 0:
+        reason = f"shard={layout.shard}: {q.framework.name} shards weights over all cp={layout.cp} ranks at least"
+    return Refusal("shard", reason, {"shard": near}, ("shard", "dp"))
 
 
 def _weights(q: Question) -> Refusal | None:
@@ -232,8 +238,8 @@ def _tensor(q: Question) -> Refusal | None:
 def _sequence(q: Question) -> Refusal | None:
     layout, seq_len = q.layout, q.facts.units_per_sample
     if not layout.sequence_parallel:
-        return None
-    off = {"sequence_parallel": False}
+        return _without_sequence(q)
+    off: dict[str, Any] = {"sequence_parallel": False}
     if "tp" not in q.facts.splittable:
         reason = "sequence_parallel splits over tp, and this model has no table of logical axes for tp"
         return Refusal("sequence_parallel", reason, off, ("sequence_parallel",))
@@ -243,8 +249,26 @@ def _sequence(q: Question) -> Refusal | None:
     if seq_len % (layout.tp * max(1, layout.cp)):
         ways = f"tp={layout.tp}" if layout.cp <= 1 else f"tp x cp = {layout.tp * layout.cp}"
         reason = f"sequence_parallel: {ways} does not divide the sequence length {seq_len}"
-        return Refusal("sequence_parallel", reason, off, ("sequence_parallel", "tp"))
+        change = {**off, "tp": 1} if _needs_sequence(q) else off
+        return Refusal("sequence_parallel", reason, change, ("sequence_parallel", "tp"))
     return None
+
+
+def _needs_sequence(q: Question) -> bool:
+    """Whether the framework has this tensor parallelism only with sequence parallelism."""
+    offers = q.framework.offers
+    return offers.sequence_always or (offers.sequence_with_experts and q.layout.ep > 1 and q.facts.experts > 0)
+
+
+def _without_sequence(q: Question) -> Refusal | None:
+    layout, offers = q.layout, q.framework.offers
+    if layout.tp <= 1 or "tp" not in q.facts.splittable or not _needs_sequence(q):
+        return None
+    able = q.facts.units_per_sample % (layout.tp * max(1, layout.cp)) == 0
+    where = " beside experts that are spread" if not offers.sequence_always else ""
+    reason = f"{q.framework.name} has tensor parallelism only with sequence parallelism{where}"
+    change: dict[str, Any] = {"sequence_parallel": True} if able else {"tp": 1}
+    return Refusal("sequence_parallel", reason, change, ("sequence_parallel", "tp"))
 
 
 def _pipeline(q: Question) -> Refusal | None:
@@ -335,10 +359,10 @@ RULES: tuple[Rule, ...] = (
     Rule("schedule", "a schedule that the framework offers", _schedule),
     Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
-    Rule("shard", "shard divides dp x cp", _shard),
+    Rule("shard", "shard divides dp x cp, and has all of cp where the framework has it so", _shard),
     Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework has it so", _weights),
     Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
-    Rule("sequence_parallel", "sequence_parallel needs tp > 1, and tp x cp that divides the sequence", _sequence),
+    Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
     Rule("experts", "ep divides the experts and dp x cp", _experts),
     Rule("pp", "a stage has a block or more, and the model names its blocks", _pipeline),

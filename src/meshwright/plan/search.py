@@ -8,7 +8,7 @@ from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.layout import Layout
-from meshwright.plan.choose import beaten_by_rule, choice_of, not_shown, too_large
+from meshwright.plan.choose import beaten_by_rule, choice_of, compiles, not_shown, too_large
 from meshwright.plan.corrected import corrected
 from meshwright.plan.estimate import Estimate, Estimator
 from meshwright.plan.explore import Found, Value, ranked, search
@@ -19,7 +19,7 @@ from meshwright.plan.profile import Profile
 from meshwright.plan.question import Facts, divisors
 from meshwright.plan.result import OBJECTIVES, Choice, Plan, PlanRequest
 from meshwright.plan.sensitivity import buys, limit
-from meshwright.plan.space import Space
+from meshwright.plan.space import Space, family_of
 
 RUNNERS_UP = 5
 FIELDS = tuple(Layout.__dataclass_fields__)
@@ -103,19 +103,27 @@ def value_of(objective: str) -> Value:
 def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_if: bool) -> Plan:
     value = value_of(request.objective)
     place: dict[Layout, Searched] = {estimate.layout: one for one in working for estimate in one.found.fitting}
-    order = ranked([_exact(estimate, place) for estimate in _met(working)], value)
-    shown = [place[estimate.layout].estimator.estimate(estimate.layout) for estimate in _varied(order)]
-    best = ranked([_exact(estimate, place, _replayed(estimate)) for estimate in shown], value)
+    order = ranked([_corrected(estimate, place) for estimate in _met(working)], value)
+    quickest = min(order, key=value)
+
+    def again(estimate: Estimate) -> Estimate:
+        at, layout = place[estimate.layout], estimate.layout
+        plain = at.estimator.estimate(layout)
+        estimator = at.estimator.compiled if compiles(plain, at.space, at.estimator, request) else at.estimator
+        return corrected(estimator.estimate(layout, exact=_replayed(plain)), at.space, estimator)
+
+    best = ranked([again(estimate) for estimate in _varied(order)], value, least=value(again(quickest)))
     winner, mine = best[0], place[best[0].layout]
     plain = mine.estimator.estimate(winner.layout)  # what the search compared
     bought = buys(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
     chances = outlook_of(winner, mine.space, request)
+    ways = len({family_of(estimate.layout) for estimate in order})
     choices: list[Choice] = []
     for estimate in best:
         at = place[estimate.layout]
         first = None if estimate is winner else winner
         prospects = chances if first is None else outlook_of(estimate, at.space, request)
-        choices.append(choice_of(estimate, first, at.space, at.estimator, request, len(order), prospects))
+        choices.append(choice_of(estimate, first, at.space, at.estimator, request, ways, prospects))
     cluster, found = mine.space.cluster, whole.found
     rejected = (
         *beaten_by_rule(whole.space),
@@ -146,11 +154,10 @@ def _met(working: list[Searched]) -> list[Estimate]:
     return [estimate for one in working for estimate in one.found.fitting]
 
 
-def _exact(estimate: Estimate, place: dict[Layout, Searched], replayed: bool = False) -> Estimate:
-    """The estimate as the plan shows it: replayed where that is asked, and corrected by what the profile has learnt."""
+def _corrected(estimate: Estimate, place: dict[Layout, Searched]) -> Estimate:
+    """The estimate as the profile has learnt to correct it."""
     at = place[estimate.layout]
-    found = at.estimator.estimate(estimate.layout, exact=True) if replayed else estimate
-    return corrected(found, at.space, at.estimator) if at.estimator.profile.corrections else found
+    return corrected(estimate, at.space, at.estimator) if at.estimator.profile.corrections else estimate
 
 
 def outlook_of(estimate: Estimate, space: Space, request: PlanRequest) -> Outlook:

@@ -70,7 +70,7 @@ def layer_work(shape: DecoderShape, tp: int, mixed: bool, spread: int = 1) -> La
         expert, dense = 0.0, shape.ffn
     if dense:
         matrices += [Matrix(h, branches * dense / tp), Matrix(max(1, dense // tp), h)]
-    moved = 8 * h + 2 * (shape.q_width + 2 * cache) / tp + (branches + 1) * (dense / tp + visited)
+    moved = 8 * h + 2 * shape.q_width / tp + 4 * cache + (branches + 1) * (dense / tp + visited)
     return LayerWork(
         tuple(matrices),
         expert,

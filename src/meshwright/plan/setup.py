@@ -30,7 +30,7 @@ PRECISIONS: Mapping[str, str] = {
     **dict.fromkeys(("fp8_sc", "fp8_hybrid", "float8"), "fp8"),
     **dict.fromkeys(("fp4", "nvfp4", "mxfp4"), "fp4"),
 }
-#: Words for what is recomputed in the backward pass -> (the layout's word, what its "selective" drops or "").
+#: Words for what is recomputed in the backward pass -> the layout's word; what "selective" drops stands in SELECTIVE.
 RECOMPUTES: Mapping[str, str] = {
     **dict.fromkeys(("none", "no", "off", "false"), "none"),
     **dict.fromkeys(("selective", "selective_attention", "selective_op", "selective_layer"), "selective"),
@@ -46,16 +46,11 @@ STYLES = {
     "deepspeed": "hf",
     "megatron-deepspeed": "megatron-legacy",
 }
-#: Frameworks that run sequence parallelism wherever there is tensor parallelism, whatever a table leaves out.
-ALWAYS_SEQUENCE_PARALLEL = ("nemo", "megatron-bridge", "megascale")
 #: Keys of a model's table that are the shape's own words.
 EXTRAS = (
     *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
     *("q_lora", "kv_lora", "rope_head_dim", "v_head_dim", "mtp_layers", "sliding_window"),
 )
-#: Share of what full recompute saves that Megatron-Core's --recompute-modules save for next to no time: outputs of
-#: norms and activation functions.
-NEARLY_FREE = 0.5
 #: The interval of a case with a guessed word is this power of the one without.
 GUESS_WIDTH = 1.4
 
@@ -123,8 +118,7 @@ def setup(case: Case) -> Setup:
     assumed += cluster.assumed
     framework = _framework(case.software, assumed)
     precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
-    framework = _of_its_time(framework, precision, assumed)
-    shape = shape_of(case.model, framework.name)
+    shape = _for_ranks(shape_of(case.model, framework.name), case.layout["tp"], assumed)
     layout, framework = _layout(case, framework, assumed)
     word, known = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
     drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
@@ -165,15 +159,6 @@ def _framework(software: Mapping[str, Any], assumed: list[str]) -> Framework:
     return row
 
 
-def _of_its_time(framework: Framework, precision: str, assumed: list[str]) -> Framework:
-    """Megatron-LM in fp8, and what we do not know, is of a time when its examples overlap what Megatron-Bridge does."""
-    if framework.name not in ("megatron-lm", "unknown") or precision not in ("fp8", "fp4"):
-        return framework
-    assumed.append("Megatron-LM in fp8: the overlaps and the sequence parallelism of its examples")
-    row = FRAMEWORKS["megatron-bridge"]
-    return replace(row, fused_cross_entropy=framework.fused_cross_entropy or row.fused_cross_entropy)
-
-
 def _precision(word: str, cluster: Cluster, assumed: list[str]) -> tuple[str, int]:
     precision, known = nearest_word(word, PRECISIONS, "bf16")
     if not known:
@@ -189,7 +174,7 @@ def _precision(word: str, cluster: Cluster, assumed: list[str]) -> tuple[str, in
 def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layout, Framework]:
     given = case.layout
     fields = {key: given[key] for key in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")}
-    if framework.name in ALWAYS_SEQUENCE_PARALLEL and given["tp"] > 1 and not given["sequence_parallel"]:
+    if framework.offers.sequence_always and given["tp"] > 1 and not given["sequence_parallel"]:
         fields["sequence_parallel"] = True
         assumed.append(f"{framework.name} runs sequence parallelism with tensor parallelism")
     schedule = "interleaved" if given["vpp"] > 1 else "1f1b"
@@ -198,11 +183,13 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
         schedule = word.lower()
     elif word is not None:
         assumed.append(f"schedule '{word}': taken for {schedule}")
-    if framework.name == "torchtitan" and given["cp"] > 1 and given["dp"] % given["shard"] == 0:
-        fields["shard"] = given["shard"] * given["cp"]  # its mesh for FSDP spans both
-        assumed.append("torchtitan shards weights over context-parallel ranks too")
+    if framework.offers.shards_context and given["shard"] % given["cp"]:
+        fields["shard"] = given["cp"] * math.gcd(given["shard"], given["dp"])  # the mesh for FSDP spans both
+        assumed.append(f"{framework.name} shards weights over context-parallel ranks too")
     if "optimizer_shard" in given:
         framework = replace(framework, optimizer_shard="dp" if given["optimizer_shard"] > 1 else "none")
+        if 1 < given["optimizer_shard"] < (ranks := given["dp"] * given["cp"]):
+            assumed.append(f"optimizer_shard={given['optimizer_shard']}: taken for all {ranks} ranks")
     if wrong := problem(
         schedule, given["pp"], case.train["global_batch"] // (given["dp"] * given["micro_batch"]), given["vpp"]
     ):
@@ -235,6 +222,14 @@ def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
     if stages > layers:
         return tuple(blocks * stage // stages for stage in range(stages))
     return (0, *(1 + layers * stage // stages for stage in range(1, stages)))
+
+
+def _for_ranks(shape: DecoderShape, tp: int, assumed: list[str]) -> DecoderShape:
+    """With more tensor-parallel ranks than key and value heads each rank has a copy of one."""
+    if tp <= shape.kv_heads:
+        return shape
+    assumed.append(f"{shape.kv_heads} key and value heads: copied for {tp} tensor-parallel ranks")
+    return replace(shape, kv_heads=tp)
 
 
 def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:

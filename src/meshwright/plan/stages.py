@@ -233,6 +233,7 @@ def _way(asked: Asked, placed: Placed) -> Way:
         once=Once(),
         weight_seconds=(),
         boundary_seconds=(),
+        pipeline_overlap=True,
         step_seconds=placed.seconds,
         memory=placed.memory,
     )

@@ -229,9 +229,7 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
         words += ["--num-experts", shape.experts, "--moe-router-topk", shape.top_k, "--moe-grouped-gemm"]
         words += ["--moe-ffn-hidden-size", shape.expert_ffn or shape.ffn, "--moe-token-dispatcher-type", "alltoall"]
         words += ["--moe-shared-expert-intermediate-size", shape.shared_ffn] if shape.shared_ffn else []
-        mixed = [
-            int(layer >= shape.first_dense_layers and layer % shape.moe_every == 0) for layer in range(shape.layers)
-        ]
+        mixed = [int(shape.mixed(layer)) for layer in range(shape.layers)]
         words += [] if all(mixed) else ["--moe-layer-freq", str(mixed).replace(" ", "")]
     if shape.mtp_layers:
         words += ["--mtp-num-layers", shape.mtp_layers]
