@@ -37,7 +37,7 @@ def fitted(measured: Mapping[str, list[Measured]], without: str = "") -> Profile
         chosen = [rows[index] for index in which]
         return np.log([estimate(cards[m], one, MODELS[m][2], profile).step_seconds for m, one in chosen])
 
-    priors = [Prior(one.name, start[one.name], one.prior) for one in CPU_CONSTANTS]
+    priors = [Prior(one.name, start[one.name], one.prior) for one in CPU_CONSTANTS if one.prior > 0]
     seconds = np.log([median_seconds(one) for _, one in rows])
     found = fit(logs, seconds, np.ones(len(rows)), priors)
     return start.changed(found.values, "without " + without if without else "fitted")

@@ -16,6 +16,7 @@ from meshwright.card import AttentionShape, Block, Parameter, Product
 from meshwright.cluster import Device
 from meshwright.errors import InputError, Problem
 from meshwright.layout import AXIS_RULES, Layout
+from meshwright.plan.block_memory import local_size
 from meshwright.plan.framework import FRAMEWORKS, Framework
 from meshwright.plan.profile import DATASHEET, Profile
 
@@ -54,11 +55,7 @@ class BlockSeconds:
 
 def local_elements(parameters: Iterable[Parameter], tp: int, ep: int = 1) -> int:
     """Elements of the parameters that one of `tp` tensor-parallel and `ep` expert-parallel ranks holds."""
-    total = 0
-    for p in parameters:
-        ways = tp if tp > 1 and any(axis_split(a) for a in p.axes) else 1
-        total += p.elements // (ways * (ep if ep > 1 and "expert" in p.axes else 1))
-    return total
+    return sum(local_size(parameter, tp, ep, 1) for parameter in parameters)
 
 
 def axis_split(axis: str | None) -> bool:
