@@ -106,7 +106,7 @@ def test_runs_never_seen_are_predicted_and_intervals_hold(
     assert held > 0.7  # of 48 runs: a sample of what is 0.9 on average
 
 
-def test_what_no_constant_says_becomes_a_correction_that_proved_itself(
+def test_what_no_constant_says_becomes_a_correction(
     bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
 ) -> None:
     _, rest, found = bumped

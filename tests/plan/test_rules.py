@@ -44,7 +44,7 @@ questions = st.builds(
     st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE]),
     st.integers(1, 16),
     st.integers(1, 24),
-    st.sampled_from([FRAMEWORKS[name] for name in ("meshwright", MEGATRON, "torchtitan", "llm-foundry")]),
+    st.sampled_from([FRAMEWORKS[name] for name in ("meshwright", MEGATRON, "torchtitan", "llm-foundry", "deepspeed")]),
 )
 
 
@@ -109,6 +109,16 @@ def test_each_rule_with_its_words(layout: Layout, facts: Facts, devices: int, ba
         (Layout(dp=2, ep=2), LLAMA, 24, MEGATRON, "experts", "this model has none; nearest: layout.ep=1"),
         (Layout(dp=6, ep=3), MIXTURE, 24, MEGATRON, "experts", "not divide 8 experts; nearest: layout.ep=2"),
         (Layout(dp=2, ep=4), MIXTURE, 24, MEGATRON, "experts", "does not divide dp x cp = 2; nearest: layout.ep=2"),
+        (Layout(dp=4, ep=2), MIXTURE, 24, "torchtitan", "sharded_experts", "shard the weights; nearest: layout.shard=2"),
+        (
+            Layout(dp=2, cp=2, shard=2, ep=4),
+            MIXTURE,
+            24,
+            "torchtitan",
+            "sharded_experts",
+            "torchtitan spreads ep=4 experts over ranks that shard the weights; nearest: layout.shard=4",
+        ),
+        (Layout(tp=2, pp=2), LLAMA, 24, "deepspeed", "tensor_pipeline", "tp=2 in a pipeline is not offered by deepspeed"),
         (Layout(vpp=2), LLAMA, 24, MEGATRON, "virtual_stages", "and pp is 1; nearest: layout.vpp=1"),
         (
             Layout(pp=2, vpp=2),

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
         pp=pp,
         vpp=vpp,
         cp=cp,
+        ep=draw(st.sampled_from([n for n in (1, 2, 4, 8) if (dp * cp) % n == 0])),
         sequence_parallel=tp > 1 and draw(st.booleans()),
         micro_batch=draw(st.integers(1, 4)),
         schedule=schedule,
@@ -100,8 +102,11 @@ def test_torchtitan_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]
         assert len(parts) == layout.pp * layout.vpp
         named = [name for part in parts for name in part]
         assert named == ["tok_embeddings", *(f"layers.{i}" for i in range(16)), "norm", "output"]
-    if layout.shard % layout.cp == 0 and layout.shard > 1:
+    if layout.shard % layout.cp == 0 and layout.shard > 1 and layout.shard % layout.ep == 0:
         assert degrees["data_parallel_shard_degree"] * layout.cp == layout.shard
+    # its mesh for experts: those ranks x ep x etp are the ranks that shard weights x tp (parallel_dims.py, 0.2.2)
+    assert degrees["data_parallel_shard_degree"] * layout.cp % layout.ep == 0
+    assert degrees.get("expert_tensor_parallel_degree") == (layout.tp if layout.ep > 1 else None)
 
 
 @given(layouts())
@@ -123,7 +128,11 @@ def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) 
         assert len(stages) == layout.pp * layout.vpp and "".join(stages) == "E" + "t" * 16 + "L"
     if "--num-distributed-optimizer-instances" in words:
         assert int(words["--num-distributed-optimizer-instances"]) * layout.shard == layout.dp * layout.cp
-    assert "--overlap-param-gather" not in words or "--use-distributed-optimizer" in words  # as its own check has it
+    # as its own checks have it (arguments.py, core 0.19.0)
+    assert "--overlap-param-gather" not in words or {"--use-distributed-optimizer", "--overlap-grad-reduce"} <= set(words)
+    assert "--optimizer-cpu-offload" not in words or "--use-distributed-optimizer" in words
+    script = export("megatron-lm", whole, RECIPE).files["megatron.sh"]
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in script) == ("--use-megatron-fsdp" not in words)
 
 
 @given(layouts())
@@ -133,7 +142,8 @@ def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int
     written = export("deepspeed", whole, RECIPE)
     config = json.loads(written.files["deepspeed.json"])
     batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * layout.dp
-    assert config["train_batch_size"] == batch == whole.global_batch
+    assert batch == whole.global_batch
+    assert config.get("train_batch_size") == (batch if layout.tp == 1 else None)  # its own check counts tensor ranks too
     line = written.files["deepspeed.sh"].splitlines()[-1]
     launch = options(shlex.split(line))
     assert int(launch["--num_nodes"]) * int(launch["--num_gpus"]) == layout.devices
@@ -166,6 +176,9 @@ def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name:
         ("deepspeed", Layout(dp=4, shard=2), "MiCS_Init"),
         ("deepspeed", Layout(dp=2, ep=2), "expert parallelism"),
         ("deepspeed", Layout(cp=2), "Ulysses"),
+        ("deepspeed", Layout(tp=2), "counts it 2 times over"),
+        ("deepspeed", Layout(tp=2, pp=2), "tensor parallelism in a pipeline"),
+        ("torchtitan", Layout(dp=4, ep=2), "shard=1 with ep=2"),
     ],
 )
 def test_what_a_framework_lacks_is_named(name: str, layout: Layout, expected: str) -> None:
@@ -179,7 +192,32 @@ def test_a_mixture_is_said_where_there_are_words_for_it() -> None:
     _, words = megatron(export("megatron-lm", plan(Layout(dp=8, ep=8), 2), recipe))
     assert words["--num-experts"] == "8" and words["--expert-model-parallel-size"] == "8"
     assert json.loads(words["--moe-layer-freq"]) == [0, *[1] * 15]
-    assert titan(export("torchtitan", plan(Layout(dp=8, ep=8), 2), recipe))["model"]["name"] == "deepseek_v3"
+    made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), recipe)
+    assert titan(made)["model"]["name"] == "deepseek_v3"
+    assert any("8 experts of width 704, 2 to a token" in sentence for sentence in made.unsaid)
+
+
+def test_a_kind_that_torchtitan_lacks_is_not_called_another() -> None:
+    mixtral = replace(MIXTURE, hf_type="mixtral")
+    made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), replace(RECIPE, shape=mixtral))
+    assert titan(made)["model"]["name"] == "planned"
+    assert any("torchtitan has no mixtral" in sentence for sentence in made.unsaid)
+
+
+def test_megatron_is_asked_for_the_overlap_that_was_predicted() -> None:
+    for framework, overlaps in (("megatron-lm", False), ("megatron-bridge", True)):
+        made = export("megatron-lm", replace(plan(Layout(dp=8), 2), framework=framework), RECIPE)
+        assert ("--overlap-grad-reduce" in megatron(made)[1]) == overlaps
+        assert any("overlap, since" in sentence for sentence in made.unsaid) != overlaps
+
+
+def test_megatron_trains_what_was_planned() -> None:
+    gemma = replace(DENSE, sliding_window=4096, hf_type="gemma")
+    made = export("megatron-lm", plan(Layout(), 2), replace(RECIPE, shape=gemma))
+    words = megatron(made)[1]
+    assert words["--attention-dropout"] == words["--hidden-dropout"] == "0"  # 0.1 unless it is said
+    assert words["--window-size"] == "4095,0"  # tokens before a token, and after it
+    assert any("GELU" in sentence for sentence in made.unsaid)
 
 
 def test_precisions_and_odd_names_are_written_whole() -> None:

@@ -1,8 +1,8 @@
 """A profile from measured runs: constants, what they leave over, and intervals that held on runs not fitted.
 
 1. The constants that the runs speak of are fitted (fit.py), every source and group with equal weight.
-2. Per regime the residuals may become a smooth correction (correction.py), if it proves itself: refits without some
-   groups must predict those groups better by a twentieth with it than without (few runs: not clearly worse).
+2. Per regime with enough runs the residuals become a smooth correction (correction.py), as strong as makes them
+   likeliest. What it does to runs whose group was not fitted is told beside what they come to without.
 3. The same refits give the intervals: the 5 % and 95 % quantiles of log(measured / predicted) over runs whose group was
    not fitted (split conformal prediction; Vovk et al. 2005, Lei et al. 2018), by regime where it has enough runs; and
    by how much the ratio of two layouts of a group is off.
@@ -33,10 +33,6 @@ FEWEST_TO_CORRECT, FEWEST_FOR_INTERVAL = 12, 18
 #: Runs of one source that a fit looks at, and that corrections learn from: more tell little more and take long.
 MOST_OF_A_SOURCE, MOST_POINTS_OF_A_SOURCE = 80, 200
 FOLDS = 5
-#: A correction must lower the mean error of runs not fitted to this share.
-PROVES_ITSELF, NO_WORSE = 0.95, 1.15
-#: Of fewer runs that share says little.
-FEW = 40
 COVERAGE = 0.9
 #: Shares that are of another kernel's speed, not of a ceiling: they may pass one.
 RATIOS = ("cuda.attention.share", "cuda.product.wide")
@@ -141,19 +137,19 @@ def calibrate_rows(
     *,
     name: str = "calibrated",
     correct: bool = True,
-    fold_keys: Sequence[str] | None = None,
     skipped: Sequence[BadCase] = (),
 ) -> Calibration:
-    """`calibrate` of rows that are ready; `fold_keys` are what is held out whole, groups by default."""
-    keys = fold_keys or _fold_keys(rows)
+    """`calibrate` of rows that are ready."""
+    keys = held_together(rows)
     fitter = _fitter(rows, start, keys)
     fitted = fit_profile(rows, start, name, fitter)
     residuals = held_out(rows, start, keys, correct=correct, fitter=fitter)
-    kept = _proven(residuals) if correct else frozenset()
-    profile = with_corrections(fitted, rows, kept) if kept else fitted
-    told = [_choose(one, kept) for one in residuals]
-    tested, logs = [one.row for one in residuals], [z for z, _ in told]
-    intervals = {**conformal(tested, logs, [unit for _, unit in told]), **pair_intervals(tested, logs)}
+    profile = _with_corrections(fitted, rows) if correct else fitted
+    tested, logs = [one.row for one in residuals], [one.corrected for one in residuals]
+    intervals = {
+        **conformal(tested, logs, [one.corrected_unit for one in residuals]),
+        **pair_intervals(tested, logs),
+    }
     profile = replace(profile, intervals={**start.intervals, **intervals}, fitted_rows=len(rows))
     return Calibration(
         profile=profile,
@@ -161,7 +157,7 @@ def calibrate_rows(
         skipped=tuple(skipped),
         moved=moves(start, profile),
         before=_mean_error(residual_logs(rows, start)),
-        held_out=_mean_error([z for z, _ in told]),
+        held_out=_mean_error(logs),
         held_out_plain=_mean_error([one.plain for one in residuals]),
         residuals=tuple(residuals),
     )
@@ -274,12 +270,10 @@ def _residual(row: Row, log: float, correction: Correction | None) -> Residual:
     return Residual(row, log, log - math.log(correction.factor(there)), width, width * spread)
 
 
-def with_corrections(profile: Profile, rows: Sequence[Row], regimes: frozenset[str]) -> Profile:
-    """The profile with a correction for each of the regimes, learnt from the rows."""
+def _with_corrections(profile: Profile, rows: Sequence[Row]) -> Profile:
+    """The profile with a correction of each regime that has enough rows."""
     chosen = [rows[index] for index in _thinned(rows, MOST_POINTS_OF_A_SOURCE)]
-    learnt = _learn(chosen, residual_logs(chosen, replace(profile, corrections={})))
-    kept = {regime: one for regime, one in learnt.items() if regime in regimes}
-    return replace(profile, corrections=kept)
+    return replace(profile, corrections=_learn(chosen, residual_logs(chosen, replace(profile, corrections={}))))
 
 
 def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
@@ -292,32 +286,6 @@ def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
         for regime, points in by_regime.items()
         if len(points) >= FEWEST_TO_CORRECT
     }
-
-
-def _proven(residuals: Sequence[Residual]) -> frozenset[str]:
-    """Regimes that keep their correction: it makes runs that were not fitted better by a twentieth. Where the runs are
-    too few to tell, the likelihood that set its strength decides, unless they are made clearly worse."""
-    by_regime: dict[str, list[Residual]] = {}
-    for one in residuals:
-        by_regime.setdefault(one.row.setup.correction_regime, []).append(one)
-    return frozenset(
-        regime
-        for regime, found in by_regime.items()
-        if len(found) >= FEWEST_TO_CORRECT and _change(found) < (NO_WORSE if len(found) < FEW else PROVES_ITSELF)
-    )
-
-
-def _change(found: Sequence[Residual]) -> float:
-    """Mean error with a correction, of that without."""
-    plain = _mean_error([one.plain for one in found])
-    return _mean_error([one.corrected for one in found]) / plain if plain else 1.0
-
-
-def _choose(one: Residual, kept: frozenset[str]) -> tuple[float, float]:
-    """The residual and the unit of its interval that the profile will have."""
-    if one.row.setup.correction_regime in kept:
-        return one.corrected, one.corrected_unit
-    return one.plain, one.unit
 
 
 def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]) -> dict[str, tuple[float, float]]:
@@ -385,7 +353,7 @@ def moves(start: Profile, profile: Profile) -> tuple[Mapping[str, Any], ...]:
     return tuple(sorted(found, key=lambda row: (-abs(row["sigmas"]), row["constant"])))
 
 
-def _fold_keys(rows: Sequence[Row]) -> list[str]:
+def held_together(rows: Sequence[Row]) -> list[str]:
     """What is held out together: groups, or single runs in a regime of too few groups."""
     groups: dict[str, set[str]] = {}
     for row in rows:

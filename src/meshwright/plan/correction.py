@@ -3,7 +3,7 @@
 Libraries change algorithm with the size of a message or a product; no constant says so. Where runs of one regime (same
 device, framework, precision, recompute and extent) were measured, the logarithm of measured over predicted is
 interpolated between them by simple kriging (a Gaussian process with a fixed kernel): exact where many runs agree, and
-fading to a factor of 1 away from them. It is kept only where it proves itself on groups it has not seen (calibrate.py).
+fading to a factor of 1 away from them. How strong it is decides the likelihood of the runs.
 """
 
 from __future__ import annotations

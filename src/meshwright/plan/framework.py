@@ -23,7 +23,8 @@ class Offers:
     experts are spread too. `shards_context`: weights are sharded over the context-parallel ranks at least.
     `spreads_optimizer`: the optimizer's state can be spread over the data-parallel ranks while weights are whole
     (distributed optimizer, ZeRO 1), which a plan always asks for; weights too (Megatron's FSDP, ZeRO 3) are sharded
-    only over all data-parallel ranks at once and without a pipeline.
+    only over all data-parallel ranks at once and without a pipeline. `experts_in_shard`: experts are spread over ranks
+    that share the weights out, so shard is a multiple of ep. `tensor_in_pipeline`: tp and pp go together.
     """
 
     fields: frozenset[str]
@@ -34,6 +35,8 @@ class Offers:
     sequence_always: bool = False
     sequence_with_experts: bool = False
     shards_context: bool = False
+    experts_in_shard: bool = False
+    tensor_in_pipeline: bool = True
 
 
 #: Two of torch's handles to cuBLAS (forward and backward threads) and one of Transformer Engine, 32 MiB each on
@@ -199,6 +202,7 @@ _ROWS = (
             ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"),
             sequence_always=True,
             shards_context=True,
+            experts_in_shard=True,
         ),
         buffers_each=True,
         reduces_each=True,
@@ -217,7 +221,13 @@ _ROWS = (
     ),
     Framework(
         name="deepspeed",
-        offers=Offers(frozenset({"dp", "shard", "tp", "pp"}), ("1f1b",), offload=True, spreads_optimizer=True),
+        offers=Offers(
+            frozenset({"dp", "shard", "tp", "pp"}),
+            ("1f1b",),
+            offload=True,
+            spreads_optimizer=True,
+            tensor_in_pipeline=False,
+        ),
         gradient_overlap=0.8,
         gather_overlap=0.8,
         loss_scaling=True,

@@ -164,6 +164,26 @@ def _experts(q: Question) -> Refusal | None:
     return Refusal("experts", reason, {"ep": nearest_of(layout.ep, sizes)}, ("ep", "dp"))
 
 
+def _sharded_experts(q: Question) -> Refusal | None:
+    """Frameworks that spread experts over the ranks which share out the weights."""
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if not q.framework.offers.experts_in_shard or layout.ep <= 1 or data < 1 or data % layout.ep or layout.shard < 1:
+        return None
+    if layout.shard % layout.ep == 0:
+        return None
+    context = layout.cp if q.framework.offers.shards_context else 1
+    sizes = [d for d in divisors(data) if d % layout.ep == 0 and d % context == 0]
+    reason = f"shard={layout.shard}: {q.framework.name} spreads ep={layout.ep} experts over ranks that shard the weights"
+    return Refusal("sharded_experts", reason, {"shard": nearest_of(layout.shard, sizes)}, ("shard", "ep"))
+
+
+def _tensor_pipeline(q: Question) -> Refusal | None:
+    if q.framework.offers.tensor_in_pipeline or q.layout.tp <= 1 or q.layout.pp <= 1:
+        return None
+    reason = f"tp={q.layout.tp} in a pipeline is {not_offered(q.framework)}"
+    return Refusal("tensor_pipeline", reason, {"tp": 1}, ("tp", "pp"))
+
+
 def _devices(q: Question) -> Refusal | None:
     layout = q.layout
     if layout.devices == q.devices or min(layout.dp, layout.tp, layout.pp, layout.cp) < 1:
@@ -365,6 +385,8 @@ RULES: tuple[Rule, ...] = (
     Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
     Rule("experts", "ep divides the experts and dp x cp", _experts),
+    Rule("sharded_experts", "shard is a multiple of ep, where the framework has it so", _sharded_experts),
+    Rule("tensor_pipeline", "tp in a pipeline: where the framework offers it", _tensor_pipeline),
     Rule("pp", "a stage has a block or more, and the model names its blocks", _pipeline),
     Rule("virtual_stages", "vpp > 1 needs a pipeline and a schedule of virtual stages", _virtual),
     Rule("split_backward", "no split backward pass over wrapped blocks in torch's pipeline", _split_backward),

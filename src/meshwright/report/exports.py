@@ -28,7 +28,11 @@ TITAN_SCHEDULES = {
     "dualpipev": "DualPipeV",
 }
 MEGATRON_SCHEDULES = ("1f1b", "interleaved")
-TITAN_MODELS = {"llama": "llama3", "deepseek_v3": "deepseek_v3", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
+#: Models that torchtitan has code for, by Hugging Face's name; "" is a family of ours.
+TITAN_MODELS = {"llama": "llama3", "mistral": "llama3", "deepseek_v3": "deepseek_v3", "qwen3": "qwen3"}
+TITAN_MODELS |= {"qwen3_moe": "qwen3"}
+#: Hugging Face's models whose gated feed-forward has GELU inside.
+GATED_GELU = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
             "pipeline_parallel_degree": layout.pp,
             "context_parallel_degree": layout.cp,
             "expert_parallel_degree": layout.ep,
+            **({"expert_tensor_parallel_degree": layout.tp} if layout.ep > 1 else {}),
             **(_titan_pipeline(choice, recipe, unsaid) if layout.pp > 1 else {}),
         },
         "activation_checkpoint": {
@@ -126,20 +131,33 @@ def _titan_sharding(layout: Layout, unsaid: list[str]) -> dict[str, Any]:
             "gathered after the forward"
         )
         weights, more = layout.dp, {"fsdp_reshard_after_forward": "never"}
+    if weights * layout.cp % layout.ep:
+        unsaid.append(
+            f"shard={layout.shard} with ep={layout.ep}: experts are spread over ranks that shard the weights; this says "
+            f"shard={layout.dp * layout.cp}"
+        )
+        weights = layout.dp
     degrees = {"data_parallel_replicate_degree": layout.dp // weights, "data_parallel_shard_degree": weights}
     return {**degrees, **more}
 
 
 def _titan_model(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
     shape = recipe.shape
-    if shape is None:
-        unsaid.append("the model: it is no decoder of a known kind; torchtitan needs a TrainSpec of its own for it")
+    name = None
+    if shape is not None:
+        name = TITAN_MODELS.get(shape.hf_type or ("deepseek_v3" if shape.experts else "llama"))
+    if shape is None or name is None:
+        what = f"no {shape.hf_type}" if shape else "no decoder of this kind"
+        unsaid.append(f"the model: torchtitan has {what}; it needs a TrainSpec of its own, named 'planned' here")
         return {"name": "planned", "flavor": "planned"}
     sizes = f"dim={shape.hidden}, n_layers={shape.layers}, n_heads={shape.heads}, n_kv_heads={shape.kv_heads}"
-    name = TITAN_MODELS.get(shape.hf_type or ("deepseek_v3" if shape.experts else "llama"), "llama3")
+    experts = ""
+    if shape.experts:
+        width = shape.expert_ffn or shape.ffn
+        experts = f", and {shape.experts} experts of width {width}, {shape.top_k} to a token"
     unsaid.append(
         f"the model's shape, which is code there: add the flavor 'planned' to torchtitan/models/{name} with {sizes}, "
-        f"vocab_size={shape.vocab} and a feed-forward width of {shape.ffn}"
+        f"vocab_size={shape.vocab} and a feed-forward width of {shape.ffn}{experts}"
     )
     return {"name": name, "flavor": "planned"}
 
@@ -181,7 +199,9 @@ def megatron(plan: Plan, recipe: Recipe) -> Export:
         words += ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
     elif layout.recompute == "full":
         words += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
-    words += ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"] if layout.offload else []
+    if layout.offload:
+        words += ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"]
+        words += [] if "--use-distributed-optimizer" in words else ["--use-distributed-optimizer"]
     precisions = {"bf16": ["--bf16"], "fp16": ["--fp16"], "fp8": ["--bf16", "--fp8-format", "hybrid"], "fp32": []}
     if choice.precision not in precisions:
         unsaid.append(f"{choice.precision}: bf16 is written")
@@ -192,7 +212,8 @@ def megatron(plan: Plan, recipe: Recipe) -> Export:
     words += ["--vocab-size", recipe.shape.vocab, "--make-vocab-size-divisible-by", 1] if recipe.shape else []
     nodes, each = recipe.nodes(layout)
     lines = [_comments(plan, "Megatron-LM, core 0.19.0", unsaid, "mock data: put --data-path and your tokenizer here")]
-    lines += ["set -eu", "export CUDA_DEVICE_MAX_CONNECTIONS=1"]
+    # its FSDP refuses the single connection that its tensor and context parallelism ask for on devices before Blackwell
+    lines += ["set -eu", *([] if "--use-megatron-fsdp" in words else ["export CUDA_DEVICE_MAX_CONNECTIONS=1"])]
     lines += [f"torchrun --nnodes {nodes} --nproc_per_node {each} \\"]
     lines += ['  --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}" --master_port 29500 \\']
     lines += ["  pretrain_gpt.py \\", *_options(words)]
@@ -206,7 +227,7 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
         return []
     words: list[str | int | float] = [
         *("--num-layers", shape.layers, "--hidden-size", shape.hidden, "--ffn-hidden-size", shape.ffn),
-        *("--num-attention-heads", shape.heads),
+        *("--num-attention-heads", shape.heads, "--attention-dropout", 0, "--hidden-dropout", 0),
     ]
     if shape.latent:
         words += ["--multi-latent-attention", "--kv-lora-rank", shape.kv_lora, "--qk-head-dim", shape.head_dim]
@@ -218,6 +239,9 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
             ["--group-query-attention", "--num-query-groups", shape.kv_heads] if shape.kv_heads < shape.heads else []
         )
     words += ["--swiglu"] if shape.gated else []
+    if shape.hf_type in GATED_GELU:
+        unsaid.append("the activation of the feed-forward: GELU with a gate is code there, SwiGLU is written")
+    words += ["--window-size", f"{shape.sliding_window - 1},0"] if shape.sliding_window else []
     words += ["--normalization", "RMSNorm" if shape.norm == "rms" else "LayerNorm", "--norm-epsilon", recipe.norm_eps]
     words += ["--disable-bias-linear"] if not shape.biases else []
     words += ["--add-qkv-bias"] if "qkv" in shape.bias_of else []
@@ -253,22 +277,24 @@ def _megatron_sharding(plan: Plan, unsaid: list[str]) -> list[str | int | float]
     data = layout.dp * layout.cp
     if data == 1:
         return []
+    if layout.shard == data and layout.shard > 1 and layout.pp == 1:
+        fsdp = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
+        more = ["--use-distributed-optimizer", "--no-gradient-accumulation-fusion", "--ckpt-format", "fsdp_dtensor"]
+        return [*fsdp, *more]
+    words: list[str | int | float] = ["--use-distributed-optimizer"]
+    row = FRAMEWORKS[plan.framework]
+    if row.gradient_overlap or row.gather_overlap:
+        words += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    else:
+        unsaid.append(
+            "overlap, since the prediction is without: --overlap-grad-reduce --overlap-param-gather make it faster"
+        )
     if layout.shard == 1:
-        if not FRAMEWORKS[plan.framework].offers.spreads_optimizer:
+        if not row.offers.spreads_optimizer:
             unsaid.append(
                 "whole optimizer states on every rank are not asked for: they are spread, which costs no more"
             )
-        return ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-    if layout.pp == 1 and layout.shard == data:
-        fsdp = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
-        return [
-            *fsdp,
-            "--use-distributed-optimizer",
-            "--no-gradient-accumulation-fusion",
-            "--ckpt-format",
-            "fsdp_dtensor",
-        ]
-    words: list[str | int | float] = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+        return words
     unsaid.append(
         "weights sharded over part of the data-parallel ranks or in a pipeline: the optimizer alone is sharded"
     )
@@ -295,10 +321,14 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
         unsaid.append(f"{choice.precision}: bf16 is written")
     if layout.tp > 1:
         config["tensor_parallel"] = {"autotp_size": layout.tp}
+        del config["train_batch_size"]  # counted over all ranks there, tensor-parallel ones too
+        unsaid.append(f"train_batch_size={plan.global_batch}: AutoTP counts it {layout.tp} times over, so it is left out")
+        if layout.pp > 1:
+            unsaid.append("tensor parallelism in a pipeline: AutoTP has none, the layers must split themselves")
         if layout.sequence_parallel:
             unsaid.append("sequence parallelism beside tensor parallelism: AutoTP has none")
     if layout.cp > 1:
-        config["sequence_parallel_size"] = layout.cp
+        config |= {"sequence_parallel_size": layout.cp, "data_parallel_size": layout.dp}
         unsaid.append(
             f"context parallelism by passing keys on: Ulysses over {layout.cp} ranks is written, which splits heads"
         )
