@@ -129,7 +129,8 @@ def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) 
     if "--num-distributed-optimizer-instances" in words:
         assert int(words["--num-distributed-optimizer-instances"]) * layout.shard == layout.dp * layout.cp
     # as its own checks have it (arguments.py, core 0.19.0)
-    assert "--overlap-param-gather" not in words or {"--use-distributed-optimizer", "--overlap-grad-reduce"} <= set(words)
+    needs = {"--use-distributed-optimizer", "--overlap-grad-reduce"}
+    assert "--overlap-param-gather" not in words or needs <= set(words)
     assert "--optimizer-cpu-offload" not in words or "--use-distributed-optimizer" in words
     script = export("megatron-lm", whole, RECIPE).files["megatron.sh"]
     assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in script) == ("--use-megatron-fsdp" not in words)
@@ -143,7 +144,7 @@ def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int
     config = json.loads(written.files["deepspeed.json"])
     batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * layout.dp
     assert batch == whole.global_batch
-    assert config.get("train_batch_size") == (batch if layout.tp == 1 else None)  # its own check counts tensor ranks too
+    assert config.get("train_batch_size") == (batch if layout.tp == 1 else None)  # its check counts tensor ranks too
     line = written.files["deepspeed.sh"].splitlines()[-1]
     launch = options(shlex.split(line))
     assert int(launch["--num_nodes"]) * int(launch["--num_gpus"]) == layout.devices

@@ -173,7 +173,7 @@ def _sharded_experts(q: Question) -> Refusal | None:
         return None
     context = layout.cp if q.framework.offers.shards_context else 1
     sizes = [d for d in divisors(data) if d % layout.ep == 0 and d % context == 0]
-    reason = f"shard={layout.shard}: {q.framework.name} spreads ep={layout.ep} experts over ranks that shard the weights"
+    reason = f"shard={layout.shard}: {q.framework.name} spreads ep={layout.ep} experts over ranks that shard weights"
     return Refusal("sharded_experts", reason, {"shard": nearest_of(layout.shard, sizes)}, ("shard", "ep"))
 
 

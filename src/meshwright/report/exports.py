@@ -133,8 +133,8 @@ def _titan_sharding(layout: Layout, unsaid: list[str]) -> dict[str, Any]:
         weights, more = layout.dp, {"fsdp_reshard_after_forward": "never"}
     if weights * layout.cp % layout.ep:
         unsaid.append(
-            f"shard={layout.shard} with ep={layout.ep}: experts are spread over ranks that shard the weights; this says "
-            f"shard={layout.dp * layout.cp}"
+            f"shard={layout.shard} with ep={layout.ep}: experts are spread over ranks that shard the weights; "
+            f"this says shard={layout.dp * layout.cp}"
         )
         weights = layout.dp
     degrees = {"data_parallel_replicate_degree": layout.dp // weights, "data_parallel_shard_degree": weights}
@@ -322,7 +322,7 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
     if layout.tp > 1:
         config["tensor_parallel"] = {"autotp_size": layout.tp}
         del config["train_batch_size"]  # counted over all ranks there, tensor-parallel ones too
-        unsaid.append(f"train_batch_size={plan.global_batch}: AutoTP counts it {layout.tp} times over, so it is left out")
+        unsaid.append(f"train_batch_size={plan.global_batch}: AutoTP counts it {layout.tp} times over: it is left out")
         if layout.pp > 1:
             unsaid.append("tensor parallelism in a pipeline: AutoTP has none, the layers must split themselves")
         if layout.sequence_parallel:
