@@ -95,9 +95,9 @@ class Link:
     """A way between devices: bytes a second in one direction per device, and the latency of one message.
 
     `topology` is "switch" (each to each at full speed), "mesh" (a direct wire to each), "ring", "pcie" (a shared
-    tree) or "host" (memory of one machine). `peer_bytes_per_second` is what one pair gets (0: all). `ring_bus` and
-    `switch_bus` are bus bandwidths that all-reduce was measured to reach by rings, and with the sums made in the switch
-    (0: never measured; no such switch).
+    tree) or "host" (memory of one machine). `peer_bytes_per_second` is what one pair gets (0: all). `switch_bus`
+    is the bus bandwidth that all-reduce was measured to reach on such devices with the sums made in the switch (0: no
+    such switch), `measured_bus` on this very cluster, in whatever way (0: never measured).
     """
 
     name: str
@@ -105,8 +105,8 @@ class Link:
     latency_seconds: float
     topology: str = "switch"
     peer_bytes_per_second: float = 0.0
-    ring_bus: float = 0.0
     switch_bus: float = 0.0
+    measured_bus: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bytes_per_second > 0:
@@ -281,10 +281,10 @@ def _table_cluster(
         if count > usual and devices_per_node != usual:
             assumed = (*assumed, f"{devices_per_node} devices a node, since {usual} do not divide {count}")
     device = _table_device(row)
-    bus = {key: _number(row[f"{key}_gbps"]) * 1e9 for key in ("ring", "switch")}
+    switch = _number(row["switch_gbps"]) * 1e9
     peer = _number(row["peer_gbps"]) * 1e9
     rate = float(row["intra_gbps"]) * 1e9
-    intra = Link(row["intra_name"], rate, INTRA_LATENCY_SECONDS, row["topology"], peer, bus["ring"], bus["switch"])
+    intra = Link(row["intra_name"], rate, INTRA_LATENCY_SECONDS, row["topology"], peer, switch)
     inter = Link(row["inter_name"], float(row["inter_gbps"]) * 1e9, INTER_LATENCY_SECONDS)
     if count > devices_per_node:
         assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshwright.planning import cluster_of_job, groups_of_job, placed, read_job
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from meshwright.families.llama.card import LlamaShape
     from meshwright.job import Job
     from meshwright.plan import Plan
-    from meshwright.report.exports import Recipe
+    from meshwright.report.training_words import Recipe
+
+#: Fields of `[train]` that a Recipe has too.
+TRAINING = ("steps", "lr", "warmup_steps", "decay", "min_lr_ratio", "decay_fraction", "weight_decay", "betas", "eps")
+TRAINING += ("clip", "seed")
 
 
 def write_plan(plan: Plan, job: Job | str | Path, overrides: Sequence[str], folder: str | Path) -> list[Path]:
@@ -30,29 +34,33 @@ def write_plan(plan: Plan, job: Job | str | Path, overrides: Sequence[str], fold
 
 def recipe_of_job(job: Job) -> Recipe:
     """What a configuration for another framework says beside the plan."""
-    from meshwright.report.exports import Recipe
+    from meshwright.report.training_words import Recipe
 
     shape: DecoderShape | None = None
-    theta, eps = 10000.0, 1e-5
+    theta, eps, scaling = 10000.0, 1e-5, None
     if job.model.module is None:
         from meshwright import families
 
         with placed(job):
-            shape, theta, eps = _of_hf(job) or _of_llama(families.shape_of_job(job))
+            shape, theta, eps, scaling = _of_hf(job) or _of_llama(families.shape_of_job(job))
     cluster = groups_of_job(job).groups[0] if job.cluster.groups else cluster_of_job(job)
     return Recipe(
         shape=shape,
         seq_len=job.data.seq_len or 1,
-        steps=job.train.steps,
-        lr=job.train.lr,
         devices_per_node=cluster.devices_per_node,
         rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=eps,
+        **{name: getattr(job.train, name) for name in TRAINING},
     )
 
 
-def _of_hf(job: Job) -> tuple[DecoderShape, float, float] | None:
-    """Shape, base of the rotary positions and epsilon of a Hugging Face folder's model, where it is no Llama."""
+Facts = tuple["DecoderShape", float, float, Mapping[str, Any] | None]
+
+
+def _of_hf(job: Job) -> Facts | None:
+    """Shape, base of the rotary positions, epsilon and scaling of the positions of a Hugging Face folder's model, where
+    it is no Llama."""
     if job.model.hf is None:
         return None
     from meshwright import families
@@ -65,10 +73,10 @@ def _of_hf(job: Job) -> tuple[DecoderShape, float, float] | None:
         return None
     theta = float(config.get("rope_theta") or 10000.0)
     eps = float(config.get("rms_norm_eps") or config.get("layer_norm_epsilon") or 1e-5)
-    return decoder_hf.shape_from_hf_config(config, str(path)), theta, eps
+    return decoder_hf.shape_from_hf_config(config, str(path)), theta, eps, config.get("rope_scaling")
 
 
-def _of_llama(shape: LlamaShape) -> tuple[DecoderShape, float, float]:
+def _of_llama(shape: LlamaShape) -> Facts:
     from meshwright.families.decoder import DecoderShape
 
     decoder = DecoderShape(
@@ -85,4 +93,4 @@ def _of_llama(shape: LlamaShape) -> tuple[DecoderShape, float, float]:
         bias_of=("qkv", "out") if shape.output_bias else ("qkv",) if shape.attention_bias else (),
         hf_type=shape.hf_type,
     )
-    return decoder, shape.rope_theta, shape.norm_eps
+    return decoder, shape.rope_theta, shape.norm_eps, shape.rope_scaling

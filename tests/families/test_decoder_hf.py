@@ -29,6 +29,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 50}
 LATENT = {
+    "num_key_value_heads": 8,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
@@ -51,10 +52,10 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", KV),
     ("qwen2", {**KV, "tie_word_embeddings": True}),
     ("qwen3", {**KV, "head_dim": 16}),
-    ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ("qwen3", {**KV, "head_dim": 8, "attention_bias": True}),
     ("mixtral", {**KV, **LOCAL}),
     ("qwen2_moe", {**KV, **MOE, "shared_expert_intermediate_size": 48}),
-    ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}),
+    ("qwen2_moe", {**KV, **MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}),
     ("qwen3_moe", {**KV, **MOE, "head_dim": 16}),
     ("qwen3_moe", {**MOE, "mlp_only_layers": [0, 1]}),
     ("deepseek_v2", {**LATENT, "q_lora_rank": None}),
@@ -86,7 +87,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", KV),
     ("olmoe", {**KV, "num_experts": 4, "num_experts_per_tok": 2}),
     ("starcoder2", KV),
-    ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True}),
+    ("stablelm", {**KV, "use_qkv_bias": True, "use_parallel_residual": True}),
     ("stablelm", KV),
     ("granite", KV),
     ("cohere", KV),
@@ -128,8 +129,11 @@ def test_an_unknown_kind_names_the_known_ones() -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, found 0"),
         ({"hidden_size": "wide"}, "hidden_size must be a positive whole number"),
         ({"vocab_size": None}, "vocab_size must be a positive whole number"),
-        ({"num_local_experts": 2, "num_experts_per_tok": 3}, "is no config of a mixtral"),
-        ({"num_local_experts": None}, "is no config of a mixtral"),
+        (
+            {"num_local_experts": 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok 3 is more than num_local_experts 2; nearest: num_experts_per_tok=2",
+        ),
+        ({"num_local_experts": None}, "num_local_experts must be a positive whole number, and is not there"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_said(change: dict[str, Any], said: str) -> None:

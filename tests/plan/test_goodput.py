@@ -124,9 +124,33 @@ def test_waiting_for_the_write_costs() -> None:
     assert slow.goodput < fast.goodput
 
 
+def test_a_pinned_interval_is_kept_and_costs_what_it_costs() -> None:
+    cluster = named_cluster("h100-sxm-80gb", 64)
+    run = {"parameters": 70 * 10**9, "cluster": cluster, "step_seconds": 60.0, "steps": 10_000}
+    best, each, never = (outlook(**run, every=every) for every in (None, 1, 0))
+    assert 1 < best.checkpoint_steps < 10_000
+    assert (each.checkpoint_steps, never.checkpoint_steps) == (1, 10_000)
+    assert best.goodput > max(each.goodput, never.goodput)
+    # a step takes 60 s and writing 105 s: each checkpoint waits for the one before it
+    assert each.stall_seconds == pytest.approx(70e9 * 12 / 8 / 1e9 - 60)
+    assert never.lost_work_seconds > 100 * best.lost_work_seconds
+    assert each.dollars and best.dollars and each.dollars > best.dollars
+
+
+def test_goodput_is_bounded_by_how_often_others_fail() -> None:
+    cluster = named_cluster("h100-sxm-80gb", 16_384, 8)
+    run = {"parameters": 405_850_000_000, "cluster": cluster, "step_seconds": 6.2}
+    found = outlook(**run)
+    low, high = found.goodput_interval
+    assert low < found.goodput < high
+    often = outlook(**run, every=found.checkpoint_steps, reliability=Reliability(6.5, 6.5, 6.5))
+    assert often.goodput == pytest.approx(low)
+    assert often.goodput_interval == (often.goodput, often.goodput), "a rate that is said is taken at its word"
+
+
 def test_nothing_fails() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
-    never = Reliability(failures_per_1000_node_days=0.0)
+    never = Reliability(0.0, 0.0, 0.0)
     found = outlook(parameters=10**9, cluster=cluster, step_seconds=1.0, steps=1000, reliability=never)
     assert found.checkpoint_steps == 1000
     assert found.failures == 0.0

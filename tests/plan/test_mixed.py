@@ -169,4 +169,4 @@ def test_money_and_failures_of_several_kinds_are_those_that_are_said() -> None:
     assert usual.outlook is not None and often.outlook is not None
     assert often.outlook.mtbf_hours < usual.outlook.mtbf_hours / 100
     assert usual.outlook.dollars is not None and "no price known" not in cost_line(usual)
-    assert f"${usual.outlook.dollars:,.2f} on demand" in cost_line(usual)
+    assert f"${usual.outlook.dollars:,.2f} (90 %" in cost_line(usual)

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from meshwright.cluster import named_cluster
+from meshwright.families.llama.card import LlamaShape, card
+from meshwright.plan import PlanRequest, make_plan
 from meshwright.plan.case import ABOUT, Case, case_of, read_cases
 from meshwright.plan.predict import Predictor, predictions
 from meshwright.plan.profile import DATASHEET, DATASHEET_INTERVALS
@@ -132,3 +135,54 @@ def test_the_count_of_parameters_decides_what_the_table_leaves_open() -> None:
     assert shape_of(model, "megatron-lm").biases
     llama = {**model, "gated": True}
     assert not shape_of(llama, "torchtitan").tied
+
+
+def test_what_was_measured_of_a_device_is_used() -> None:
+    """All-reduce and memory as measured, in place of a share of the data sheet's figures."""
+    inside = changed("layout", dp=1, tp=8, pp=2, recompute="none")
+    found = {}
+    for rate in (1.5, 100, 400):
+        figures = {**FIGURES, "all_reduce_gbps": rate}
+        found[rate] = answer({**inside, "cluster": {**LINE["cluster"], "figures": figures}})["step_seconds"]["mid"]
+    assert found[1.5] > 1.5 * found[100] > 1.5 * found[400]
+    slow, fast = (
+        answer(changed("cluster", figures={**FIGURES, "measured_memory_gbps": rate}))["step_seconds"]["mid"]
+        for rate in (300, 1700)
+    )
+    assert slow > 1.1 * fast
+    as_stated = answer(changed("cluster", figures=FIGURES))["step_seconds"]["mid"]
+    measured = 0.85 * FIGURES["memory_gbps"]  # what the data sheets' constant makes of that
+    same = answer(changed("cluster", figures={**FIGURES, "measured_memory_gbps": measured}))["step_seconds"]["mid"]
+    assert same == pytest.approx(as_stated)
+    above = answer(changed("cluster", figures={**FIGURES, "measured_tflops": {"bf16": 400}}))
+    assert "400 of bf16 is more than the peak of 312" in above["error"]
+
+
+def test_a_case_of_ours_is_predicted_as_a_plan_of_ours() -> None:
+    """The same layout of the same model: what our modules keep is one table, whichever verb asks."""
+    shape = LlamaShape(8, 2048, 16, 4, 128, 5632, 32000)
+    cluster = named_cluster("h100-sxm-80gb", 8)
+    line = changed("cluster", device="h100-sxm-80gb", devices=8, devices_per_node=8)
+    line["model"] = {
+        "layers": 8, "hidden": 2048, "heads": 16, "kv_heads": 4, "ffn": 5632, "vocab": 32000, "seq_len": 4096,
+        "gated": True,
+    }  # fmt: skip
+    for word in ("none", "selective", "full"):
+        pins = {
+            "dp": 2, "shard": 2, "tp": 2, "pp": 2, "sequence_parallel": True, "micro_batch": 1, "recompute": word,
+            "schedule": "1f1b",
+        }  # fmt: skip
+        plan = make_plan(card(shape, 4096), cluster, PlanRequest(64, "bf16", pins, compile=False), DATASHEET)
+        told = answer({**line, "layout": pins, "software": {"framework": "meshwright"}})
+        chosen = plan.chosen
+        assert told["step_seconds"]["mid"] == pytest.approx(chosen.predicted.step_seconds.mid, rel=0.01), word
+        fullest = max(stage.allocated for stage in chosen.memory)
+        assert told["peak_allocated_gib"] == pytest.approx(fullest / 2**30, rel=1e-6), word
+
+
+def test_a_model_that_fits_in_no_case_recomputes_all() -> None:
+    line = changed("model", layers=200, hidden=8192, heads=64, kv_heads=64, ffn=32768)
+    line["layout"] = {"dp": 16, "micro_batch": 4, "recompute": "unknown"}
+    found, full = answer(line), answer({**line, "layout": {**line["layout"], "recompute": "full"}})
+    assert any("of 100% of the layers, and it does not fit" in word for word in found["assumed"])
+    assert found["step_seconds"]["mid"] == pytest.approx(full["step_seconds"]["mid"])

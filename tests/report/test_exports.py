@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,9 @@ from meshwright.errors import InputError
 from meshwright.families.decoder import DecoderShape
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.schedule import TABLE, problem
-from meshwright.report.exports import EXPORTERS, Export, Recipe, export
+from meshwright.report.exports import EXPORTERS, Export, export
 from meshwright.report.planfolder import RECORD, plan_files, write_plan
+from meshwright.report.training_words import Recipe
 from tests.report.plans import plan
 
 DENSE = DecoderShape(16, 1024, 16, 4, 64, 2816, 32000, hf_type="llama")
@@ -292,3 +297,97 @@ def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a record"):
         write_plan(plan(Layout(), 1), RECIPE, folder)
     assert outside.exists()
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    write_plan(plan(Layout(dp=2), 4), RECIPE, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(InputError, match="cannot be written: File too large"):
+            write_plan(plan(Layout(dp=4), 4), RECIPE, folder)
+    finally:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write_plan(plan(Layout(dp=4), 4), RECIPE, folder)
+    assert json.loads((folder / "plan.json").read_text())["chosen"]["layout"]["dp"] == 4
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_write_that_is_cut_off_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Killed between any two renames: what is there, old or new, is known to be a plan's."""
+    folder = tmp_path / "plans"
+    write_plan(plan(Layout(dp=2), 4), RECIPE, folder)
+    real, calls = os.replace, []
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        write_plan(plan(Layout(dp=4), 4), RECIPE, folder)
+    monkeypatch.undo()
+    write_plan(plan(Layout(dp=8), 4), RECIPE, folder)
+    assert json.loads((folder / "plan.json").read_text())["chosen"]["layout"]["dp"] == 8
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_plans_that_are_written_at_once_both_arrive(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    with ThreadPoolExecutor(4) as pool:
+        degrees = [2, 4, 8, 16] * 3
+        list(pool.map(lambda dp: write_plan(plan(Layout(dp=dp), 4), RECIPE, folder), degrees))
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    dp = json.loads(texts["plan.json"])["chosen"]["layout"]["dp"]
+    assert texts == {**plan_files(plan(Layout(dp=dp), 4), RECIPE), RECORD: texts[RECORD]}
+
+
+def test_a_batch_that_groups_share_unevenly_has_no_configuration(tmp_path: Path) -> None:
+    whole = plan(Layout(dp=4), 180)
+    names = {path.name for path in write_plan(replace(whole, global_batch=512), RECIPE, tmp_path / "plans")}
+    assert names == {"plan.json", "plan.html", "timeline.svg", "timeline.trace.json"}
+
+
+@pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
+def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
+    recipe = replace(
+        RECIPE, warmup_steps=77, decay=decay, min_lr_ratio=0.05, decay_fraction=0.3, weight_decay=0.3, betas=(0.8, 0.85),
+        eps=1e-6, clip=0.5, seed=42,
+    )  # fmt: skip
+    tables = titan(export("torchtitan", plan(Layout(), 2), recipe))
+    adam = {"beta1": 0.8, "beta2": 0.85, "eps": 1e-6, "weight_decay": 0.3}
+    assert tables["optimizer"] == {"name": "AdamW", "lr": 3e-4, **adam}
+    assert (tables["training"]["max_norm"], tables["debug"]["seed"]) == (0.5, 42)
+    rate = tables["lr_scheduler"]
+    assert rate["warmup_steps"] == 77
+    assert rate.get("decay_ratio") == {"wsd": 0.3, "constant": 0.0}.get(decay)
+    assert rate.get("decay_type", "none") == {"cosine": "cosine", "wsd": "linear"}.get(decay, "none")
+    words = megatron(export("megatron-lm", plan(Layout(), 2), recipe))[1]
+    said = ("lr-warmup-iters", "weight-decay", "adam-beta1", "adam-beta2", "adam-eps", "clip-grad", "seed")
+    assert [float(words[f"--{name}"]) for name in said] == [77, 0.3, 0.8, 0.85, 1e-6, 0.5, 42]
+    assert words["--lr-decay-style"] == {"wsd": "WSD"}.get(decay, decay)
+    assert words.get("--lr-wsd-decay-iters") == ("300" if decay == "wsd" else None)
+    assert float(words["--min-lr"]) == (3e-4 if decay == "constant" else 1.5e-5)
+    made = export("deepspeed", plan(Layout(), 2), recipe)
+    config = json.loads(made.files["deepspeed.json"])
+    assert config["gradient_clipping"] == 0.5
+    assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.85], "eps": 1e-6, "weight_decay": 0.3}
+    assert config["scheduler"]["type"] == ("WarmupCosineLR" if decay == "cosine" else "WarmupLR")
+    assert any("decay over the last 30%" in sentence for sentence in made.unsaid) == (decay == "wsd")
+
+
+def test_positions_that_are_scaled_are_said_or_named() -> None:
+    llama3 = replace(RECIPE, rope_scaling={"rope_type": "llama3", "factor": 32.0})
+    linear = replace(RECIPE, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    made = export("megatron-lm", plan(Layout(), 2), llama3)
+    assert megatron(made)[1]["--rope-scaling-factor"] == "32.0"
+    other = export("megatron-lm", plan(Layout(), 2), linear)
+    assert any('"linear"' in sentence and "unscaled" in sentence for sentence in other.unsaid)
+    assert any('"linear"' in sentence for sentence in export("torchtitan", plan(Layout(), 2), linear).unsaid)

@@ -22,7 +22,16 @@ def test_a_long_run_on_many_nodes_says_how_to_survive() -> None:
     assert f"save every {planned.outlook.checkpoint_steps:,} steps" in line
     assert "spare node" in line and "goodput 9" in line
     cost = cost_line(planned)
-    assert "the run takes" in cost and f"${planned.outlook.dollars:,.2f} on demand" in cost
+    assert "the run takes" in cost and f"${planned.outlook.dollars:,.2f} (90 %" in cost and "on demand" in cost
+
+
+def test_a_run_that_fails_faster_than_it_saves_is_said_not_to_end() -> None:
+    request = PlanRequest(1024, steps=1000, failures_per_1000_node_days=1e6)
+    planned = make_plan(card(SHAPE, 2048), named_cluster("h100-sxm-80gb", 512), request)
+    assert planned.outlook is not None
+    assert planned.outlook.dollars is None and planned.outlook.elapsed_seconds is None
+    assert "would not end" in failure_line(planned) and "one every 1 s" in failure_line(planned)
+    assert "no price" not in cost_line(planned)
 
 
 def test_a_run_that_hardly_ever_fails_says_nothing_of_it() -> None:

@@ -7,11 +7,14 @@ knows more models than that: decoders that are planned and not trained (decoder.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from meshwright.card import Card
 from meshwright.errors import CannotWork, InputError, Problem
+from meshwright.families.decoder_config import kind_of
+from meshwright.families.decoder_shape import DecoderShape
 from meshwright.families.llama import card as llama
 
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
@@ -32,16 +35,30 @@ def card_of_job(job: Any, style: str = "plain") -> Card:
 
             return decoder.card(decoder_hf.shape_from_hf_config(config, str(path)), seq_len, style)
     shape = shape_of_job(job)
-    return llama.card(shape, seq_len) if style == "plain" else _as_decoder(shape, seq_len, style)
-
-
-def _as_decoder(shape: llama.LlamaShape, seq_len: int, style: str) -> Card:
+    if style == "plain":
+        return llama.card(shape, seq_len)
     from meshwright.families import decoder
 
-    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
+    return decoder.card(_as_decoder(shape), seq_len, style)
+
+
+#: What a LlamaShape and a DecoderShape both say.
+_SHARED = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
+
+
+def _as_decoder(shape: llama.LlamaShape) -> DecoderShape:
     biases = (*(("qkv",) if shape.attention_bias else ()), *(("out",) if shape.output_bias else ()))
-    same = {name: getattr(shape, name) for name in names}
-    return decoder.card(decoder.DecoderShape(**same, bias_of=biases, hf_type=shape.hf_type), seq_len, style)
+    same = {name: getattr(shape, name) for name in _SHARED}
+    return DecoderShape(**same, bias_of=biases, hf_type=shape.hf_type)
+
+
+def own_card(shape: DecoderShape, seq_len: int) -> Card | None:
+    """The card of our own model of that shape, which says what our modules keep; None where we have no such model."""
+    bias = "qkv" in shape.bias_of
+    kind = shape.hf_type or ("qwen3" if shape.qk_norm else "llama")
+    same = {name: getattr(shape, name) for name in _SHARED}
+    ours = llama.LlamaShape(**same, attention_bias=bias, hf_type=kind)
+    return llama.card(ours, seq_len) if _as_decoder(ours) == replace(shape, hf_type=kind) else None
 
 
 def require_trainable(job: Any) -> None:
@@ -75,7 +92,7 @@ def shape_of_job(job: Any) -> llama.LlamaShape:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputError where it cannot be read as one."""
+    """The JSON object in `path`. Raises InputError where it cannot be read as one, or its `model_type` is no text."""
     try:
         with open(path, "rb") as file:
             text = file.read(_CONFIG_BYTES + 1)
@@ -84,4 +101,5 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(Problem(str(path), f"cannot be read as JSON: {error}")) from None
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "is not a JSON object of a sensible size"))
+    kind_of(content, str(path))
     return content

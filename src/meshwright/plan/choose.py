@@ -11,9 +11,9 @@ from meshwright.cluster import GIB, Cluster
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.corrected import factors
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.explore import TIE, TooLarge, Value
-from meshwright.plan.goodput import Outlook
-from meshwright.plan.memory import usable_bytes
+from meshwright.plan.explore import TIE, TooLarge, Value, step_seconds
+from meshwright.plan.goodput import LEAST_USEFUL, Outlook
+from meshwright.plan.memory import memory_interval, usable_bytes
 from meshwright.plan.question import divisors
 from meshwright.plan.result import Choice, Interval, PlanRequest, Prediction, Rejected
 from meshwright.plan.rules import refusals
@@ -34,6 +34,7 @@ def choice_of(
     request: PlanRequest,
     considered: int,
     chances: Outlook,
+    value: Value = step_seconds,
 ) -> Choice:
     """A Choice from an estimate; `winner` is None for the winner itself."""
     names = [block.name for block in space.card.blocks]
@@ -45,7 +46,7 @@ def choice_of(
     else:
         _, apart = estimator.profile.interval("pairs", space.cluster.device.kind)
         level = estimate.step_seconds <= apart * winner.step_seconds and request.objective == "time"
-        why = why_lost(estimate, winner, request.objective)
+        why = why_lost(estimate, winner, value)
         why += "; cannot be told apart" if level else ""
     return Choice(
         layout=estimate.layout,
@@ -96,14 +97,27 @@ def _prediction(estimate: Estimate, space: Space, estimator: Estimator, chances:
     device, seconds = space.cluster.device, estimate.step_seconds
     low, high = factors(estimate.layout, space, estimator)
     flops = 3 * space.card.forward_flops * space.global_batch
+    speed = space.global_batch * space.card.units_per_sample / seconds
+    mfu = flops / (seconds * space.cluster.devices * device.flops[estimator.precision])
+    least, most = memory_interval(space.framework.name)
+    intervals = {
+        "peak_bytes": (least * estimate.peak_bytes, most * estimate.peak_bytes),
+        "tokens_per_second": (speed / high, speed / low),
+        "mfu": (mfu / high, mfu / low),
+        "goodput": chances.goodput_interval,
+    }
+    if chances.dollars is not None:
+        frequent, rare = (chances.goodput / max(bound, LEAST_USEFUL) for bound in chances.goodput_interval)
+        intervals["dollars"] = (chances.dollars * low * rare, chances.dollars * high * frequent)
     return Prediction(
         step_seconds=Interval(low * seconds, seconds, high * seconds),
         peak_bytes=estimate.peak_bytes,
-        tokens_per_second=space.global_batch * space.card.units_per_sample / seconds,
-        mfu=flops / (seconds * space.cluster.devices * device.flops[estimator.precision]),
+        tokens_per_second=speed,
+        mfu=mfu,
         dollars=chances.dollars,
         goodput=chances.goodput,
         breakdown=parts(estimate),
+        intervals=intervals,
     )
 
 
@@ -125,10 +139,11 @@ def _why_best(estimate: Estimate, space: Space, considered: int, objective: str)
     return f"{among}: {share}; {free / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} stay free on the fullest device"
 
 
-def why_lost(estimate: Estimate, winner: Estimate, objective: str = "time") -> str:
-    """How much slower, and which part of the step grew most; where money counts, how much dearer."""
-    if objective == "money" and estimate.layout.devices != winner.layout.devices:
-        return _why_dearer(estimate, winner)
+def why_lost(estimate: Estimate, winner: Estimate, value: Value) -> str:
+    """How much slower, and which part of the step grew most; of fewer or more devices, which `value` says to cost
+    more, how much dearer."""
+    if estimate.layout.devices != winner.layout.devices:
+        return _why_dearer(estimate, winner, value)
     extra = estimate.step_seconds - winner.step_seconds
     mine, best = parts(estimate), parts(winner)
     grew = max(mine, key=lambda name: mine[name] - best.get(name, 0.0))
@@ -143,8 +158,8 @@ def why_lost(estimate: Estimate, winner: Estimate, objective: str = "time") -> s
     return f"{slower:.0%} slower: {cause}"
 
 
-def _why_dearer(estimate: Estimate, winner: Estimate) -> str:
-    times = estimate.step_seconds * estimate.layout.devices / (winner.step_seconds * winner.layout.devices)
+def _why_dearer(estimate: Estimate, winner: Estimate, value: Value) -> str:
+    times = value(estimate) / value(winner)
     faster = winner.step_seconds / estimate.step_seconds
     if times <= 1 + TIE:
         return f"level within {TIE:.0%} of the price, but less simple"

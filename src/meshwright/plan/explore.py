@@ -44,6 +44,11 @@ POLISH = replace(USUAL, name="polish", sequence_off=True)
 Value = Callable[[Estimate], float]
 
 
+def step_seconds(estimate: Estimate) -> float:
+    """The value that is made small where time counts."""
+    return estimate.step_seconds
+
+
 @dataclass(frozen=True)
 class TooLarge:
     """A layout that does not fit: its peak and what its step would take at least."""
@@ -91,7 +96,7 @@ def _last_word(layout: Layout) -> str:
 def ranked(estimates: list[Estimate], value: Value | None = None, least: float = float("inf")) -> list[Estimate]:
     """Best first, by seconds or by `value`; among those within TIE of it (or of what is known to be `least`), the
     simplest, then the leanest, is first."""
-    worth = value or (lambda estimate: estimate.step_seconds)
+    worth = value or step_seconds
     order = sorted(estimates, key=lambda e: (worth(e), e.peak_bytes))
     if not order:
         return order

@@ -21,7 +21,7 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.plan.cpu import GATHER_BYTES, KEPT_LENGTH, OPTIMIZER_BYTES, QUERIES_AT_ONCE
-from meshwright.plan.profile import DATASHEET, Profile, constant
+from meshwright.plan.profile import DATASHEET, Profile, constant, within
 
 WORDS = ("fp32", "bf16")
 BYTES = {"fp32": 4, "bf16": 2}
@@ -31,6 +31,8 @@ LAYER_OPERATIONS = {"fp32": 47, "bf16": 81}
 MORE_ADDING = {"fp32": 0, "bf16": 12}
 #: Weight of what was supposed of a coefficient beside one measurement.
 TOWARDS_SUPPOSED = 0.02
+#: Share of the processors that a quiet machine leaves a process at least (0.98 was found; 0.5 to 0.75 beside others').
+QUIET = 0.9
 #: The 90 % interval of a profile that was measured on the machine itself: of 69 runs of models that no fit had seen,
 #: nine in ten took 0.84 to 1.29 times what was predicted (bench/runs.py); other machines and models stray further.
 INTERVAL = (0.73, 1.48)
@@ -58,18 +60,39 @@ class Change:
 
 def machine_profile(raw: Mapping[str, Any], cluster: Cluster, start: Profile, name: str) -> Profile:
     """`start` with the constants that `raw` (of probe.machine) decides. `cluster` is this machine with a rank a core,
-    or its GPUs."""
+    or its GPUs. What a busy machine kept from being measured is as before, and said."""
     if raw["kind"] == "cpu":
         solved = _cpu(raw, cluster, DATASHEET.constants)
         values = {key: start[key] * value / DATASHEET[key] for key, value in solved.items()}
     else:
         values = _cuda(raw, cluster, start)
-    found = {key: value for key, value in values.items() if math.isfinite(value) and value > 0}
+    found = {key: within(key, value) for key, value in values.items() if math.isfinite(value) and value > 0}
     changed = start.changed(found, name)
-    said = (f"speeds measured on this machine in {raw['seconds']:g} s",)
-    intervals = {**start.intervals, raw["kind"]: INTERVAL}
+    said = (f"speeds measured on this machine in {raw['seconds']:g} s", *disturbances(raw))
+    low, high = INTERVAL
+    share = _processors(raw, "busy")
+    intervals = {**start.intervals, raw["kind"]: (low * share if share < QUIET else low, high)}
     kept = {key: pair for key, pair in intervals.items() if not key.startswith(raw["kind"] + ".")}
     return Profile(name, changed.constants, kept, said, 0, changed.corrections)
+
+
+def disturbances(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What other work on the machine did to the figures, in words; () where it was quiet."""
+    effects = {
+        "busy": "its processes got {:.0f} % of the processors; links and memory may be quicker, and so may runs",
+        "together": "this process got {:.0f} % of the processors; what threads add is as before",
+    }
+    shares = {part: _processors(raw, part) for part in effects}
+    return tuple(
+        f"the machine was busy: {effect.format(100 * shares[part])}; measure again when it is quiet"
+        for part, effect in effects.items()
+        if shares[part] < QUIET
+    )
+
+
+def _processors(raw: Mapping[str, Any], part: str) -> float:
+    """Share of its processors that a part of the probe got; one where that was not measured."""
+    return float((raw[part] or {}).get("processors", 1.0))
 
 
 def changes(before: Profile, after: Profile) -> list[Change]:
@@ -107,7 +130,7 @@ def _cpu(raw: Mapping[str, Any], cluster: Cluster, before: Mapping[str, float]) 
     update = busy["optimizer"]
     found["cpu.optimizer.share"] = OPTIMIZER_BYTES * update["elements"] / update["seconds"] / memory
     found |= _layers(busy["layers"], device.launch_seconds, memory)
-    if raw["together"]:
+    if raw["together"] and _processors(raw, "together") >= QUIET:
         found |= _threads(busy, raw["together"])
     return found | _links(raw["links"], cluster)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,10 @@ from meshwright.layout import Layout
 from meshwright.plan.cpu import CpuCompute
 from meshwright.plan.estimate import Estimator
 from meshwright.plan.from_machine import Change, changes
-from meshwright.plan.profile import Profile
+from meshwright.plan.plausible import absurd, in_seconds, unlike
+from meshwright.plan.profile import Profile, within
+from meshwright.plan.question import Facts, Question
+from meshwright.plan.rules import refusals
 from meshwright.run import RunFolder
 
 FEWEST_STEPS = 20
@@ -50,9 +54,10 @@ class Group:
     less: tuple[str, ...] = ()
 
     def scaled(self, constants: Mapping[str, float], factor: float) -> dict[str, float]:
-        """The group's constants when its time is `factor` times as long."""
+        """The group's constants when its time is `factor` times as long, each as far as a profile may have it."""
         found = {name: value * factor for name, value in constants.items() if name.startswith(self.more)}
-        return found | {name: value / factor for name, value in constants.items() if name.startswith(self.less)}
+        found |= {name: value / factor for name, value in constants.items() if name.startswith(self.less)}
+        return {name: within(name, value) for name, value in found.items()}
 
 
 GROUPS: Mapping[str, tuple[Group, ...]] = {
@@ -138,9 +143,18 @@ class Ran:
 def run_profile(run: RunFolder, ran: Ran, start: Profile, name: str) -> RunFit:
     """`start`, corrected by the run in folder `run`.
 
-    Raises InputError for a run of fewer than FEWEST_STEPS steps, saying how many there are.
+    Raises InputError for a run of fewer than FEWEST_STEPS steps, saying how many there are, for a plan that cannot have
+    run on this cluster, and for times that are none or cannot be of it.
     """
+    _check_plan(run.plan, ran)
     observed = _observed(run, ran.cluster.device.kind)
+    for part, predicted in _parts(ran, start).items():
+        measured = statistics.median(observed.get(part, [predicted]))
+        if absurd(measured, predicted):
+            file, hint = run.events, in_seconds(measured, predicted)
+            if part != "step":
+                file, hint = run.trace, "dur is in microseconds; without the file, steps alone count"
+            raise InputError(Problem(str(file), f"the middle {part} took {unlike(measured, predicted)}", hint))
     said = f"corrected by {len(observed['step'])} steps of the run {run.path.name}, {ran.layout}"
     return corrected(ran, observed, start, name, said)
 
@@ -173,17 +187,54 @@ def corrected(
     return RunFit(profile, len(observed["step"]), factors, parts, tuple(changes(start, profile)), interval)
 
 
+def _check_plan(plan: Path, ran: Ran) -> None:
+    """Raises InputError, naming the file, for a plan that cannot have been trained on the cluster of `ran`."""
+    kinds = {name: type(field.default) for name, field in Layout.__dataclass_fields__.items()}
+    wrong = [name for name, kind in kinds.items() if type(getattr(ran.layout, name)) is not kind]
+    problems = [f"chosen.layout.{name} is {getattr(ran.layout, name)!r:.40}" for name in wrong]
+    if not wrong:
+        question = Question(ran.layout, Facts.of(ran.card), ran.cluster.devices, ran.global_batch)
+        problems += [f"chosen.layout: {refusal.reason}" for refusal in refusals(question)]
+    if ran.precision not in list(ran.cluster.device.flops):
+        problems.append(f"chosen.precision is {ran.precision!r:.40}; {ran.cluster.device.name} has none")
+    if problems:
+        hint = "calibrate by a run as `train` left it, on the machine that trained"
+        raise InputError([Problem(str(plan), problem, hint) for problem in problems])
+
+
 def _observed(run: RunFolder, kind: str) -> dict[str, list[float]]:
     """Seconds of the steps that count, and of their parts where a trace tells them; "step" comes first."""
     steps = run.steps()
     if len(steps) < FEWEST_STEPS:
         what = f"{len(steps)} steps are too few to correct a plan by"
         raise InputError(Problem(str(run.path), what, f"train at least {FEWEST_STEPS}: train.steps={FEWEST_STEPS}"))
+    for step in steps:
+        if not _is_time(seconds := step.get("step_seconds")) or seconds == 0:
+            where = f"{run.events}:{_line(run.events, step['step'])}"
+            raise InputError(Problem(where, f"step_seconds is {seconds!r:.40}", "a step takes seconds above zero"))
     settled = {step["step"]: float(step["step_seconds"]) for step in steps[WARM_STEPS:]}
     observed = {"step": list(settled.values())}
     if kind == "cpu":  # on a GPU spans are the host's time: work is queued, not done
         observed |= spans(run.trace, settled)
     return observed
+
+
+def _is_time(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
+
+
+def _line(events: Path, step: int) -> int:
+    """The last line of an event log that tells of the step, counted from one."""
+    found = 0
+    for number, line in enumerate(events.read_bytes().split(b"\n"), 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # left out by the log's reader too
+        if isinstance(event, dict) and event.get("event") == "step" and event.get("step") == step:
+            found = number
+    return found
 
 
 def _near(before: tuple[float, float], left: float) -> tuple[float, float]:
@@ -196,17 +247,22 @@ def _near(before: tuple[float, float], left: float) -> tuple[float, float]:
 def spans(trace: Path, steps: Mapping[int, float]) -> dict[str, list[float]]:
     """Seconds by part for each of the `steps` that the trace holds whole: the sum of a rank's spans of that name, the
     mean of the ranks, so that the parts add up to the step: who is early in one waits in another. {} without a trace.
+
+    Raises InputError for what is no trace, and for a span whose time is none.
     """
     if not trace.is_file() or trace.stat().st_size > LARGEST_TRACE_BYTES:
         return {}
     try:
         events = json.loads(trace.read_bytes())["traceEvents"]
         sums: dict[tuple[str, int, int], float] = {}
-        for event in events:
+        for place, event in enumerate(events):
             if event.get("ph") == "X" and "step" in event.get("args", {}):
                 key = (str(event["name"]), int(event["args"]["step"]), int(event["pid"]))
+                if not _is_time(event["dur"]):
+                    where = f"{trace}: traceEvents[{place}].dur"
+                    raise InputError(Problem(where, f"is {event['dur']!r:.40}", "a span takes microseconds, none below 0"))
                 sums[key] = sums.get(key, 0.0) + float(event["dur"]) / 1e6
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(Problem(str(trace), f"is not a trace of a run ({error})")) from error
     whole = {step for name, step, _ in sums if name == "batch"}
     found: dict[str, dict[int, list[float]]] = {}

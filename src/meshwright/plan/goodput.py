@@ -27,6 +27,8 @@ DAY_SECONDS = 86_400.0
 STATE_BYTES_PER_PARAMETER = 12
 #: Checkpoints are written in at most this share of the time: storage is shared, and a burst slows everybody.
 WRITING_SHARE = 0.1
+#: Goodput below which a run does not end in any time worth naming.
+LEAST_USEFUL = 1e-3
 #: Chance that is left of finding no spare when a node fails.
 SHORTAGE = 0.01
 
@@ -36,7 +38,8 @@ class Reliability:
     """How a cluster fails and comes back.
 
     `failures_per_1000_node_days`: unexpected interruptions (Llama 3, arXiv 2407.21783, table 5: 419 in 54 days of 2,048
-    nodes). `spot_per_1000_node_days`: what being reclaimed adds on spot (AWS Spot Instance Advisor, May 2025: 10 to
+    nodes); between `least_failures` and `most_failures` they may be (Kokolis et al. 2024, arXiv 2410.21680: 2.34 and
+    6.50 in two clusters of a company). `spot_per_1000_node_days`: what being reclaimed adds on spot (AWS Spot Instance Advisor, May 2025: 10 to
     20 % of H100 instances a month). `replaced_share`: failures after which the node is gone (Llama 3: 78 % hardware).
     `repair_hours`: until it is back. `detect_seconds`: to notice and find the culprit (MegaScale, arXiv 2402.15627,
     states less than ten minutes in the mean; a dead process of ours is seen at once, a silent one by timeout).
@@ -47,6 +50,8 @@ class Reliability:
     """
 
     failures_per_1000_node_days: float = 3.79
+    least_failures: float = 2.34
+    most_failures: float = 6.5
     spot_per_1000_node_days: float = 5.4
     replaced_share: float = 0.78
     repair_hours: float = 24.0
@@ -70,7 +75,9 @@ class Outlook:
     """What a run of many steps meets. Shares are of the elapsed time; `None` where nothing is known or asked.
 
     `goodput` is the share of the elapsed time that ends up in the model: what checkpoints stall, what failures throw
-    away and what restarts take is the rest. `dollars` pays for the spare nodes too.
+    away and what restarts take is the rest; `goodput_interval` bounds it where failures are as rare, and as frequent, as
+    was seen elsewhere. `dollars` pays for the spare nodes too. Elapsed time and dollars are None too where failures come
+    so fast that next to nothing is kept (LEAST_USEFUL).
     """
 
     mtbf_hours: float
@@ -81,6 +88,7 @@ class Outlook:
     restart_seconds: float
     lost_work_seconds: float  # that one failure throws away, in the mean
     goodput: float
+    goodput_interval: tuple[float, float]
     spare_nodes: int
     spot: bool
     failures: float | None  # expected in the run
@@ -94,7 +102,14 @@ class Outlook:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Outlook:
         price = data["price"]
-        return Outlook(**{**data, "price": None if price is None else Price(**price)})
+        bounds = tuple(data.get("goodput_interval", (data["goodput"],) * 2))
+        priced = None if price is None else Price(**price)
+        return Outlook(**{**data, "goodput_interval": bounds, "price": priced})
+
+    @property
+    def never_ends(self) -> bool:
+        """Whether failures come faster than the work can be saved."""
+        return self.goodput < LEAST_USEFUL
 
 
 def goodput(
@@ -177,12 +192,14 @@ def outlook(
     steps: int = 0,
     spot: bool = False,
     asynchronous: bool = True,
+    every: int | None = None,
     reliability: Reliability | None = None,
     state_bytes_per_parameter: float = STATE_BYTES_PER_PARAMETER,
 ) -> Outlook:
     """What failures and prices make of a run of `steps` steps (0: a long one) of `step_seconds` each.
 
-    `parameters` are the model's, `asynchronous` says whether the work goes on while a checkpoint is written.
+    `parameters` are the model's, `asynchronous` says whether the work goes on while a checkpoint is written. `every` is
+    the number of steps between checkpoints, 0 for one at the end alone, None for as many as lose the least.
     """
     known = reliability or Reliability()
     rate = known.failures_per_1000_node_days + (known.spot_per_1000_node_days if spot else 0.0)
@@ -195,13 +212,26 @@ def outlook(
     least = max(step_seconds, durable / WRITING_SHARE)
     if not asynchronous:
         stall, durable = stall + durable, 0.0
-    interval = best_interval(stall_seconds=stall, durable_seconds=durable, mtbf_seconds=mtbf, least_seconds=least)
     total = steps * step_seconds if steps else math.inf
-    every = max(1, round(min(interval, total, 1e15) / step_seconds))
+    if every is None:
+        interval = best_interval(stall_seconds=stall, durable_seconds=durable, mtbf_seconds=mtbf, least_seconds=least)
+        every = max(1, round(min(interval, total, 1e15) / step_seconds))
+    elif every == 0 or (steps and every > steps):
+        every = steps or round(1e15 / step_seconds)
     interval = every * step_seconds
-    useful = goodput(interval, stall_seconds=stall, durable_seconds=durable, restart_seconds=restart, mtbf_seconds=mtbf)
+    stall = max(stall, durable - interval)  # a checkpoint waits until the one before it is written
+
+    def useful_at(failures: float) -> float:
+        life = 1000 * DAY_SECONDS / failures / cluster.nodes if failures else math.inf
+        return goodput(
+            interval, stall_seconds=stall, durable_seconds=durable, restart_seconds=restart, mtbf_seconds=life
+        )
+
+    useful = useful_at(rate)
+    reclaimed = rate - known.failures_per_1000_node_days
+    bounds = (useful_at(known.most_failures + reclaimed), useful_at(known.least_failures + reclaimed))
     spares = spare_nodes(cluster.nodes, per_node_second * known.replaced_share, known.repair_hours * 3600)
-    elapsed = total / useful if steps and useful > 0 else None
+    elapsed = total / useful if steps and useful >= LEAST_USEFUL else None
     price = price_of(cluster, spot)
     dollars = None
     if price is not None and elapsed is not None:
@@ -216,6 +246,7 @@ def outlook(
         restart_seconds=restart,
         lost_work_seconds=durable + interval / 2,
         goodput=useful,
+        goodput_interval=bounds,
         spare_nodes=spares,
         spot=spot,
         failures=None if elapsed is None else elapsed / mtbf,

@@ -122,7 +122,8 @@ class Asked:
         cluster = replace(cluster, devices_per_node=max(d for d in divisors(devices) if d <= 8))
         found = outlook(
             parameters=self.card.parameter_elements, cluster=cluster, step_seconds=step_seconds,
-            steps=self.request.steps, spot=self.request.spot, reliability=self.request.reliability,
+            steps=self.request.steps, spot=self.request.spot, asynchronous=self.request.asynchronous,
+            every=self.request.checkpoint_every, reliability=self.request.reliability,
         )  # fmt: skip
         prices = [price_of(group, self.request.spot) for group in groups]
         dollars = None

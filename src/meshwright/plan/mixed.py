@@ -239,7 +239,7 @@ class _Split:
         chances = asked.chances(seconds, asked.mixed.groups)
         choice = choice_of(whole, None, space, asked.estimator(cluster), request, 1, chances)
         peak = max(e.peak_bytes for e in self.estimates)
-        predicted = replace(choice.predicted, peak_bytes=peak, mfu=mfu(asked, seconds))
+        predicted = choice.predicted.with_figures(peak_bytes=peak, mfu=mfu(asked, seconds))
         why = ", ".join(
             f"{n} samples to {g.device.name} ({n / request.global_batch:.0%} for {g.devices / asked.mixed.devices:.0%} "
             f"of the devices)"

@@ -113,6 +113,8 @@ class Network:
         link = self.intra
         if near <= 1:
             return link.bytes_per_second * self.ring_share
+        if link.measured_bus:
+            return link.measured_bus * (1.0 if summed else self.gather_share)
         if summed and link.switch_bus and near > SWITCH_FROM_RANKS:
             return link.switch_bus * self.switch_share
         rate = link.bytes_per_second

@@ -36,13 +36,14 @@ class PlanRequest:
     framework: str = "meshwright"
     spot: bool = False
     failures_per_1000_node_days: float | None = None  # None: as published
+    checkpoint_every: int | None = None  # steps; 0: at the end; None: as is best
+    asynchronous: bool = True  # training goes on while a checkpoint is written
 
     @property
     def reliability(self) -> Reliability:
         """How often nodes fail: as the job says, else as is usual."""
-        usual = Reliability()
         said = self.failures_per_1000_node_days
-        return usual if said is None else replace(usual, failures_per_1000_node_days=said)
+        return Reliability() if said is None else Reliability(said, said, said)
 
     def where(self, key: str) -> str:
         """Place and key for a message: "job.toml:12: layout.tp"."""
@@ -64,6 +65,7 @@ class Prediction:
     """What a layout is predicted to take. `tokens_per_second` is of the whole cluster, in the model's unit (samples for
     a classifier); `mfu` a fraction of the peak; `dollars`, of the whole run, None without a price or steps; `goodput`
     None where failures are not modelled. `breakdown` splits step_seconds.mid into seconds by what they go to.
+    `intervals` bounds each of the other figures as `step_seconds` is bounded.
     """
 
     step_seconds: Interval
@@ -73,6 +75,16 @@ class Prediction:
     dollars: float | None
     goodput: float | None
     breakdown: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def with_figures(self, **figures: float) -> Prediction:
+        """The prediction with other figures, as sure of them as of those that were there."""
+        times = {name: value / getattr(self, name) for name, value in figures.items() if name in self.intervals}
+        scaled = {
+            name: (low * times.get(name, 1.0), high * times.get(name, 1.0))
+            for name, (low, high) in self.intervals.items()
+        }
+        return replace(self, intervals=scaled, **figures)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class Choice:
             "predicted": {
                 "step_seconds": seconds,
                 **{name: getattr(p, name) for name in figures},
+                "intervals": {name: list(bounds) for name, bounds in p.intervals.items()},
                 "breakdown": dict(p.breakdown),
             },
             "memory": [stage.as_dict() for stage in self.memory],
@@ -150,6 +163,7 @@ class Choice:
     def from_dict(data: Mapping[str, Any]) -> Choice:
         predicted = dict(data["predicted"])
         interval = Interval(**predicted.pop("step_seconds"))
+        bounds = {name: (low, high) for name, (low, high) in predicted.pop("intervals", {}).items()}
         pipeline, between = data["pipeline"], data["pipeline"]["transfer_seconds"]
         return Choice(
             layout=Layout(**data["layout"]),
@@ -157,7 +171,7 @@ class Choice:
             compiled=data["compiled"],
             micro_batches=data["micro_batches"],
             stages=tuple(tuple(stage) for stage in data["stages"]),
-            predicted=Prediction(step_seconds=interval, **predicted),
+            predicted=Prediction(step_seconds=interval, intervals=bounds, **predicted),
             memory=tuple(StageMemory(**stage) for stage in data["memory"]),
             forward_seconds=tuple(pipeline["forward_seconds"]),
             backward_seconds=tuple(pipeline["backward_seconds"]),
@@ -253,6 +267,12 @@ class Plan:
     buys: tuple[Buys, ...] = ()
     outlook: Outlook | None = None
     shares: tuple[Share, ...] = ()
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether groups of devices have shares of the batch of their own, so that no one layout says who does what."""
+        chosen = self.chosen
+        return chosen.layout.dp * chosen.layout.micro_batch * chosen.micro_batches != self.global_batch
 
     def as_dict(self) -> dict[str, Any]:
         """The contract's JSON: equal plans give equal text."""

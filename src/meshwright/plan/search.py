@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
@@ -11,9 +12,9 @@ from meshwright.layout import Layout
 from meshwright.plan.choose import beaten_by_rule, choice_of, compiles, not_shown, too_large
 from meshwright.plan.corrected import corrected
 from meshwright.plan.estimate import Estimate, Estimator
-from meshwright.plan.explore import Found, Value, ranked, search
+from meshwright.plan.explore import Found, Value, ranked, search, step_seconds
 from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.goodput import Outlook, outlook
+from meshwright.plan.goodput import LEAST_USEFUL, Outlook, outlook
 from meshwright.plan.nearest import why_no_layout, why_nothing_fits
 from meshwright.plan.profile import Profile
 from meshwright.plan.question import Facts, divisors
@@ -92,16 +93,28 @@ def fewer(cluster: Cluster) -> list[Cluster]:
     return [replace(cluster, devices=d, devices_per_node=d) for d in divisors(cluster.devices)[:-1]]
 
 
-def value_of(objective: str) -> Value:
+def value_of(request: PlanRequest, space: Space) -> Value:
     """What is made small: seconds of a step, or what a step costs; prices of one cluster are equal, so device-seconds
-    rank as dollars do."""
-    if objective == "time":
-        return lambda estimate: estimate.step_seconds
-    return lambda estimate: estimate.step_seconds * estimate.layout.devices
+    rank as dollars do, those of spare nodes and of work that is lost counted in."""
+    if request.objective == "time":
+        return step_seconds
+    cluster = space.cluster
+
+    @cache
+    def paid(devices: int, about_seconds: float) -> float:
+        part = replace(cluster, devices=devices, devices_per_node=min(devices, cluster.devices_per_node))
+        found = outlook_of(about_seconds, replace(space, cluster=part), request)
+        return (devices + found.spare_nodes * part.devices_per_node) / max(found.goodput, LEAST_USEFUL)
+
+    def cost(estimate: Estimate) -> float:
+        seconds = estimate.step_seconds
+        return seconds * paid(estimate.layout.devices, float(f"{seconds:.2g}"))
+
+    return cost
 
 
 def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_if: bool) -> Plan:
-    value = value_of(request.objective)
+    value = value_of(request, whole.space)
     place: dict[Layout, Searched] = {estimate.layout: one for one in working for estimate in one.found.fitting}
     order = ranked([_corrected(estimate, place) for estimate in _met(working)], value)
     quickest = min(order, key=value)
@@ -116,14 +129,14 @@ def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_i
     winner, mine = best[0], place[best[0].layout]
     plain = mine.estimator.estimate(winner.layout)  # what the search compared
     bought = buys(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
-    chances = outlook_of(winner, mine.space, request)
+    chances = outlook_of(winner.step_seconds, mine.space, request)
     ways = len({family_of(estimate.layout) for estimate in order})
     choices: list[Choice] = []
     for estimate in best:
         at = place[estimate.layout]
         first = None if estimate is winner else winner
-        prospects = chances if first is None else outlook_of(estimate, at.space, request)
-        choices.append(choice_of(estimate, first, at.space, at.estimator, request, ways, prospects))
+        prospects = chances if first is None else outlook_of(estimate.step_seconds, at.space, request)
+        choices.append(choice_of(estimate, first, at.space, at.estimator, request, ways, prospects, value))
     cluster, found = mine.space.cluster, whole.found
     rejected = (
         *beaten_by_rule(whole.space),
@@ -160,14 +173,16 @@ def _corrected(estimate: Estimate, place: dict[Layout, Searched]) -> Estimate:
     return corrected(estimate, at.space, at.estimator) if at.estimator.profile.corrections else estimate
 
 
-def outlook_of(estimate: Estimate, space: Space, request: PlanRequest) -> Outlook:
-    """What failures and prices make of a run with this layout."""
+def outlook_of(step_seconds: float, space: Space, request: PlanRequest) -> Outlook:
+    """What failures and prices make of a run of such steps."""
     return outlook(
         parameters=space.card.parameter_elements,
         cluster=space.cluster,
-        step_seconds=estimate.step_seconds,
+        step_seconds=step_seconds,
         steps=request.steps,
         spot=request.spot,
+        asynchronous=request.asynchronous,
+        every=request.checkpoint_every,
         reliability=request.reliability,
     )
 

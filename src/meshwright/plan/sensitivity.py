@@ -126,7 +126,8 @@ def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, v
 
 
 def _doubled(link: Link) -> Link:
-    return replace(link, bytes_per_second=2 * link.bytes_per_second)
+    speeds = ("bytes_per_second", "peer_bytes_per_second", "switch_bus", "measured_bus")
+    return replace(link, **{name: 2 * getattr(link, name) for name in speeds})
 
 
 def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:

@@ -12,12 +12,14 @@ from typing import Any
 from meshwright.card import Card
 from meshwright.cluster import Cluster, Device, Link, device_names, named_cluster
 from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.families import own_card
 from meshwright.families.decoder import DecoderShape, card, parameters
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.case import Case, nearest_word
 from meshwright.plan.correction import SCALES
 from meshwright.plan.framework import FRAMEWORKS, Framework
 from meshwright.plan.memory import MemoryModel, usable_bytes
+from meshwright.plan.profile import DATASHEET
 from meshwright.plan.schedule import problem
 
 GB = 1e9
@@ -133,8 +135,9 @@ def setup(case: Case) -> Setup:
         framework = replace(framework, selective=drops)
     found = Setup(model, cluster, layout, case.train["global_batch"], precision, framework)
     if word == "unknown":
-        share = _least_recomputed(found)
-        assumed.append(f"recompute '{case.layout['recompute']}': of {share:.0%} of the layers, the least that fits")
+        share, fits = _least_recomputed(found)
+        least = "the least that fits" if fits else "and it does not fit"
+        assumed.append(f"recompute '{case.layout['recompute']}': of {share:.0%} of the layers, {least}")
         found, word, guesses = replace(found, recomputed=share), "none", guesses + 1
     elif not known:
         assumed.append(f"recompute '{case.layout['recompute']}': taken for {word}")
@@ -200,9 +203,8 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
     return layout, framework
 
 
-def _least_recomputed(found: Setup) -> float:
-    """The share of the layers that must recompute for the rest to fit a device; none where even all is not enough, for
-    then memory says nothing of what was done."""
+def _least_recomputed(found: Setup) -> tuple[float, bool]:
+    """The share of the layers that must recompute for the rest to fit a device, and whether it then fits."""
     model = MemoryModel(found.card, found.framework, found.precision, found.cluster.device)
     layout, room = found.layout, usable_bytes(found.cluster.device)
     firsts = _even_cut(len(found.card.blocks), layout.pp * layout.vpp)
@@ -212,7 +214,9 @@ def _least_recomputed(found: Setup) -> float:
         return max(stage.total for stage in stages)
 
     without, full = needs("none"), needs("full")
-    return 0.0 if without <= room or full > room else (without - room) / (without - full)
+    if without <= room:
+        return 0.0, True
+    return ((without - room) / (without - full), True) if full <= room else (1.0, False)
 
 
 def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
@@ -267,7 +271,8 @@ def _count(shape: DecoderShape) -> int:
 
 @lru_cache(maxsize=256)
 def _card(shape: DecoderShape, seq_len: int, style: str) -> Card:
-    return card(shape, seq_len, style)
+    ours = own_card(shape, seq_len) if style == STYLES["meshwright"] else None
+    return card(shape, seq_len, style) if ours is None else ours
 
 
 def cluster_of(given: Mapping[str, Any]) -> Cluster:
@@ -303,14 +308,19 @@ def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
         flops["fp32"] = min(rates.values())
     real = {key: rate for key, rate in device.real_flops.items() if key not in rates}
     real |= {key: rate * 1e12 for key, rate in figures.get("measured_tflops", {}).items()}
-    memory = device.real_memory_bytes_per_second if "memory_gbps" not in figures else 0.0
+    if above := [key for key, rate in real.items() if rate > flops.get(key, math.inf)]:
+        what = f"{real[above[0]] / 1e12:g} of {above[0]} is more than the peak of {flops[above[0]] / 1e12:g}"
+        raise InputError(Problem("cluster.figures.measured_tflops", what, "give what products reach, below the peak"))
+    measured = figures.get("measured_memory_gbps", 0.0) * GB
+    # a data sheet would state so much, as those of other devices do
+    stated = figures.get("memory_gbps", 0.0) * GB if not measured else measured / DATASHEET["cuda.memory.share"]
     device = replace(
         device,
         flops=flops,
         real_flops=real,
         memory_bytes=int(figures.get("memory_gb", device.memory_bytes / GB) * GB),
-        memory_bytes_per_second=figures.get("memory_gbps", device.memory_bytes_per_second / GB) * GB,
-        real_memory_bytes_per_second=figures.get("measured_memory_gbps", memory / GB) * GB,
+        memory_bytes_per_second=stated or device.memory_bytes_per_second,
+        real_memory_bytes_per_second=measured if stated else device.real_memory_bytes_per_second,
         units=figures.get("units", device.units),
     )
     intra, inter = (_link(getattr(cluster, side), figures, side) for side in ("intra", "inter"))
@@ -318,7 +328,7 @@ def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
 
 
 def _link(link: Link, figures: Mapping[str, Any], side: str) -> Link:
-    if f"{side}_gbps" not in figures:
-        return link
+    if f"{side}_gbps" in figures:
+        link = Link(link.name, figures[f"{side}_gbps"] * GB, link.latency_seconds, "switch")
     measured = figures.get("all_reduce_gbps", 0.0) * GB if side == "intra" else 0.0
-    return Link(link.name, figures[f"{side}_gbps"] * GB, link.latency_seconds, "switch", ring_bus=measured)
+    return replace(link, measured_bus=measured) if measured else link

@@ -242,7 +242,7 @@ def _way(asked: Asked, placed: Placed) -> Way:
     choice = choice_of(whole, None, space, estimator, request, 1, chances)
     shares = _shares(asked, placed)
     why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
-    predicted = replace(choice.predicted, mfu=mfu(asked, placed.seconds))
+    predicted = choice.predicted.with_figures(mfu=mfu(asked, placed.seconds))
     return Way("stages", replace(choice, predicted=predicted, why=why), shares)
 
 

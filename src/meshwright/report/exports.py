@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshwright.families.decoder import DecoderShape
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
 from meshwright.plan.framework import FRAMEWORKS
 from meshwright.plan.schedule import TABLE
+from meshwright.report.training_words import Recipe, deepspeed_training, megatron_training, titan_training
 
 #: Layout.schedule -> torchtitan's word (torch.distributed.pipelining's class), where it has one.
 TITAN_SCHEDULES = {
@@ -33,24 +33,6 @@ TITAN_MODELS = {"llama": "llama3", "mistral": "llama3", "deepseek_v3": "deepseek
 TITAN_MODELS |= {"qwen3_moe": "qwen3"}
 #: Hugging Face's models whose gated feed-forward has GELU inside.
 GATED_GELU = ("gemma", "gemma2", "gemma3", "gemma3_text")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a configuration says beside the plan. `shape` is None for a model that is no decoder of a known kind."""
-
-    shape: DecoderShape | None
-    seq_len: int
-    steps: int
-    lr: float
-    devices_per_node: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def nodes(self, layout: Layout) -> tuple[int, int]:
-        """(nodes, processes of each)."""
-        each = min(self.devices_per_node, layout.devices)
-        return -(-layout.devices // each), each
 
 
 @dataclass(frozen=True)
@@ -79,11 +61,14 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
         unsaid.append("selective recompute: theirs keeps every second matrix product, it does not drop attention alone")
     if layout.offload:
         unsaid.append("offload of the optimizer alone: theirs takes parameters and gradients along")
+    said = titan_training(recipe, unsaid)
     tables: dict[str, dict[str, Any]] = {
         "job": {"description": f"{plan.model} as {layout}"},
         "model": _titan_model(recipe, unsaid),
-        "optimizer": {"name": "AdamW", "lr": recipe.lr},
+        "optimizer": said["optimizer"],
+        "lr_scheduler": said["lr_scheduler"],
         "training": {
+            **said["training"],
             "local_batch_size": layout.micro_batch * (choice.micro_batches if layout.pp > 1 else 1),
             "global_batch_size": plan.global_batch,
             "seq_len": recipe.seq_len,
@@ -105,6 +90,7 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
             **({"selective_ac_option": "op"} if layout.recompute == "selective" else {}),
         },
         "compile": {"enable": choice.compiled and not whole_only},
+        "debug": said["debug"],
     }
     if choice.compiled and whole_only:
         unsaid.append(f"compilation: torch refuses it with {layout.schedule}, which splits backwards")
@@ -150,7 +136,12 @@ def _titan_model(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
         what = f"no {shape.hf_type}" if shape else "no decoder of this kind"
         unsaid.append(f"the model: torchtitan has {what}; it needs a TrainSpec of its own, named 'planned' here")
         return {"name": "planned", "flavor": "planned"}
-    sizes = f"dim={shape.hidden}, n_layers={shape.layers}, n_heads={shape.heads}, n_kv_heads={shape.kv_heads}"
+    sizes = (
+        f"dim={shape.hidden}, n_layers={shape.layers}, n_heads={shape.heads} of width {shape.head_dim}, "
+        f"n_kv_heads={shape.kv_heads}, rope_theta={recipe.rope_theta:g}"
+    )
+    if recipe.rope_scaling:
+        sizes += f", rotary positions scaled by {json.dumps(dict(recipe.rope_scaling), sort_keys=True)}"
     experts = ""
     if shape.experts:
         width = shape.expert_ffn or shape.ffn
@@ -187,7 +178,7 @@ def megatron(plan: Plan, recipe: Recipe) -> Export:
         *_megatron_model(recipe, unsaid),
         *("--seq-length", recipe.seq_len, "--max-position-embeddings", recipe.seq_len),
         *("--micro-batch-size", layout.micro_batch, "--global-batch-size", plan.global_batch),
-        *("--train-iters", recipe.steps, "--lr", recipe.lr),
+        *megatron_training(recipe, unsaid),
         *("--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp),
         *("--context-parallel-size", layout.cp, "--expert-model-parallel-size", layout.ep),
     ]
@@ -249,6 +240,11 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
     words += ["--untie-embeddings-and-output-weights"] if not shape.tied else []
     positions = "learned_absolute" if shape.learned_positions else "rope"
     words += ["--position-embedding-type", positions, "--rotary-base", round(recipe.rope_theta)]
+    scaling = dict(recipe.rope_scaling or {})
+    if scaling.get("rope_type") == "llama3":
+        words += ["--use-rope-scaling", "--rope-scaling-factor", scaling.get("factor", 8.0)]
+    elif scaling:
+        unsaid.append(f"rotary positions scaled by {json.dumps(scaling, sort_keys=True)}: they are left unscaled")
     if shape.experts:
         words += ["--num-experts", shape.experts, "--moe-router-topk", shape.top_k, "--moe-grouped-gemm"]
         words += ["--moe-ffn-hidden-size", shape.expert_ffn or shape.ffn, "--moe-token-dispatcher-type", "alltoall"]
@@ -311,8 +307,7 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": choice.micro_batches,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": recipe.lr}},
+        **deepspeed_training(recipe, unsaid),
         "zero_optimization": _zero(plan, unsaid),
     }
     if choice.precision != "fp32":

@@ -32,14 +32,17 @@ def cost_line(plan: Plan) -> str:
     if outlook.elapsed_seconds is not None:
         words.append(f"the run takes {duration(outlook.elapsed_seconds)}")
     kind = "on spot" if outlook.spot else "on demand"
+    dollars = "" if outlook.dollars is None else f"${outlook.dollars:,.2f}"
+    if bounds := plan.chosen.predicted.intervals.get("dollars"):
+        dollars += f" (90 %: {bounds[0]:,.0f} to {bounds[1]:,.0f})"
     if outlook.dollars is not None and outlook.price is None:  # devices of several kinds
-        words.append(f"${outlook.dollars:,.2f} {kind}, each kind of device at its own price")
+        words.append(f"{dollars} {kind}, each kind of device at its own price")
     elif outlook.dollars is not None and outlook.price is not None:
         age = "as the job says" if outlook.price.as_of == "job" else f"price of {outlook.price.as_of}"
-        words.append(f"${outlook.dollars:,.2f} {kind} at ${outlook.price.dollars_per_hour:,.2f} a device-hour ({age})")
-    else:
+        words.append(f"{dollars} {kind} at ${outlook.price.dollars_per_hour:,.2f} a device-hour ({age})")
+    elif not outlook.never_ends:
         words.append("no price known")
-    return ", ".join(words)
+    return ", ".join(words) or "a run that does not end"
 
 
 def failure_line(plan: Plan) -> str:
@@ -47,11 +50,14 @@ def failure_line(plan: Plan) -> str:
     outlook = plan.outlook
     if outlook is None:
         return ""
+    hours = outlook.mtbf_hours
+    often = f"one every {hours / 24:,.0f} days" if hours >= 48 else f"one every {hours:,.1f} h"
+    often = often if hours >= 1 else f"one every {duration(hours * 3600)}"
+    if outlook.never_ends:
+        return f"{often}: faster than {outlook.checkpoint_steps:,} steps can be saved, so the run would not end"
     rare = outlook.goodput > 1 - SMALL_LOSS if outlook.failures is None else outlook.failures < RARE
     if rare:
         return ""
-    hours = outlook.mtbf_hours
-    often = f"one every {hours:,.1f} h" if hours < 48 else f"one every {hours / 24:,.0f} days"
     spare = f", keep {outlook.spare_nodes} spare node{'s' * (outlook.spare_nodes > 1)}" if outlook.spare_nodes else ""
     return (
         f"{often}: save every {outlook.checkpoint_steps:,} steps ({duration(outlook.checkpoint_seconds)}){spare}; "
@@ -83,6 +89,9 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
 
 
 def advice_lines(advice: Advice) -> list[str]:
-    """Strategies with their reasons, then the tools that suit and those that do not."""
+    """Strategies with their reasons, then the tools: the one to use, those that would do as well, those that do not."""
     lines = [f"{reason.strategy}: {reason.why}" for reason in advice.strategies]
-    return lines + [f"{'use' if v.suits else 'not'} {v.tool}: {v.why}" for v in advice.tools]
+    for place, verdict in enumerate(advice.tools):
+        word = ("or" if place else "use") if verdict.suits else "not"
+        lines.append(f"{word} {verdict.tool}: {verdict.why}")
+    return lines

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from meshwright.errors import InputError, Problem
 from meshwright.plan import Plan
-from meshwright.report.exports import EXPORTERS, Recipe, export
+from meshwright.report.exports import EXPORTERS, export
 from meshwright.report.html import plan_page
 from meshwright.report.timeline import MOST_IN_TRACE, chrome_trace, timeline_svg
+from meshwright.report.training_words import Recipe
 from meshwright.run import write_atomic
 
-#: Names what was written here, with its digest, so that the next time nothing else is overwritten.
+#: Names what was written here, with its digest (or digests: what was there, and what was about to be), so that the next
+#: time nothing else is overwritten.
 RECORD = "written.json"
 
 
 def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
-    """The text of every file, by name."""
+    """The text of every file, by name. Other frameworks have no words for a batch that groups of devices share unevenly:
+    such a plan has no configuration for them."""
     layout = plan.chosen.layout
     files = {
         "plan.json": f"{plan}\n",
@@ -26,7 +34,7 @@ def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "timeline.svg": timeline_svg(plan.chosen),
         "timeline.trace.json": chrome_trace(plan.chosen, layout.devices // layout.pp, MOST_IN_TRACE),
     }
-    for name in EXPORTERS:
+    for name in () if plan.shared_out else EXPORTERS:
         files |= export(name, plan, recipe).files
     return files
 
@@ -34,41 +42,75 @@ def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
 def write_plan(plan: Plan, recipe: Recipe, folder: str | Path) -> list[Path]:
     """Write `plan_files` into a folder, which is made where it is not there, and return their paths.
 
-    Replaces what an earlier plan wrote there. Raises InputError, before anything is written, where a file of the same
-    name is not from here or was changed since.
+    Replaces what an earlier plan wrote there: all of it, or nothing where the files cannot be written. Raises
+    InputError, before anything is replaced, where a file of the same name is not from here or was changed since.
     """
+    if str(folder) == "":
+        raise InputError(Problem("command line: --write", "names no folder", "name one; '.' is this one"))
     root, files = Path(folder), plan_files(plan, recipe)
     try:
-        known = _record(root)
-        problems = [problem for name in files if (problem := _kept(root / name, known.get(name))) is not None]
-        if problems:
-            raise InputError(problems)
+        if root.is_dir():
+            with _alone(root):
+                return _replaced(root, files)
+        _refuse(root, files, _record(root))
         root.mkdir(parents=True, exist_ok=True)
-        for name in set(known) - set(files):  # of an earlier version, say
-            if _kept(root / name, known[name]) is None:
-                (root / name).unlink(missing_ok=True)
-        written = {name: text.encode() for name, text in files.items()}
-        record = {name: sha256(content).hexdigest() for name, content in written.items()}
-        write_atomic(root / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-        for name, content in written.items():
-            write_atomic(root / name, content)
+        with _alone(root):
+            return _replaced(root, files)
     except OSError as error:
         raise InputError(Problem(str(root), f"cannot be written: {error.strerror}", "name another folder")) from error
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """While no other plan writes into the folder."""
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replaced(root: Path, files: Mapping[str, str]) -> list[Path]:
+    """All files written beside the old ones, then put in their places. Whatever stops that, the record knows both."""
+    known = _record(root)
+    _refuse(root, files, known)
+    new = {name: sha256(text.encode()).hexdigest() for name, text in files.items()}
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as drafts:
+        for name, text in files.items():
+            (Path(drafts) / name).write_bytes(text.encode())
+        _save(root, {**known, **{name: [*known.get(name, []), digest] for name, digest in new.items()}})
+        for name in files:
+            os.replace(Path(drafts) / name, root / name)
+    for name in set(known) - set(files):  # of an earlier version, say
+        if _kept(root / name, known[name]) is None:
+            (root / name).unlink(missing_ok=True)
+    _save(root, {name: [digest] for name, digest in new.items()})
     return [root / name for name in files]
 
 
-def _kept(path: Path, digest: str | None) -> Problem | None:
+def _refuse(root: Path, files: Mapping[str, str], known: Mapping[str, list[str]]) -> None:
+    problems = [problem for name in files if (problem := _kept(root / name, known.get(name))) is not None]
+    if problems:
+        raise InputError(problems)
+
+
+def _save(root: Path, record: Mapping[str, list[str]]) -> None:
+    write_atomic(root / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _kept(path: Path, digests: list[str] | None) -> Problem | None:
     """Why a file must be left as it is; None where there is none, or only ours."""
     if not path.exists() and not path.is_symlink():
         return None
-    if digest is None:
+    if digests is None:
         return Problem(str(path), "is there, and no plan wrote it", "name another folder, or move it away")
-    if path.is_symlink() or not path.is_file() or sha256(path.read_bytes()).hexdigest() != digest:
+    if path.is_symlink() or not path.is_file() or sha256(path.read_bytes()).hexdigest() not in digests:
         return Problem(str(path), "was changed since the plan wrote it", "name another folder, or move it away")
     return None
 
 
-def _record(root: Path) -> dict[str, str]:
+def _record(root: Path) -> dict[str, list[str]]:
     path = root / RECORD
     if not path.exists():
         return {}
@@ -76,8 +118,11 @@ def _record(root: Path) -> dict[str, str]:
         record = json.loads(path.read_bytes())
     except ValueError:
         record = None
-    if isinstance(record, dict) and all(_plain(name) and isinstance(value, str) for name, value in record.items()):
-        return record
+    if isinstance(record, dict):
+        digests = {name: [value] if isinstance(value, str) else value for name, value in record.items()}
+        lists = all(isinstance(value, list) and all(isinstance(d, str) for d in value) for value in digests.values())
+        if lists and all(_plain(name) for name in digests):
+            return digests
     raise InputError(Problem(str(path), "is not a record of a plan's files", "name another folder"))
 
 

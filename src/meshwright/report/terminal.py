@@ -61,8 +61,7 @@ def _show_verdict(plan: Plan, console: Console, width: int) -> None:
     model = f"{_plain(plan.model)}, {count(plan.parameters)} parameters, on {_plain(plan.cluster)}"
     console.print(f"[bold green]FITS[/bold green]  {model}")
     console.print(
-        f"layout  [bold]{layout}[/bold], {chosen.precision}{', compiled' if chosen.compiled else ''}; a batch of "
-        f"{plan.global_batch} = {layout.dp} x {layout.micro_batch} x {chosen.micro_batches} micro-batches"
+        f"layout  [bold]{layout}[/bold], {chosen.precision}{', compiled' if chosen.compiled else ''}; {_batch(plan)}"
     )
     console.print(
         f"step    [bold]{seconds.mid:.3g} s[/bold] (90 %: {seconds.low:.3g} to {seconds.high:.3g}), "
@@ -77,6 +76,14 @@ def _show_verdict(plan: Plan, console: Console, width: int) -> None:
     console.print()
 
 
+def _batch(plan: Plan) -> str:
+    """How a batch is cut up; where groups of devices have shares of their own, their lines say it."""
+    chosen, samples = plan.chosen, plan.global_batch
+    if plan.shared_out:
+        return f"a batch of {samples}, shared out"
+    return f"a batch of {samples} = {chosen.layout.dp} x {chosen.layout.micro_batch} x {chosen.micro_batches} micro-batches"
+
+
 def _show_memory(plan: Plan, console: Console, width: int) -> None:
     """A bar a stage, drawn to the fullest one; of many stages the ends and the fullest."""
     stages = plan.chosen.memory
@@ -84,7 +91,10 @@ def _show_memory(plan: Plan, console: Console, width: int) -> None:
     have = plan.device_bytes
     bar_width = max(20, width - 36)
     key = "  ".join(f"[{colour}]{mark}[/{colour}] {name}" for name, mark, colour in PARTS)
-    console.print(f"memory a device, of {have / GIB:.1f} GiB: {key}")
+    bounds = plan.chosen.predicted.intervals.get("peak_bytes")
+    sure = f" (90 %: {bounds[0] / GIB:.3g} to {bounds[1] / GIB:.3g})" if bounds else ""
+    console.print(f"memory  {most / GIB:.3g} GiB on the fullest device{sure}, of {have / GIB:.1f}")
+    console.print(f"        {key}")
     for stage in shown_stages([stage.total for stage in stages]):
         if stage is None:
             console.print("  ...")

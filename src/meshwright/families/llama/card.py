@@ -8,6 +8,7 @@ from typing import Any
 
 from meshwright.card import AttentionShape, Block, Card, Parameter, Product, Saved
 from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.families.decoder_config import ConfigReader, kind_of, shown
 
 #: Hugging Face `model_type` -> architecture name that `transformers` looks up.
 ARCHITECTURES = {
@@ -19,6 +20,16 @@ ARCHITECTURES = {
 #: Of `nn/blocked.py`, which cannot be imported here, where torch is not: a test holds them together.
 QUERIES_AT_ONCE, PROBABILITIES_KEPT = 128, 512
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: Numbers of a table of rotary scaling, each with a usual one.
+ROPE_NUMBERS: Mapping[str, float] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -79,47 +90,61 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
 
     Raises InputError for a model type or a feature that this family does not compute.
     """
-    kind = config.get("model_type")
+    kind = kind_of(config, where)
     if kind not in ARCHITECTURES:
         known = "known: " + ", ".join(ARCHITECTURES)
-        raise InputError(Problem(where, f"model_type {kind!r} is not one of ours", known))
-    problems = []
+        raise InputError(Problem(where, f"model_type {shown(kind)} is not one of ours", known))
+    reader = ConfigReader(config, where)
     if config.get("hidden_act", "silu") != "silu":
-        problems.append(Problem(where, f"hidden_act {config['hidden_act']!r} is not supported", "supported: silu"))
-    if config.get("mlp_bias"):
-        problems.append(Problem(where, "mlp_bias is not supported", "supported: mlp_bias false"))
-    required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-    for key in required:
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(Problem(where, f"{key} must be a positive whole number, found {value!r}"))
-    if problems:
-        raise InputError(problems)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    heads = config["num_attention_heads"]
-    eos = config.get("eos_token_id")
-    sliding = config.get("sliding_window") if config.get("use_sliding_window", kind == "mistral") else None
-    return LlamaShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn=config["intermediate_size"],
-        vocab=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(rope, where),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=kind == "qwen3",
-        attention_bias=bool(config.get("attention_bias", kind == "qwen2")) or kind == "qwen2",
-        sliding_window=sliding,
-        hf_type=kind,
-        bos_id=config.get("bos_token_id"),
-        eos_id=tuple(eos) if isinstance(eos, list) else eos,
-    )
+        reader.refuse(f"hidden_act {shown(config['hidden_act'])} is not supported", "supported: silu")
+    if reader.flag("mlp_bias"):
+        reader.refuse("mlp_bias is not supported", "supported: mlp_bias false")
+    sizes = reader.sizes()
+    sliding = reader.flag("use_sliding_window", otherwise=kind == "mistral") and reader.has("sliding_window")
+    theta, scaling = _rope_of_hf(reader)
+    more: dict[str, Any] = {
+        "max_positions": reader.size("max_positions", "max_position_embeddings", otherwise=2048),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "tied": reader.flag("tie_word_embeddings"),
+        "qk_norm": kind == "qwen3",
+        "attention_bias": reader.flag("attention_bias") or kind == "qwen2",
+        "sliding_window": reader.size("sliding_window") if sliding else None,
+        "hf_type": kind,
+        "bos_id": _token_ids(reader, "bos_token_id", several=False),
+        "eos_id": _token_ids(reader, "eos_token_id", several=True),
+    }
+    reader.agree(sizes)
+    reader.settle()
+    return LlamaShape(**sizes, **more)
+
+
+def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
+    """The token id under `key`, or a tuple of `several`; None where there is none."""
+    value = reader.config.get(key)
+    if value is None or type(value) is int:
+        return value
+    if several and isinstance(value, list):
+        return tuple(reader.items(key, int))
+    what = "a token id or a list of them" if several else "a token id"
+    reader.refuse(f"{key} must be {what}, found {shown(value)}", "leave it out")
+    return None
+
+
+def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
+    """Base and scaling of the rotary positions, which a config may keep in one table."""
+    key = "rope_parameters" if reader.config.get("rope_parameters") else "rope_scaling"
+    rope = dict(reader.table(key))
+    theta = reader.number("rope_theta", 10000.0)
+    inner = ConfigReader({"rope_theta": rope.pop("rope_theta", None)}, f"{reader.where}: {key}")
+    theta = inner.number("rope_theta", theta)
+    reader.problems += inner.problems
+    try:
+        return theta, _rope_scaling(rope, inner.where)
+    except InputError as error:
+        reader.problems += error.problems
+        return theta, None
 
 
 def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
@@ -129,10 +154,21 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
     scaling = {key: value for key, value in rope.items() if key != "type"}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise InputError(Problem(where, f"rope_type {kind!r} is not supported", nearest_name(str(kind), ROPE_TYPES)))
-    if kind != "default" and "factor" not in scaling:
+        hint = nearest_name(str(kind)[:60], ROPE_TYPES) if isinstance(kind, str) else "known: " + ", ".join(ROPE_TYPES)
+        raise InputError(Problem(where, f"rope_type {shown(kind)} is not supported", hint))
+    if kind == "default":
+        return None
+    if scaling.get("factor") is None:
         raise InputError(Problem(where, f"rope_type {kind!r} needs a factor", "such as factor = 8.0"))
-    return None if kind == "default" else {**scaling, "rope_type": kind}
+    reader = ConfigReader(scaling, where)
+    needed = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
+    numbers = {key: reader.number(key, usual, needed=key in needed) for key, usual in ROPE_NUMBERS.items()}
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    if needed and not reader.problems and low >= high:
+        reader.refuse(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}", f"such as {high / 4:g}")
+    reader.flag("truncate", otherwise=True)
+    reader.settle()
+    return {**scaling, "rope_type": kind}
 
 
 def hf_config(shape: LlamaShape) -> dict[str, Any]:

@@ -1,0 +1,242 @@
+"""Values of a Hugging Face `config.json`, each read as what it must be and then held against each other.
+
+What is wrong is collected, with its key and the nearest value that works, so that one error lists all of it. Nothing is
+taken on trust: a size of no number, or one that no machine holds, ends here and not where a plan is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from meshwright.errors import InputError, Problem
+
+Facts = dict[str, Any]
+
+#: As in a job: the largest size and number, and the most layers.
+LARGEST_SIZE = 2**31 - 1
+LARGEST_NUMBER = 1e12
+MOST_LAYERS = 10_000
+
+#: Sizes of a shape -> the keys that they are usually under.
+USUAL_KEYS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers",),
+    "hidden": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "vocab": ("vocab_size",),
+}
+#: Numbers that change no size, each with a usual one; some are written into the configurations of other frameworks.
+NUMBERS: Mapping[str, float] = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"), 1e-5),
+    "rope_theta": 10000.0,
+}
+
+
+def kind_of(config: Mapping[str, Any], where: str) -> str | None:
+    """The `model_type`, None where the config has none. Raises InputError where it is no text."""
+    kind = config.get("model_type")
+    if kind is None or isinstance(kind, str):
+        return kind
+    raise InputError(Problem(where, f"model_type must be text, found {shown(kind)}", 'such as "llama"'))
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a readable length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints, or lists in lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class ConfigReader:
+    """Reads a config key by key. A key that holds null is taken for absent, but for flags, where null is false.
+
+    A wrong value is noted in `problems`, and its place is taken by one that can be reckoned with; `settle` raises.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+        self.problems: list[Problem] = []
+        self._keys: dict[str, str] = {}
+
+    def settle(self) -> None:
+        """Raises InputError with all that was noted."""
+        if self.problems:
+            raise InputError(self.problems)
+
+    def refuse(self, what: str, nearest: str = "") -> None:
+        """Notes a problem, once."""
+        if all(problem.what != what for problem in self.problems):
+            self.problems.append(Problem(self.where, what, nearest))
+
+    def has(self, key: str) -> bool:
+        return self.config.get(key) is not None
+
+    def size(
+        self, field: str, *keys: str, otherwise: int | None = None, least: int = 1, most: int = LARGEST_SIZE
+    ) -> int:
+        """The whole number from `least` to `most` under the first of `keys` that is there; without `otherwise` one must
+        be. `field` is the shape's word for it, and its key where `keys` are left out."""
+        names = keys or (field,)
+        key = next((name for name in names if self.has(name)), None)
+        self._keys[field] = key or names[0]
+        value = otherwise if key is None else self.config[key]
+        if isinstance(value, int) and not isinstance(value, bool):
+            if least <= value <= most or (key is None and value <= most):
+                return value
+            bound = f"at most {most}" if value > most else "a positive whole number" if least == 1 else ""
+        else:
+            bound = "a positive whole number" if least == 1 else ""
+        found = f", found {shown(value)}" if value is not None else ", and is not there"
+        what = f"{self._keys[field]} must be {bound or f'a whole number of at least {least}'}{found}"
+        leave = "" if key is None or otherwise is None else f"leave it out for {otherwise}"
+        self.refuse(what, ", or ".join(hint for hint in (_nearest_size(value, least, most), leave) if hint))
+        return least
+
+    def number(
+        self, key: str, usual: float, *, needed: bool = False, least: float = 0.0, most: float = LARGEST_NUMBER
+    ) -> float:
+        """The number above 0, from `least` to `most`, under `key`; the `usual` one where there is none, unless one is
+        `needed`."""
+        value = self.config.get(key)
+        if value is None and not needed:
+            return usual
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and least <= value <= most:
+            return float(value)
+        span = f"from {least:g} to {most:g}" if least else f"above 0, at most {most:g}"
+        found = f", found {shown(value)}" if value is not None else ", and is not there"
+        self.refuse(f"{key} must be a number {span}{found}", f"such as {usual:g}")
+        return usual
+
+    def flag(self, key: str, otherwise: bool = False) -> bool:
+        """True or false under `key`; `otherwise` where there is no such key."""
+        value = self.config.get(key, otherwise)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        word = str(value).lower() if isinstance(value, str) and value.lower() in ("true", "false") else ""
+        hint = f"nearest: {word}, without quotes" if word else f"leave it out for {str(otherwise).lower()}"
+        self.refuse(f"{key} must be true or false, found {shown(value)}", hint)
+        return otherwise
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        """The object under `key`, empty where there is none."""
+        value = self.config.get(key)
+        if value is None or isinstance(value, Mapping):
+            return value or {}
+        self.refuse(f"{key} must be an object, found {shown(value)}", "leave it out")
+        return {}
+
+    def items(self, key: str, of: type, field: str = "") -> list[Any]:
+        """The list under `key`, whose items are all of the type `of`; empty where there is none. `field` as in size."""
+        self._keys[field or key] = key
+        value = self.config.get(key)
+        if value is None:
+            return []
+        if isinstance(value, list) and all(type(item) is of for item in value):
+            return value
+        words = {str: "texts", int: "whole numbers"}[of]
+        self.refuse(f"{key} must be a list of {words}, found {shown(value)}", "leave it out")
+        return []
+
+    def sizes(
+        self,
+        keys: Mapping[str, tuple[str, ...]] = USUAL_KEYS,
+        *,
+        ffn: str = "intermediate_size",
+        ffn_of_hidden: int = 0,
+        head_dim: int = 0,
+        rotary: bool = True,
+    ) -> Facts:
+        """The sizes that every decoder has. The feed-forward width is under the key `ffn`, else `ffn_of_hidden` times
+        the model's; a head's is `head_dim` where the config does not say, and where that is 0 its part of the model's.
+        `rotary`: positions turn whole heads, in pairs.
+        """
+        limits = {"layers": MOST_LAYERS}
+        facts: Facts = {
+            field: self.size(field, *names, most=limits.get(field, LARGEST_SIZE)) for field, names in keys.items()
+        }
+        heads, hidden = facts["heads"], facts["hidden"]
+        facts["kv_heads"] = self.size("kv_heads", "num_key_value_heads", otherwise=heads)
+        each = head_dim or max(1, hidden // heads)
+        facts["head_dim"] = self.size("head_dim", otherwise=each, least=2 if rotary else 1)
+        facts["ffn"] = self.size("ffn", ffn, otherwise=ffn_of_hidden * hidden or None)
+        return facts
+
+    def of_no_size(self) -> None:
+        """Checks what a shape does not have and others read: epsilons, rotary positions, the longest sequence."""
+        for key, usual in NUMBERS.items():
+            self.number(key, usual)
+        for key in ("rope_scaling", "rope_parameters"):
+            self.table(key)
+        if self.has("max_position_embeddings"):
+            self.size("positions", "max_position_embeddings")
+
+    def agree(self, facts: Facts, *, shared_width: bool = True, rotary: bool = True) -> None:
+        """Notes where sizes of one shape contradict each other: those of `facts`, by the words of DecoderShape.
+
+        `shared_width`: without a head_dim of its own, each head has its part of the model's width. `rotary`: positions
+        turn whole heads.
+        """
+        if self.problems:
+            return  # some of these are no sizes
+        for what, nearest in self._contradictions(facts, shared_width and not self.has("head_dim"), rotary):
+            self.refuse(what, nearest)
+
+    def _contradictions(self, facts: Facts, divided: bool, rotary: bool) -> Iterator[tuple[str, str]]:
+        key = self._keys
+        heads, kv_heads, hidden = facts["heads"], facts["kv_heads"], facts["hidden"]
+        if heads % kv_heads:
+            near = _nearest_heads(heads, kv_heads, hidden if divided else 0)
+            few = _nearest_divisor(heads, kv_heads)
+            better = near is not None and abs(near - heads) * kv_heads < abs(few - kv_heads) * heads
+            hint = f"nearest: {key['heads']}={near}" if better else f"nearest: {key['kv_heads']}={few}"
+            yield f"{key['kv_heads']} {kv_heads} does not divide {key['heads']} {heads}", hint
+        if divided and hidden % heads:
+            near = _nearest_heads(heads, kv_heads, hidden) or _nearest_divisor(hidden, heads)
+            what = f"{key['heads']} {heads} does not divide {key['hidden']} {hidden}"
+            yield what, f"nearest: {key['heads']}={near}, or give head_dim"
+        elif rotary:
+            for field in ("head_dim", "rope_head_dim"):
+                size = facts.get(field, 0)
+                if size % 2 and not (field == "head_dim" and facts.get("kv_lora")):
+                    derived = f", {key['hidden']} / {key['heads']}," if field == "head_dim" and divided else ""
+                    what = f"{key[field]}{derived} must be even for rotary positions, not {size}"
+                    yield what, f"nearest: {key[field]}={size + 1 if size < LARGEST_SIZE else size - 1}"
+        if facts.get("top_k", 0) > facts.get("experts", 0):
+            what = f"{key['top_k']} {facts['top_k']} is more than {key['experts']} {facts['experts']}"
+            yield what, f"nearest: {key['top_k']}={facts['experts']}"
+        if facts.get("first_dense_layers", 0) > facts["layers"]:
+            what = f"{key['first_dense_layers']}: {facts['first_dense_layers']} dense layers are more than "
+            yield f"{what}{key['layers']} {facts['layers']}", f"nearest: {facts['layers']}"
+
+
+def _nearest_size(value: Any, least: int, most: int) -> str:
+    """The size closest to what was said, where that is near a number at all."""
+    quoted = isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,12}", value)
+    if isinstance(value, float) and math.isfinite(value):
+        value = round(value)
+    elif quoted:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return ""
+    return f"nearest: {min(max(value, least), most)}" + (", without quotes" if quoted else "")
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in small]
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min(_divisors(number), key=lambda n: (abs(n - wanted), n))
+
+
+def _nearest_heads(heads: int, kv_heads: int, hidden: int) -> int | None:
+    """The multiple of `kv_heads` closest to `heads` that divides `hidden`, where that is not 0; None: there is none."""
+    if not hidden:
+        return max(1, round(heads / kv_heads)) * kv_heads
+    fitting = [n for n in _divisors(hidden) if n % kv_heads == 0]
+    return min(fitting, key=lambda n: (abs(n - heads), n)) if fitting else None
