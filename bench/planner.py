@@ -37,6 +37,7 @@ from meshwright.plan.calibrate import (
 from meshwright.plan.case import measured_cases
 from meshwright.plan.explore import TIE, complexity
 from meshwright.plan.fit import folds, spread_rows
+from meshwright.plan.memory import memory_interval
 from meshwright.plan.predict import Predictor
 from meshwright.plan.profile import DATASHEET, DEFAULT_FILE, Profile, default_profile
 
@@ -261,8 +262,12 @@ def memory_of_megatron(data: Path) -> dict[str, Any] | None:
 
 
 def _errors(signed: Sequence[float]) -> dict[str, Any]:
+    """Of predicted over measured less 1; `coverage` is the share within the interval that a plan states."""
     sizes = [abs(error) for error in signed]
-    return {"rows": len(sizes), "mean": sum(sizes) / len(sizes), "p95": quantile(sizes, 0.95), "max": max(sizes)}
+    low, high = memory_interval("megatron-lm")
+    held = sum(low <= 1 / (1 + error) <= high for error in signed) / len(signed)
+    found = {"rows": len(sizes), "mean": sum(sizes) / len(sizes), "p95": quantile(sizes, 0.95), "max": max(sizes)}
+    return {**found, "coverage": held}
 
 
 def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -364,11 +369,11 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield "\nTWO LAYOUTS OF A GROUP         90 % of ratios within   told apart   of these in that order"
     for name, one in found["pairs"].items():
         yield f"{name:<30} {'x':>18}{one['factor']:.2f}   {one['told']:>9.0%}   {one['right']:>9.1%}"
-    yield "\nPEAK MEMORY                       rows    mean     p95     max"
+    yield "\nPEAK MEMORY                       rows    mean     p95     max   in interval"
     for place, table in found["memory"].items():
         for name, one in (table or {}).items():
             where = f"{place}, {name}"
-            yield f"{where:<32} {one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}"
+            yield f"{where:<32} {one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}  {one['coverage']:>6.1%}"
     yield "\nAGAINST THE DESIGN               ours   must be   best stated by others"
     for name, (ours, target, best) in verdicts(found).items():
         yield f"{name:<28} {ours:>8.2%}  {target:>7.1%}   {best}{'' if ours <= target else '   MISSED'}"

@@ -14,7 +14,6 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    trainable: bool = True
 
     @property
     def elements(self) -> int:

@@ -6,6 +6,7 @@ As in verbs.py, which offers these by the same names, each function joins the pa
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ TEXT_BYTES, TOKEN_BYTES = 4, 4
 DIGITS, DIGIT_BYTES = 1797, 256
 #: Files of a folder whose sizes are asked for, at most.
 FILES_COUNTED = 5_000
+#: How long `calibrate` measures a machine, unless told.
+MEASURED_SECONDS = 30.0
+
+logger = logging.getLogger("meshwright")
 
 
 def read_job(
@@ -189,12 +194,15 @@ def _reading(job: Job, card: Card) -> Reading:
 
 
 def _bytes_of(path: Path) -> int | None:
-    """Bytes of a file, or of all files below a folder; None where there are none, or more files than are counted."""
-    if path.is_file():
-        return path.stat().st_size
+    """Bytes of a file, or of all files below a folder; None where there are none, more files than are counted, or some
+    that cannot be looked at."""
     files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    few = list(islice(files, FILES_COUNTED + 1))
-    return sum(file.stat().st_size for file in few if file.is_file()) or None if len(few) <= FILES_COUNTED else None
+    try:
+        few = [path] if path.is_file() else list(islice(files, FILES_COUNTED + 1))
+        size = sum(file.stat().st_size for file in few if file.is_file())
+    except OSError:
+        return None
+    return size if size and len(few) <= FILES_COUNTED else None
 
 
 def groups_of_job(job: Job) -> MixedCluster:
@@ -290,54 +298,91 @@ def calibrate(
     *,
     profile: str | Path | None = None,
     datasheet: bool = False,
-    seconds: float = 30.0,
+    seconds: float = MEASURED_SECONDS,
 ) -> dict[str, Any]:
     """Makes a profile and writes it to `out`: {"out", "from", ...}.
 
     `source` is a file of measured cases, which constants are fitted to ("rows", "moved", "mean_error", "intervals");
     a run folder, which corrects the plan behind it ("steps", "noise", "factors", "parts", "changed", "interval"); or
-    "machine", which measures this machine for about `seconds` ("changed", "seconds"). All start from the shipped
-    profile, the one named, or the data sheets'. Raises InputError where the source or `out` cannot be used.
+    "machine", which measures this machine for about `seconds` ("changed", "seconds", and under "busy" what other work
+    on it kept from being measured). All start from the shipped profile, the one named, or the data sheets'. A profile
+    that is at `out` is replaced. Raises InputError where the source cannot be used, and, before anything is measured or
+    fitted, where `out` is anything else that is there.
     """
+    machine = str(source) == "machine"
+    if not machine and seconds != MEASURED_SECONDS:
+        what = "--seconds is how long to measure the machine; nothing else reads it"
+        raise InputError(Problem("command line", what, "leave out --seconds, or calibrate machine"))
     path, start = Path(out), profile_of(profile, datasheet=datasheet)
-    if not path.parent.is_dir():
-        raise InputError(Problem(str(path), "its folder is not there", "name a file in a folder that is"))
-    if str(source) == "machine":
+    target = _profile_target(path, None if machine else Path(source))
+    if machine:
         found, made = _from_machine(path, start, seconds)
     elif Path(source).is_dir():
         found, made = _from_run(Path(source), path, start)
     else:
         found, made = _from_cases(source, path, start)
+    note = ""
+    if "raw" in made:  # the figures that the constants were read off
+        note = "Measured (JSON): " + json.dumps(made["raw"], separators=(",", ":"))
     try:
-        found.save(path)
-        if "raw" in made:  # the figures that the constants were read off
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n# Measured (JSON): " + json.dumps(made["raw"], separators=(",", ":")) + "\n")
+        found.save(target, note)
     except OSError as error:
         raise InputError(Problem(str(path), f"cannot be written ({error.strerror})", "name another file")) from error
     return {"out": str(path), **made}
 
 
+def _profile_target(path: Path, source: Path | None) -> Path:
+    """The file that a profile for `path` is written to, links followed. Raises InputError where that would destroy what
+    it is made from, or a file that is no profile."""
+    from meshwright.plan.profile import load_profile
+
+    target, hint = Path(os.path.realpath(path)), "name another file"
+    if not target.parent.is_dir():
+        raise InputError(Problem(str(path), "its folder is not there", "name a file in a folder that is"))
+    if source is not None:
+        origin = Path(os.path.realpath(source))
+        if target == origin:
+            raise InputError(Problem(str(path), "is what the profile is made from", hint))
+        if origin.is_dir() and target.is_relative_to(origin):
+            raise InputError(Problem(str(path), f"lies in the run folder {source}", f"{hint}, outside it"))
+    if os.path.exists(target) and not target.is_file():
+        raise InputError(Problem(str(path), "is there, and is no file", hint))
+    if os.path.exists(target):
+        try:
+            load_profile(target)
+        except InputError as error:
+            what = f"is there, and is no profile ({error.problems[0].what})"
+            raise InputError(Problem(str(path), what, f"{hint}, or move it away")) from error
+    return target
+
+
 def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
     from meshwright.plan.calibrate import calibrate as fit
     from meshwright.plan.case import measured_cases
+    from meshwright.plan.plausible import believable
 
     cases, bad = measured_cases(source)
-    found = fit(cases, start, name=path.stem, skipped=bad)
+    good, absurd = believable(cases, start, str(source))
+    try:
+        found = fit(good, start, name=path.stem, skipped=[*bad, *absurd])
+    except InputError as error:
+        raise InputError([replace(problem, where=str(source)) for problem in error.problems]) from error
     return found.profile, {"from": "cases", **found.as_dict()}
 
 
 def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, dict[str, Any]]:
-    """The machine measured; "raw" holds the figures themselves."""
+    """The machine measured; "raw" holds the figures themselves, "busy" what other work did to them, in words."""
     from meshwright import probe
     from meshwright.cluster import cpu_cluster, this_machine
-    from meshwright.plan.from_machine import changes, machine_profile
+    from meshwright.plan.from_machine import changes, disturbances, machine_profile
 
     raw = probe.machine(seconds)
     cluster = cpu_cluster() if raw["kind"] == "cpu" else this_machine()
     found = machine_profile(raw, cluster, start, path.stem)
-    changed = [change.as_dict() for change in changes(start, found)]
-    return found, {"from": "machine", "seconds": raw["seconds"], "changed": changed, "raw": raw}
+    changed, busy = [change.as_dict() for change in changes(start, found)], list(disturbances(raw))
+    for words in busy:
+        logger.warning(words)
+    return found, {"from": "machine", "seconds": raw["seconds"], "busy": busy, "changed": changed, "raw": raw}
 
 
 def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
@@ -355,6 +400,7 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
     job = load_job(run.job, data_must_exist=False)
     chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen
     card, cluster = card_of_job(job), cluster_of_job(job)
-    ran = Ran(card, cluster, job.train.global_batch, chosen.layout, chosen.precision, chosen.compiled)
+    asked = (job.train.global_batch, chosen.layout, chosen.precision, chosen.compiled)
+    ran = Ran(card, cluster, *asked, chosen.predicted.step_seconds.mid)
     found = run_profile(run, ran, start, path.stem)
     return found.profile, {"from": "run", **found.as_dict()}

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from meshwright.report.training_words import Recipe
 
 #: Fields of `[train]` that a Recipe has too.
-TRAINING = ("steps", "lr", "warmup_steps", "decay", "min_lr_ratio", "decay_fraction", "weight_decay", "betas", "eps")
-TRAINING += ("clip", "seed")
+TRAINING = (
+    *("steps", "lr", "warmup_steps", "decay", "min_lr_ratio", "decay_fraction", "weight_decay", "betas", "eps", "clip"),
+    "seed",
+)
 
 
 def write_plan(plan: Plan, job: Job | str | Path, overrides: Sequence[str], folder: str | Path) -> list[Path]:

@@ -195,3 +195,111 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "error" in answers[-1]
     assert main(["calibrate", str(measured), "--out", str(tmp_path / "no" / "p.toml")]) == 2
     assert main(["predict", str(measured), "--profile", str(tmp_path / "none.toml")]) == 2
+
+
+def measured_file(folder: Path, factors: dict[int, float] | None = None, every: int = 8) -> Path:
+    """A file of measured cases; `factors` says by how much the seconds of some lines are off."""
+    path = folder / "measured.jsonl"
+    picked = list(zip(lines(), made_up(), strict=True))[::every]
+    rows = [
+        {**line, "measured": {"step_seconds": one.step_seconds * (factors or {}).get(index, 1.0)}}
+        for index, (line, one) in enumerate(picked)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be measured or fitted."""
+
+    def fails(*_: object, **__: object) -> None:
+        pytest.fail("measured or fitted")
+
+    monkeypatch.setattr("meshwright.probe.machine", fails)
+    monkeypatch.setattr("meshwright.plan.calibrate.calibrate", fails)
+    monkeypatch.setattr("meshwright.plan.from_run.run_profile", fails)
+
+
+@pytest.mark.usefixtures("idle")
+def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the source, not what lies in the run folder, not a file that is no profile; nor through a link."""
+    cases, run, other = measured_file(tmp_path), tmp_path / "run", tmp_path / "other.toml"
+    run.mkdir()
+    for name in ("job.toml", "plan.json", "events.jsonl"):
+        (run / name).write_text("x = 1\n")
+    other.write_text('[model]\nfamily = "llama"\n')
+    (tmp_path / "empty.toml").touch()
+    for name, target in (("to_cases", cases), ("to_other", other), ("to_job", run / "job.toml"), ("to_run", run)):
+        (tmp_path / name).symlink_to(target)
+    kept = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
+    for source, out, says in (
+        (cases, cases, "is what the profile is made from; name another file"),
+        (cases, tmp_path / "to_cases", "is what the profile is made from"),
+        (tmp_path / "to_cases", cases, "is what the profile is made from"),
+        (cases, other, "is there, and is no profile (unknown key 'model'); name another file, or move it away"),
+        (cases, tmp_path / "to_other", "is there, and is no profile"),
+        (cases, tmp_path / "empty.toml", "is there, and is no profile (has no [constants]"),
+        (cases, run, "is there, and is no file"),
+        ("machine", other, "is there, and is no profile"),
+        ("machine", cases, "is there, and is no profile (not TOML"),
+        (run, run / "job.toml", f"lies in the run folder {run}; name another file, outside it"),
+        (run, run / "new.toml", "lies in the run folder"),
+        (run, tmp_path / "to_job", "lies in the run folder"),
+        (run, tmp_path / "to_run" / "new.toml", "lies in the run folder"),
+        (tmp_path / "to_run", run / "new.toml", "lies in the run folder"),
+        (run, run, "is what the profile is made from"),
+        (run, cases, "is there, and is no profile"),
+    ):
+        assert main(["calibrate", str(source), "--out", str(out)]) == 2
+        assert f"error: {out}: {says}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not (run / "new.toml").exists()
+
+
+def test_a_profile_is_replaced_where_a_link_leads(tmp_path: Path) -> None:
+    cases, old, link = measured_file(tmp_path, every=28), tmp_path / "old.toml", tmp_path / "link.toml"
+    old.write_text("[constants]\n")
+    link.symlink_to(old)
+    assert main(["calibrate", str(cases), "--profile", str(old), "--out", str(link)]) == 0
+    assert link.is_symlink() and load_profile(old).fitted_rows == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.toml", "measured.jsonl", "old.toml"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit"), [(1e3, "milliseconds"), (1e6, "microseconds"), (1e-300, "the seconds of a whole step\n")]
+)
+@pytest.mark.usefixtures("idle")
+def test_runs_in_another_unit_are_refused_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, unit: str
+) -> None:
+    cases = measured_file(tmp_path, dict.fromkeys(range(1, 11), factor))
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet"]) == 2
+    said = capsys.readouterr().err
+    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in said
+    assert unit in said and len(said) < 400
+    assert not (tmp_path / "p.toml").exists()
+
+
+def test_a_few_runs_in_another_unit_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = measured_file(tmp_path, {0: 1e-300, 3: 1e3}, every=12)
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["rows"] == 5 and account["mean_error"]["before"] < 1
+    assert [one["id"] for one in account["skipped"]] == ["0", "36"]
+    assert "these look like milliseconds" in account["skipped"][1]["error"]
+    assert load_profile(tmp_path / "p.toml").fitted_rows == 5
+
+
+def test_a_file_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = tmp_path / "none.jsonl"
+    cases.write_text('{"id": "bad"}\n')
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml")]) == 2
+    assert f"{cases}: 0 measured runs that can be used; the first that cannot" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("idle")
+def test_seconds_are_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = measured_file(tmp_path)
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--seconds", "5"]) == 2
+    assert "leave out --seconds" in capsys.readouterr().err

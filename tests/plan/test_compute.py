@@ -99,13 +99,6 @@ def test_recompute_adds_at_most_a_forward() -> None:
     assert 0 == none < selective < full <= seconds().forward * (1 + 1e-9)
 
 
-def test_recompute_of_some_layers_costs_their_share() -> None:
-    half = replace(FRAMEWORKS["megatron-lm"], recomputed_layers=0.5)
-    layout = Layout(recompute="full")
-    whole = Compute(H100, "bf16", framework=FRAMEWORKS["megatron-lm"]).block(LAYER, layout)
-    assert Compute(H100, "bf16", framework=half).block(LAYER, layout).recompute == pytest.approx(whole.recompute / 2)
-
-
 def test_tensor_parallel_saves_less_than_its_degree_and_sequence_parallel_more() -> None:
     whole, split = seconds().forward, seconds(tp=4).forward
     assert whole / 4 < seconds(tp=4, sequence_parallel=True).forward < split < whole
@@ -131,10 +124,8 @@ def test_context_parallel_divides_the_work() -> None:
     assert whole.forward / 5 < split.forward < whole.forward / 3
 
 
-def test_the_host_starts_operations_and_graphs_spare_it() -> None:
-    plain, graphs = FRAMEWORKS["megatron-lm"], replace(FRAMEWORKS["megatron-lm"], cuda_graphs=True)
-    assert Compute(H100, "bf16", framework=plain).block(LAYER, Layout()).host_forward > 0
-    assert Compute(H100, "bf16", framework=graphs).block(LAYER, Layout()).host_forward == 0
+def test_the_host_starts_operations() -> None:
+    assert Compute(H100, "bf16", framework=FRAMEWORKS["megatron-lm"]).block(LAYER, Layout()).host_forward > 0
     slow = replace(H100, launch_seconds=1.0)
     assert Compute(slow, "bf16").block(LAYER, Layout()).host_forward > 10
 

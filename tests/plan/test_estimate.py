@@ -52,7 +52,7 @@ def test_the_parts_of_a_step_are_its_length(
     assert sum(found.breakdown.values()) == pytest.approx(found.step_seconds)
     assert all(seconds >= -1e-9 for seconds in found.breakdown.values())
     assert len(found.memory) == pp and len(found.forward_seconds) == pp * layout.vpp == len(found.first_blocks)
-    assert found.peak_allocated_bytes <= found.peak_reserved_bytes <= found.peak_bytes
+    assert all(stage.allocated <= stage.reserved <= stage.total for stage in found.memory)
 
 
 @settings(max_examples=25, deadline=None)
@@ -101,14 +101,14 @@ def test_a_distributed_optimizer_updates_a_part_and_gathers_it() -> None:
     assert estimate(layout, spread).once.weights > 0 == estimate(layout).once.weights
 
 
-def test_small_models_wait_for_the_host_and_graphs_spare_it() -> None:
+def test_small_models_wait_for_the_host() -> None:
     tiny = card(DecoderShape(16, 256, 4, 4, 64, 1024, 1024), 128, "megatron")
     one = named_cluster("h100-sxm-80gb", 1)
     slow = Estimator(tiny, one, 8, "bf16", profile=DATASHEET, framework=MEGATRON).estimate(Layout())
-    graphs = replace(MEGATRON, cuda_graphs=True)
-    quick = Estimator(tiny, one, 8, "bf16", profile=DATASHEET, framework=graphs).estimate(Layout())
+    free = replace(one, device=replace(one.device, launch_seconds=0.0))
+    quick = Estimator(tiny, free, 8, "bf16", profile=DATASHEET, framework=MEGATRON).estimate(Layout())
     assert slow.launch_seconds > slow.compute_seconds
-    assert quick.launch_seconds == 0 and quick.step_seconds < slow.step_seconds / 2
+    assert quick.step_seconds < slow.step_seconds / 2
     large = estimate(Layout(dp=64, micro_batch=4))
     assert large.launch_seconds < 0.05 * large.compute_seconds  # the larger of the two, not their sum
 
@@ -152,10 +152,18 @@ def test_experts_exchange_tokens_and_dearer_across_nodes() -> None:
     assert across.communication_seconds - across.once.waits > 2 * waits(ep=8)
 
 
-def test_stalls_are_added_and_are_nothing_unless_given() -> None:
-    base, stalled = estimate(Layout(dp=64)), estimate(Layout(dp=64), data_seconds=0.2, checkpoint_seconds=0.1)
-    assert stalled.step_seconds == pytest.approx(base.step_seconds + 0.3)
-    assert stalled.breakdown["other"] == pytest.approx(base.breakdown["other"] + 0.3)
+def test_a_rank_waits_for_its_share_of_the_batch_where_nothing_reads_ahead() -> None:
+    ahead = replace(FRAMEWORKS["meshwright"], reads_ahead=True)
+    for dp in (8, 64):
+        waits, hidden = (
+            Estimator(MODEL, CLUSTER, BATCH, "bf16", profile=DATASHEET, framework=row).estimate(
+                Layout(dp=dp, tp=64 // dp)
+            )
+            for row in (FRAMEWORKS["meshwright"], ahead)
+        )
+        reading = BATCH // dp * MODEL.units_per_sample * DATASHEET["cuda.data.unit_seconds"]
+        assert waits.step_seconds == pytest.approx(hidden.step_seconds + reading, rel=1e-9)
+        assert waits.breakdown["other"] == pytest.approx(hidden.breakdown["other"] + reading)
 
 
 def test_stages_are_cut_by_layers_and_by_cost_where_the_framework_does_so() -> None:

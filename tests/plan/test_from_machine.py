@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshwright.card import AttentionShape, Block
+from meshwright.cli import main
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.layout import Layout
 from meshwright.plan.cpu import GATHER_BYTES, CpuCompute, GlooNetwork
-from meshwright.plan.from_machine import LAYER_OPERATIONS, MORE_ADDING, changes, machine_profile
+from meshwright.plan.from_machine import (
+    INTERVAL,
+    LAYER_OPERATIONS,
+    MORE_ADDING,
+    changes,
+    disturbances,
+    machine_profile,
+)
 from meshwright.plan.network import Group
 from meshwright.plan.profile import DATASHEET, Profile, load_profile
 
@@ -39,8 +49,9 @@ OTHER = {
 }
 
 
-def figures(truth: Profile) -> dict[str, Any]:
-    """What a probe would find on a machine whose constants are `truth`."""
+def figures(truth: Profile, ranks: float = 1.0, together: float = 1.0) -> dict[str, Any]:
+    """What a probe would find on a machine whose constants are `truth`, and which gives its processes in either phase
+    such a share of the processors."""
     busy: dict[str, Any] = {key: [] for key in ("products", "attention", "chains", "losses", "layers")}
     for word in ("fp32", "bf16"):
         unit, c = CpuCompute(CORE, word, truth), truth.constants
@@ -76,8 +87,8 @@ def figures(truth: Profile) -> dict[str, Any]:
         for name in ("all_reduce", "all_gather", "reduce_scatter"):
             seconds = getattr(network, name)(size, Group(2, 2))
             links.append({"collective": name, "ranks": 2, "bytes": size, "seconds": seconds})
-    together = {"threads": 2, "products": busy["products"], "chains": busy["chains"]}
-    return {"kind": "cpu", "busy": busy, "links": links, "together": together, "seconds": 30.0}
+    alone = {"threads": 2, "products": busy["products"], "chains": busy["chains"], "processors": together}
+    return {"kind": "cpu", "busy": busy | {"processors": ranks}, "links": links, "together": alone, "seconds": 30.0}
 
 
 def test_the_constants_come_back() -> None:
@@ -105,3 +116,64 @@ def test_the_profile_is_read_back_from_its_file(tmp_path: Any) -> None:
     assert again.name == "here" and "measured on this machine" in again.assumed[0]
     for name in OTHER:
         assert again[name] == pytest.approx(found[name], rel=1e-4)
+
+
+THREADS = ("cpu.threads.product_share", "cpu.threads.memory_share")
+
+
+def test_what_threads_add_is_measured_on_a_quiet_machine_alone() -> None:
+    """The figures say that a second thread adds nothing."""
+    start = DATASHEET.changed(dict.fromkeys(THREADS, 0.83))
+    quiet = machine_profile(figures(DATASHEET, 0.93, 0.91), CLUSTER, start, "here")
+    assert all(quiet[name] == pytest.approx(0.83 * 0.02 / DATASHEET[name]) for name in THREADS)
+    assert len(quiet.assumed) == 1 and disturbances(figures(DATASHEET, 0.93, 0.91)) == ()
+    raw = figures(DATASHEET, 1.0, 0.58)
+    loud = machine_profile(raw, CLUSTER, start, "here")
+    assert all(loud[name] == 0.83 for name in THREADS)
+    (said,) = disturbances(raw)
+    assert "got 58 % of the processors; what threads add is as before; measure again" in said
+    assert said in loud.assumed and loud.interval("cpu") == INTERVAL
+    assert loud["cpu.optimizer.share"] == quiet["cpu.optimizer.share"]
+
+
+def test_ranks_that_did_not_get_their_cores_widen_the_interval_downwards() -> None:
+    raw = figures(DATASHEET, 0.6, 1.0)
+    found = machine_profile(raw, CLUSTER, DATASHEET, "here")
+    assert found.interval("cpu") == pytest.approx((0.6 * INTERVAL[0], INTERVAL[1]))
+    (said,) = disturbances(raw)
+    assert "its processes got 60 % of the processors" in said and said in found.assumed
+    both = figures(DATASHEET, 0.6, 0.6)
+    assert len(disturbances(both)) == 2
+
+
+def test_one_core_and_gpus_have_no_second_phase_to_disturb() -> None:
+    raw = figures(DATASHEET) | {"together": None}
+    del raw["busy"]["processors"]
+    assert disturbances(raw) == ()
+    assert machine_profile(raw, CLUSTER, DATASHEET, "here")[THREADS[0]] == DATASHEET[THREADS[0]]
+
+
+def test_a_figure_that_no_profile_may_have_is_drawn_to_what_it_may(tmp_path: Path) -> None:
+    raw, start = figures(DATASHEET), DATASHEET.changed({"cpu.host.checkpoint_seconds": 5e-6})
+    for row in raw["busy"]["layers"]:
+        row["checkpointed"] = row["plain"]
+    found = machine_profile(raw, CLUSTER, start, "here")
+    found.save(tmp_path / "here.toml")
+    assert load_profile(tmp_path / "here.toml")["cpu.host.checkpoint_seconds"] == 1e-6
+
+
+def test_the_command_says_that_the_machine_was_busy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    raw = figures(DATASHEET, 1.0, 0.58)
+    monkeypatch.setattr("meshwright.probe.machine", lambda seconds: raw | {"seconds": seconds})
+    assert main(["calibrate", "machine", "--seconds", "7", "--out", str(tmp_path / "here.toml"), "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["busy"] == list(disturbances(raw)) == caplog.messages
+    assert account["seconds"] == 7 and account["raw"]["together"]["processors"] == 0.58
+    kept = (tmp_path / "here.toml").read_text().rpartition("# Measured (JSON): ")[2]
+    assert json.loads(kept) == account["raw"]
+    assert load_profile(tmp_path / "here.toml")["cpu.threads.product_share"] == pytest.approx(1.0338)

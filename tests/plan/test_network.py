@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright.cluster import Cluster, Link, named_cluster
 from meshwright.plan.network import Group, Network
 from meshwright.plan.profile import DATASHEET
-from meshwright.plan.wires import all_reduce_seconds, network, point_to_point_seconds
+from meshwright.plan.wires import network
 
 BASE = named_cluster("h100-sxm-80gb", 512)
 WIRE = Link("wire", 10e9, 5e-6)
@@ -124,5 +124,6 @@ def test_cores_talk_by_gloo() -> None:
     cores = cpu_cluster(2)
     assert isinstance(network(cores, DATASHEET), GlooNetwork)
     assert not isinstance(network(BASE, DATASHEET), GlooNetwork)
-    assert all_reduce_seconds(1e6, 2, cores.intra) > all_reduce_seconds(1e6, 2, BASE.intra) > 0
-    assert point_to_point_seconds(1e6, cores.intra) > 0
+    slow, fast = network(cores, DATASHEET), network(BASE, DATASHEET)
+    assert slow.all_reduce(1e6, slow.group(2, 1)) > fast.all_reduce(1e6, fast.group(2, 1)) > 0
+    assert slow.point_to_point(1e6, far=False) > 0

@@ -186,3 +186,19 @@ def test_a_model_that_fits_in_no_case_recomputes_all() -> None:
     found, full = answer(line), answer({**line, "layout": {**line["layout"], "recompute": "full"}})
     assert any("of 100% of the layers, and it does not fit" in word for word in found["assumed"])
     assert found["step_seconds"]["mid"] == pytest.approx(full["step_seconds"]["mid"])
+
+
+def test_a_count_of_parameters_that_the_sizes_miss_is_said() -> None:
+    """Feed-forwards of two matrices said to be of three are found out; what fits neither is said."""
+    sizes = {
+        "layers": 32, "hidden": 6144, "heads": 48, "kv_heads": 8, "ffn": 24576, "vocab": 256000, "seq_len": 4096,
+        "gated": True,
+    }  # fmt: skip
+    as_it_is = answer({**LINE, "model": {**sizes, "gated": False}})
+    found_out = answer({**LINE, "model": {**sizes, "params_b": 15.0}})
+    assert any("model.gated=true: 15 B parameters say otherwise" in word for word in found_out["assumed"])
+    assert found_out["step_seconds"]["mid"] == pytest.approx(as_it_is["step_seconds"]["mid"], rel=0.02)
+    neither = answer({**LINE, "model": {**sizes, "params_b": 400.0}})
+    assert any("model.params_b=400: its sizes come to" in word for word in neither["assumed"])
+    right = answer({**LINE, "model": {**sizes, "gated": False, "params_b": 15.6}})
+    assert not any("param" in word for word in right.get("assumed", []))

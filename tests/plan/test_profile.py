@@ -10,8 +10,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
+from meshwright.plan import calibrate
 from meshwright.plan.constants import CONSTANTS
-from meshwright.plan.profile import DATASHEET, Profile, constant, default_profile, dump, load_profile
+from meshwright.plan.correction import SCALES, Correction
+from meshwright.plan.profile import (
+    DATASHEET,
+    DEFAULT_FILE,
+    Profile,
+    bounds,
+    constant,
+    default_profile,
+    dump,
+    load_profile,
+    within,
+)
 
 NAMES = [row.name for row in CONSTANTS]
 
@@ -23,15 +35,93 @@ def test_every_constant_says_what_it_is_and_where_it_comes_from() -> None:
         assert constant(row.name) is row
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-9, 1e9), max_size=8))
-@example({"cuda.overlap.share": 0.99999})
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, values: dict[str, float]) -> None:
+@given(st.dictionaries(st.sampled_from(list(DATASHEET.constants)), st.floats(1e-4, 1e4), max_size=8), st.text())
+@example({"cuda.overlap.share": 0.99999, "cpu.host.checkpoint_seconds": 1e-4}, 'one "of" mine\\')
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, factors: dict[str, float], name: str
+) -> None:
+    """Constants anywhere between their bounds, the bounds themselves included."""
     path = tmp_path_factory.mktemp("profiles") / "p.toml"
-    profile = DATASHEET.changed(values, name='one "of" mine\\')
+    values = {constant: within(constant, DATASHEET[constant] * factor) for constant, factor in factors.items()}
+    profile = DATASHEET.changed(values, name=name)
     profile.save(path)
     read = load_profile(path)
-    assert (read.name, read.intervals) == (profile.name, profile.intervals)
+    assert (read.name, read.intervals) == (profile.name or "p", profile.intervals)
     assert read.constants == pytest.approx(dict(profile.constants), rel=1e-5)
+
+
+def corrected() -> Profile:
+    """A profile with something of everything."""
+    one = Correction('a "device"/x', 0.1, 0.02, ((1.0,) * len(SCALES),) * 3, (0.1, -0.1, 0.05))
+    intervals = {**DATASHEET.intervals, "cuda.a": (3e-6, 1.0)}
+    return replace(DATASHEET.changed({"cpu.host.share": 0.5}), intervals=intervals, corrections={one.regime: one})
+
+
+def test_a_small_interval_is_kept(tmp_path: Path) -> None:
+    corrected().save(tmp_path / "p.toml")
+    read = load_profile(tmp_path / "p.toml")
+    assert read.intervals["cuda.a"] == (3e-6, 1.0) and read.corrections == corrected().corrections
+
+
+def test_a_file_that_was_cut_off_anywhere_is_bad_input(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    corrected().save(path, "Measured (JSON): {}")
+    whole = path.read_bytes()
+    end = whole.index(b"\n[end]") + len(b"\n[end]")
+    for size in range(end):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"cut off|not TOML"):
+            load_profile(path)
+    path.write_bytes(whole[:end])  # only a comment is lost
+    assert load_profile(path)["cpu.host.share"] == 0.5
+
+
+def test_a_saved_file_may_be_edited_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    corrected().save(path)
+    path.write_text(path.read_text().replace("[constants]", '# mine\n[constants]\n"cuda.memory.share" = 0.7'))
+    assert load_profile(path)["cuda.memory.share"] == 0.7
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    DATASHEET.save(path)
+    before = path.read_bytes()
+    for bad in (
+        DATASHEET.changed({"cuda.product.share": 1e300}),
+        replace(DATASHEET, intervals={**DATASHEET.intervals, "cuda": (0.0, 1.2)}),
+        replace(DATASHEET, assumed=("x" * (1 << 20),)),
+    ):
+        with pytest.raises(InputError, match=r"p\.toml"):
+            bad.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cuda.product.share", 1e300),
+        ("cuda.product.share", 1e-300),
+        ("cuda.product.share", 1.01),
+        ("cuda.step_seconds", 2.1),
+        ("cpu.host.share", 7e-4),
+        ("serving.cuda.step_seconds", 10**400),
+    ],
+)
+def test_a_constant_far_off_its_data_sheet_is_bad_input(tmp_path: Path, name: str, value: float) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(f'[constants]\n"{name}" = {value!r}\n')
+    with pytest.raises(InputError, match=rf"p\.toml: {name} is 1?.*data sheet's value is {DATASHEET[name]:g}; give"):
+        load_profile(path)
+
+
+def test_bounds_hold_the_data_sheet_and_end_where_a_fit_ends() -> None:
+    for name, value in DATASHEET.constants.items():
+        low, high = bounds(name)
+        assert low <= value <= high
+    for row in CONSTANTS:
+        assert bounds(row.name)[1] == pytest.approx(min(calibrate._most(row), 1000 * row.value))
+    assert set(default_profile().constants) == set(load_profile(DEFAULT_FILE).constants)
 
 
 def test_a_constant_left_out_has_its_data_sheets_value(tmp_path: Path) -> None:
@@ -51,11 +141,16 @@ def test_a_constant_left_out_has_its_data_sheets_value(tmp_path: Path) -> None:
         ('[constants]\n"cuda.product.share" = 0.0', "is zero"),
         ('[constants]\n"cuda.product.share" = true', "finite number"),
         ('[constants]\n"cuda.product.share" = nan', "finite number"),
-        ("[intervals]\nall = [1.2, 1.5]", "low <= 1"),
-        ("[intervals]\nall = [0.5]", "low <= 1"),
+        ("[constants]\n[intervals]\nall = [1.2, 1.5]", "low <= 1"),
+        ("[constants]\n[intervals]\nall = [0.5]", "low <= 1"),
+        (f"[constants]\n[intervals]\nall = [0.5, {10**400}]", "low <= 1"),
         ("constans = 1", "unknown key"),
-        ("fitted_rows = 'many'", "whole number"),
+        ("fitted_rows = 'many'\n[constants]", "whole number"),
         ("= nothing", "not TOML"),
+        (f"fitted_rows = {'9' * 5000}\n[constants]", "not TOML"),
+        ("", r"no \[constants\]: it is empty or cut off"),
+        ("[intervals]\nall = [0.5, 1.5]", r"no \[constants\]"),
+        ("closed = true\n[constants]", r"cut off: \[end\] is missing"),
     ],
 )
 def test_a_file_that_is_wrong_is_bad_input(tmp_path: Path, text: str, says: str) -> None:

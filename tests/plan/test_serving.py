@@ -361,8 +361,12 @@ def test_what_does_not_fit_says_what_would() -> None:
     one = named_cluster("l4", 1)
     with pytest.raises(CannotWork, match=r"GiB a device.*nearest: cluster.devices=\d+"):
         make_serving_plan(question(LLAMA_70B, one))
-    with pytest.raises(CannotWork, match=r"nearest: serve.max_batch=\d+"):
+    with pytest.raises(CannotWork, match=r"nearest: serve.max_batch=\d+") as refused:
         make_serving_plan(question(pins=ServingPins(max_batch=60000)))
+    nearest = int(str(refused.value).rpartition("=")[2])
+    assert make_serving_plan(question(pins=ServingPins(max_batch=nearest))).chosen.max_batch == nearest
+    with pytest.raises(CannotWork):
+        make_serving_plan(question(pins=ServingPins(max_batch=nearest + 1)))
     with pytest.raises(CannotWork, match=r"131072 tokens.*nearest: serve.max_len=131072"):
         make_serving_plan(question(pins=ServingPins(max_len=200000)))
     with pytest.raises(CannotWork, match=r"serve.prompt_tokens"):

@@ -358,8 +358,8 @@ def test_a_batch_that_groups_share_unevenly_has_no_configuration(tmp_path: Path)
 @pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
 def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
     recipe = replace(
-        RECIPE, warmup_steps=77, decay=decay, min_lr_ratio=0.05, decay_fraction=0.3, weight_decay=0.3, betas=(0.8, 0.85),
-        eps=1e-6, clip=0.5, seed=42,
+        RECIPE, warmup_steps=77, decay=decay, min_lr_ratio=0.05, decay_fraction=0.3, weight_decay=0.3,
+        betas=(0.8, 0.85), eps=1e-6, clip=0.5, seed=42,
     )  # fmt: skip
     tables = titan(export("torchtitan", plan(Layout(), 2), recipe))
     adam = {"beta1": 0.8, "beta2": 0.85, "eps": 1e-6, "weight_decay": 0.3}

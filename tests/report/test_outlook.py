@@ -5,7 +5,8 @@ from __future__ import annotations
 from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.advice import advise, situation
+from meshwright.plan.advice import advise, frameworks, situation
+from meshwright.plan.strategies import Planned, Reading
 from meshwright.report.outlook import advice_lines, buys_lines, cost_line, duration, failure_line
 
 SHAPE = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
@@ -60,12 +61,12 @@ def test_durations_have_two_units() -> None:
 
 
 def test_advice_is_one_line_a_reason() -> None:
-    planned = plan(8)
-    facts = situation(
-        card(SHAPE, 2048), named_cluster("h100-sxm-80gb", 8), planned.chosen.layout, built_in=True, experience="expert"
-    )
-    found = advise(facts)
+    layout, reading = plan(8).chosen.layout, Reading("corpus", "tokens", 1024 * 2048, 10)
+    cluster = named_cluster("h100-sxm-80gb", 8)
+    facts = situation(card(SHAPE, 2048), cluster, reading, built_in=True, experience="expert")
+    found = advise(facts, {row: Planned(row, 1.0, layout) for row in frameworks(facts)})
     lines = advice_lines(found)
     assert len(lines) == len(found.strategies) + len(found.tools)
-    assert any(line.startswith("use Megatron-LM") for line in lines)
+    assert lines[len(found.strategies)].startswith("use Meshwright: predicted 1 s a step as ")
+    assert any(line.startswith("or Megatron-LM, Megatron Bridge: predicted") for line in lines)
     assert any(line.startswith("not Horovod") for line in lines)

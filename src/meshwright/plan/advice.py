@@ -139,9 +139,9 @@ def situation(
         experts=any(block.experts for block in card.blocks),
         reading=reading,
         experience=experience,
+        margin=default_profile().interval("pairs", cluster.device.kind)[1],
         untrained=untrained,
         pinned=pinned,
-        margin=default_profile().interval("pairs", cluster.device.kind)[1],
     )
 
 
@@ -168,7 +168,7 @@ def advise(facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> Advic
     verdicts = [_verdict(one, facts, near) for one in (*suiting, *alone, *(o for o in judged if o.against))]
     best = next(tool for tool in TOOLS if tool.framework == chosen.framework)
     others = [Candidate(o.tool.short, o.tool.splits, not o.against, o.planned) for o in judged if o.tool != best]
-    told = Told(facts, best.short, best.splits, chosen, tuple(others))
+    told = Told(facts, best.short, best.splits, bool(suiting), chosen, tuple(others))
     reasons = [Reason(name, why) for name, rule in STRATEGIES if (why := rule(told))]
     if not suiting and not alone:
         reasons.insert(0, Reason("no tool suits", _none_suits(near, facts)))
@@ -266,6 +266,8 @@ def _time(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> str:
     if one.tool == quickest.tool:
         return words + (", the shortest of those that suit" if not one.against and len(order) > 1 else "")
     apart = f"{abs(times - 1):.0%} {'more' if times > 1 else 'less'}"
+    if apart.startswith("0%"):
+        return f"{words}, as long as {whose}"
     if max(times, 1 / times) <= margin:
         return f"{words}, level with {whose}: {apart} is within the plan's margin of {margin - 1:.0%}"
     return f"{words}, {apart} than {whose}"
@@ -282,6 +284,10 @@ def _none_suits(near: Sequence[_Judged], facts: Situation) -> str:
 
 
 def _problems(plans: Mapping[str, Planned | CannotWork]) -> list[Problem]:
-    """What each framework met, once where several met the same."""
-    failed = {row: plan.problems for row, plan in plans.items() if isinstance(plan, CannotWork)}
-    return [replace(one, what=f"under {row}: {one.what}") for row, problems in failed.items() for one in problems]
+    """What each framework met."""
+    return [
+        replace(problem, what=f"under {row}: {problem.what}")
+        for row, failed in plans.items()
+        if isinstance(failed, CannotWork)
+        for problem in failed.problems
+    ]

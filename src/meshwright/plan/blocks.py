@@ -14,7 +14,7 @@ from meshwright.card import Block
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.block_memory import BlockMemory
-from meshwright.plan.compute import BYTES, OPERAND_BYTES, Compute, axis_split, local_elements, split_key
+from meshwright.plan.compute import BYTES, Compute, axis_split, local_elements, split_key
 from meshwright.plan.cpu import CpuCompute
 from meshwright.plan.framework import Framework, kept_gathered
 from meshwright.plan.profile import Profile
@@ -81,10 +81,10 @@ class Blocks:
         constants = profile.constants
         self.slows = constants["cuda.overlap.slows"]
         self.overlap = 0.0 if on_cpu else min(1.0, constants["cuda.overlap.share"])
-        self.collective_start = 0.0 if on_cpu or framework.cuda_graphs else constants["cuda.host.collective_seconds"]
+        self.collective_start = 0.0 if on_cpu else constants["cuda.host.collective_seconds"]
         self.offload_speed = constants["cuda.offload.bytes_per_second"]
         self.gradient_bytes = framework.gradient_wire_bytes or BYTES[precision]
-        self.gathered_bytes = (OPERAND_BYTES if framework.gathers_quantized else BYTES)[precision]
+        self.gathered_bytes = BYTES[precision]
         self._exchanges: dict[tuple[object, ...], _Exchanges] = {}
         self._gathers: dict[tuple[object, ...], Movement] = {}
         self._elements: dict[tuple[object, ...], tuple[int, int]] = {}
@@ -101,8 +101,8 @@ class Blocks:
             ahead.append((sent.context, own.context_overlap))
             back.append((sent.context * (2 + repeated), own.context_overlap))
         if sent.experts:
-            ahead.append((sent.experts, own.expert_overlap))
-            back.append((sent.experts * (1 + repeated), own.expert_overlap))
+            ahead.append((sent.experts, 0.0))
+            back.append((sent.experts * (1 + repeated), 0.0))
         if not kept_gathered(layout):
             moved = self._weights(layout, block)
             reduced = moved.scatter + moved.sum if own.reduces_in_blocks(layout) else 0.0
@@ -218,10 +218,9 @@ class Blocks:
         kept = self.memory.of(block, given, layout)
         return (kept.kept - kept.loss) / self.offload_speed
 
-    def _repeated(self, layout: Layout, block: Block) -> float:
-        """How often the backward runs this block's forward, and its collectives, again."""
-        full = layout.recompute == "full" and block.kind not in self.framework.never_recomputed
-        return self.framework.recomputed_layers if full else 0.0
+    def _repeated(self, layout: Layout, block: Block) -> bool:
+        """Whether the backward runs this block's forward, and its collectives, again."""
+        return layout.recompute == "full" and block.kind not in self.framework.never_recomputed
 
     def _starts(self, layout: Layout, block: Block, sums: tuple[int, int]) -> tuple[float, float]:
         """Host seconds of starting the collectives, forward and backward."""

@@ -247,7 +247,7 @@ def measured_of(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
     measured = line.get("measured")
     seconds = measured.get("step_seconds") if isinstance(measured, Mapping) else None
     if not _is_number(seconds) or not 0 < seconds < 1e9:
-        problem = Problem("measured.step_seconds", f"{_shown(seconds)}", "give seconds above zero")
+        problem = Problem("measured.step_seconds", f"{_shown(seconds)}", "give seconds, above zero and below 1e9")
         return BadCase(case.id, (problem,))
     assert isinstance(measured, Mapping)
     peaks = {}

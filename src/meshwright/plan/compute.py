@@ -80,8 +80,7 @@ class Compute:
         self.sustained = self.c.get(f"product.sustained.{device.generation}", 1.0)
         self.rates = {word: self._rate(word) for word in {precision, self.plain}}
         self.memory = device.memory_bytes_per_second * self.c["memory.share"]
-        launch = device.launch_seconds * self.c["host.share"] * framework.host_factor
-        self.launch = 0.0 if framework.cuda_graphs else launch
+        self.launch = device.launch_seconds * self.c["host.share"]
         self.waves, self.inner = self.c["product.waves"], self.c["product.inner"]
         self.start = self.c["product.start_seconds"]
         self._parts: dict[tuple[object, ...], tuple[Block, tuple[float, ...]]] = {}
@@ -203,7 +202,7 @@ class Compute:
             return 0.0, 0.0
         whole = products + attention + moved
         if layout.recompute == "full":
-            share = min(1.0, self.c["recompute.share"]) * self.framework.recomputed_layers
+            share = min(1.0, self.c["recompute.share"])
             return whole * share, share
         return {
             "attention": (attention, 0.1),

@@ -23,6 +23,7 @@ _MAMF = "ml-engineering, maximum achievable matmul flops; Azure AI benchmarking 
 _POWER = "He 2024, products of random numbers at the power limit; by the power that data sheets allow a flop"
 _STREAM = "Azure AI benchmarking guide: BabelStream copy and triad over the data sheet"
 _NCCL = "aiconfigurator: nccl-tests on one node of A100, H100 and B200, 512 B to 512 MB"
+_READ = "TokenWindows.take timed on an EPYC core, 5 to 14 ns; 24 bytes over PCIe 4"
 _EAGER = "eager GPT block of tiny tensors timed on an EPYC core, 4 us of CUDA's launch added to each kernel"
 
 CONSTANTS: tuple[Constant, ...] = (
@@ -61,6 +62,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.host.sharpness", 2.0, "exponent", "how sharply host and device time overlap", "physics", 0.6),
     Constant("cuda.host.tied_sharpness", 1.5, "exponent", "the same where collectives tie hosts", "physics", 0.6),
     Constant("cuda.step_seconds", 2e-3, "s", "host time of one step beside its layers", "physics", 1.0),
+    Constant("cuda.data.unit_seconds", 8e-9, "s", "a token of the batch read and sent", _READ),
     # collectives
     Constant("cuda.net.start_seconds", 6.5e-6, "s", "of any collective", _NCCL, 0.3),
     Constant("cuda.net.ramp_seconds", 45e-6, "s", "lost until a large message is at speed", _NCCL, 0.3),

@@ -56,8 +56,8 @@ class CpuCompute(Compute):
         self.peak = device.flops[self.word] * self._together("threads.product_share")
         self.memory = device.memory_bytes_per_second * self._together("threads.memory_share")
         self.copies = self.memory * self.c["copy.share"]
-        self.launch = device.launch_seconds * self.c["host.share"] * framework.host_factor
-        self.sharding_host = self.c[f"host.sharding.{self.word}.seconds"] * framework.host_factor
+        self.launch = device.launch_seconds * self.c["host.share"]
+        self.sharding_host = self.c[f"host.sharding.{self.word}.seconds"]
         self.step_seconds = self.c["host.step_seconds"]
 
     def _together(self, share: str) -> float:

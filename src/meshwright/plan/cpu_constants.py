@@ -48,6 +48,7 @@ CPU_CONSTANTS: tuple[Constant, ...] = (
     _row("cpu.host.sharding.fp32.seconds", 0.55e-3, "s", "a block that FSDP2 wraps, a micro-batch"),
     _row("cpu.host.sharding.bf16.seconds", 0.9e-3, "s", "a block that FSDP2 wraps, a micro-batch"),
     _row("cpu.host.checkpoint_seconds", 1.0e-3, "s", "a block that is recomputed, a micro-batch"),
+    _row("cpu.data.unit_seconds", 8e-9, "s", "a token of the batch read"),
     _row("cpu.host.step_seconds", 4e-3, "s", "a step: batch, clipping, events", 0.7),
     Constant("cpu.compiled.share", 0.95, "share", "of a block's own seconds, compiled", "bench/train.py"),
     # threads of one process

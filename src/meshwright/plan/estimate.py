@@ -43,7 +43,7 @@ class Estimate:
     communication_seconds: float  # waiting for collectives, whole step, slowest rank
     bubble_seconds: float
     optimizer_seconds: float
-    other_seconds: float  # of the host once a step, data and checkpoints
+    other_seconds: float  # of the host once a step, reading the batch included
     step_seconds: float
     memory: tuple[StageMemory, ...]
     once: Once = field(default_factory=Once)
@@ -54,14 +54,6 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         return max(stage.total for stage in self.memory)
-
-    @property
-    def peak_allocated_bytes(self) -> int:
-        return max(stage.allocated for stage in self.memory)
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        return max(stage.reserved for stage in self.memory)
 
     @property
     def breakdown(self) -> dict[str, float]:
@@ -79,10 +71,7 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates layouts of one card on one cluster; equal blocks are computed once, shared parts remembered.
-
-    `data_seconds` and `checkpoint_seconds` are what a step waits for its batch, and for checkpoints spread over steps.
-    """
+    """Estimates layouts of one card on one cluster; equal blocks are computed once, shared parts remembered."""
 
     def __init__(
         self,
@@ -93,12 +82,9 @@ class Estimator:
         *,
         profile: Profile | None = None,
         framework: Framework = FRAMEWORKS["meshwright"],
-        data_seconds: float = 0.0,
-        checkpoint_seconds: float = 0.0,
     ) -> None:
         self.card, self.cluster, self.global_batch, self.precision = card, cluster, global_batch, precision
         self.framework = framework
-        self.stalls = data_seconds + checkpoint_seconds
         self.memory = MemoryModel(card, framework, precision, cluster.device)
         self._take(default_profile() if profile is None else profile)
 
@@ -140,7 +126,7 @@ class Estimator:
         last = stages.last_backward
         once = self.once.seconds(layout, stages.elements, last, m, stages.experts)
         optimizer = self._update(layout, stages)
-        other = self.once.host_seconds + self.stalls
+        other = self._host(layout)
         return Estimate(
             layout=layout,
             micro_batches=m,
@@ -190,7 +176,12 @@ class Estimator:
 
     def _apart(self, layout: Layout, stages: _Stages) -> float:
         """Seconds of a step beside its micro-batches and what waits for other ranks."""
-        return self._update(layout, stages) + self.once.host_seconds + self.stalls
+        return self._update(layout, stages) + self._host(layout)
+
+    def _host(self, layout: Layout) -> float:
+        """Seconds of the host once a step: its own work, and reading a rank's share of the batch."""
+        samples = self.global_batch // layout.dp
+        return self.once.host_seconds + self.once.reading_seconds(samples)
 
     def _update(self, layout: Layout, stages: _Stages) -> float:
         """Seconds of the optimizer, on the rank with the most to do."""

@@ -58,8 +58,7 @@ class Framework:
 
     Bytes are per parameter; `gradient_wire_bytes` 0 means the compute precision's. `optimizer_shard` is "dp" where the
     optimizer's state is spread over the data-parallel ranks though the weights are whole (distributed optimizer, ZeRO
-    1), else "none". `gathers` says when weights sharded by `shard` are gathered: "block" anew for each pass of each
-    micro-batch, "step" once a step (in a pipeline always once).
+    1), else "none".
     Shares are between 0 and 1: of communication that may run behind compute.
     `attention` is "flash" (FlashAttention 2), "best" (the device's own fused kernel) or "unfused" (scores are written).
     `selective` is what recompute = selective drops: "attention" (the core of it), "block" (every other block) or
@@ -71,24 +70,19 @@ class Framework:
     attention: str = "flash"
     fused: str = "none"  # how far memory-bound operations are joined: "none", "kernels" (hand-written), "compiled"
     fused_cross_entropy: bool = False
-    cuda_graphs: bool = False
     gradient_wire_bytes: int = 0
     accumulate_bytes: float = 6.0  # moved per parameter to add a micro-batch's gradients, apart from products
     copy_bytes: float = 0.0  # moved per parameter each time that sharded weights are gathered, beside the wire
     gradient_overlap: float = 0.0  # share of the reduction of gradients that may hide behind the last backward
     gather_overlap: float = 0.0  # share of the gathering of weights that may hide behind compute
-    gathers: str = "block"
     tensor_overlap: float = 0.0  # share of tensor-parallel collectives hidden behind the products beside them
     context_overlap: float = 0.8  # share of passing keys and values on hidden behind attention
-    expert_overlap: float = 0.0  # share of the exchange of tokens hidden behind computing
-    gathers_quantized: bool = False  # weights are gathered in fp8 where products are
     scatters_transfers: bool = False  # tensor ranks each send a part to the next stage, which gathers them
     pipeline_overlap: bool = False  # transfers between stages run beside compute
     optimizer_shard: str = "none"
+    reads_ahead: bool = True  # processes of their own read the next batch while this one is computed
     loss_scaling: bool = False  # fp16 runs check gradients for overflow and unscale them
-    host_factor: float = 1.0  # seconds of Python per operation, beside plain eager PyTorch
     selective: str = "attention"
-    recomputed_layers: float = 1.0  # share of the layers that full recompute is done for
     activation_offload: bool = False
     head_balanced: bool = False  # stages are cut by cost (ours); else equal counts of layers
     # what it holds in memory (plan/memory.py)
@@ -137,6 +131,7 @@ _ROWS = (
     Framework(
         name="meshwright",
         copy_bytes=4.0,
+        reads_ahead=False,
         offers=Offers(frozenset({"dp", "shard", "tp", "pp", "sequence_parallel"}), ("gpipe", "1f1b")),
         gradient_wire_bytes=4,
         gradient_overlap=0.8,

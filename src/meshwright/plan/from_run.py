@@ -130,7 +130,7 @@ class RunFit:
 
 @dataclass(frozen=True)
 class Ran:
-    """What was trained, on what, and how."""
+    """What was trained, on what, and how; `predicted` are the seconds of a step that its plan said."""
 
     card: Card
     cluster: Cluster
@@ -138,6 +138,7 @@ class Ran:
     layout: Layout
     precision: str
     compiled: bool = False
+    predicted: float | None = None
 
 
 def run_profile(run: RunFolder, ran: Ran, start: Profile, name: str) -> RunFit:
@@ -154,7 +155,7 @@ def run_profile(run: RunFolder, ran: Ran, start: Profile, name: str) -> RunFit:
             file, hint = run.events, in_seconds(measured, predicted)
             if part != "step":
                 file, hint = run.trace, "dur is in microseconds; without the file, steps alone count"
-            raise InputError(Problem(str(file), f"the middle {part} took {unlike(measured, predicted)}", hint))
+            raise InputError(Problem(str(file), f"the median {part} took {unlike(measured, predicted)}", hint))
     said = f"corrected by {len(observed['step'])} steps of the run {run.path.name}, {ran.layout}"
     return corrected(ran, observed, start, name, said)
 
@@ -197,6 +198,8 @@ def _check_plan(plan: Path, ran: Ran) -> None:
         problems += [f"chosen.layout: {refusal.reason}" for refusal in refusals(question)]
     if ran.precision not in list(ran.cluster.device.flops):
         problems.append(f"chosen.precision is {ran.precision!r:.40}; {ran.cluster.device.name} has none")
+    if ran.predicted is not None and not _is_time(ran.predicted):
+        problems.append(f"chosen.predicted.step_seconds.mid is {ran.predicted!r:.40}")
     if problems:
         hint = "calibrate by a run as `train` left it, on the machine that trained"
         raise InputError([Problem(str(plan), problem, hint) for problem in problems])
@@ -259,8 +262,8 @@ def spans(trace: Path, steps: Mapping[int, float]) -> dict[str, list[float]]:
             if event.get("ph") == "X" and "step" in event.get("args", {}):
                 key = (str(event["name"]), int(event["args"]["step"]), int(event["pid"]))
                 if not _is_time(event["dur"]):
-                    where = f"{trace}: traceEvents[{place}].dur"
-                    raise InputError(Problem(where, f"is {event['dur']!r:.40}", "a span takes microseconds, none below 0"))
+                    where, what = f"{trace}: traceEvents[{place}]", f"dur is {event['dur']!r:.40}"
+                    raise InputError(Problem(where, what, "a span takes microseconds, zero or more"))
                 sums[key] = sums.get(key, 0.0) + float(event["dur"]) / 1e6
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(Problem(str(trace), f"is not a trace of a run ({error})")) from error

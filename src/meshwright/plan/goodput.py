@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ class Reliability:
 
     `failures_per_1000_node_days`: unexpected interruptions (Llama 3, arXiv 2407.21783, table 5: 419 in 54 days of 2,048
     nodes); between `least_failures` and `most_failures` they may be (Kokolis et al. 2024, arXiv 2410.21680: 2.34 and
-    6.50 in two clusters of a company). `spot_per_1000_node_days`: what being reclaimed adds on spot (AWS Spot Instance Advisor, May 2025: 10 to
-    20 % of H100 instances a month). `replaced_share`: failures after which the node is gone (Llama 3: 78 % hardware).
-    `repair_hours`: until it is back. `detect_seconds`: to notice and find the culprit (MegaScale, arXiv 2402.15627,
-    states less than ten minutes in the mean; a dead process of ours is seen at once, a silent one by timeout).
+    6.50 in two clusters of a company). `spot_per_1000_node_days`: what being reclaimed adds on spot (AWS Spot Instance
+    Advisor, May 2025: 10 to 20 % of H100 instances a month). `replaced_share`: failures after which the node is gone
+    (Llama 3: 78 % hardware). `repair_hours`: until it is back. `detect_seconds`: to notice and find the culprit
+    (MegaScale, arXiv 2402.15627, states less than ten minutes in the mean; a dead process of ours is seen at once, a
+    silent one by timeout).
     `pause_seconds`: what a checkpoint stops the work for besides copying (all ranks agree, files are opened).
     `start_seconds`: new processes up to the first step, without reading the state. `storage_bytes_per_second`: of one
     node, shared storage at work (Llama 3: 2 TB/s over 2,048 nodes; BLOOM: 2.3 TB in 40 s from 48 nodes).
@@ -75,8 +76,8 @@ class Outlook:
     """What a run of many steps meets. Shares are of the elapsed time; `None` where nothing is known or asked.
 
     `goodput` is the share of the elapsed time that ends up in the model: what checkpoints stall, what failures throw
-    away and what restarts take is the rest; `goodput_interval` bounds it where failures are as rare, and as frequent, as
-    was seen elsewhere. `dollars` pays for the spare nodes too. Elapsed time and dollars are None too where failures come
+    away and what restarts take is the rest; `goodput_interval` bounds it by failures as frequent, and as rare, as were
+    seen elsewhere. `dollars` pays for the spare nodes too. Elapsed time and dollars are None as well where failures come
     so fast that next to nothing is kept (LEAST_USEFUL).
     """
 
@@ -184,6 +185,39 @@ def spare_nodes(nodes: int, failures_per_second: float, repair_seconds: float, s
     return count
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Seconds that a checkpoint stops the work for, until it is safe, and that going on from one takes."""
+
+    stall: float
+    durable: float
+    restart: float
+    least: float  # between two, for storage's sake
+
+    @staticmethod
+    def of(state_bytes: float, cluster: Cluster, known: Reliability, asynchronous: bool) -> Saving:
+        stall = known.pause_seconds + state_bytes / cluster.devices / known.copy_bytes_per_second
+        durable = state_bytes / cluster.nodes / known.storage_bytes_per_second
+        restart = known.detect_seconds + known.start_seconds + durable  # what was written is read again
+        written = (stall, durable) if asynchronous else (stall + durable, 0.0)
+        return Saving(*written, restart, durable / WRITING_SHARE)
+
+    def best_steps(self, step_seconds: float, most_seconds: float, mtbf_seconds: float) -> int:
+        """Steps between checkpoints that lose the least."""
+        least = max(step_seconds, self.least)
+        parts = {"stall_seconds": self.stall, "durable_seconds": self.durable, "least_seconds": least}
+        seconds = best_interval(**parts, mtbf_seconds=mtbf_seconds)
+        return max(1, round(min(seconds, most_seconds, 1e15) / step_seconds))
+
+    def every(self, seconds: float) -> Saving:
+        """With so many seconds of work between: each checkpoint waits until the one before it is written."""
+        return replace(self, stall=max(self.stall, self.durable - seconds))
+
+    def goodput(self, interval_seconds: float, mtbf_seconds: float) -> float:
+        parts = {"stall_seconds": self.stall, "durable_seconds": self.durable, "restart_seconds": self.restart}
+        return goodput(interval_seconds, **parts, mtbf_seconds=mtbf_seconds)
+
+
 def outlook(
     *,
     parameters: int,
@@ -194,7 +228,6 @@ def outlook(
     asynchronous: bool = True,
     every: int | None = None,
     reliability: Reliability | None = None,
-    state_bytes_per_parameter: float = STATE_BYTES_PER_PARAMETER,
 ) -> Outlook:
     """What failures and prices make of a run of `steps` steps (0: a long one) of `step_seconds` each.
 
@@ -202,35 +235,23 @@ def outlook(
     the number of steps between checkpoints, 0 for one at the end alone, None for as many as lose the least.
     """
     known = reliability or Reliability()
-    rate = known.failures_per_1000_node_days + (known.spot_per_1000_node_days if spot else 0.0)
-    per_node_second = rate / 1000 / DAY_SECONDS
-    mtbf = 1 / (per_node_second * cluster.nodes) if rate else math.inf
-    state = parameters * state_bytes_per_parameter
-    stall = known.pause_seconds + state / cluster.devices / known.copy_bytes_per_second
-    durable = state / cluster.nodes / known.storage_bytes_per_second
-    restart = known.detect_seconds + known.start_seconds + durable  # what was written is read again
-    least = max(step_seconds, durable / WRITING_SHARE)
-    if not asynchronous:
-        stall, durable = stall + durable, 0.0
-    total = steps * step_seconds if steps else math.inf
+    reclaimed = known.spot_per_1000_node_days if spot else 0.0
+
+    def mtbf_at(failures: float) -> float:
+        rate = (failures + reclaimed) * cluster.nodes
+        return 1000 * DAY_SECONDS / rate if rate else math.inf
+
+    mtbf, total = mtbf_at(known.failures_per_1000_node_days), steps * step_seconds if steps else math.inf
+    saving = Saving.of(parameters * STATE_BYTES_PER_PARAMETER, cluster, known, asynchronous)
     if every is None:
-        interval = best_interval(stall_seconds=stall, durable_seconds=durable, mtbf_seconds=mtbf, least_seconds=least)
-        every = max(1, round(min(interval, total, 1e15) / step_seconds))
+        every = saving.best_steps(step_seconds, total, mtbf)
     elif every == 0 or (steps and every > steps):
         every = steps or round(1e15 / step_seconds)
     interval = every * step_seconds
-    stall = max(stall, durable - interval)  # a checkpoint waits until the one before it is written
-
-    def useful_at(failures: float) -> float:
-        life = 1000 * DAY_SECONDS / failures / cluster.nodes if failures else math.inf
-        return goodput(
-            interval, stall_seconds=stall, durable_seconds=durable, restart_seconds=restart, mtbf_seconds=life
-        )
-
-    useful = useful_at(rate)
-    reclaimed = rate - known.failures_per_1000_node_days
-    bounds = (useful_at(known.most_failures + reclaimed), useful_at(known.least_failures + reclaimed))
-    spares = spare_nodes(cluster.nodes, per_node_second * known.replaced_share, known.repair_hours * 3600)
+    saving = saving.every(interval)
+    useful = saving.goodput(interval, mtbf)
+    low, high = (saving.goodput(interval, mtbf_at(rate)) for rate in (known.most_failures, known.least_failures))
+    spares = spare_nodes(cluster.nodes, known.replaced_share / mtbf / cluster.nodes, known.repair_hours * 3600)
     elapsed = total / useful if steps and useful >= LEAST_USEFUL else None
     price = price_of(cluster, spot)
     dollars = None
@@ -241,12 +262,12 @@ def outlook(
         mtbf_hours=min(mtbf / 3600, 1e9),
         checkpoint_seconds=interval,
         checkpoint_steps=every,
-        stall_seconds=stall,
-        durable_seconds=durable,
-        restart_seconds=restart,
-        lost_work_seconds=durable + interval / 2,
+        stall_seconds=saving.stall,
+        durable_seconds=saving.durable,
+        restart_seconds=saving.restart,
+        lost_work_seconds=saving.durable + interval / 2,
         goodput=useful,
-        goodput_interval=bounds,
+        goodput_interval=(low, high),
         spare_nodes=spares,
         spot=spot,
         failures=None if elapsed is None else elapsed / mtbf,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ TRIED = 12
 MOST_STRANDS = 40_000
 #: Bytes a parameter that no layout spares: a copy to compute with; master and moments where they stay on the devices.
 COMPUTED_BYTES, STATE_BYTES = 2, 12
+#: Sizes of a cluster that are tried between one that is too small and its double.
+BETWEEN = 32
 TIMES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -92,31 +94,32 @@ def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator) -> l
         where, hint = _nearest_question(space, estimator)
         broken = refusals(space.question(_guess(free)))
         return [Problem(request.where(where), broken[0].reason, hint)]
-    problems: list[Problem] = []
+    problems: list[tuple[str, str]] = []
     known: set[str] = set()
     for name, value in space.pins.items():
         alone = replace(space, pins={name: value})
         if not _has_layout(alone):
             reasons = _reasons(alone)
-            problems.append(Problem(request.where(key_of(name)), "; ".join(reasons), _nearest(alone, estimator)))
+            problems.append((request.where(key_of(name)), "; ".join(reasons)))
             known |= set(reasons)
     together = _together(space, known)
     if not problems or together:
-        where = _places(request, _concerned(space, together))
         what = "; ".join(together) or "; ".join(_reasons(space))
-        problems.append(Problem(where, what, _nearest(space, estimator)))
-    return problems
+        problems.append((_places(request, _concerned(space, together)), what))
+    hint = _nearest(space, estimator)
+    return [Problem(where, what, hint) for where, what in problems]
 
 
 def _nearest(space: Space, estimator: Estimator) -> str:
-    """The nearest pins that plan, in words of the job file; where none does, what would fit."""
+    """The nearest pins that plan together, those that must change in words of the job file; where none does, what would
+    fit."""
     found = nearest_pins(space, estimator)
     if found is None:
         return _more_devices(space, estimator)
-    return "nearest: " + said(found, space.pins)
+    return "nearest: " + said(found, [name for name, value in space.pins.items() if getattr(found, name) != value])
 
 
-def said(layout: Layout, names: Mapping[str, Any]) -> str:
+def said(layout: Layout, names: Iterable[str]) -> str:
     return " ".join(f"{key_of(name)}={word(getattr(layout, name))}" for name in names)
 
 
@@ -193,8 +196,9 @@ def why_nothing_fits(
     room = usable_bytes(space.cluster.device)
     have = space.cluster.device.memory_bytes / GIB
     what = (
-        f"the model does not fit {space.cluster} of {have:.1f} GiB: the closest layout, {closest.layout}, "
-        f"needs {closest.peak_bytes / GIB:.1f} GiB a device, {(closest.peak_bytes - room) / GIB:.1f} GiB too much"
+        f"the model does not fit {space.cluster} of {have:.1f} GiB, {room / GIB:.1f} of them to be filled: the closest "
+        f"layout, {closest.layout}, needs {closest.peak_bytes / GIB:.1f} GiB a device, "
+        f"{(closest.peak_bytes - room) / GIB:.1f} GiB too much"
     )
     found = nearest_pins(space, estimator) if space.pins else None
     if found is not None:
@@ -210,15 +214,28 @@ def larger(cluster: Cluster, times: int) -> Cluster:
 
 
 def _more_devices(space: Space, estimator: Estimator) -> str:
-    """What would do where no pins help: the fewest devices, doubled from what there is."""
+    """What would do where no pins help: the fewest nodes (of a single node, the fewest times its devices) that were
+    found to do, between the last doubling that does not and the first that does."""
     for times in TIMES:
-        grown = replace(space, cluster=larger(space.cluster, times), pins={})
-        if not _leanest_fits(grown, estimator):
+        doubled = larger(space.cluster, times)
+        if _grown(space, estimator, doubled) is None:
             continue
-        if fitting := search(grown, _for(grown, estimator)).fitting:
-            best = ranked(fitting)[0].layout
-            return f"nearest that fits: {grown.cluster.devices} such devices ({best})"
+        few, many = space.cluster.nodes * times // 2, space.cluster.nodes * times
+        between = range(few + 1, many, max(1, (many - few) // BETWEEN)) if doubled.nodes > 1 else ()
+        sizes = [replace(doubled, devices=nodes * doubled.devices_per_node) for nodes in between]
+        for cluster in (*sizes, doubled):
+            if (best := _grown(space, estimator, cluster)) is not None:
+                return f"nearest that fits: {cluster.devices} such devices ({best})"
     return "nearest: a smaller model, a shorter sequence, or devices with more memory"
+
+
+def _grown(space: Space, estimator: Estimator, cluster: Cluster) -> Layout | None:
+    """The best layout on another cluster, the pins let go; None where nothing fits."""
+    grown = replace(space, cluster=cluster, pins={})
+    if not _leanest_fits(grown, estimator):
+        return None
+    fitting = search(grown, _for(grown, estimator)).fitting
+    return ranked(fitting)[0].layout if fitting else None
 
 
 def _leanest_fits(space: Space, estimator: Estimator) -> bool:

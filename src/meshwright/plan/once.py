@@ -32,11 +32,19 @@ class OnceAStep:
         self.blocks, self.network, self.framework = blocks, blocks.network, blocks.framework
         self.device, self.constants = blocks.cluster.device, blocks.profile.constants
         self.on_cpu = self.device.kind == "cpu"
+        self.units = card.units_per_sample
         shared = {first for first, _ in card.tied}
         self.tied = sum(p.elements for p in card.parameters if p.name in shared)
         self.host_seconds = 0.0 if self.on_cpu else self.constants["cuda.step_seconds"]
         self._known: dict[tuple[object, ...], Once] = {}
         self._norms: dict[int, float] = {}
+
+    def reading_seconds(self, samples: int) -> float:
+        """To read so many samples and put them on the device; nothing where others read ahead."""
+        if self.framework.reads_ahead:
+            return 0.0
+        kind = "cpu" if self.on_cpu else "cuda"
+        return samples * self.units * self.constants[f"{kind}.data.unit_seconds"]
 
     def seconds(
         self,

@@ -116,11 +116,6 @@ class ServingChoice:
     def devices(self) -> int:
         return self.tp * self.pp * self.replicas
 
-    @property
-    def binding_share(self) -> float:
-        """Share of the time between two tokens that the binding part takes."""
-        return self.breakdown[self.binding] / sum(self.breakdown.values())
-
     def __str__(self) -> str:
         words = [f"tp{self.tp}"] + ([f"pp{self.pp}"] if self.pp > 1 else [])
         if self.attention_dp:

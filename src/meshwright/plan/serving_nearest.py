@@ -9,7 +9,7 @@ from dataclasses import replace
 from meshwright.errors import Problem
 from meshwright.plan.serving import ServingPins, Target
 from meshwright.plan.serving_load import Replica
-from meshwright.plan.serving_ways import Found, Question, Way, at_rate, batches, excess, rated, ways_of
+from meshwright.plan.serving_ways import Found, Question, Way, at_rate, batches, excess, precisions, rated, ways_of
 
 #: Devices looked at when a request is too much for those there are.
 MOST_DEVICES = 4096
@@ -38,7 +38,7 @@ def _smaller(question: Question) -> str:
             continue
         freed = replace(question, pins=replace(pins, **{name: None}))
         if ways := _any(freed):
-            return f"serve.{name}={_value(freed, ways[0], name)}"
+            return f"serve.{name}={_most_batch(question) if name == 'max_batch' else _value(freed, ways[0], name)}"
     if ways := _any(replace(question, pins=replace(pins, tp=None, max_batch=None, max_len=None))):
         return f"without these pins: {ways[0]}, up to {ways[0].most_batch} at once"
     for precision in question.server.precisions:
@@ -57,9 +57,20 @@ def _any(question: Question, precision: str | None = None) -> list[Way]:
     return list(ways_of(question, precision or question.pins.precision or question.precision, []))
 
 
+def _most_batch(question: Question) -> int:
+    """The largest batch below the one that is pinned for which there is a way; 1 works."""
+    works, fails = 1, question.pins.max_batch or 1
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        asked = replace(question, pins=replace(question.pins, max_batch=middle))
+        if any(_any(asked, precision) for precision in precisions(asked)):
+            works = middle
+        else:
+            fails = middle
+    return works
+
+
 def _value(question: Question, way: Way, name: str) -> object:
-    if name == "max_batch":
-        return way.most_batch
     if name == "max_len":
         return way.memory.longest
     return way.model.tp if name == "tp" else way.model.precision

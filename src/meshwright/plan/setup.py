@@ -53,6 +53,8 @@ EXTRAS = (
     *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
     *("q_lora", "kv_lora", "rope_head_dim", "v_head_dim", "mtp_layers", "sliding_window"),
 )
+#: A stated count of parameters that is off by more than this share is said to be.
+MISCOUNTED = 0.1
 #: The interval of a case with a guessed word is this power of the one without.
 GUESS_WIDTH = 1.4
 
@@ -120,7 +122,7 @@ def setup(case: Case) -> Setup:
     assumed += cluster.assumed
     framework = _framework(case.software, assumed)
     precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
-    shape = _for_ranks(shape_of(case.model, framework.name), case.layout["tp"], assumed)
+    shape = _for_ranks(_counted(case.model, framework.name, assumed), case.layout["tp"], assumed)
     layout, framework = _layout(case, framework, assumed)
     word, known = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
     drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
@@ -262,6 +264,28 @@ def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
     places = (base.learned_positions, model["seq_len"] if gated else 0)
     choices = [replace(base, tied=tied, learned_positions=place) for tied, place in product(ties, places)]
     return min(choices, key=lambda shape: abs(_count(shape) - model["params_b"] * 1e9))
+
+
+def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> DecoderShape:
+    """`shape_of` where the sizes come to the stated count of parameters; where they do not, with feed-forwards of as
+    many matrices as come nearer to it. What is left is said."""
+    shape = shape_of(model, framework)
+    said = model.get("params_b", 0.0)
+    if not said or _off(shape, said) <= MISCOUNTED:
+        return shape
+    other = shape_of({**model, "gated": not shape.gated}, framework)
+    if _off(other, said) < _off(shape, said):
+        assumed.append(f"model.gated={str(shape.gated).lower()}: {said:g} B parameters say otherwise, and decide")
+        shape = other
+    if _off(shape, said) > MISCOUNTED:
+        there = _count(shape) / 1e9
+        assumed.append(f"model.params_b={said:g}: its sizes come to {there:.3g}, and decide")
+    return shape
+
+
+def _off(shape: DecoderShape, billions: float) -> float:
+    """By how much a count of parameters is off, as a share."""
+    return abs(_count(shape) / 1e9 / billions - 1)
 
 
 @lru_cache(maxsize=256)

@@ -33,7 +33,7 @@ class Blocks:
     memory: tuple[StageMemory, ...]
     transfer: float
     micro_batches: int
-    once: float  # seconds of a step outside the pipeline, if every block were on this group
+    apart: tuple[float, float, float]  # waits, optimizer and host outside the pipeline, were every block here
     _limits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def cost(self, block: int) -> float:
@@ -86,11 +86,11 @@ class Placed:
     memory: tuple[StageMemory, ...]
     transfer: float
     span: float
-    once: float
+    apart: tuple[float, float, float]
 
     @property
     def seconds(self) -> float:
-        return self.span + self.once
+        return self.span + sum(self.apart)
 
 
 def through_stages(asked: Asked) -> Way | None:
@@ -153,7 +153,7 @@ def _blocks(asked: Asked, group: Cluster, layout: Layout) -> Blocks:
     whole = estimator.estimate(layout)
     return Blocks(
         group, one.forward_seconds, one.backward_seconds, one.memory, one.transfer_seconds, one.micro_batches,
-        whole.once.waits + whole.optimizer_seconds + whole.other_seconds,
+        (whole.once.waits, whole.optimizer_seconds, whole.other_seconds),
     )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ def _placed(asked: Asked, layout: Layout, stages: tuple[Blocks, ...]) -> Placed 
         for place, (stage, (a, b)) in enumerate(zip(stages, edges, strict=True))
     )
     span = span_seconds(layout.schedule, stages[0].micro_batches, forward, backward, transfer)
-    once = max(stage.once for stage in stages)
-    return Placed(layout, stages, best, forward, backward, memory, transfer, span, once)
+    apart = max((stage.apart for stage in stages), key=sum)
+    return Placed(layout, stages, best, forward, backward, memory, transfer, span, apart)
 
 
 def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -218,6 +218,7 @@ def _way(asked: Asked, placed: Placed) -> Way:
     micro_batches = placed.blocks[0].micro_batches
     busy = micro_batches * (placed.forward[busiest] + placed.backward[busiest])
     estimator = asked.estimator(placed.blocks[busiest].group)
+    waits, update, host = placed.apart
     whole = replace(
         estimator.estimate(layout),
         first_blocks=placed.firsts,
@@ -225,11 +226,11 @@ def _way(asked: Asked, placed: Placed) -> Way:
         backward_seconds=placed.backward,
         transfer_seconds=placed.transfer,
         compute_seconds=busy,
-        communication_seconds=placed.once,
+        communication_seconds=waits,
         bubble_seconds=placed.span - busy,
         launch_seconds=0.0,
-        optimizer_seconds=0.0,
-        other_seconds=0.0,
+        optimizer_seconds=update,
+        other_seconds=host,
         once=Once(),
         weight_seconds=(),
         boundary_seconds=(),

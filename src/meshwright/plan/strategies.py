@@ -62,9 +62,9 @@ class Situation:
     experts: bool
     reading: Reading
     experience: str
+    margin: float
     untrained: str = ""
     pinned: frozenset[str] = frozenset()
-    margin: float = 1.25
 
     def __post_init__(self) -> None:
         if self.experience not in EXPERIENCE:
@@ -113,12 +113,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Told:
-    """What a rule is told. `planned` is the plan under `tool`, the best that suits; or, where no tool does, that comes
-    nearest. `others` are the other tools of the table."""
+    """What a rule is told. `planned` is the plan under `tool`, the best that `suits`; or, where none with a plan does,
+    that comes nearest. `others` are the other tools of the table."""
 
     facts: Situation
     tool: str
     splits: frozenset[str]
+    suits: bool
     planned: Planned
     others: tuple[Candidate, ...]
 
@@ -165,11 +166,12 @@ def _one_device(t: Told) -> str:
     f = t.facts
     if f.cluster.devices > 1:
         return ""
-    have = size(f.cluster.device.memory_bytes)
-    state = f"weights, gradients and optimizer of {size(f.state_bytes)}"
+    memory = f.cluster.device.memory_bytes
+    state = f"there is one device, and weights, gradients and optimizer of {size(f.state_bytes)}"
     if f.fits_one_device:
-        return f"there is one device, and {state} fit its {have}"
-    return f"there is one device, and {state} barely leave room in its {have}: it works as {t.layout}"
+        return f"{state} fit its {size(memory)}"
+    fit = "barely leave room in" if f.state_bytes < memory else "are more than"
+    return f"{state} {fit} its {size(memory)}: it works as {t.layout}"
 
 
 def _replicated(t: Told) -> str:
@@ -191,8 +193,8 @@ def _spread(t: Told) -> str:
         return ""
     return (
         f"{size(f.state_bytes)} of weights, gradients and optimizer against {size(f.cluster.device.memory_bytes)} a "
-        f"device: weights stay whole for quick passes, and the optimizer's share of it, "
-        f"{size(f.parameters * OPTIMIZER_BYTES)}, is spread over {copies} data-parallel ranks"
+        f"device: each data-parallel rank keeps its weights whole, and the optimizer's part, "
+        f"{size(f.parameters * OPTIMIZER_BYTES)}, is spread over the {copies} of them"
     )
 
 
@@ -203,9 +205,11 @@ def _sharded(t: Told) -> str:
     parts = layout.shard * layout.tp * layout.pp
     first = " and ".join(name for name in ("tp", "pp") if getattr(layout, name) > 1)
     over = f"sharded over {layout.shard} devices" + (f", on top of the split by {first}" if first else "")
+    kept = f.parameters * (TRAINING_BYTES - OPTIMIZER_BYTES * layout.offload)
+    each = f"{size(kept / parts)} each" + " without the optimizer" * layout.offload
     return (
         f"{size(f.state_bytes)} of weights, gradients and optimizer against {size(f.cluster.device.memory_bytes)} a "
-        f"device: {over}, it is {size(f.state_bytes / parts)} each, for gathering the weights anew to compute with"
+        f"device: {over}, it is {each}, for gathering the weights anew to compute with"
     )
 
 
@@ -251,7 +255,7 @@ def _experts(t: Told) -> str:
     layout = t.layout
     if layout.ep > 1:
         return (
-            f"the experts of a layer live on {layout.ep} devices, and tokens travel to them over "
+            f"the experts of a layer are spread over {layout.ep} devices, and tokens travel to them over "
             f"{t.link(layout.ep * layout.tp)}"
         )
     together = "the experts of a layer stay together: "
@@ -263,8 +267,10 @@ def _experts(t: Told) -> str:
     if "ep" in t.splits:
         return "; ".join([f"{together}no layout of {t.tool} that spreads them is quicker here and fits", *spread])
     able = [other for other in t.others if "ep" in other.splits]
-    if suiting := [other.name for other in able if other.suits]:
-        rest = f"{_listed(suiting)} can, and gains nothing here or was not planned"
+    if planned := [other.name for other in able if other.planned]:
+        rest = f"{_listed(planned)} can, and the best layout of {'each' if len(planned) > 1 else 'it'} does without"
+    elif suiting := [other.name for other in able if other.suits]:
+        rest = f"{_listed(suiting)} can"
     else:
         rest = f"of the tools that do ({_listed([other.name for other in able])}) none suits here"
     return "; ".join([f"{together}{t.tool} does not spread them", *(spread or [rest])])
@@ -275,6 +281,17 @@ def _would(t: Told, other: Candidate, plan: Planned, name: str, does: str) -> st
     fit = "" if other.suits else ", which does not suit here,"
     mine, theirs = seconds(t.planned.step_seconds), seconds(plan.step_seconds)
     return f"{other.name}{fit} {does} over {getattr(plan.layout, name)} devices, for {theirs} a step against {mine}"
+
+
+def _memory(t: Told) -> str:
+    layout = t.layout
+    words = []
+    if layout.recompute != "none":
+        some = "all" if layout.recompute == "full" else "some"
+        words.append(f"{some} activations of a block are computed again in its backward pass, not kept")
+    if layout.offload:
+        words.append(f"the optimizer's {size(t.facts.parameters * OPTIMIZER_BYTES)} stay in the hosts' memory")
+    return ", and ".join(words) + "; without that it does not fit, or takes longer" if words else ""
 
 
 def _listed(names: list[str]) -> str:
@@ -294,10 +311,10 @@ def _data(t: Told) -> str:
     elif not rate:
         where = "put a copy near each node, or on storage that gives all of them so many"
     elif rate <= SHARED_STORAGE:
-        where = f"storage that all {nodes} nodes read is enough"
+        where = f"storage that the {nodes} nodes share is enough"
     else:
         where = f"put a copy near each of {nodes} nodes: it is more than the {size(SHARED_STORAGE)}/s of a gigabit link"
-    if t.planned.framework == "meshwright":
+    if t.suits and t.planned.framework == "meshwright":
         return f"{words}: {where}; the order of samples does not depend on the number of processes"
     return f"{words}: {where}; see that the order of samples does not depend on the number of processes"
 
@@ -324,5 +341,6 @@ STRATEGIES: tuple[tuple[str, Callable[[Told], str]], ...] = (
     ("pipeline parallel", _pipeline),
     ("context parallel", _context),
     ("expert parallel", _experts),
+    ("saving memory", _memory),
     ("data", _data),
 )

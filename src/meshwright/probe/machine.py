@@ -16,54 +16,95 @@ from torch import Tensor
 
 from meshwright import launch
 from meshwright.cluster import available_cores
+from meshwright.errors import CannotWork, Problem
 from meshwright.probe import parts
 from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
 
-TIMEOUT_SECONDS = 330.0
+#: What is measured takes this share of the seconds asked for, starts of processes included; their end takes the rest.
+MEASURED = 0.95
+#: A busy machine is waited for so many times as long as was asked for, or so many seconds if that is more, but never
+#: longer than the last, which leaves time to end the processes within five minutes.
+PATIENCE, LEAST_SECONDS, MOST_SECONDS = 3.0, 120.0, 290.0
 #: Bytes of the whole tensor.
 MESSAGES = {"cpu": (8, 1 << 20, 1 << 22, 1 << 24), "cuda": (8, 1 << 16, 1 << 20, 1 << 24, 1 << 28)}
 REPEATS = {8: 30}
-#: Measurements that share the time, roughly: what `seconds` is divided by.
-TIMINGS = 130
 
 
 def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
-    """Raw figures of this machine, taking about `seconds` and two starts of processes.
+    """Raw figures of this machine, in about `seconds` of the wall, or what one round of everything takes if that is
+    more.
 
     {"kind", "ranks", "threads", "busy": what every rank measured while all were (medians over the ranks), "links": rows
-    of collectives, "together": what one process with all cores measured (CPU only), "seconds"}. Raises RunFailed when
-    the processes cannot start or talk.
+    of collectives, "together": what one process with all cores measured (CPU only), "seconds"}. Under "busy" and
+    "together" "processors" is the share of their processors that the processes got: the least of all ranks. Raises
+    RunFailed when the processes cannot start or talk, CannotWork when they take far longer than asked for.
     """
-    began = time.perf_counter()
+    began = time.monotonic()
     cuda = torch.cuda.is_available()
     ranks = torch.cuda.device_count() if cuda else available_cores()
-    each = max(0.002, seconds / TIMINGS)
-    payload = {"kind": "cuda" if cuda else "cpu", "seconds_each": each, "whole": True}
-    answers = _started(payload, ranks, interface)
+    again = not cuda and ranks > 1
+    payload = {"kind": "cuda" if cuda else "cpu", "began": began, "until": began + MEASURED * seconds}
+    patience = min(max(PATIENCE * seconds, LEAST_SECONDS), MOST_SECONDS)
+    answers = _started({**payload, "whole": True, "again": again}, ranks, patience, interface)
     found: dict[str, Any] = {
         "kind": payload["kind"],
         "ranks": ranks,
         "threads": 1,
-        "busy": _middle([answer["parts"] for answer in answers]),
+        "busy": {
+            **_middle([answer["parts"] for answer in answers]),
+            "processors": min(answer["processors"] for answer in answers),
+        },
         "links": answers[0]["links"],
         "together": None,
     }
-    if not cuda and ranks > 1:
-        alone = _started({**payload, "whole": False}, 1, interface)[0]
-        found["together"] = {"threads": ranks, **alone["parts"]}
-    return {**found, "seconds": round(time.perf_counter() - began, 1)}
+    if again:
+        alone = _started({**payload, "whole": False, "again": False}, 1, patience, interface)[0]
+        found["together"] = {"threads": ranks, **alone["parts"], "processors": alone["processors"]}
+    return {**found, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _started(payload: dict[str, Any], ranks: int, interface: str) -> list[dict[str, Any]]:
+def _started(payload: dict[str, Any], ranks: int, patience: float, interface: str) -> list[dict[str, Any]]:
+    """The answers of `ranks` processes, waited for until `patience` seconds after the probe began."""
     with (
         tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder,
         launch.local("meshwright.probe.machine:work", payload, ranks, folder, interface=interface) as started,
     ):
-        return started.wait(TIMEOUT_SECONDS)
+        try:
+            return started.wait(max(0.0, payload["began"] + patience - time.monotonic()))
+        except TimeoutError as error:
+            what = f"measuring did not end within {patience:.0f} s: the machine has other work, or very many cores"
+            hint = "measure again when it is quiet, or allow more with --seconds, up to 300"
+            raise CannotWork(Problem("calibrate machine", what, hint)) from error
+
+
+class Pace:
+    """Allows each of `timings` measurements an equal part of what is left until `until`, of the machine's
+    time.monotonic(): what is late, or started late, shortens the rest."""
+
+    def __init__(self, until: float, timings: int) -> None:
+        self.until, self.timings = until, timings
+
+    def __call__(self) -> float:
+        """Seconds of the next measurement."""
+        allowed = max(0.0, self.until - time.monotonic()) / max(1, self.timings)
+        self.timings -= 1
+        return allowed
+
+
+def _pace(payload: dict[str, Any]) -> Pace:
+    """Where the probe starts processes again, it is supposed to take as long as this start, and the rest is shared."""
+    now, until = time.monotonic(), payload["until"]
+    mine = parts.timings(payload["kind"], payload["whole"])
+    if payload["again"]:
+        left = until - now - (now - payload["began"])
+        until = now + left * mine / (mine + parts.timings(payload["kind"], False))
+    return Pace(until, mine)
 
 
 def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
-    """What each process does. payload: {kind, seconds_each, whole}; without `whole` only what threads speed up."""
+    """What each process does. payload: {kind, began, until, whole, again}; without `whole` only what threads speed up;
+    `again` where another start follows. What takes longest is measured first, so that the rest can make up for it."""
+    pace = _pace(payload)
     device = torch.device("cpu")
     if payload["kind"] == "cuda":
         device = torch.device("cuda", context.rank)
@@ -74,24 +115,25 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
         store=dist.FileStore(str(context.store_path), context.world),
         rank=context.rank,
         world_size=context.world,
-        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        timeout=timedelta(seconds=MOST_SECONDS),
     )
     try:
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if own_time else time.perf_counter
         typical = statistics.median if payload["whole"] else min  # a thread that waits for its core holds all up
-        bench = parts.Bench(device, payload["seconds_each"], dist.barrier, clock, typical)
-        found: dict[str, Any] = {"products": parts.products(bench), "chains": parts.chains(bench)}
+        bench = parts.Bench(device, pace, dist.barrier, clock, typical)
+        links = _links(context.rank, context.world, device) if context.world > 1 else []
+        found: dict[str, Any] = {}
         if payload["whole"]:
             found |= {
-                "attention": parts.attention(bench),
-                "losses": parts.losses(bench),
-                "read_bytes_per_second": parts.memory(bench),
-                "optimizer": parts.optimizer(bench),
                 "layers": parts.layers(bench, parts.one_rank_mesh(payload["kind"])),
+                "optimizer": parts.optimizer(bench),
+                "read_bytes_per_second": parts.memory(bench),
+                "losses": parts.losses(bench),
+                "attention": parts.attention(bench),
             }
-        links = _links(context.rank, context.world, device) if payload["whole"] and context.world > 1 else []
-        return {"parts": found, "links": links}
+        found |= {"chains": parts.chains(bench), "products": parts.products(bench)}
+        return {"parts": found, "links": links, "processors": statistics.median(bench.shares or [1.0])}
     finally:
         dist.destroy_process_group()
 

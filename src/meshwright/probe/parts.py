@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,15 +46,17 @@ LAYERS, TOKENS = 3, 8
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how long to time. `together()` makes all ranks start a measurement at once; `clock` is the process's
-    own time where it has one thread, so that what else the machine does is not counted, and the wall's elsewhere, where
-    `typical` is then better the least than the median."""
+    """Where and how long to time. `allowance()` gives the seconds of the wall that the next measurement may take, its
+    warm-ups included; `together()` makes all ranks start one at once; `clock` is the process's own time where it has
+    one thread, so that what else the machine does is not counted, and the wall's elsewhere, where `typical` is then
+    better the least than the median. `shares` collects what part of its processors each measurement got, on a CPU."""
 
     device: torch.device
-    seconds_each: float
+    allowance: Callable[[], float]
     together: Callable[[], None]
     clock: Callable[[], float] = time.perf_counter
     typical: Callable[[list[float]], float] = statistics.median
+    shares: list[float] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -65,20 +67,31 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], Any], least: int = 3) -> float:
-        """Typical time of `work` after two warm-ups, over about `seconds_each` and at least so many repeats."""
+        """Typical time of `work` after two warm-ups, in at least so many repeats and about the seconds allowed."""
+        until = time.perf_counter() + self.allowance()
         work()
         work()
         self.settle()
         self.together()
         times: list[float] = []
-        spent = 0.0
-        while len(times) < least or spent < self.seconds_each:
+        began, own = time.perf_counter(), time.process_time()
+        while len(times) < least or time.perf_counter() < until:
             start = self.clock()
             work()
             self.settle()
             times.append(self.clock() - start)
-            spent += times[-1]
+        if self.kind == "cpu":
+            wall = (time.perf_counter() - began) * torch.get_num_threads()
+            self.shares.append((time.process_time() - own) / wall)
         return self.typical(times)
+
+
+def timings(kind: str, whole: bool) -> int:
+    """How many measurements all parts take together; without `whole`, products and chains."""
+    count = 3 * len(PRODUCTS[kind]) + 2 * len(CHAINS[kind])
+    if whole:
+        count += 2 * len(ATTENTION[kind]) + len(LOSSES[kind]) + 1 + 2 * 4  # memory and AdamW; layers of two widths
+    return len(PRECISIONS) * count
 
 
 def products(bench: Bench) -> list[dict[str, Any]]:

@@ -88,9 +88,9 @@ def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | No
     wrong = [rank for rank in asked if rank >= layout.devices]
     if wrong or not asked:
         said = ", ".join(map(str, wrong)) or "none"
-        raise InputError(
-            Problem("command line: --ranks", f"{said}: the layout has ranks 0 to {layout.devices - 1}", "nearest: 0")
-        )
+        last = layout.devices - 1
+        hint = f"nearest: {last if wrong else 0}"
+        raise InputError(Problem("command line: --ranks", f"{said}: the layout has ranks 0 to {last}", hint))
     with tempfile.TemporaryDirectory(prefix="meshwright-rehearse-") as folder:
         path = Path(folder, "job.toml")
         path.write_text(job_to_toml(job), encoding="utf-8")

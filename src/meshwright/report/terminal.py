@@ -81,7 +81,8 @@ def _batch(plan: Plan) -> str:
     chosen, samples = plan.chosen, plan.global_batch
     if plan.shared_out:
         return f"a batch of {samples}, shared out"
-    return f"a batch of {samples} = {chosen.layout.dp} x {chosen.layout.micro_batch} x {chosen.micro_batches} micro-batches"
+    layout = chosen.layout
+    return f"a batch of {samples} = {layout.dp} x {layout.micro_batch} x {chosen.micro_batches} micro-batches"
 
 
 def _show_memory(plan: Plan, console: Console, width: int) -> None:

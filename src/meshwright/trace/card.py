@@ -145,8 +145,7 @@ def _card(
     axes: Mapping[str, tuple[str | None, ...]] | None,
 ) -> Card:
     parameters = [
-        Parameter(key, tuple(p.shape), (axes or {}).get(key, (None,) * p.dim()), p.requires_grad)
-        for key, p in module.named_parameters()
+        Parameter(key, tuple(p.shape), (axes or {}).get(key, (None,) * p.dim())) for key, p in module.named_parameters()
     ]
     tied = _tied(module)
     if blocks:
