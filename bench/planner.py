@@ -373,7 +373,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     for place, table in found["memory"].items():
         for name, one in (table or {}).items():
             where = f"{place}, {name}"
-            yield f"{where:<32} {one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}  {one['coverage']:>6.1%}"
+            figures = f"{one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}"
+            yield f"{where:<32} {figures}  {one['coverage']:>6.1%}"
     yield "\nAGAINST THE DESIGN               ours   must be   best stated by others"
     for name, (ours, target, best) in verdicts(found).items():
         yield f"{name:<28} {ours:>8.2%}  {target:>7.1%}   {best}{'' if ours <= target else '   MISSED'}"

@@ -77,7 +77,7 @@ class Outlook:
 
     `goodput` is the share of the elapsed time that ends up in the model: what checkpoints stall, what failures throw
     away and what restarts take is the rest; `goodput_interval` bounds it by failures as frequent, and as rare, as were
-    seen elsewhere. `dollars` pays for the spare nodes too. Elapsed time and dollars are None as well where failures come
+    seen elsewhere. `dollars` pays for the spare nodes too. Elapsed time and dollars are None too where failures come
     so fast that next to nothing is kept (LEAST_USEFUL).
     """
 

@@ -137,10 +137,12 @@ def setup(case: Case) -> Setup:
         framework = replace(framework, selective=drops)
     found = Setup(model, cluster, layout, case.train["global_batch"], precision, framework)
     if word == "unknown":
-        share, fits = _least_recomputed(found)
-        least = "the least that fits" if fits else "and it does not fit"
-        assumed.append(f"recompute '{case.layout['recompute']}': of {share:.0%} of the layers, {least}")
-        found, word, guesses = replace(found, recomputed=share), "none", guesses + 1
+        share = _least_recomputed(found)
+        taken = f"of {share or 0.0:.0%} of the layers, the least that fits"
+        if share is None:
+            taken = "taken for none, since by what the case says it fits in no way"
+        assumed.append(f"recompute '{case.layout['recompute']}': {taken}")
+        found, word, guesses = replace(found, recomputed=share or 0.0), "none", guesses + 1
     elif not known:
         assumed.append(f"recompute '{case.layout['recompute']}': taken for {word}")
         guesses += 1
@@ -205,8 +207,9 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
     return layout, framework
 
 
-def _least_recomputed(found: Setup) -> tuple[float, bool]:
-    """The share of the layers that must recompute for the rest to fit a device, and whether it then fits."""
+def _least_recomputed(found: Setup) -> float | None:
+    """The share of the layers that must recompute for the rest to fit a device; None where even all is not enough: what
+    ran saved memory in ways that the case does not say, and memory says nothing of its recompute."""
     model = MemoryModel(found.card, found.framework, found.precision, found.cluster.device)
     layout, room = found.layout, usable_bytes(found.cluster.device)
     firsts = _even_cut(len(found.card.blocks), layout.pp * layout.vpp)
@@ -217,8 +220,8 @@ def _least_recomputed(found: Setup) -> tuple[float, bool]:
 
     without, full = needs("none"), needs("full")
     if without <= room:
-        return 0.0, True
-    return ((without - room) / (without - full), True) if full <= room else (1.0, False)
+        return 0.0
+    return (without - room) / (without - full) if full <= room else None
 
 
 def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
