@@ -245,11 +245,60 @@ def test_a_named_device_is_for_planning(small: str, tmp_path: Path, capsys: Outp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_leaves_is_fine() -> None:
-    command = f"{sys.executable} -m meshwright new --schema | head -c 10; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("words", ["new --schema", "--help", "plan --help"])
+def test_a_reader_that_leaves_is_fine(words: str) -> None:
+    command = f"{sys.executable} -m meshwright {words} | head -c 10; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def in_bash(command: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize("words", ["plan JOB", "plan JOB --json", "predict CASES", "new --schema", "--help"])
+@pytest.mark.parametrize(
+    ("where", "unbuffered", "reason"),
+    [
+        (">&-", "", "Bad file descriptor"),
+        (">/dev/full", "", "No space left on device"),
+        (">/dev/full", "1", "No space left on device"),
+    ],
+)
+def test_output_that_cannot_be_written_is_said_in_a_line(
+    words: str, where: str, unbuffered: str, reason: str, small: str, tmp_path: Path
+) -> None:
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text("{}\n" * 3)
+    command = f"{sys.executable} -m meshwright {words} {where}".replace("JOB", small).replace("CASES", str(cases))
+    done = in_bash(command, unbuffered)
+    said = f"error: stdout: the output cannot be written: {reason}; send it to a file with room, or to /dev/null\n"
+    assert (done.returncode, done.stderr) == (4, said)
+
+
+def test_the_error_before_output_that_cannot_be_written_is_the_one_that_is_said(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys\n"
+        "from meshwright import cli, commands\n"
+        "def fail(_):\n"
+        "    print('begun')\n"
+        "    raise cli.RunFailed('rank 1 died', resume='meshwright train job.toml --resume')\n"
+        "commands.COMMANDS['doctor'] = fail\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    done = in_bash(f"{sys.executable} {script} >/dev/full")
+    said = "error: rank 1 died\nresume with: meshwright train job.toml --resume\n"
+    assert (done.returncode, done.stderr) == (4, said)
+
+
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed() -> None:
+    done = in_bash(f"{sys.executable} -m meshwright train no-such.toml 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(

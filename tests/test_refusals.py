@@ -157,10 +157,10 @@ ONE_PROBLEM = [
     (3, "plan net.toml train.global_batch=7", "command line: train.global_batch: global_batch=7 is not a multiple"),
     (3, "plan net.toml train.global_batch=7", "nearest: train.global_batch=6"),
     (3, "plan job.toml train.global_batch=7 layout.dp=2", "layout.dp: global_batch=7 is not a multiple"),
-    (3, "plan job.toml layout.dp=2 layout.micro_batch=4", "nearest: layout.dp=2 layout.micro_batch=3"),
+    (3, "plan job.toml layout.dp=2 layout.micro_batch=4", "nearest: layout.micro_batch=3"),
     (3, "plan job.toml layout.dp=2 layout.tp=2", "dp2 x tp2 x pp1 x cp1 is 4, not 2 devices"),
     (3, "plan job.toml layout.dp=2 layout.tp=2", "command line: layout.dp, layout.tp"),
-    (3, "plan job.toml layout.dp=2 layout.tp=2", "nearest: layout.dp=2 layout.tp=1"),
+    (3, "plan job.toml layout.dp=2 layout.tp=2", "nearest: layout.tp=1"),
     (
         3,
         "plan job.toml layout.cp=2",
@@ -174,7 +174,7 @@ ONE_PROBLEM = [
     ),
     (3, "plan job.toml --for megatron-lm layout.cp=16", "it has 16 tokens; nearest: layout.cp=2"),
     (3, "plan job.toml --for megatron-lm layout.ep=2", "this model has none; nearest: layout.ep=1"),
-    (3, "plan job.toml --for megatron-lm layout.vpp=2 layout.pp=1", "and pp is 1; nearest: layout.pp=1 layout.vpp=1"),
+    (3, "plan job.toml --for megatron-lm layout.vpp=2 layout.pp=1", "and pp is 1; nearest: layout.vpp=1"),
     (3, "plan job.toml --for megatron-lm layout.vpp=2 layout.pp=2 layout.schedule=1f1b", "'1f1b' has vpp=1, not 2"),
     (
         3,
@@ -209,7 +209,7 @@ ONE_PROBLEM = [
     (
         3,
         "plan job.toml layout.pp=2 layout.schedule=1f1b train.global_batch=1",
-        "nearest: layout.pp=2 layout.schedule=gp",
+        "nearest: layout.schedule=gp",
     ),
     # modules
     (2, "plan net.toml model.module=nett:build", "there is no module 'nett'; did you mean 'net'?"),
@@ -354,6 +354,10 @@ def hugging_face(home: Path, config: str) -> list[str]:
         ),
         (json.dumps(SHAPE | {"hidden_size": -1}), "hidden_size must be a positive whole number, found -1"),
         (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: silu"),
+        (json.dumps(SHAPE | {"model_type": {}}), "folder/config.json: model_type must be text, found {}"),
+        (json.dumps(SHAPE | {"num_hidden_layers": 10**9}), "num_hidden_layers must be at most 10000, found 1000000000"),
+        (json.dumps(SHAPE | {"max_position_embeddings": -1}), "folder/config.json: max_position_embeddings must be a"),
+        (json.dumps(SHAPE | {"num_key_value_heads": 3}), "folder/config.json: num_key_value_heads 3 does not divide"),
     ],
 )
 def test_a_hostile_config(config: str, said: str, home: Path, refused: Refused) -> None:

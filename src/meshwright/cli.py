@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from meshwright import env
 from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name
@@ -50,13 +52,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `--help`). Raises nothing but SystemExit of --help."""
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        if options.verb is not None:
-            from meshwright import commands
+        with _checked_output():
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            if options.verb is not None:
+                from meshwright import commands
 
-            with _terminated_as_interrupted():
-                commands.run(options)
-        sys.stdout.flush()
+                with _terminated_as_interrupted():
+                    commands.run(options)
         return 0
     except MeshwrightError as error:
         if env.debug():
@@ -65,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader left (`| head`): what else would be written, at exit too, goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left, as of `| head`
         return 0
     except Exception as error:  # a bug of ours, or a broken machine: reported in one line, with the way to see more
         if env.debug():
@@ -75,6 +75,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {type(error).__name__}: {error}")
         _say("this is not a message we foresaw; MESHWRIGHT_DEBUG=1 shows where it came from")
         return RunFailed.exit_code
+    finally:
+        _drop_unwritten()
+
+
+class OutputFailed(RunFailed):
+    """Stdout, which is the result, could not be written."""
+
+    def __init__(self, reason: str) -> None:
+        what = f"the output cannot be written: {reason}"
+        super().__init__(Problem("stdout", what, "send it to a file with room, or to /dev/null"))
+
+
+class _Output:
+    """Stdout, whose failures are told from those of any other file; a reader that left stays a BrokenPipeError."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._failures():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failures():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputFailed(error.strerror or str(error)) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _checked_output() -> Iterator[None]:
+    """Raises OutputFailed where stdout is closed, before anything is done, and where what is printed inside cannot be
+    written, a help text that ends in SystemExit too."""
+    if sys.stdout is None:
+        raise OutputFailed(os.strerror(errno.EBADF))
+    output: Any = _Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        except SystemExit:
+            output.flush()
+            raise
+        output.flush()
+
+
+def _drop_unwritten() -> None:
+    """Lets what stdout does not take go nowhere: Python would try again at exit, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -99,4 +161,5 @@ def _report(error: MeshwrightError) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take stdout for it
+        print(text, file=sys.stderr, flush=True)

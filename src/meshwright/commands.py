@@ -298,7 +298,8 @@ def _completion(options: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take stdout for it
+        print(text, file=sys.stderr, flush=True)
 
 
 #: Verb of the command line -> what does it.

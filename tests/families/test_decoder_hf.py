@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.errors import InputError
-from meshwright.families.decoder import parameters
+from meshwright import families
+from meshwright.errors import CannotWork, InputError
+from meshwright.families.decoder import card, parameters
 from meshwright.families.decoder_hf import KINDS, shape_from_hf_config
 
 BASE = {
@@ -141,15 +145,133 @@ def test_what_is_wrong_with_a_config_is_said(change: dict[str, Any], said: str) 
         shape_from_hf_config({**BASE, **LOCAL, "model_type": "mixtral", **change})
 
 
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=3), st.lists(st.none())
+#: (kind, what its config says instead, what the error says after the file)
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "mixtral",
+        {"num_attention_heads": 7},
+        "attention_heads 7; nearest: num_key_value_heads=1, or num_attention_heads=8",
+    ),
+    ("mixtral", {"num_attention_heads": 6}, "does not divide hidden_size 64; nearest: num_attention_heads=4, or give"),
+    ("mixtral", {"num_key_value_heads": 5}, "does not divide num_attention_heads 8; nearest: num_key_value_heads=4"),
+    ("mixtral", {"num_key_value_heads": 32}, "does not divide num_attention_heads 8; nearest: num_key_value_heads=8"),
+    (
+        "mixtral",
+        {"num_key_value_heads": 0},
+        "must be a positive whole number, found 0; nearest: 1, or leave it out for",
+    ),
+    (
+        "mixtral",
+        {"head_dim": -5},
+        "head_dim must be a whole number of at least 2, found -5; nearest: 2, or leave it out",
+    ),
+    ("mixtral", {"head_dim": 5}, "head_dim must be even for rotary positions, not 5; nearest: head_dim=6"),
+    ("mixtral", {"hidden_size": 24}, "head_dim, hidden_size / num_attention_heads, must be even for rotary positions"),
+    ("mixtral", {"head_dim": 10**11}, "head_dim must be at most 2147483647, found 100000000000; nearest: 2147483647"),
+    ("mixtral", {"num_hidden_layers": 10**9}, "must be at most 10000, found 1000000000; nearest: 10000"),
+    ("mixtral", {"num_hidden_layers": 4.0}, "must be a positive whole number, found 4.0; nearest: 4"),
+    ("mixtral", {"num_hidden_layers": "4"}, "found '4'; nearest: 4, without quotes"),
+    ("mixtral", {"num_hidden_layers": 10**5000}, "must be at most 10000, found a int; nearest: 10000"),
+    ("mixtral", {"num_local_experts": "x"}, "num_local_experts must be a positive whole number, found 'x'"),
+    (
+        "mixtral",
+        {"rms_norm_eps": "x"},
+        "rms_norm_eps must be a number above 0, at most 1e+12, found 'x'; such as 1e-05",
+    ),
+    ("mixtral", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0"),
+    ("mixtral", {"tie_word_embeddings": "yes"}, "must be true or false, found 'yes'; leave it out for false"),
+    ("mixtral", {"tie_word_embeddings": "True"}, "found 'True'; nearest: true, without quotes"),
+    ("mixtral", {"rope_scaling": "x"}, "rope_scaling must be an object, found 'x'; leave it out"),
+    ("mixtral", {"max_position_embeddings": -1}, "max_position_embeddings must be a positive whole number, found -1"),
+    ("mixtral", {"sliding_window": 0}, "sliding_window must be a positive whole number, found 0"),
+    ("mixtral", {"layer_types": [1]}, "layer_types must be a list of texts, found [1]; leave it out"),
+    ("mixtral", {"model_type": ["mixtral"]}, "model_type must be text, found ['mixtral']"),
+    ("deepseek_v3", {"first_k_dense_replace": 9}, "9 dense layers are more than num_hidden_layers 4; nearest: 4"),
+    ("deepseek_v3", {"first_k_dense_replace": -1}, "must be a whole number of at least 0, found -1; nearest: 0"),
+    ("deepseek_v3", {"n_shared_experts": -1}, "n_shared_experts must be a whole number of at least 0, found -1"),
+    ("deepseek_v3", {"moe_layer_freq": 0}, "moe_layer_freq must be a positive whole number, found 0; nearest: 1"),
+    ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank must be a positive whole number, and is not there"),
+    ("deepseek_v3", {"qk_rope_head_dim": 3}, "must be even for rotary positions, not 3; nearest: qk_rope_head_dim=4"),
+    ("deepseek_v3", {"num_key_value_heads": 3}, "does not divide num_attention_heads 8; nearest: num_key_value_heads="),
+    ("deepseek_v3", {"num_experts_per_tok": 9}, "is more than n_routed_experts 8; nearest: num_experts_per_tok=8"),
+    ("qwen3_moe", {"mlp_only_layers": [2]}, "mlp_only_layers [2] is not supported: dense layers come first"),
+    ("qwen3_moe", {"mlp_only_layers": [0], "decoder_sparse_step": 2}, "nearest: decoder_sparse_step=1"),
+    ("qwen3_moe", {"mlp_only_layers": list(range(5))}, "5 dense layers are more than num_hidden_layers 4; nearest: 4"),
+    ("falcon", {**FALCON, "num_kv_heads": 3}, "does not divide num_attention_heads 8; nearest: num_kv_heads=2"),
+    ("falcon", {**FALCON, "num_ln_in_parallel_attn": 3}, "must be at most 2, found 3; nearest: 2"),
+    ("mpt", {"expansion_ratio": 0}, "expansion_ratio must be a number from 1 to"),
+    ("gpt2", {"n_positions": None}, "n_positions must be a positive whole number, and is not there"),
+    ("gpt2", {"n_inner": 2**40}, "n_inner must be at most 2147483647"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm is not supported; supported: qk_layernorm false"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "said"), IMPOSSIBLE, ids=[f"{one[0]}-{one[2][:30]}" for one in IMPOSSIBLE])
+def test_an_impossible_shape_is_refused(kind: str, change: dict[str, Any], said: str) -> None:
+    sound = {**BASE, **KV, **LOCAL, **MOE, **(LATENT if kind == "deepseek_v3" else {}), **GPT, "model_type": kind}
+    shape_from_hf_config(sound)
+    with pytest.raises(InputError) as refused:
+        shape_from_hf_config({**sound, **change}, "folder/config.json")
+    lines = str(refused.value).split("\n")
+    assert all(line.startswith("folder/config.json: ") for line in lines)
+    assert any(said in line for line in lines), lines
+
+
+def test_the_largest_number_of_layers_is_read_and_no_more() -> None:
+    config = {**BASE, **KV, "model_type": "gemma", "num_hidden_layers": 10_000}
+    assert len(card(shape_from_hf_config(config), 8).blocks) == 10_002
+
+
+#: Keys that kinds read beside those of CONFIGS.
+OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "tie_word_embeddings", "max_position_embeddings", "sliding_window", "use_sliding_window"),
+    *("layer_types", "attention_bias", "mlp_bias", "hidden_act", "bos_token_id", "eos_token_id", "text_config"),
+    *("mlp_only_layers", "decoder_sparse_step", "moe_layer_freq", "num_kv_heads", "num_ln_in_parallel_attn"),
+    *("expansion_ratio", "multi_query", "q_lora_rank", "shared_expert_intermediate_size", "n_inner", "model_type"),
+    *("new_decoder_architecture", "parallel_attn", "qk_layernorm", "n_layer", "d_model"),
+)
+INSIDE = st.sampled_from(("rope_type", "type", "factor", "rope_theta", "low_freq_factor", "model_type", "hidden_size"))
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 40),
+        st.integers(),
+        st.sampled_from((2**31 - 1, 2**31, 10**4, 10**11, -(10**40), 10**400)),
+        st.floats(),
+        st.text(max_size=5),
+        st.sampled_from(("llama", "yarn", "linear", "llama3", "sliding_attention", "8")),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INSIDE | st.text(max_size=3), inner, max_size=4),
+    max_leaves=6,
 )
 
 
-@given(kind=st.sampled_from(sorted(KINDS)), changes=st.dictionaries(st.sampled_from([*BASE, *LATENT, *MOE]), VALUES))
-def test_any_config_gives_a_shape_or_an_input_error(kind: str, changes: dict[str, Any]) -> None:
-    try:
-        shape = shape_from_hf_config({**BASE, **LATENT, **MOE, **LOCAL, **GPT, **OPT, **changes, "model_type": kind})
-    except InputError:
-        return
-    assert shape.layers >= 1 and shape.kv_heads >= 1
+@st.composite
+def damaged_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A config of some kind with one to three values that are anything JSON can hold."""
+    kind, extra = draw(st.sampled_from(CONFIGS))
+    sound = {**BASE, **extra, "model_type": kind}
+    keys = draw(st.lists(st.sampled_from(sorted({*sound, *OPTIONAL})), min_size=1, max_size=3, unique=True))
+    return {**sound, **{key: draw(JSON) for key in keys}}
+
+
+@settings(max_examples=400, deadline=10_000)
+@given(config=damaged_configs(), style=st.sampled_from(("plain", "hf", "megatron", "titan")))
+def test_any_config_gives_a_card_or_a_plain_error(config: dict[str, Any], style: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        job = SimpleNamespace(
+            model=SimpleNamespace(hf=folder, module=None), data=SimpleNamespace(source="stdlib", seq_len=32)
+        )
+        try:
+            found = families.card_of_job(job, style)
+            families.require_trainable(job)
+        except CannotWork:
+            pass  # planned and not trained
+        except InputError as error:
+            assert all(problem.where.startswith((folder, "data.seq_len")) for problem in error.problems)
+            return
+    assert found.parameter_elements > 0 and found.forward_flops > 0
+    assert len(found.blocks) <= 10_002 and all(saved.elements > 0 for block in found.blocks for saved in block.saved)

@@ -15,7 +15,7 @@ import torch
 
 from meshwright.cluster import available_cores, cpu_cluster
 from meshwright.errors import CannotWork
-from meshwright.plan.from_machine import disturbances, machine_profile
+from meshwright.plan.from_machine import INTERVAL, disturbances, machine_profile
 from meshwright.plan.profile import DATASHEET
 from meshwright.probe import machine, parts
 
@@ -48,9 +48,15 @@ def test_a_part_is_rows_of_seconds_for_both_precisions(part: Any, monkeypatch: p
 def test_a_measurement_is_a_median_after_two_warm_ups() -> None:
     calls: list[int] = []
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
-    timed = parts.Bench(torch.device("cpu"), lambda: 0.0, lambda: calls.append(0), lambda: next(clock))
+    timed = parts.Bench(torch.device("cpu"), lambda: 1e-9, lambda: calls.append(0), lambda: next(clock))
     assert timed.seconds(lambda: calls.append(1)) == 2.0
     assert calls == [1, 1, 0, 1, 1, 1]
+
+
+def test_a_late_measurement_is_made_once() -> None:
+    calls: list[int] = []
+    bench(0.0).seconds(lambda: calls.append(1), least=5)
+    assert len(calls) == 3
 
 
 def test_a_measurement_ends_by_the_wall_and_tells_the_share_of_the_processors_it_got() -> None:
@@ -128,12 +134,7 @@ def test_a_busy_machine_says_so_and_keeps_what_threads_add() -> None:
     found = machine_profile(raw, cpu_cluster(), start, "here")
     assert (found["cpu.threads.product_share"], found["cpu.threads.memory_share"]) == (0.83, 0.61)
     assert len(disturbances(raw)) == 2
-    assert found.interval("cpu")[0] < machine_profile(quiet(raw), cpu_cluster(), start, "here").interval("cpu")[0]
-
-
-def quiet(raw: dict[str, Any]) -> dict[str, Any]:
-    """The figures as if the machine had had nothing else to do."""
-    return raw | {part: raw[part] | {"processors": 1.0} for part in ("busy", "together")}
+    assert found.interval("cpu")[0] == pytest.approx(raw["busy"]["processors"] * INTERVAL[0])
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,22 @@ def test_a_module_without_a_table_has_no_axes() -> None:
 def test_a_wrong_table_is_refused(change: dict[str, tuple[str | None, ...]], said: str) -> None:
     with pytest.raises(InputError, match=said):
         parameter_axes(Net({**RIGHT, **change}))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (5, "parameter_axes: must be a table, found a int"),
+        ({"weight": 5}, "parameter_axes['weight']: must be a tuple of axes; name an axis, or None"),
+        ({"weight": ("ffn", ["embed"])}, "there is no axis '['embed']'"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(table: Any, said: str) -> None:
+    module = nn.Linear(4, 4)
+    module.parameter_axes = table
+    with pytest.raises(InputError) as refused:
+        parameter_axes(module)
+    assert said in str(refused.value)
 
 
 def test_every_wrong_entry_is_listed() -> None:

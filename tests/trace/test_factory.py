@@ -22,6 +22,9 @@ def by_position(width, /):
     return nn.Linear(width, width)
 def fails():
     raise ValueError("no such width")
+def leaves():
+    print("good bye")
+    raise SystemExit(0)
 class Net(nn.Linear):
     def __init__(self, size=2):
         super().__init__(size, size)
@@ -37,6 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mw_package" / "mw_vision.py").write_text(FILE)
     (tmp_path / "mw_broken.py").write_text("import mw_models\nimport a_package_nobody_has\n")
     (tmp_path / "mw_typo.py").write_text("def build(:\n")
+    (tmp_path / "mw_leaves.py").write_text("import sys\nprint('good bye')\nsys.exit(0)\n")
     (tmp_path / "json.py").write_text(FILE)
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("mw_")]:
@@ -78,6 +82,7 @@ def test_builds_from_the_folder_of_the_job(folder: Path, tmp_path_factory: pytes
         ("mw_models:by_position", {}, "by position only"),
         ("mw_broken:build", {}, "No module named 'a_package_nobody_has'"),
         ("mw_typo:build", {}, r"mw_typo\.py:1"),
+        ("mw_leaves:build", {}, r"importing 'mw_leaves' failed: SystemExit: 0 \(.*mw_leaves\.py:3\)"),
         ("json:build", {}, "give your file another name"),
     ],
 )
@@ -100,3 +105,16 @@ def test_a_function_that_returns_no_module_is_refused(folder: Path) -> None:
 def test_a_function_that_fails_is_reported_with_its_line(folder: Path) -> None:
     with pytest.raises(InputError, match=r"ValueError: no such width \(.*mw_models\.py:11\)"):
         load_factory("mw_models:fails")()
+
+
+def test_a_function_that_exits_is_an_error_of_the_function(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"'mw_models:leaves' failed: SystemExit: 0 \(.*mw_models\.py:14\)"):
+        load_factory("mw_models:leaves")()
+
+
+def test_what_the_users_code_prints_goes_to_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for reference in ("mw_leaves:build", "mw_models:leaves"):
+        with pytest.raises(InputError):
+            load_factory(reference)()
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "good bye\n" * 2)

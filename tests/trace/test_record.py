@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -246,3 +248,77 @@ def test_a_module_may_state_its_own_input() -> None:
     assert card_of(lambda: States(5, 7), None, "it").forward_flops == 2 * 5 * 7
     with pytest.raises(InputError, match=r"sample_input\(\)"):
         card_of(lambda: nn.Linear(5, 7), None, "it")
+
+
+@pytest.mark.parametrize("sample", [3, (torch.zeros(1, 5), {}, 3), (torch.zeros(1, 5), {"scale": 2.0}), ()])
+def test_a_sample_that_is_no_input_is_refused(sample: Any) -> None:
+    class States(nn.Linear):
+        def sample_input(self) -> Any:
+            return sample
+
+    with pytest.raises(InputError, match=r"sample_input\(\) returned a .*; return a tensor \[1, \.\.\.\], or"):
+        card_of(lambda: States(5, 7), None, "it")
+
+
+class Hostile(nn.Linear):
+    """Leaves, or divides by zero, in one of its methods, and talks before."""
+
+    def __init__(self, where: str, how: Callable[[], Any]) -> None:
+        super().__init__(5, 7)
+        self.where, self.how = where, how
+
+    def _maybe(self, here: str) -> None:
+        print("talk")
+        if here == self.where:
+            self.how()
+
+    def sample_input(self) -> Tensor:
+        self._maybe("sample_input")
+        return torch.zeros(1, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._maybe("forward")
+        return super().forward(x)
+
+    def train(self, mode: bool = True) -> Any:
+        self._maybe("train")
+        return super().train(mode)
+
+    @property
+    def parameter_axes(self) -> None:
+        self._maybe("axes")
+
+    @property
+    def blocks(self) -> None:
+        self._maybe("blocks")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("sample_input", "sample_input() of Hostile failed: "),
+        ("forward", "the forward pass of an input [1, 5] float32 failed: "),
+        ("train", "train() of Hostile failed: "),
+        ("axes", "reading parameter_axes of Hostile failed: "),
+        ("blocks", "reading blocks of Hostile failed: "),
+    ],
+)
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [(lambda: sys.exit(0), "SystemExit: 0"), (lambda: 1 / 0, "ZeroDivisionError: division by zero")],
+    ids=["exits", "divides"],
+)
+def test_code_that_fails_or_exits_is_named_and_never_heard_on_stdout(
+    where: str, said: str, how: Callable[[], Any], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError) as refused:
+        card_of(lambda: Hostile(where, how), None, "it")
+    assert f"{said}{kind} (" in str(refused.value) and "test_record.py:" in str(refused.value)
+    heard = capsys.readouterr()
+    assert heard.out == "" and "talk" in heard.err
+
+
+def test_a_forward_that_fails_on_a_shape_is_told_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"RuntimeError: .*\[1, 4\] X \[5, 7\]"):
+        card_of(lambda: nn.Linear(5, 7), torch.zeros(1, 4), "it")
+    assert caplog.records == []

@@ -83,17 +83,17 @@ class ConfigReader:
         names = keys or (field,)
         key = next((name for name in names if self.has(name)), None)
         self._keys[field] = key or names[0]
-        value = otherwise if key is None else self.config[key]
-        if isinstance(value, int) and not isinstance(value, bool):
-            if least <= value <= most or (key is None and value <= most):
-                return value
-            bound = f"at most {most}" if value > most else "a positive whole number" if least == 1 else ""
-        else:
-            bound = "a positive whole number" if least == 1 else ""
-        found = f", found {shown(value)}" if value is not None else ", and is not there"
-        what = f"{self._keys[field]} must be {bound or f'a whole number of at least {least}'}{found}"
-        leave = "" if key is None or otherwise is None else f"leave it out for {otherwise}"
-        self.refuse(what, ", or ".join(hint for hint in (_nearest_size(value, least, most), leave) if hint))
+        value: Any = otherwise if key is None else self.config[key]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and value <= most and (key is None or value >= least):
+            return value
+        sort = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+        found = ", and is not there" if value is None else f", found {shown(value)}"
+        what = f"{self._keys[field]} must be {f'at most {most}' if whole and value > most else sort}{found}"
+        hints = [_nearest_size(value, least, most)]
+        if key is not None and otherwise is not None and f"nearest: {otherwise}" not in hints:
+            hints.append(f"leave it out for {otherwise}")
+        self.refuse(what, ", or ".join(filter(None, hints)) or "take the model's own")
         return least
 
     def number(
@@ -189,10 +189,9 @@ class ConfigReader:
         key = self._keys
         heads, kv_heads, hidden = facts["heads"], facts["kv_heads"], facts["hidden"]
         if heads % kv_heads:
-            near = _nearest_heads(heads, kv_heads, hidden if divided else 0)
-            few = _nearest_divisor(heads, kv_heads)
-            better = near is not None and abs(near - heads) * kv_heads < abs(few - kv_heads) * heads
-            hint = f"nearest: {key['heads']}={near}" if better else f"nearest: {key['kv_heads']}={few}"
+            hint = f"nearest: {key['kv_heads']}={_nearest_divisor(heads, kv_heads)}"
+            if near := _nearest_heads(heads, kv_heads, hidden if divided else 0):
+                hint += f", or {key['heads']}={near}"
             yield f"{key['kv_heads']} {kv_heads} does not divide {key['heads']} {heads}", hint
         if divided and hidden % heads:
             near = _nearest_heads(heads, kv_heads, hidden) or _nearest_divisor(hidden, heads)

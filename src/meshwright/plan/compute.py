@@ -141,7 +141,7 @@ class Compute:
             return products + moved, 2 * products + 1.5 * moved
         shares = FLASH_SHARE[self.framework.attention]
         share = shares.get(self.device.generation, shares[""])
-        share *= next(factor for width, factor in FLASH_HEADS if shape.head_dim <= width)
+        share *= next((factor for width, factor in FLASH_HEADS if shape.head_dim <= width), FLASH_HEADS[-1][1])
         length = shape.seq_len / layout.cp
         peak = self.device.flops.get("bf16") or self.device.flops.get("fp16") or self.device.flops["fp32"]
         if self.precision == "fp32":

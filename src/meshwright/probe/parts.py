@@ -67,8 +67,10 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], Any], least: int = 3) -> float:
-        """Typical time of `work` after two warm-ups, in at least so many repeats and about the seconds allowed."""
-        until = time.perf_counter() + self.allowance()
+        """Typical time of `work` after two warm-ups, in about the seconds allowed and at least so many repeats, or one
+        where no time is left."""
+        allowed = self.allowance()
+        until, least = time.perf_counter() + allowed, least if allowed > 0 else 1
         work()
         work()
         self.settle()

@@ -9,6 +9,7 @@ from torch import nn
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.layout import AXIS_RULES
+from meshwright.trace.factory import users_code
 
 Axes = dict[str, tuple[str | None, ...]]
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # their forward is never called
@@ -17,13 +18,22 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # their forward is never called
 def parameter_axes(module: nn.Module) -> Axes | None:
     """`module.parameter_axes`: {parameter name: an axis of AXIS_RULES, or None, for each dimension}; None without one.
 
-    Raises InputError listing every wrong entry: an unknown parameter or axis, a wrong number of dimensions, a split
-    parameter that is of no Linear or Embedding, and a split Linear without its counterpart in the same module.
+    Raises InputError listing every wrong entry: one that is no list of axes, an unknown parameter or axis, a wrong
+    number of dimensions, a split parameter that is of no Linear or Embedding, and a split Linear without its
+    counterpart in the same module.
     """
-    table: Any = getattr(module, "parameter_axes", None)
+    with users_code(f"reading parameter_axes of {type(module).__name__}"):
+        table: Any = getattr(module, "parameter_axes", None)
     if table is None:
         return None
-    axes = {str(name): tuple(entry) for name, entry in dict(table).items()}
+    if not isinstance(table, Mapping):
+        what = f"must be a table, found a {type(table).__name__}"
+        raise InputError(Problem("parameter_axes", what, "{parameter name: (axis or None for each dimension)}"))
+    unlisted = [name for name, entry in table.items() if not isinstance(entry, (tuple, list))]
+    if unlisted:
+        hint = "name an axis, or None, for each dimension"
+        raise InputError([Problem(_where(str(name)), "must be a tuple of axes", hint) for name in unlisted])
+    axes = {str(name): tuple(entry) for name, entry in table.items()}
     problems = list(_wrong_entries(module, axes)) or list(_wrong_splits(module, axes))
     if problems:
         raise InputError(problems)
@@ -49,7 +59,7 @@ def _wrong_entries(module: nn.Module, axes: Axes) -> Iterator[Problem]:
             yield Problem(_where(name), what, "name an axis, or None, for each dimension")
         else:
             for axis in entry:
-                if axis is not None and axis not in AXIS_RULES:
+                if axis is not None and (not isinstance(axis, str) or axis not in AXIS_RULES):
                     yield Problem(_where(name), f"there is no axis '{axis}'", nearest_name(str(axis), list(AXIS_RULES)))
 
 

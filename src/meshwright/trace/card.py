@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from meshwright import env
 from meshwright.card import Block, Card, Parameter
 from meshwright.errors import InputError, Problem
 from meshwright.trace.axes import parameter_axes
-from meshwright.trace.factory import describe
+from meshwright.trace.factory import describe, users_code
 from meshwright.trace.record import BlockRecord, Recorder
 
 SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
@@ -34,13 +38,22 @@ def card_of(
     `sample_inputs` is a batch of one: x [1, ...], or (x, keyword arguments) as `Task.inputs` returns; None asks the
     module's own `sample_input()`. A module with `blocks` (nn.ModuleDict) whose forward folds them gets a block per
     entry and may be a pipeline ("pp" in `splittable`); `parameter_axes` ({name: (axis or None, ...)}) adds "tp".
-    Raises InputError when the module cannot be built or run so, or when what it declares is not true.
+    Raises InputError when the module cannot be built or run so, or when what it declares is not true. What the module
+    prints goes to stderr.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, warnings.catch_warnings(), torch.random.fork_rng([]):
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _without_reports(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        warnings.catch_warnings(),
+        torch.random.fork_rng([]),
+    ):
         # Fused CPU kernels hide the matrix products of recurrent layers from the recorder.
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
-            module = module_factory().train()
+            module = module_factory()
+            with users_code(f"train() of {type(module).__name__}"):
+                module.train()
             x, inputs = _fake_inputs(fake, module, sample_inputs)
             axes = parameter_axes(module)
             blocks = _declared_blocks(module)
@@ -51,6 +64,18 @@ def card_of(
             return _card(module, name, unit, units_per_sample, blocks, chain, output, recorder, axes)
 
 
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an operation that fails: the error that we raise says it in a line."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before = log.disabled
+    log.disabled = before or not env.debug()
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | Tensor | None) -> SampleInputs:
     sample: Any = given
     if sample is None:
@@ -58,9 +83,10 @@ def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | 
         if not callable(ask):
             what = f"the shape of {type(module).__name__}'s input is unknown"
             raise InputError(Problem(KEY, what, "add a method sample_input() that returns a batch of one"))
-        sample = ask()
-    x, inputs = sample if isinstance(sample, tuple) else (sample, {})
-    if not isinstance(x, Tensor) or not isinstance(inputs, Mapping):
+        with users_code(f"sample_input() of {type(module).__name__}"):
+            sample = ask()
+    x, inputs = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, {})
+    if not isinstance(x, Tensor) or not _are_tensors(inputs):
         what = f"sample_input() returned a {type(sample).__name__}"
         raise InputError(Problem(KEY, what, "return a tensor [1, ...], or (tensor, {keyword: tensor})"))
 
@@ -70,9 +96,14 @@ def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | 
     return faked(x), {key: faked(value) for key, value in inputs.items()}
 
 
+def _are_tensors(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping) and all(isinstance(value, Tensor) for value in inputs.values())
+
+
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The module's ordered blocks by name, empty when it names none."""
-    blocks = getattr(module, "blocks", None)
+    with users_code(f"reading blocks of {type(module).__name__}"):
+        blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.ModuleDict) or not len(blocks):
         return {}
     outside = [name for name, _ in module.named_parameters() if not name.startswith("blocks.")]
@@ -102,7 +133,7 @@ def _run(
         raise InputError(Problem(KEY, what, "use torch.where instead of `if`, and no .item() or boolean index")) from (
             error
         )
-    except Exception as error:  # the user's forward may raise anything; reported with the line that did
+    except (Exception, SystemExit) as error:  # the user's forward may raise anything; reported with the line that did
         what = f"the forward pass of an input {list(x.shape)} {str(x.dtype).removeprefix('torch.')} failed"
         raise InputError(Problem(KEY, f"{what}: {describe(error)}")) from error
     finally:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,8 @@ def load_factory(
     `folders` (the job's `model.module_folder`) and the current folder are importable, in that order, and stay so, as
     with `python -m`. Nothing is built here: each call of the result builds one module.
     Raises InputError when the file or function is not there, is not callable, or does not take the arguments; the
-    result raises it when the function fails or returns something that is not an `nn.Module`.
+    result raises it when the function fails or returns something that is not an `nn.Module`. What the user's code
+    prints goes to stderr: stdout is the result of the command.
     """
     module_name, _, attribute = reference.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
@@ -52,14 +54,23 @@ def load_factory(
 
 
 def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
-    try:
+    with users_code(f"'{reference}'"):
         module = function(**arguments)
-    except Exception as error:  # the user's code may raise anything; reported with the line that did
-        raise InputError(Problem(KEY, f"'{reference}' failed: {describe(error)}")) from error
     if not isinstance(module, nn.Module):
         what = f"'{reference}' returned a {type(module).__name__}, not an nn.Module"
         raise InputError(Problem(KEY, what, "let it return the module itself"))
     return module
+
+
+@contextlib.contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Runs the user's code inside: what it prints goes to stderr, and anything that it raises, `sys.exit` too, becomes
+    an InputError that `what` failed, with the line that raised it."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:
+        raise InputError(Problem(KEY, f"{what} failed: {describe(error)}")) from error
 
 
 def _import(name: str, folders: Sequence[Path]) -> ModuleType:
@@ -74,7 +85,8 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
         what = f"{found.origin or top} has the name of a module that is already loaded ({where})"
         raise InputError(Problem(KEY, what, "give your file another name"))
     try:
-        return importlib.import_module(name)
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
             raise InputError(Problem(KEY, f"importing '{name}' failed: {describe(error)}", "install it")) from error
