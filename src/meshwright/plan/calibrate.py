@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import InputError, MeshwrightError, Problem
 from meshwright.plan.case import BadCase, MeasuredCase
-from meshwright.plan.constants import CONSTANTS, Constant
-from meshwright.plan.correction import Correction, learn
+from meshwright.plan.constants import CONSTANTS
+from meshwright.plan.correction import MOST_POINTS, Correction, learn
 from meshwright.plan.fit import Fitted, Model, Prior, balanced_weights, fit, folds, slopes, spread_rows
 from meshwright.plan.predict import Predictor
-from meshwright.plan.profile import Profile
+from meshwright.plan.profile import Profile, bounds
 from meshwright.plan.setup import Setup, setup
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ FEWEST_TO_CORRECT, FEWEST_FOR_INTERVAL = 12, 18
 MOST_OF_A_SOURCE, MOST_POINTS_OF_A_SOURCE = 80, 200
 FOLDS = 5
 COVERAGE = 0.9
-#: Shares that are of another kernel's speed, not of a ceiling: they may pass one.
-RATIOS = ("cuda.attention.share", "cuda.product.wide")
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class Fitter:
     def __init__(self, rows: Sequence[Row], start: Profile) -> None:
         self.start = Predictor(start)
         self.priors = [
-            Prior(one.name, start[one.name], one.prior, _most(one))
+            Prior(one.name, start[one.name], one.prior, bounds(one.name)[1])
             for one in CONSTANTS
             if one.prior > 0 and start[one.name] > 0
         ]
@@ -203,11 +201,6 @@ class Fitter:
             return np.log([predictor.seconds(rows[index].setup) for index in chosen])
 
         return model
-
-
-def _most(one: Constant) -> float:
-    """A share of a ceiling, or of work, is no more than the whole."""
-    return 1.0 if one.unit == "share" and one.value <= 1 and one.name not in RATIOS else math.inf
 
 
 def _thinned(rows: Sequence[Row], most: int) -> list[int]:
@@ -281,11 +274,12 @@ def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
     by_regime: dict[str, list[tuple[tuple[float, ...], float]]] = {}
     for row, log in zip(rows, logs, strict=True):
         by_regime.setdefault(row.setup.correction_regime, []).append((row.setup.features, log))
-    return {
-        regime: learn(regime, [features for features, _ in points], [log for _, log in points])
-        for regime, points in by_regime.items()
-        if len(points) >= FEWEST_TO_CORRECT
-    }
+    found = {}
+    for regime, points in by_regime.items():
+        few = points[:: -(-len(points) // MOST_POINTS)]
+        if len(few) >= FEWEST_TO_CORRECT:
+            found[regime] = learn(regime, [features for features, _ in few], [log for _, log in few])
+    return found
 
 
 def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]) -> dict[str, tuple[float, float]]:
