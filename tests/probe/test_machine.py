@@ -116,12 +116,13 @@ def test_processes_that_do_not_end_are_given_up(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def neighbours() -> Iterator[None]:
-    """Other processes that want every core of this machine."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(available_cores())]
+    """Other processes that want every core of this machine, as much as the probe's own do: in sessions of their own."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(2 * available_cores())]
     yield
-    for loop in loops:
-        loop.kill()
-        loop.wait()
+    for process in loops:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow

@@ -67,9 +67,11 @@ def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
 
 def _started(payload: dict[str, Any], ranks: int, patience: float, interface: str) -> list[dict[str, Any]]:
     """The answers of `ranks` processes, waited for until `patience` seconds after the probe began."""
+    threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}  # whatever this process was told
+    how: dict[str, Any] = {"interface": interface, "env": threads}
     with (
         tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder,
-        launch.local("meshwright.probe.machine:work", payload, ranks, folder, interface=interface) as started,
+        launch.local("meshwright.probe.machine:work", payload, ranks, folder, **how) as started,
     ):
         try:
             return started.wait(max(0.0, payload["began"] + patience - time.monotonic()))
