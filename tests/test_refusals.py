@@ -197,7 +197,11 @@ ONE_PROBLEM = [
     (2, "plan job.toml --profile none.toml", "none.toml: no such profile"),
     # devices of several kinds
     (3, f"train gpus.toml {MIXED}", "cluster.groups: devices of several kinds are planned for, and `train` runs those"),
-    (3, f"verify gpus.toml {MIXED}", "cluster.groups: devices of several kinds are for `plan` alone; name one kind"),
+    (
+        3,
+        f"verify gpus.toml {MIXED}",
+        "cluster.groups: devices of several kinds can only be planned for; name one kind",
+    ),
     (2, f"plan job.toml cluster.devices=2 {MIXED}", "cluster.devices: is said by each of cluster.groups; leave it out"),
     (2, "plan gpus.toml cluster.groups=[{named='l4',devices=2}]", "is one group; one kind of device is cluster.named"),
     (2, "plan gpus.toml cluster.groups=[{named='l4'}]", "cluster.groups[0][devices]: is required; for example: groups"),

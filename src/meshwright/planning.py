@@ -113,7 +113,7 @@ def card_of_job(job: Job, style: str = "plain") -> Card:
 def cluster_of_job(job: Job) -> Cluster:
     """What the job runs on: this machine, or a device of the table."""
     if job.cluster.groups:
-        what = "devices of several kinds are for `plan` alone"
+        what = "devices of several kinds can only be planned for"
         hint = "name one kind: cluster.named and cluster.devices"
         raise CannotWork(Problem(place(job, "cluster.groups"), what, hint))
     from meshwright.cluster import resolve_cluster
@@ -156,7 +156,7 @@ def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> Planned 
     if job.model.module is None:  # a traced module has one card for all
         card = card_of_job(job, _style(framework, job.train.precision))
     try:
-        chosen = make_plan(card, cluster, _request(job, framework, "time"), what_if=False).chosen
+        chosen = make_plan(card, cluster, _request(job, framework, "time"), what_if=False, suggest=False).chosen
     except CannotWork as error:
         return error
     return Planned(framework, chosen.predicted.step_seconds.mid, chosen.layout)

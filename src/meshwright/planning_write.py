@@ -73,9 +73,13 @@ def _of_hf(job: Job) -> Facts | None:
     config = families.read_config(path)
     if config.get("model_type") in llama.ARCHITECTURES:
         return None
-    theta = float(config.get("rope_theta") or 10000.0)
-    eps = float(config.get("rms_norm_eps") or config.get("layer_norm_epsilon") or 1e-5)
-    return decoder_hf.shape_from_hf_config(config, str(path)), theta, eps, config.get("rope_scaling")
+    shape = decoder_hf.shape_from_hf_config(config, str(path))
+    inner = {**config, **(config.get("text_config") or {})}
+    eps = float(inner.get("rms_norm_eps") or inner.get("layer_norm_epsilon") or 1e-5)
+    rope = dict(inner.get("rope_parameters") or inner.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or inner.get("rope_theta") or 10000.0)
+    scaled = rope and rope.get("rope_type", rope.get("type")) != "default"
+    return shape, theta, eps, rope if scaled else None
 
 
 def _of_llama(shape: LlamaShape) -> Facts:

@@ -23,6 +23,7 @@ from meshwright.plan.calibrate import (
 )
 from meshwright.plan.case import MeasuredCase, measured_of
 from meshwright.plan.fit import spread_rows
+from meshwright.plan.framework import FRAMEWORKS
 from meshwright.plan.predict import Predictor
 from meshwright.plan.profile import DATASHEET, load_profile
 
@@ -143,17 +144,30 @@ def test_too_few_runs_are_bad_input() -> None:
 
 
 def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
-    """A hundred runs of one source that are off by a percent, and twenty of another that are off by half."""
-    rows, _ = rows_of(made_up()[:20])
+    """Runs of one source that are off by a percent, and a fifth as many of another that are off by half."""
+    rows, _ = rows_of(made_up()[::2])
     many = [row for row in rows for _ in range(5)]
     other = [type(row)(row.id, row.setup, row.seconds, "other", row.group) for row in rows]
     draw = random.Random(1)
     logs = [draw.gauss(0, 0.01) for _ in many] + [draw.gauss(0, 0.5) for _ in other]
-    low, high = conformal([*many, *other], logs, [1.0] * len(logs))["cuda"]
+    regime = "cuda.megatron-lm.node"
+    low, high = conformal([*many, *other], logs, [1.0] * len(logs))[regime]
     assert low < 0.7
     assert high > 1.4
-    alone = conformal(many, logs[: len(many)], [1.0] * len(many))["cuda"]
+    alone = conformal(many, logs[: len(many)], [1.0] * len(many))[regime]
     assert 0.97 < alone[0] < 1 < alone[1] < 1.03
+
+
+def test_runs_of_one_kind_promise_nothing_of_others() -> None:
+    """One layout again and again has no interval of its own; one regime has none that wider ones would share."""
+    rows, _ = rows_of(made_up())
+    again = [rows[0]] * 100
+    assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
+    assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
+    others = [replace(row, setup=replace(row.setup, framework=FRAMEWORKS["torchtitan"])) for row in rows]
+    both = [*rows, *others]
+    found = set(conformal(both, [0.001] * len(both), [1.0] * len(both)))
+    assert found == {"cuda", "cuda.megatron-lm.node", "cuda.torchtitan.node"}
 
 
 def test_what_layouts_of_a_group_have_in_common_does_not_blur_which_is_quicker() -> None:
@@ -165,7 +179,7 @@ def test_what_layouts_of_a_group_have_in_common_does_not_blur_which_is_quicker()
     low, high = pair_intervals(rows, logs)["pairs.cuda"]
     assert low == pytest.approx(1 / high)
     assert high == pytest.approx(math.exp(1.645 * 0.02 * math.sqrt(2)), rel=0.01)
-    assert conformal(rows, logs, [1.0] * len(logs))["cuda"][1] > 1.5
+    assert conformal(rows, logs, [1.0] * len(logs))["cuda.megatron-lm.node"][1] > 1.5
     assert pair_intervals(rows[:3], logs[:3]) == {}
 
 

@@ -156,6 +156,10 @@ def test_what_was_measured_of_a_device_is_used() -> None:
     assert same == pytest.approx(as_stated)
     above = answer(changed("cluster", figures={**FIGURES, "measured_tflops": {"bf16": 400}}))
     assert "400 of bf16 is more than the peak of 312" in above["error"]
+    for wrong in ({"measured_memory_gbps": 99999}, {"all_reduce_gbps": 1e5}):
+        assert "is more than" in answer(changed("cluster", figures={**FIGURES, **wrong}))["error"]
+    said = {"tflops": {"bf16": 312}, "memory_gbps": 2039}  # what the table says of this device
+    assert answer(changed("cluster", figures=said)) == answer(LINE)
 
 
 def test_a_case_of_ours_is_predicted_as_a_plan_of_ours() -> None:

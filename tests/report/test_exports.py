@@ -223,7 +223,13 @@ def test_megatron_trains_what_was_planned() -> None:
     words = megatron(made)[1]
     assert words["--attention-dropout"] == words["--hidden-dropout"] == "0"  # 0.1 unless it is said
     assert words["--window-size"] == "4095,0"  # tokens before a token, and after it
-    assert any("GELU" in sentence for sentence in made.unsaid)
+    assert any("what a gemma is beside its sizes" in sentence for sentence in made.unsaid)
+    bloom = replace(DENSE, gated=False, norm="layer", hf_type="bloom")
+    assert megatron(export("megatron-lm", plan(Layout(), 2), replace(RECIPE, shape=bloom)))[1][
+        "--position-embedding-type"
+    ] == ("none")
+    plain = export("megatron-lm", plan(Layout(), 2), RECIPE)
+    assert not any("beside its sizes" in sentence for sentence in plain.unsaid)
 
 
 def test_precisions_and_odd_names_are_written_whole() -> None:
@@ -337,6 +343,21 @@ def test_a_write_that_is_cut_off_can_be_made_again(tmp_path: Path, monkeypatch: 
     write_plan(plan(Layout(dp=8), 4), RECIPE, folder)
     assert json.loads((folder / "plan.json").read_text())["chosen"]["layout"]["dp"] == 8
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    write_plan(plan(Layout(dp=2), 4), RECIPE, tmp_path)
+    (tmp_path / ".plan-abc").mkdir()
+    (tmp_path / ".plan-abc" / "plan.json").write_text("half")
+    (tmp_path / ".written.json.77.tmp").write_text("half")
+    write_plan(plan(Layout(dp=4), 4), RECIPE, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_record_that_nests_without_end_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is not a record of a plan's files"):
+        write_plan(plan(Layout(), 1), RECIPE, tmp_path)
 
 
 def test_plans_that_are_written_at_once_both_arrive(tmp_path: Path) -> None:

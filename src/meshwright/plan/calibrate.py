@@ -286,7 +286,9 @@ def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]
     """Factors (low, high) by regime, such that 90 % of these runs lie between; a regime's name is its first words.
 
     Every source counts for as much (a row for three at most), so that none speaks for all, and its runs alike. With few
-    runs the quantiles lie further out, as split conformal prediction has it: (n + 1) / n of the way.
+    runs the quantiles lie further out, as split conformal prediction has it: (n + 1) / n of the way. Runs of one layout
+    of one model tell nothing of others: a regime has an interval of its own from so many different ones on, and a wider
+    regime only where its runs are of several narrower ones.
     """
     by_regime: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -295,7 +297,10 @@ def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]
             by_regime.setdefault(".".join(words[:stop]), []).append(index)
     intervals = {}
     for regime, members in by_regime.items():
-        if len(members) >= FEWEST_FOR_INTERVAL:
+        kinds = {(rows[i].setup.card.name, rows[i].setup.card.units_per_sample, rows[i].setup.layout) for i in members}
+        narrower = {rows[i].setup.regime[: regime.count(".") + 2] for i in members}
+        alone = len(narrower) == 1 and regime != ".".join(rows[members[0]].setup.regime)
+        if len(kinds) >= FEWEST_FOR_INTERVAL and not alone:
             scores = [logs[index] / units[index] for index in members]
             weights = balanced_weights([rows[i].source for i in members], [str(i) for i in members])
             intervals[regime] = _quantiles(scores, weights)

@@ -86,12 +86,12 @@ def _distance(asked: Any, found: Any) -> float:
     return abs(math.log(asked / found))
 
 
-def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator) -> list[Problem]:
+def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator, suggest: bool) -> list[Problem]:
     """Why the rules leave nothing: the model and the batch themselves, else every pin that cannot work alone, and
-    what the pins cannot do together."""
+    what the pins cannot do together. With `suggest` the nearest that works is looked for."""
     free = replace(space, pins={})
     if not _has_layout(free):
-        where, hint = _nearest_question(space, estimator)
+        where, hint = _nearest_question(space, estimator) if suggest else ("train.global_batch", "")
         broken = refusals(space.question(_guess(free)))
         return [Problem(request.where(where), broken[0].reason, hint)]
     problems: list[tuple[str, str]] = []
@@ -106,7 +106,7 @@ def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator) -> l
     if not problems or together:
         what = "; ".join(together) or "; ".join(_reasons(space))
         problems.append((_places(request, _concerned(space, together)), what))
-    hint = _nearest(space, estimator)
+    hint = _nearest(space, estimator) if suggest else ""
     return [Problem(where, what, hint) for where, what in problems]
 
 
@@ -188,10 +188,9 @@ def _for(space: Space, estimator: Estimator) -> Estimator:
     )  # fmt: skip
 
 
-def why_nothing_fits(
-    space: Space, request: PlanRequest, estimator: Estimator, missing: list[TooLarge]
-) -> list[Problem]:
-    """The layout that misses by least, by how much, and the nearest that works: pins dropped, or more devices."""
+def why_nothing_fits(space: Space, estimator: Estimator, missing: list[TooLarge], suggest: bool) -> list[Problem]:
+    """The layout that misses by least, by how much, and, with `suggest`, the nearest that works: pins dropped, or more
+    devices."""
     closest = min(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
     room = usable_bytes(space.cluster.device)
     have = space.cluster.device.memory_bytes / GIB
@@ -200,6 +199,8 @@ def why_nothing_fits(
         f"layout, {closest.layout}, needs {closest.peak_bytes / GIB:.1f} GiB a device, "
         f"{(closest.peak_bytes - room) / GIB:.1f} GiB too much"
     )
+    if not suggest:
+        return [Problem("layout" if space.pins else "model", what)]
     found = nearest_pins(space, estimator) if space.pins else None
     if found is not None:
         return [Problem("layout", what, f"nearest that fits: {said(found, space.pins)} ({found})")]
@@ -225,7 +226,8 @@ def _more_devices(space: Space, estimator: Estimator) -> str:
         sizes = [replace(doubled, devices=nodes * doubled.devices_per_node) for nodes in between]
         for cluster in (*sizes, doubled):
             if (best := _grown(space, estimator, cluster)) is not None:
-                return f"nearest that fits: {cluster.devices} such devices ({best})"
+                free = " and none of these pins" if space.pins else ""
+                return f"nearest that fits: {cluster.devices} such devices{free} ({best})"
     return "nearest: a smaller model, a shorter sequence, or devices with more memory"
 
 

@@ -36,10 +36,16 @@ class Searched:
 
 
 def make_plan(
-    card: Card, cluster: Cluster, request: PlanRequest, profile: Profile | None = None, *, what_if: bool = True
+    card: Card,
+    cluster: Cluster,
+    request: PlanRequest,
+    profile: Profile | None = None,
+    *,
+    what_if: bool = True,
+    suggest: bool = True,
 ) -> Plan:
     """The best layout of `card` on `cluster` for `request`, the runners-up, and what was rejected and why; with
-    `what_if`, what changes would buy.
+    `what_if`, what changes would buy; with `suggest`, where none works, the nearest that does.
 
     Raises InputError for a pin that is no field of the Layout, an unknown framework or objective; CannotWork when the
     pins leave no layout or none fits, naming the nearest that does.
@@ -53,9 +59,9 @@ def make_plan(
     whole = several[0]
     working = [one for one in several if one.found.fitting]
     if not working and not whole.found.missing:
-        raise CannotWork(why_no_layout(whole.space, request, whole.estimator))
+        raise CannotWork(why_no_layout(whole.space, request, whole.estimator, suggest))
     if not working:
-        raise CannotWork(why_nothing_fits(whole.space, request, whole.estimator, whole.found.missing))
+        raise CannotWork(why_nothing_fits(whole.space, whole.estimator, whole.found.missing, suggest))
     return _plan(working, whole, request, what_if)
 
 

@@ -53,6 +53,8 @@ EXTRAS = (
     *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
     *("q_lora", "kv_lora", "rope_head_dim", "v_head_dim", "mtp_layers", "sliding_window"),
 )
+#: Bus bandwidth of all-reduce, of its link's: sums made in the switch spare the wire half at most.
+MOST_BUS = 2.0
 #: A stated count of parameters that is off by more than this share is said to be.
 MISCOUNTED = 0.1
 #: The interval of a case with a guessed word is this power of the one without.
@@ -282,7 +284,7 @@ def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> De
         shape = other
     if _off(shape, said) > MISCOUNTED:
         there = _count(shape) / 1e9
-        assumed.append(f"model.params_b={said:g}: its sizes come to {there:.3g}, and decide")
+        assumed.append(f"model.params_b={said:g}: its sizes come to {there:.3g} at the nearest, and decide")
     return shape
 
 
@@ -330,6 +332,7 @@ def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
         return cluster
     device = cluster.device
     rates = {key: rate * 1e12 for key, rate in figures.get("tflops", {}).items()}
+    rates = {key: rate for key, rate in rates.items() if rate != device.flops.get(key)}  # the table's own says nothing
     flops = {**device.flops, **rates}
     if "fp32" not in flops and rates:
         flops["fp32"] = min(rates.values())
@@ -339,6 +342,10 @@ def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
         what = f"{real[above[0]] / 1e12:g} of {above[0]} is more than the peak of {flops[above[0]] / 1e12:g}"
         raise InputError(Problem("cluster.figures.measured_tflops", what, "give what products reach, below the peak"))
     measured = figures.get("measured_memory_gbps", 0.0) * GB
+    peak = figures.get("memory_gbps", device.memory_bytes_per_second / GB) * GB
+    if measured > peak > 1.0:  # a bare device has none
+        what = f"{measured / GB:g} is more than the peak of {peak / GB:g}"
+        raise InputError(Problem("cluster.figures.measured_memory_gbps", what, "give what copying reaches, below it"))
     # a data sheet would state so much, as those of other devices do
     stated = figures.get("memory_gbps", 0.0) * GB if not measured else measured / DATASHEET["cuda.memory.share"]
     device = replace(
@@ -358,4 +365,7 @@ def _link(link: Link, figures: Mapping[str, Any], side: str) -> Link:
     if f"{side}_gbps" in figures:
         link = Link(link.name, figures[f"{side}_gbps"] * GB, link.latency_seconds, "switch")
     measured = figures.get("all_reduce_gbps", 0.0) * GB if side == "intra" else 0.0
+    if measured > MOST_BUS * link.bytes_per_second:
+        what = f"{measured / GB:g} is more than {MOST_BUS:g} times the link's {link.bytes_per_second / GB:g}"
+        raise InputError(Problem("cluster.figures.all_reduce_gbps", what, "give the bus bandwidth of nccl-tests"))
     return replace(link, measured_bus=measured) if measured else link

@@ -31,8 +31,9 @@ MEGATRON_SCHEDULES = ("1f1b", "interleaved")
 #: Models that torchtitan has code for, by Hugging Face's name; "" is a family of ours.
 TITAN_MODELS = {"llama": "llama3", "mistral": "llama3", "deepseek_v3": "deepseek_v3", "qwen3": "qwen3"}
 TITAN_MODELS |= {"qwen3_moe": "qwen3"}
-#: Hugging Face's models whose gated feed-forward has GELU inside.
-GATED_GELU = ("gemma", "gemma2", "gemma3", "gemma3_text")
+#: Hugging Face's models that Megatron's options below say whole; "" is a family of ours. Of others they say the sizes.
+SAID_WHOLE = ("", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt2")
+ALIBI = ("bloom", "mpt")
 
 
 @dataclass(frozen=True)
@@ -230,15 +231,18 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
             ["--group-query-attention", "--num-query-groups", shape.kv_heads] if shape.kv_heads < shape.heads else []
         )
     words += ["--swiglu"] if shape.gated else []
-    if shape.hf_type in GATED_GELU:
-        unsaid.append("the activation of the feed-forward: GELU with a gate is code there, SwiGLU is written")
+    if shape.hf_type not in SAID_WHOLE:
+        unsaid.append(
+            f"what a {shape.hf_type} is beside its sizes (activation, positions, the order within a layer, how tokens "
+            "choose experts): compare the options with its config"
+        )
     words += ["--window-size", f"{shape.sliding_window - 1},0"] if shape.sliding_window else []
     words += ["--normalization", "RMSNorm" if shape.norm == "rms" else "LayerNorm", "--norm-epsilon", recipe.norm_eps]
     words += ["--disable-bias-linear"] if not shape.biases else []
     words += ["--add-qkv-bias"] if "qkv" in shape.bias_of else []
     words += ["--qk-layernorm"] if shape.qk_norm else []
     words += ["--untie-embeddings-and-output-weights"] if not shape.tied else []
-    positions = "learned_absolute" if shape.learned_positions else "rope"
+    positions = "learned_absolute" if shape.learned_positions else "none" if shape.hf_type in ALIBI else "rope"
     words += ["--position-embedding-type", positions, "--rotary-base", round(recipe.rope_theta)]
     scaling = dict(recipe.rope_scaling or {})
     if scaling.get("rope_type") == "llama3":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from meshwright.run import write_atomic
 #: Names what was written here, with its digest (or digests: what was there, and what was about to be), so that the next
 #: time nothing else is overwritten.
 RECORD = "written.json"
+DRAFTS = ".plan-"
 
 
 def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
@@ -72,11 +74,14 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _replaced(root: Path, files: Mapping[str, str]) -> list[Path]:
-    """All files written beside the old ones, then put in their places. Whatever stops that, the record knows both."""
+    """All files written beside the old ones, then put in their places. Whatever stops that, the record knows both, and
+    the next plan removes what was left beside them."""
+    for left in (*root.glob(f"{DRAFTS}*"), *root.glob(f".{RECORD}.*.tmp")):
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     known = _record(root)
     _refuse(root, files, known)
     new = {name: sha256(text.encode()).hexdigest() for name, text in files.items()}
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as drafts:
+    with tempfile.TemporaryDirectory(prefix=DRAFTS, dir=root) as drafts:
         for name, text in files.items():
             (Path(drafts) / name).write_bytes(text.encode())
         _save(root, {**known, **{name: [*known.get(name, []), digest] for name, digest in new.items()}})
@@ -116,7 +121,7 @@ def _record(root: Path) -> dict[str, list[str]]:
         return {}
     try:
         record = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict):
         digests = {name: [value] if isinstance(value, str) else value for name, value in record.items()}

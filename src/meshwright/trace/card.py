@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from meshwright import env
 from meshwright.card import Block, Card, Parameter
 from meshwright.errors import InputError, Problem
 from meshwright.trace.axes import parameter_axes
-from meshwright.trace.factory import describe, users_code
+from meshwright.trace.factory import describe, prints_to_stderr, users_code
 from meshwright.trace.record import BlockRecord, Recorder
 
 SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
@@ -42,7 +41,7 @@ def card_of(
     prints goes to stderr.
     """
     with (
-        contextlib.redirect_stdout(sys.stderr),
+        prints_to_stderr(),
         _without_reports(),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         warnings.catch_warnings(),

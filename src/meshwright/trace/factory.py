@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,10 +68,24 @@ def users_code(what: str) -> Iterator[None]:
     """Runs the user's code inside: what it prints goes to stderr, and anything that it raises, `sys.exit` too, becomes
     an InputError that `what` failed, with the line that raised it."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with prints_to_stderr():
             yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise InputError(Problem(KEY, f"{what} failed: {describe(error)}")) from error
+
+
+def prints_to_stderr() -> contextlib.redirect_stdout[ToStderr]:
+    """Within, what is printed goes to stderr."""
+    return contextlib.redirect_stdout(ToStderr())
+
+
+class ToStderr(io.TextIOBase):
+    """Writes to stderr, and closes nothing."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
 
 
 def _import(name: str, folders: Sequence[Path]) -> ModuleType:
@@ -85,7 +100,7 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
         what = f"{found.origin or top} has the name of a module that is already loaded ({where})"
         raise InputError(Problem(KEY, what, "give your file another name"))
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with prints_to_stderr():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
