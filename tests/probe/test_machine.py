@@ -102,7 +102,7 @@ def test_the_starts_come_off_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     payload = {"kind": "cpu", "began": 100.0, "until": 130.0}
     whole, rest = parts.timings("cpu", True), parts.timings("cpu", False)
     first = probe._pace({**payload, "whole": True, "again": True})
-    assert first.until == pytest.approx(104 + 22 * whole / (whole + rest)) and first.timings == whole
+    assert first.until == pytest.approx(104 + 22 * whole / (whole + rest)) and first.timings == probe.ROUNDS * whole
     assert probe._pace({**payload, "whole": False, "again": False}).until == 130.0
 
 
@@ -112,6 +112,21 @@ def test_processes_that_do_not_end_are_given_up(monkeypatch: pytest.MonkeyPatch)
         machine(seconds=0.01)
     assert max(probe.PATIENCE * 300, probe.LEAST_SECONDS) > probe.MOST_SECONDS  # what holds for `--seconds 300`
     assert probe.MOST_SECONDS + 5 < 300
+
+
+def test_the_better_figure_of_two_rounds_counts() -> None:
+    one = {
+        "products": [{"precision": "fp32", "forward": 2.0, "rows": 4}],
+        "read_bytes_per_second": 5.0,
+        "chains": [1.0],
+    }
+    other = {"products": [{"precision": "fp32", "forward": 1.0, "rows": 4}], "read_bytes_per_second": 9.0}
+    best = {
+        "products": [{"precision": "fp32", "forward": 1.0, "rows": 4}],
+        "read_bytes_per_second": 9.0,
+        "chains": [1.0],
+    }
+    assert probe._quieter(one, other) == probe._quieter(other, one) == best
 
 
 @pytest.fixture
