@@ -43,7 +43,7 @@ format: setup
 	@$(BIN)/ruff format .
 
 proof: setup
-	@$(BIN)/python -m bench.proof
+	@$(BIN)/python -m bench.runs.proof
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

@@ -325,7 +325,7 @@ def test_tests_mirror_the_package() -> None:
 def test_help_loads_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from meshwright.cli import main\n"
+        "from meshwright.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'grpc', 'starlette', 'tokenizers'} & set(sys.modules)\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.cli import parse
+from meshwright.cli.main import parse
 from meshwright.job import load_job
 
 ROOT = Path(__file__).parent.parent

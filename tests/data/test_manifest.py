@@ -18,7 +18,8 @@ from meshwright import data
 from meshwright.data import corpus
 from meshwright.data.batch import IGNORED
 from meshwright.errors import InputError
-from meshwright.job import Job, ModelSection
+from meshwright.job import Job
+from meshwright.job.sections import ModelSection
 
 
 def text_job(source: Path | str, vocab: int = 300, **changes: Any) -> Job:

@@ -14,7 +14,7 @@ from meshwright.families.llama import card as llama
 from meshwright.families.llama.module import build
 from meshwright.job import Job, load_job
 from meshwright.nn import blocked
-from meshwright.plan.block_memory import saved_bytes
+from meshwright.plan.cost.block_memory import saved_bytes
 
 CONFIG = {
     "num_hidden_layers": 2,

@@ -1,4 +1,4 @@
-"""The scores that bench/planner.py prints: ranks as scipy has them, regret and quantiles by hand."""
+"""The scores that bench/published/planner.py prints: ranks as scipy has them, regret and quantiles by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA, STAGES = Layout(dp=2), Layout(pp=2)
 
 @pytest.fixture(scope="module")
 def planner() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "planner.py"
+    path = Path(__file__).parents[2] / "bench" / "published" / "planner.py"
     spec = importlib.util.spec_from_file_location("bench_planner", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

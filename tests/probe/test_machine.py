@@ -15,8 +15,8 @@ import torch
 
 from meshwright.cluster import available_cores, cpu_cluster
 from meshwright.errors import CannotWork
-from meshwright.plan.from_machine import INTERVAL, disturbances, machine_profile
-from meshwright.plan.profile import DATASHEET
+from meshwright.plan.calibrate.from_machine import INTERVAL, disturbances, machine_profile
+from meshwright.plan.constants.profile import DATASHEET
 from meshwright.probe import machine, parts
 
 probe = import_module("meshwright.probe.machine")

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from meshwright.job import LaunchSection, ServeSection
+from meshwright.job.sections import LaunchSection, ServeSection
 from meshwright.probe import sockets
 
 

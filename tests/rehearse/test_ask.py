@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from meshwright import planning_exact, verbs
-from meshwright.cli import main
+from meshwright import verbs
+from meshwright.cli.main import main
 from meshwright.errors import CannotWork, InputError
 from meshwright.job import Job
 from meshwright.plan import Choice
 from meshwright.rehearse import CATEGORIES, Peak, RankPeak, Rehearsal, ranks_to_rehearse
+from meshwright.verbs import exact
 
 MODEL = {"family": "llama", "layers": 6, "hidden": 64, "heads": 4, "kv_heads": 4, "ffn": 128, "vocab": 256}
 
@@ -82,7 +83,7 @@ def test_what_does_not_fit_names_the_runner_up_that_does(monkeypatch: pytest.Mon
     other = next(choice.layout for choice in planned.runners_up if choice.layout.pp != chosen)
     monkeypatch.setattr(meshwright.rehearse, "rehearse", pretended({chosen: 2 * 10**10}))
     with pytest.raises(CannotWork) as caught:
-        planning_exact.plan_exact(job())
+        exact.plan_exact(job())
     assert caught.value.exit_code == 3
     (problem,) = caught.value.problems
     assert "rank 0 needs 18.6 GiB at its worst (forward of loss), 9.3 GiB more" in problem.what
@@ -90,4 +91,4 @@ def test_what_does_not_fit_names_the_runner_up_that_does(monkeypatch: pytest.Mon
     everything = dict.fromkeys(range(1, 17), 2 * 10**10)
     monkeypatch.setattr(meshwright.rehearse, "rehearse", pretended(everything))
     with pytest.raises(CannotWork, match="no runner-up fits either"):
-        planning_exact.plan_exact(job())
+        exact.plan_exact(job())

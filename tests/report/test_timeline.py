@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from meshwright.layout import Layout
-from meshwright.plan.schedule import actions, replay
+from meshwright.plan.pipeline.actions import actions
+from meshwright.plan.pipeline.replay import replay
 from meshwright.report.timeline import chrome_trace, text_rows, timeline_svg
 from meshwright.run import RunFolder
 from meshwright.train.spans import Spans, merge

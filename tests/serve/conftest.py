@@ -16,10 +16,10 @@ import pytest
 from meshwright.engine import Event, Request
 from meshwright.engine.request import check
 from meshwright.serve.access import Access
-from meshwright.serve.models.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer
-from meshwright.serve.models.served import ServedModel
-from meshwright.serve.models.worker import Loop
 from meshwright.serve.server import Addresses, Wires
+from meshwright.serve.workers.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer
+from meshwright.serve.workers.served import ServedModel
+from meshwright.serve.workers.worker import Loop
 
 END = 4  # the double's end-of-sequence id
 

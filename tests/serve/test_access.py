@@ -9,8 +9,8 @@ from google.protobuf import empty_pb2
 
 from meshwright.errors import InputError
 from meshwright.serve.access import Access, is_loopback, read_token
-from meshwright.serve.wires import inference_pb2, inference_pb2_grpc
-from meshwright.serve.wires.http import HttpWire
+from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
+from meshwright.serve.protocols.http import HttpWire
 
 TOKEN = "canary-0123456789abcdef"
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from meshwright.serve.models import channel
+from meshwright.serve.workers import channel
 
 
 @pytest.fixture

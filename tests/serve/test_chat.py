@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from meshwright.errors import InputError
-from meshwright.serve.models.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer, read_chat_template
 from meshwright.serve.refusal import Refusal
+from meshwright.serve.workers.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer, read_chat_template
 
 HELLO = [{"role": "user", "content": "hi"}]
 

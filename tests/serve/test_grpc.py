@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import empty_pb2
 
 from meshwright.serve.client import stream_grpc, stream_http
-from meshwright.serve.wires import inference_pb2, inference_pb2_grpc
+from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
 
 
 def stub_of(channel):

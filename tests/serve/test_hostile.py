@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from meshwright.serve.protocols.requests import UNSUPPORTED, ChatRequest, CompletionRequest, parse_object, read_request
 from meshwright.serve.refusal import Refusal
-from meshwright.serve.wires.requests import UNSUPPORTED, ChatRequest, CompletionRequest, parse_object, read_request
 
 CLIENT = httpx.Client(verify=False, timeout=60)  # one for all: making a client costs more than asking with it
 NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *UNSUPPORTED})

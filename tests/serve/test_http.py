@@ -308,13 +308,13 @@ def test_many_tiny_chunks(server):
 
 
 def test_slow_bodies_end(server, monkeypatch):
-    monkeypatch.setattr("meshwright.serve.wires.http.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("meshwright.serve.protocols.http.BODY_SECONDS", 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
     assert raw(server, head, b'{"prompt').startswith(b"HTTP/1.1 408 ")
 
 
 def test_slow_heads_end(server, monkeypatch):
-    monkeypatch.setattr("meshwright.serve.wires.protocol.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("meshwright.serve.protocols.protocol.HEAD_SECONDS", 0.2)
     with server.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: local")
         with contextlib.suppress(ConnectionResetError):
@@ -377,7 +377,7 @@ def test_client_that_leaves_frees_its_slot(start, echo, until, stream):
 
 
 def test_client_that_stops_reading_is_cut_off(start, echo, until, monkeypatch):
-    monkeypatch.setattr("meshwright.serve.wires.protocol.STALLED_WRITE_SECONDS", 0.3)
+    monkeypatch.setattr("meshwright.serve.protocols.protocol.STALLED_WRITE_SECONDS", 0.3)
     engine = echo(max_len=1 << 22)
     server = start(engine)
     body = json.dumps({"prompt": "ab", "max_tokens": 4_000_000, "stream": True}).encode()

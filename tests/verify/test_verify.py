@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meshwright import cli, verbs
+from meshwright import verbs
+from meshwright.cli import main as cli
 
 JOB = """
 [model]

@@ -18,7 +18,7 @@ from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from meshwright.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from meshwright.job import ModelSection
+    from meshwright.job.sections import ModelSection
 
 logger = logging.getLogger("meshwright")
 

@@ -1,6 +1,6 @@
 """Start a function by name in processes of its own: `launch.local("package.module:function", {...}, processes=4)`."""
 
 from meshwright.launch.local import Started, local
-from meshwright.launch.words import Context
+from meshwright.launch.messages import Context
 
 __all__ = ["Context", "Started", "local"]

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from meshwright import env as environment
 from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
-from meshwright.launch.words import error_from_dict
+from meshwright.launch.messages import error_from_dict
 
 POLL_SECONDS = 0.02
 LOG_LINES = 12  # last lines of the failing rank's log that an error carries

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
-from meshwright.plan.estimate import Estimator
-from meshwright.plan.framework import FRAMEWORKS, Framework
-from meshwright.plan.question import Facts, Question, Refusal
-from meshwright.plan.result import Buys, Choice, Interval, Plan, PlanRequest, Prediction, Rejected, Share
-from meshwright.plan.rules import RULES, refusals
-from meshwright.plan.search import make_plan
+from meshwright.plan.cost.estimate import Estimator
+from meshwright.plan.request import PlanRequest
+from meshwright.plan.result import Buys, Choice, Interval, Plan, Prediction, Rejected, Share
+from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules.query import Facts, Question, Refusal
+from meshwright.plan.rules.table import RULES, refusals
+from meshwright.plan.search.search import make_plan
 
 __all__ = [
     "FRAMEWORKS",

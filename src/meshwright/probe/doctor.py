@@ -18,7 +18,8 @@ import torch
 
 from meshwright.cluster import available_cores, this_machine
 from meshwright.errors import InputError, Problem
-from meshwright.job import Job, LaunchSection, ServeSection
+from meshwright.job import Job
+from meshwright.job.sections import LaunchSection, ServeSection
 from meshwright.probe.sockets import listeners, socket_problems
 from meshwright.probe.speeds import Speeds, measure
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from meshwright import launch
 from meshwright.cluster import available_cores
 from meshwright.errors import CannotWork, Problem
-from meshwright.plan.from_machine import QUIET
+from meshwright.plan.calibrate.from_machine import QUIET
 from meshwright.probe import parts
 from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
 

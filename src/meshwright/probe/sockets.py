@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 
 from meshwright.errors import Problem
-from meshwright.job import LaunchSection, ServeSection
+from meshwright.job.sections import LaunchSection, ServeSection
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
-from meshwright.plan.framework import FRAMEWORKS
-from meshwright.plan.schedule import TABLE
+from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.rules.frameworks import FRAMEWORKS
 from meshwright.report.training_words import Recipe, deepspeed_training, megatron_training, titan_training
 
 #: Layout.schedule -> torchtitan's word (torch.distributed.pipelining's class), where it has one.

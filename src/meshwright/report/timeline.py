@@ -6,7 +6,8 @@ import json
 from xml.sax.saxutils import escape
 
 from meshwright.plan import Choice
-from meshwright.plan.schedule import Event, Timeline, places
+from meshwright.plan.pipeline.actions import places
+from meshwright.plan.pipeline.replay import Event, Timeline
 
 #: Micro-batches that a picture shows; more would be a blur.
 MOST_MICRO_BATCHES = 8

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import grpc
 
 from meshwright.errors import Problem, RunFailed
-from meshwright.serve.wires import inference_pb2, inference_pb2_grpc
+from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
 
 
 def stream_http(

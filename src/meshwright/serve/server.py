@@ -22,12 +22,12 @@ import uvicorn
 from meshwright import launch
 from meshwright.errors import InputError, Problem, RunFailed
 from meshwright.serve.access import Access, read_token
-from meshwright.serve.models import channel
-from meshwright.serve.models.chat import ChatTemplate, Renderer, read_chat_template
-from meshwright.serve.models.served import ServedModel
-from meshwright.serve.wires.grpc import grpc_server
-from meshwright.serve.wires.http import http_app
-from meshwright.serve.wires.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from meshwright.serve.protocols.grpc import grpc_server
+from meshwright.serve.protocols.http import http_app
+from meshwright.serve.protocols.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from meshwright.serve.workers import channel
+from meshwright.serve.workers.chat import ChatTemplate, Renderer, read_chat_template
+from meshwright.serve.workers.served import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ async def engine_processes(
         "max_len": config.max_len,
         "precision": precision,
     }
-    started = launch.local("meshwright.serve.models.worker:run", payload, config.tp, private)
+    started = launch.local("meshwright.serve.workers.worker:run", payload, config.tp, private)
     try:
         ended = asyncio.create_task(_ended(started))
         either: set[asyncio.Future[Any]] = {connected, ended}

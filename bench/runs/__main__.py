@@ -1,0 +1,243 @@
+"""Predicted against measured step time on this machine, for layouts of several models that nobody published.
+
+    python -m bench.runs                              measures all of it and prints the tables (about eight minutes)
+    python -m bench.runs --save /tmp/runs.json        the same, and keeps the raw seconds
+    python -m bench.runs --load /tmp/runs.json        predicts again, measures nothing
+    python -m bench.runs --profile other.toml         with another profile beside them
+
+Five kinds of constants are shown: those of microbenchmarks; the shipped profile's, which were fitted to these models'
+runs on one machine (default.toml says which) and know nothing of any other; the same as `calibrate machine` changes
+them by what it finds just before (--probe seconds of it; 0 for none); the same corrected by one run of each model; and
+those fitted to this machine's runs of the other models, which is how the shipped ones are made (--write-default: of all
+of them). On the machine of the shipped profile only the first and the last have not seen the run that they predict.
+
+At most one rank a core. Two worlds take turns, one of two processes and one of a single process with both cores, and
+every round goes through all layouts, so that what else the machine does falls on all of them alike. The noise is the
+mean relative distance of a layout's rounds from its median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.runs.models import MODELS, Run, runs
+from meshwright import launch, probe
+from meshwright.card import Card
+from meshwright.cluster import cpu_cluster
+from meshwright.layout import Layout
+from meshwright.plan.calibrate.from_machine import machine_profile
+from meshwright.plan.calibrate.from_run import Ran, corrected
+from meshwright.plan.constants.profile import Profile, default_profile, load_profile
+from meshwright.plan.cost.estimate import Estimate, Estimator
+
+WORLDS = (1, 2)
+Measured = dict[str, Any]
+
+
+def card_of(model: str) -> Card:
+    """The card that the planner sees."""
+    from bench.runs.worker import job_of
+    from meshwright.verbs import card_of_job
+
+    return card_of_job(job_of(model))
+
+
+class Cut(Estimator):
+    """The estimator of a run whose stages are already cut."""
+
+    first_blocks: tuple[int, ...] = (0,)
+
+    def stages(self, layout: Layout) -> tuple[int, ...]:
+        return self.first_blocks
+
+
+def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
+    """Block names by stage, as the default profile cuts them."""
+    estimator = Estimator(card, cpu_cluster(run.layout.devices), batch, run.precision)
+    cut = estimator.stages(run.layout)
+    names = [block.name for block in card.blocks]
+    return tuple(tuple(names[start:stop]) for start, stop in zip(cut, (*cut[1:], len(names)), strict=True))
+
+
+def estimate(card: Card, one: Measured, batch: int, profile: Profile) -> Estimate:
+    """What the planner says of a measured run."""
+    layout = Layout(**one["layout"])
+    estimator = Cut(card, cpu_cluster(layout.devices), batch, one["precision"], profile=profile)
+    names = [block.name for block in card.blocks]
+    estimator.first_blocks = tuple(names.index(stage[0]) for stage in one["stages"])
+    return estimator.estimate(layout, exact=True)
+
+
+def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict[str, list[Measured]]:
+    """{model: [{layout, precision, stages, rounds: [[seconds]], cpu_seconds (rank 0), spans (by rank)}]}."""
+    asked: dict[str, list[Measured]] = {}
+    for model in models:
+        card, batch = card_of(model), MODELS[model][2]
+        asked[model] = [
+            {"layout": run.layout.as_dict(), "precision": run.precision, "stages": stages_of(card, run, batch)}
+            for run in runs(model)
+        ]
+    turns = [
+        {"world": world, "model": model, "round": number}
+        for model in models
+        for number in range(rounds + 1)
+        for world in WORLDS
+    ]
+    with tempfile.TemporaryDirectory(prefix="meshwright-runs-") as folder:
+        payload = {"turns": turns, "asked": asked, "folder": folder, "warm": warm, "counted": counted}
+        worlds = [launch.local("bench.runs.worker:work", payload, size, folder) for size in WORLDS]
+        try:
+            (Path(folder) / "turn-0").touch()
+            while any(world.poll() == "running" for world in worlds):
+                if any(world.poll() == "failed" for world in worlds):
+                    break
+                time.sleep(0.2)
+            done = dict(zip(WORLDS, worlds, strict=True))
+            for world in sorted(worlds, key=lambda world: world.poll() != "failed"):
+                world.wait(5.0)
+            answers = {size: world.wait(5.0) for size, world in done.items()}
+        finally:
+            for world in worlds:
+                world.stop()
+    for model in models:
+        left = {size: iter(zip(*(rank[model] for rank in answers[size]), strict=True)) for size in WORLDS}
+        for one in asked[model]:
+            ranks = next(left[Layout(**one["layout"]).devices])
+            one.update(ranks[0], spans=[rank["spans"] for rank in ranks])
+    return asked
+
+
+def median_seconds(one: Measured) -> float:
+    """The run's step: the median of its rounds' medians."""
+    return statistics.median(statistics.median(seconds) for seconds in one["rounds"])
+
+
+def noise(one: Measured) -> float:
+    """Mean relative distance of the rounds from their median."""
+    middle = median_seconds(one)
+    return statistics.fmean(abs(statistics.median(seconds) / middle - 1) for seconds in one["rounds"])
+
+
+def table(
+    measured: Mapping[str, list[Measured]], profiles: Mapping[str, Profile], title: str
+) -> tuple[str, list[float]]:
+    """What each model's profile predicts beside what was measured, a row a run, then one a model; and the logarithm of
+    measured over predicted of every run."""
+    lines = ["", title, "", "| model | layout | measured, s | predicted, s | error | noise |"]
+    lines.append("|---|---|---|---|---|---|")
+    summary, logs = [], []
+    for model, found in measured.items():
+        card, profile = card_of(model), profiles[model]
+        guesses = [estimate(card, one, MODELS[model][2], profile).step_seconds for one in found]
+        seconds = [median_seconds(one) for one in found]
+        errors = [guess / second - 1 for guess, second in zip(guesses, seconds, strict=True)]
+        logs += [math.log(second / guess) for guess, second in zip(guesses, seconds, strict=True)]
+        for one, guess, second, error in zip(found, guesses, seconds, errors, strict=True):
+            name = f"{Layout(**one['layout'])} {one['precision']}"
+            lines.append(f"| {model} | {name} | {second:.3f} | {guess:.3f} | {error:+.0%} | {noise(one):.0%} |")
+        low, high = profile.interval("cpu", "meshwright", "node")
+        held = sum(low * guess <= second <= high * guess for guess, second in zip(guesses, seconds, strict=True))
+        regrets = []
+        for precision in sorted({one["precision"] for one in found}):
+            group = [index for index, one in enumerate(found) if one["precision"] == precision]
+            picked = min(group, key=lambda index: guesses[index])
+            best = min(group, key=lambda index: seconds[index])
+            regrets.append(f"{precision} {seconds[picked] / seconds[best] - 1:.0%}")
+        summary.append(
+            f"| {model} | {len(found)} | {statistics.fmean(map(abs, errors)):.1%} | {statistics.fmean(errors):+.1%} "
+            f"| {max(map(abs, errors)):.0%} | {statistics.fmean(map(noise, found)):.1%} | {held / len(found):.0%} "
+            f"| {', '.join(regrets)} |"
+        )
+    head = "| model | runs | mean error | bias | largest | noise | in the interval | regret of the pick |"
+    lines += ["", head, "|---|---|---|---|---|---|---|---|", *summary, ""]
+    lines.append(f"Mean error of all {len(logs)} runs: {statistics.fmean(abs(math.exp(-log) - 1) for log in logs):.1%}")
+    return "\n".join(lines), logs
+
+
+def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str:
+    """A row a model: the mean error of its other runs in that precision, before and after the profile was corrected by
+    one of them, the replicated one."""
+    lines = ["", f"Corrected by one run (dp2), from the profile {profile.name}:", ""]
+    lines += ["| model | runs | mean error before | after | factors |", "|---|---|---|---|---|"]
+    for model, found in measured.items():
+        card, batch = card_of(model), MODELS[model][2]
+        teacher = next(one for one in found if _is_replicated(Layout(**one["layout"])))
+        layout = Layout(**teacher["layout"])
+        ran = Ran(card, cpu_cluster(2), batch, layout, teacher["precision"])
+        observed = {"step": [seconds for turn in teacher["rounds"] for seconds in turn]}
+        for name in ("forward", "backward", "optimizer"):
+            observed[name] = [
+                statistics.fmean(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)
+            ]
+        fit = corrected(ran, observed, profile, "corrected")
+        others = [one for one in found if one is not teacher and one["precision"] == teacher["precision"]]
+        before, after = (
+            statistics.fmean(
+                abs(estimate(card, one, batch, each).step_seconds / median_seconds(one) - 1) for one in others
+            )
+            for each in (profile, fit.profile)
+        )
+        factors = ", ".join(f"{name} {factor:.2f}" for name, factor in fit.factors.items())
+        lines.append(f"| {model} | {len(others)} | {before:.1%} | {after:.1%} | {factors} |")
+    return "\n".join(lines)
+
+
+def _is_replicated(layout: Layout) -> bool:
+    return layout.dp == 2 and layout.shard == 1 and layout.recompute == "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--warm", type=int, default=1, help="steps of a round that are not counted")
+    parser.add_argument("--counted", type=int, default=2, help="steps of a round that are")
+    parser.add_argument("--save", type=Path, help="keep the raw seconds in this file")
+    parser.add_argument("--load", type=Path, help="measure nothing, read them from this file")
+    parser.add_argument("--profile", type=Path, nargs="*", default=[], help="beside the default, other profiles")
+    parser.add_argument("--probe", type=float, default=40.0, help="seconds to measure the machine for its own profile")
+    parser.add_argument("--write-default", action="store_true", help="fit the shipped profile's CPU constants to this")
+    parser.add_argument("--write-intervals", action="store_true", help="the shipped profile's CPU intervals by this")
+    options = parser.parse_args()
+    if options.load:
+        loaded = json.loads(options.load.read_text())
+        measured = {model: found for model, found in loaded["measured"].items() if model in options.models}
+        machine = loaded.get("machine")
+    else:
+        print(f"load {os.getloadavg()[0]:.2f} before", file=sys.stderr)
+        began = time.perf_counter()
+        machine = probe.machine(options.probe) if options.probe else None
+        print(f"probed in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        began = time.perf_counter()
+        measured = measure(options.models, options.rounds, options.warm, options.counted)
+        print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    if options.save:
+        options.save.write_text(json.dumps({"measured": measured, "machine": machine, "load": os.getloadavg()}))
+    from bench.runs.fit import held_out, unfitted, write_default, write_intervals
+
+    profiles = [replace(unfitted(), name="microbenchmarks"), default_profile()]
+    if machine:
+        profiles.append(machine_profile(machine, cpu_cluster(), default_profile(), "shipped, then calibrate machine"))
+    for profile in (*profiles, *(load_profile(path) for path in options.profile)):
+        print(table(measured, dict.fromkeys(measured, profile), f"Profile: {profile.name}")[0])
+    print(after_a_run(measured, default_profile()))
+    print(held_out(measured)[0])
+    if options.write_default:
+        write_default(measured)
+    if options.write_intervals:
+        write_intervals(measured)
+
+
+if __name__ == "__main__":
+    main()

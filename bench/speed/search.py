@@ -1,0 +1,144 @@
+"""Speed of the search: candidates estimated a second on one core, and how long plans of large clusters take.
+
+    python bench/speed/search.py [--candidates 100000] [--profile] [--json]
+
+Seconds are of this process's own work (process_time). The first table searches whole spaces, not narrowed: every
+candidate is estimated, or left out because a proven bound says that it cannot be the best. The second estimates every
+layout, with nothing left out, until there are so many candidates; the third makes whole plans, narrowed as usual, with
+runners-up, what changes would buy, and the outlook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster, named_cluster
+from meshwright.families import card_of_job
+from meshwright.families.llama.card import LlamaShape
+from meshwright.job import Job
+from meshwright.plan import FRAMEWORKS, Facts, PlanRequest, make_plan
+from meshwright.plan.cases.resolve import style_of
+from meshwright.plan.cost.estimate import Estimator
+from meshwright.plan.search.space import Space, layouts
+from meshwright.plan.search.walk import explore
+
+LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)
+LLAMA_70B = LlamaShape(80, 8192, 64, 8, 128, 28672, 128256)
+LLAMA_405B = LlamaShape(126, 16384, 128, 8, 128, 53248, 128256)
+
+#: (model, its shape, devices, global batch, framework) whose layouts are all estimated
+ESTIMATED = (
+    ("8B", LLAMA_8B, 512, 1024, "megatron-lm"),
+    ("70B", LLAMA_70B, 2048, 2048, "meshwright"),
+    ("70B", LLAMA_70B, 1024, 2048, "megatron-lm"),
+    ("405B", LLAMA_405B, 1024, 1024, "megatron-lm"),
+)
+#: ... and that are planned
+PLANNED = (
+    ("8B", LLAMA_8B, 8, 64, "meshwright"),
+    ("70B", LLAMA_70B, 512, 1024, "meshwright"),
+    ("70B", LLAMA_70B, 512, 1024, "megatron-lm"),
+    ("405B", LLAMA_405B, 16_384, 2048, "meshwright"),
+    ("405B", LLAMA_405B, 16_384, 2048, "megatron-lm"),
+    ("405B", LLAMA_405B, 100_000, 4000, "meshwright"),
+    ("405B", LLAMA_405B, 100_000, 4000, "megatron-lm"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--candidates", type=int, default=100_000)
+    parser.add_argument("--profile", action="store_true", help="say where the time of the last row of each table goes")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    searched = [_searched(*row) for row in ESTIMATED]
+    rows = [_estimated(*row, options.candidates) for row in ESTIMATED]
+    plans = [_planned(*row) for row in PLANNED]
+    if options.json:
+        print(json.dumps({"searched": searched, "estimated": rows, "planned": plans}))
+        return
+    print("model  devices  framework      candidates  estimated  seconds  seconds for 100,000")
+    for row in searched:
+        about = "{model:<6} {devices:>7,}  {framework:<12} {candidates:>12,}"
+        print((about + "  {estimated:>9,}  {seconds:>7.2f}  {each:>7.1f}").format(**row))
+    print("\nmodel  devices  framework      candidates  seconds  us each")
+    for row in rows:
+        line = "{model:<6} {devices:>7,}  {framework:<12} {candidates:>12,}  {seconds:>7.2f}  {microseconds:>7.1f}"
+        print(line.format(**row))
+    print("\nmodel  devices  framework       in bounds  estimated  seconds  layout")
+    for row in plans:
+        line = "{model:<6} {devices:>7,}  {framework:<12} {space:>12,}  {estimated:>9,}  {seconds:>7.2f}  {layout}"
+        print(line.format(**row))
+    if options.profile:
+        _profiled(lambda: _estimated(*ESTIMATED[-1], min(options.candidates, 5_000)))
+        _profiled(lambda: _planned(*PLANNED[-1]))
+
+
+def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Cluster]:
+    model = {"layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "kv_heads": shape.kv_heads}
+    job = Job(
+        model={"family": "llama", **model, "ffn": shape.ffn, "vocab": shape.vocab},
+        data={"seq_len": 8192},
+        train={"steps": 1, "lr": 1e-4, "global_batch": 1},
+    )
+    style = "plain" if framework == "meshwright" else style_of(framework, "bf16", None)
+    return card_of_job(job, style), named_cluster("h100-sxm-80gb", devices)
+
+
+def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
+    """The whole space, by the search that loses nothing."""
+    model, cluster = _setting(shape, devices, framework)
+    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
+    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    begin = time.process_time()
+    counts = explore(space, estimator).counts
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework, "candidates": counts["space"]}
+    return {
+        **about,
+        "estimated": counts["estimated"],
+        "seconds": seconds,
+        "each": seconds / counts["space"] * 100_000,
+    }
+
+
+def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:
+    """Every layout of the whole space in the order it is generated, with a new estimator; `most` at most."""
+    model, cluster = _setting(shape, devices, framework)
+    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
+    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    begin, count = time.process_time(), 0
+    for layout in islice(layouts(space), most):
+        estimator.estimate(layout)
+        count += 1
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework}
+    return {**about, "candidates": count, "seconds": seconds, "microseconds": 1e6 * seconds / count}
+
+
+def _planned(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
+    model, cluster = _setting(shape, devices, framework)
+    begin = time.process_time()
+    plan = make_plan(model, cluster, PlanRequest(batch, steps=10_000, framework=framework))
+    seconds = time.process_time() - begin
+    about = {"model": name, "devices": devices, "framework": framework, "layout": str(plan.chosen.layout)}
+    return {**about, "seconds": seconds, **{key: plan.considered[key] for key in ("space", "estimated")}}
+
+
+def _profiled(call: Callable[[], object]) -> None:
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(15)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""What each verb does on the command line: calls its function in verbs.py, shows the result. stdout is the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from meshwright import verbs
+from meshwright.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.launch import Started
+    from meshwright.plan import Plan
+    from meshwright.run import RunFolder
+
+
+#: Columns that a screen is laid out for at least.
+LEAST_COLUMNS = 40
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the parsed command says; raises MeshwrightError."""
+    COMMANDS[options.verb](options)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # a reader that leaves is cli.py's matter, as for any other output
+
+    screen = Screen(highlight=False)
+    # A terminal that says it has no columns (COLUMNS=0, some job queues) would get nothing at all.
+    return screen if screen.width >= LEAST_COLUMNS else Screen(highlight=False, width=LEAST_COLUMNS)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _new(options: argparse.Namespace) -> None:
+    sys.stdout.write(verbs.new(schema=options.schema))
+
+
+def _check(options: argparse.Namespace) -> None:
+    found = verbs.check(options.job, options.overrides)
+    if options.json:
+        return _print_json(found)
+    print(f"{options.job}: nothing wrong")
+    lines = {"model": f"{found['model']}, {found['parameters']:,} parameters", "plan": found["plan"], **found["data"]}
+    for name, value in lines.items():
+        print(f"  {name.replace('_', ' '):<18} {value:,}" if isinstance(value, int) else f"  {name:<18} {value}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    keys = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if options.toml:
+        if keys:
+            raise InputError(Problem("command line", "--toml prints the whole job", f"leave out {' '.join(keys)}"))
+        sys.stdout.write(verbs.resolved(options.job, overrides))
+        return
+    rows = verbs.explain(options.job, overrides, keys)
+    if options.json:
+        return _print_json(rows)
+    from meshwright.job.file import toml_value
+
+    shown = [
+        (row["key"], "-" if row["value"] is None else toml_value(row["value"]), row["origin"], row["meaning"])
+        for row in rows
+    ]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    for key, value, origin, meaning in shown:
+        print(f"{key:<{widths[0]}} = {value:<{widths[1]}}  {origin:<{widths[2]}}  {meaning}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    if options.layout_table:
+        table = verbs.layout_table()
+        if options.json:
+            return _print_json(table)
+        for axis, mesh_axis in table.items():
+            print(f"{axis:<10} {mesh_axis or '-'}")
+        return
+    _refuse_unread(options)
+    if options.serving:
+        return _plan_serving(options)
+    if options.advice:
+        return _advise(options)
+    words = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
+    asked = {name: word for name, word in words.items() if word is not None}
+    if options.exact or options.ranks is not None:
+        return _plan_exact(options, asked)
+    plan = verbs.plan(options.job, options.overrides, **asked)
+    _write(plan, options)
+    if options.json:
+        return _print_json(plan.as_dict())
+    from meshwright.report import terminal
+
+    terminal.show_plan(plan, _console())
+
+
+#: Ways of asking for a plan -> flags that they do not read, by their names among the options.
+UNREAD: Mapping[str, Mapping[str, str]] = {
+    "serving": {
+        "advice": "--advice",
+        "exact": "--exact",
+        "ranks": "--ranks",
+        "framework": "--for",
+        "objective": "--objective",
+        "write": "--write",
+    },
+    "advice": {
+        "exact": "--exact",
+        "ranks": "--ranks",
+        "framework": "--for",
+        "objective": "--objective",
+        "profile": "--profile",
+        "write": "--write",
+    },
+}
+
+
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Raises InputError for flags that the way of asking would pass over without a word."""
+    for way, unread in UNREAD.items():
+        said = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
+        if getattr(options, way) and said:
+            what = f"--{way} does not read {', '.join(said)}"
+            raise InputError(Problem("command line", what, f"leave out {', '.join(said)}, or --{way}"))
+
+
+def _write(plan: Plan, options: argparse.Namespace) -> None:
+    if options.write is not None:
+        for path in verbs.write_plan(plan, options.job, options.overrides, options.write):
+            _say(f"wrote {path}")
+
+
+def _plan_exact(options: argparse.Namespace, asked: dict[str, Any]) -> None:
+    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **asked)
+    _write(found.plan, options)
+    if options.json:
+        return _print_json(found.as_dict())
+    from meshwright.report import terminal
+    from meshwright.report.exact import exact_lines
+
+    terminal.show_plan(found.plan, _console())
+    for line in exact_lines(found.exact.as_dict()):
+        print(line)
+
+
+def _advise(options: argparse.Namespace) -> None:
+    found = verbs.advice(options.job, options.overrides, experience=options.advice)
+    if options.json:
+        return _print_json(found.as_dict())
+    from meshwright.report.outlook import advice_lines
+
+    for line in advice_lines(found):
+        print(line)
+
+
+def _plan_serving(options: argparse.Namespace) -> None:
+    plan = verbs.serving_plan(options.job, options.overrides, profile=options.profile)
+    if options.json:
+        return _print_json(plan.as_dict())
+    from meshwright.report import serving
+
+    serving.show_serving_plan(plan, _console())
+
+
+def _verify(options: argparse.Namespace) -> None:
+    found = verbs.verify(options.job, options.overrides, steps=options.steps)
+    if options.json:
+        return _print_json(found)
+    print(f"equal: {found['layout']} and one device agree over {found['steps']} steps in {found['precision']}")
+    print(f"  largest relative difference: loss {found['loss']['relative']:.1e}, ", end="")
+    print(f"gradient {found['gradient']['relative']:.1e} (tolerance {found['tolerance']:.0e})")
+    if found["twin"]:
+        print(f"  shown on {found['twin']}: one process of this machine does not hold the model itself")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    for answer in verbs.predict(options.cases, profile=options.profile, datasheet=options.datasheet):
+        print(json.dumps(answer, allow_nan=False))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    start = {"profile": options.profile, "datasheet": options.datasheet}
+    found = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
+    if options.json:
+        return _print_json(found)
+    if found["from"] != "cases":
+        return _say_measured(found)
+    error = found["mean_error"]
+    print(f"{found['out']}: fitted to {found['rows']} runs, {len(found['skipped'])} lines left out")
+    print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
+    for one in found["moved"]:
+        print(f"  {one['constant']:<36} {one['from']:>12.5g} -> {one['to']:<12.5g} {one['unit']}")
+    for regime, one in found["corrections"].items():
+        print(f"  correction of {regime}: {one['points']} points, {one['amplitude']:.0%} strong")
+    for regime, (low, high) in found["intervals"].items():
+        print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
+    for bad in found["skipped"]:
+        _say(f"left out: {bad['id']}: {bad['error']}")
+
+
+def _say_measured(found: Mapping[str, Any]) -> None:
+    """What a run or the machine itself changed."""
+    if found["from"] == "machine":
+        print(f"{found['out']}: this machine, measured for {found['seconds']:.0f} s")
+    else:
+        low, high = found["interval"]
+        print(f"{found['out']}: {found['steps']} steps, noise {found['noise']:.1%}")
+        for part in found["parts"]:
+            was, now = (part[when] / part["measured"] - 1 for when in ("before", "after"))
+            print(f"  {part['name']:<12} {part['measured']:.4g} s measured; predicted {was:+.0%}, now {now:+.0%}")
+        for group, factor in found["factors"].items():
+            print(f"  {group:<12} takes {factor:.2f} times as long as was supposed")
+        print(f"  90 % interval of layouts near: {low:.3f} to {high:.3f} times the middle")
+        return
+    for one in found["changed"]:
+        print(f"  {one['constant']:<40} {one['from']:>10.4g} -> {one['to']:<10.4g} {one['unit']}: {one['what']}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    again = verbs.resume_command(options.job, options.overrides, options.run)
+
+    def watch(folder: RunFolder, plan: Plan, started: Started) -> None:
+        from meshwright.report import terminal
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C
+        try:
+            terminal.live(folder, plan, until=lambda: started.poll() != "running")
+        except KeyboardInterrupt:
+            _say("stopping: saving a checkpoint first")
+            started.stop()
+            _say(f"resume with: {again}")
+            raise
+
+    asked = {"run": options.run, "resume": options.resume, "profile": options.profile}
+    result = verbs.train(options.job, options.overrides, **asked, watch=watch)
+    if options.json:
+        return _print_json(result)
+    for name, value in result.items():
+        print(f"{name.replace('_', ' '):<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    result = verbs.generate(
+        options.model,
+        prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        emit=None if options.json else emit,
+    )
+    if options.json:
+        return _print_json(result)
+    print()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    verbs.serve(options.model, options.overrides, say=_say)
+
+
+def _report(options: argparse.Namespace) -> None:
+    path = str(verbs.report(options.run))
+    if options.json:
+        return _print_json({"report": path})
+    print(path)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    found = verbs.doctor()
+    if options.json:
+        return _print_json(found)
+    from meshwright.report import terminal
+
+    terminal.show_doctor(found, _console())
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from meshwright.cli.completion import script
+
+    sys.stdout.write(script(options.shell))
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:  # print would take stdout for it
+        print(text, file=sys.stderr, flush=True)
+
+
+#: Verb of the command line -> what does it.
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "new": _new,
+    "check": _check,
+    "explain": _explain,
+    "plan": _plan,
+    "predict": _predict,
+    "calibrate": _calibrate,
+    "verify": _verify,
+    "train": _train,
+    "generate": _generate,
+    "serve": _serve,
+    "report": _report,
+    "doctor": _doctor,
+    "completion": _completion,
+}

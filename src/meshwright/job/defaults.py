@@ -1,0 +1,54 @@
+"""What a job leaves unsaid: values that follow from others, and where relative paths start. Knows no types."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from meshwright.job.checks import PATH_KEYS
+
+
+def derived(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections with every default that follows from other values; nothing that was said is changed."""
+    model, data, task, train = (_table(sections.get(name)) for name in ("model", "data", "task", "train"))
+    hidden, heads, steps = model.get("hidden"), model.get("heads"), train.get("steps")
+    if _whole(heads) and not (model.get("hf") or model.get("module")):
+        model.setdefault("kv_heads", heads)
+        if _whole(hidden) and hidden % heads == 0:
+            model.setdefault("head_dim", hidden // heads)
+    folder = model.get("hf")
+    if isinstance(folder, str) and "\0" not in folder and (Path(folder) / "tokenizer.json").is_file():
+        data.setdefault("tokenizer", folder)
+    if model.get("module"):
+        task.setdefault("name", "classification")
+    if _whole(steps):
+        train.setdefault("warmup_steps", min(100, steps // 10))
+    filled = {"model": model, "data": data, "task": task, "train": train}
+    broken = {name: content for name, content in sections.items() if not isinstance(content, dict)}
+    return {**sections, **filled, **broken}
+
+
+def _table(content: Any) -> dict[str, Any]:
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value <= 2**31 - 1
+
+
+def absolute_paths(sections: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
+    """Relative paths made absolute, from the folder of the file that says them."""
+    result = dict(sections)
+    model = result.get("model")
+    if isinstance(model, dict) and "module" in model:  # found where the file that names it is, from any run folder
+        result["model"] = {"module_folder": str(folders.get("model.module", Path()) / "."), **model}
+    for key, words in PATH_KEYS.items():
+        section, _, name = key.partition(".")
+        content = result.get(section)
+        value = content.get(name) if isinstance(content, dict) else None
+        if isinstance(content, dict) and isinstance(value, str) and value and value not in words and "\0" not in value:
+            # normpath, not resolve: a link that the user gave a name keeps that name
+            absolute = os.path.normpath(Path.cwd() / folders.get(key, Path()) / os.path.expanduser(value))
+            result[section] = {**content, name: absolute}
+    return result

@@ -1,0 +1,214 @@
+"""The Job: what one job file says.
+
+`load_job(path, overrides)` reads a file; `Job(model={...}, data={...}, train={...})` is the same in Python. Both list
+every problem at once as an InputError. What can be derived (head_dim, kv_heads, warm-up, task) is filled in here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, PrivateAttr, ValidationError
+
+from meshwright.errors import InputError, Problem
+from meshwright.job.checks import cross_problems, plain_problem
+from meshwright.job.defaults import absolute_paths, derived
+from meshwright.job.file import COMMAND_LINE, read_overrides, read_values, toml_text
+from meshwright.job.sections import JobSections, ServeSection
+
+SMALL_JOB = """\
+# A small Llama-style language model, trained on the sources of Python's standard library: no file is needed.
+#   meshwright check job.toml     reads it, and the data       meshwright plan job.toml   shows how it would be split
+#   meshwright train job.toml     trains it on this machine    train.steps=20             after any verb changes a value
+
+[model]
+family = "llama"        # Llama, Mistral, Qwen2 and Qwen3 shapes; or hf = "folder", or module = "package.file:build"
+layers = 4
+hidden = 192            # width of the residual stream
+heads = 6               # query heads; head_dim is hidden / heads
+kv_heads = 2            # key and value heads, shared by groups of query heads
+ffn = 512               # width of the feed-forward part
+vocab = 2048            # tokens in the vocabulary
+
+[data]
+source = "stdlib"       # or "digits", or the path of a .txt or .jsonl file or of a folder of text
+seq_len = 256           # tokens a sequence
+tokenizer = "bpe"       # trained on the source; or "bytes", or the path of a tokenizer.json
+
+[train]
+steps = 300
+lr = 3e-3
+global_batch = 16       # sequences a step, over all devices
+"""
+
+
+class Job(JobSections):
+    """What I want: frozen, complete, checked. `origins` says where each value came from.
+
+    Raises InputError listing every problem when a section, key, type, range or combination is wrong. Relative paths
+    start from the folder of the file that says them (from the current folder in Python and on the command line).
+    """
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(
+        self,
+        *,
+        origins: dict[str, str] | None = None,
+        data_must_exist: bool = True,
+        **sections: Any,
+    ) -> None:
+        if origins is None:
+            origins = dict.fromkeys(_keys_said(sections), "Python")
+            sections = absolute_paths(sections, {})
+        resolved = _resolve(sections, origins, data_must_exist)
+        super().__init__(**resolved)
+        for section in type(self).model_fields:
+            for key in type(getattr(self, section)).model_fields:
+                self._origins[f"{section}.{key}"] = origins.get(f"{section}.{key}", "default")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal values; where they came from does not count."""
+        return isinstance(other, Job) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(job_to_toml(self))
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """ "section.key" -> "job.toml:12", "command line", "Python" or "default"."""
+        return dict(self._origins)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Every value by section and key, as plain dicts, lists, numbers, text and None."""
+        return self.model_dump(mode="json")
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
+    """The Job of the file at `path` with `section.key=value` overrides on top.
+
+    `data_must_exist=False` is for planning, which needs no data. Raises InputError listing every problem.
+    """
+    values = read_values(Path(path), overrides)
+    sections = absolute_paths(values.sections, values.folders)
+    try:
+        job = Job(origins=values.origins, data_must_exist=data_must_exist, **sections)
+    except InputError as error:
+        raise InputError([*values.problems, *error.problems]) from None
+    if values.problems:
+        raise InputError(values.problems)
+    return job
+
+
+def sound_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
+    """What a faulty job says when its faulty values are left out, so that a plan can be tried and its problems listed
+    with the job's own. None where too little is left, or where a faulty value would change the plan's answer.
+    """
+    values = read_values(Path(path), overrides)
+    sections = absolute_paths(values.sections, values.folders)
+    _, problems, good = _examine(sections, values.origins)
+    if values.problems or {key.partition(".")[0] for key in problems} & {"layout", "cluster"}:
+        return None
+    good["train"] = {"steps": 1, "lr": 1.0, **good.get("train", {})}  # neither changes what fits
+    try:
+        return Job(origins=values.origins, data_must_exist=False, **good)
+    except InputError:
+        return None
+
+
+def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
+    """The [serve] section alone: of the run's job file where there is one, with `serve.key=value` overrides on top."""
+    values = read_overrides(overrides)
+    problems = [*values.problems]
+    problems += [
+        Problem(f"{COMMAND_LINE}: {section}", "only settings of [serve] can be given here", "serve.key=value")
+        for section in values.sections
+        if section != "serve"
+    ]
+    said = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
+    asked = absolute_paths(values.sections, values.folders).get("serve", {})
+    try:
+        settings = ServeSection(**{**said, **asked})
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            path = ["serve", *(str(part) for part in entry["loc"])]
+            problems.append(plain_problem(entry, path, COMMAND_LINE, job_keys()))
+    if problems:
+        raise InputError(problems)
+    return settings
+
+
+def job_to_toml(job: Job) -> str:
+    """The resolved job as TOML that `load_job` reads back to an equal Job."""
+    sections = job.as_dict()
+    if job.model.family is None:  # the rest of [model] is the shape of a family
+        sections["model"] = {key: sections["model"][key] for key in ("hf", "module", "module_folder", "arguments")}
+    return toml_text(sections)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors. No key is required: a file may take it from the one it `extends`."""
+    schema = Job.model_json_schema()
+    for table in (schema, *schema["$defs"].values()):
+        table.pop("required", None)
+    extends = {"type": "string", "title": "Extends", "description": "another job file, relative to this one"}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Meshwright job"}
+
+
+def job_keys() -> dict[str, str]:
+    """ "section.key" -> its meaning, in the order of the file."""
+    sections = {name: field.annotation for name, field in Job.model_fields.items()}
+    return {
+        f"{section}.{key}": field.description or ""
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for key, field in kind.model_fields.items()
+    }
+
+
+def _keys_said(sections: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}" for section, content in sections.items() if isinstance(content, dict) for key in content]
+
+
+def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
+    """The sections with derived values filled in; raises InputError listing all that is wrong with them."""
+    resolved, problems, good = _examine(sections, origins)
+    crossed = cross_problems(good, {_key_of(path) for path in problems}, _said_at(origins), data_must_exist)
+    if problems or crossed:
+        raise InputError([*problems.values(), *crossed])
+    return resolved
+
+
+def _examine(
+    sections: dict[str, Any], origins: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Problem], dict[str, dict[str, Any]]]:
+    """The sections with derived values, what is wrong with single values by their path, and what is right."""
+    sections = {"train": {}, **derived(sections)}
+    keys = job_keys()
+    problems: dict[str, Problem] = {}
+    try:
+        JobSections.model_validate(sections)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False, include_context=True):
+            path = [str(part) for part in entry["loc"]]
+            place = _said_at(origins)(".".join(path[:2]))
+            problems.setdefault(".".join(path), plain_problem(entry, path, place, keys))
+    bad = {_key_of(path) for path in problems}
+    good = {
+        section: {key: value for key, value in content.items() if f"{section}.{key}" not in bad}
+        for section, content in sections.items()
+        if isinstance(content, dict) and section not in bad
+    }
+    return sections, problems, good
+
+
+def _key_of(path: str) -> str:
+    return ".".join(path.split(".")[:2])
+
+
+def _said_at(origins: dict[str, str]) -> Callable[[str], str]:
+    """Where a key was said; where its section was, for one that was not."""
+    return lambda key: origins.get(key, origins.get(key.split(".")[0], ""))

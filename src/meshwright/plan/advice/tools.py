@@ -1,0 +1,302 @@
+"""Which strategy and which tools suit a model, its data, the hardware and the team, in words, and why.
+
+A tool that has a row in FRAMEWORKS is judged by the plan of the job under that row: what it splits by, whether it fits,
+how long a step takes. The others are judged by the layout that the best of those uses. TOOLS adds what no plan says: on
+what a tool runs and the experience it asks for, as facts of late 2026, not how well it is liked. strategies.py has what
+is said of the ways to split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster
+from meshwright.errors import CannotWork, Problem
+from meshwright.layout import Layout
+from meshwright.plan.advice.strategies import (
+    EXPERIENCE,
+    STRATEGIES,
+    Candidate,
+    Planned,
+    Reading,
+    Situation,
+    Told,
+    seconds,
+)
+from meshwright.plan.constants.profile import default_profile
+from meshwright.plan.rules.frameworks import FRAMEWORKS
+
+#: The framework whose plan the strategies are told of where no tool with a row runs at all.
+FALLBACK = "meshwright"
+KINDS = {"cpu": "CPUs", "cuda": "GPUs", "tpu": "TPUs", "gaudi": "Gaudi", "trainium": "Trainium"}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A strategy that suits, and why."""
+
+    strategy: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool: the kinds of device it runs on, the least experience that it asks for, and either its row in FRAMEWORKS
+    or the fields of the Layout that it splits by.
+
+    `models` is "any", or "language" for those that bring their own transformer. `machines` is how many it runs on (0:
+    any number). `caution` is said of it on devices that are no CPUs, `ended` says since when it is not kept.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    least_experience: str
+    models: str
+    good_for: str
+    framework: str = ""
+    alone: frozenset[str] = frozenset()
+    machines: int = 0
+    caution: str = ""
+    ended: str = ""
+
+    @property
+    def splits(self) -> frozenset[str]:
+        if not self.framework:
+            return self.alone
+        offers = FRAMEWORKS[self.framework].offers
+        return offers.fields | ({"offload"} if offers.offload else set())
+
+    @property
+    def short(self) -> str:
+        """The name within a sentence."""
+        return self.name.partition("(")[2].rstrip(")") or self.name.partition(",")[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A tool with what speaks for or against it here, and its plan where it was planned."""
+
+    tool: str
+    suits: bool
+    why: str
+    framework: str | None = None
+    step_seconds: float | None = None
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Strategies that suit, most important first, and every tool of the table with its verdict, the best first."""
+
+    strategies: tuple[Reason, ...]
+    tools: tuple[Verdict, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _row(name: str, framework: str, kinds: str, experience: str, models: str, good_for: str, **more: Any) -> Tool:
+    return Tool(name, frozenset(kinds.split()), experience, models, good_for, framework, **more)
+
+
+def _tool(name: str, splits: str, kinds: str, experience: str, models: str, good_for: str, ended: str = "") -> Tool:
+    alone = frozenset(splits.split())
+    return Tool(name, frozenset(kinds.split()), experience, models, good_for, alone=alone, ended=ended)
+
+
+TOOLS: tuple[Tool, ...] = (
+    _row("Meshwright", "meshwright", "cpu cuda", "new", "any",
+         "one job file, a layout planned and proven, runs that resume exactly, a server",
+         machines=1, caution="not yet run on GPUs"),
+    _tool("PyTorch DDP", "dp", "cpu cuda", "new", "any", "a model that fits one device, in your own loop"),
+    _row("PyTorch FSDP2 (torchtitan)", "torchtitan", "cuda", "some", "language",
+         "language models in plain PyTorch that you mean to change"),
+    _row("Megatron-LM, Megatron Bridge", "megatron-bridge", "cuda", "expert", "language",
+         "the highest throughput on hundreds of GPUs or more, for those who can keep its options straight"),
+    _row("DeepSpeed", "deepspeed", "cpu cuda gaudi", "some", "any",
+         "models larger than the devices' memory, with optimizer state on the host or on disk"),
+    _tool("Ray Train", "dp shard", "cpu cuda", "some", "any",
+          "clusters that already run Ray: it starts and restarts workers and leaves the split to PyTorch"),
+    _tool("JAX with MaxText", "dp shard tp pp cp ep", "tpu cuda", "expert", "language",
+          "language models in JAX, on TPUs first of all"),
+    _tool("Horovod", "dp", "cpu cuda", "some", "any", "data parallelism over MPI", "no release since 2023"),
+    _tool("Mesh TensorFlow", "dp tp", "tpu", "expert", "any", "tensors split in TensorFlow 1", "superseded by JAX"),
+    _tool("MXNet", "dp", "cpu cuda", "some", "any", "parameter servers", "retired by Apache in 2023"),
+    _tool("TorchServe", "", "cpu cuda", "some", "any", "serving", "ended in 2025"),
+)  # fmt: skip
+
+
+def situation(
+    card: Card,
+    cluster: Cluster,
+    reading: Reading,
+    *,
+    built_in: bool,
+    experience: str,
+    untrained: str = "",
+    pinned: frozenset[str] = frozenset(),
+) -> Situation:
+    """The facts of a job. Raises InputError for an unknown experience."""
+    return Situation(
+        cluster=cluster,
+        parameters=card.parameter_elements,
+        language_model=card.unit == "tokens",
+        built_in=built_in,
+        experts=any(block.experts for block in card.blocks),
+        reading=reading,
+        experience=experience,
+        margin=default_profile().interval("pairs", cluster.device.kind)[1],
+        untrained=untrained,
+        pinned=pinned,
+    )
+
+
+def frameworks(facts: Situation) -> tuple[str, ...]:
+    """The rows of FRAMEWORKS to plan the job under: those of tools that run this model on these devices."""
+    rows = tuple(tool.framework for tool in TOOLS if tool.framework and not _cannot_run(tool, facts))
+    return rows or (FALLBACK,)
+
+
+def advise(facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> Advice:
+    """Strategies and tools for these facts. `plans` has what came of each of `frameworks(facts)`.
+
+    Raises CannotWork, with the problems of all, where none of them has a layout.
+    """
+    layouts = {row: plan for row, plan in plans.items() if isinstance(plan, Planned)}
+    if not layouts:
+        raise CannotWork(_problems(plans))
+    judged = [_judged(tool, facts, plans) for tool in TOOLS]
+    suiting = _ordered([one for one in judged if one.planned and not one.against], facts.margin)
+    near = suiting or _nearest(judged, facts.margin)
+    chosen = near[0].plan if near else layouts[FALLBACK]
+    judged = [one if one.tool.framework else _by_layout(one, facts, chosen) for one in judged]
+    alone = [one for one in judged if not one.planned and not one.against]
+    verdicts = [_verdict(one, facts, near) for one in (*suiting, *alone, *(o for o in judged if o.against))]
+    best = next(tool for tool in TOOLS if tool.framework == chosen.framework)
+    others = [Candidate(o.tool.short, o.tool.splits, not o.against, o.planned) for o in judged if o.tool != best]
+    told = Told(facts, best.short, best.splits, bool(suiting), chosen, tuple(others))
+    reasons = [Reason(name, why) for name, rule in STRATEGIES if (why := rule(told))]
+    if not suiting and not alone:
+        reasons.insert(0, Reason("no tool suits", _none_suits(near, facts)))
+    return Advice(tuple(reasons), tuple(verdicts))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A tool with all that speaks against it, and its plan where it has one."""
+
+    tool: Tool
+    against: tuple[str, ...]
+    planned: Planned | None
+
+    @property
+    def plan(self) -> Planned:
+        assert self.planned is not None
+        return self.planned
+
+
+def _judged(tool: Tool, facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> _Judged:
+    if tool.ended:
+        return _Judged(tool, (f"not kept any more: {tool.ended}",), None)
+    cannot = _cannot_run(tool, facts)
+    against = [*cannot]
+    if EXPERIENCE.index(tool.least_experience) > EXPERIENCE.index(facts.experience):
+        against.append(f"asks for more experience ({tool.least_experience}) than the team's ({facts.experience})")
+    plan = None if cannot else plans.get(tool.framework)
+    if isinstance(plan, CannotWork):
+        return _Judged(tool, (*against, plan.problems[0].what), None)
+    return _Judged(tool, tuple(against), plan)
+
+
+def _cannot_run(tool: Tool, facts: Situation) -> list[str]:
+    """What keeps a tool from training this model on these devices, whatever the layout."""
+    against = []
+    if facts.kind not in tool.kinds:
+        against.append(f"does not run on {KINDS[facts.kind]}")
+    if tool.models == "language" and not (facts.language_model and facts.built_in):
+        against.append("brings its own language models; this one is yours")
+    if tool.framework == "meshwright" and facts.untrained:
+        against.append(f"plans this model, does not train it yet ({facts.untrained})")
+    if tool.machines and facts.cluster.nodes > tool.machines:
+        against.append(f"trains on one machine so far, and these are {facts.cluster.nodes}")
+    return against
+
+
+def _by_layout(one: _Judged, facts: Situation, chosen: Planned) -> _Judged:
+    """A tool that cannot be planned, judged by the layout that is advised."""
+    layout = chosen.layout
+    needs = {name for name in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep") if getattr(layout, name) > 1}
+    needs |= {"offload"} if layout.offload else set()
+    needs |= {"shard"} if chosen.spreads and not facts.fits_one_device else set()
+    lacks = sorted(needs - one.tool.splits)
+    if not lacks or one.tool.ended:
+        return one
+    return replace(one, against=(*one.against, f"does not split by {', '.join(lacks)}, as the layout advised does"))
+
+
+def _ordered(several: Sequence[_Judged], margin: float) -> list[_Judged]:
+    """The quickest first; of those that the margin does not tell apart, the one that asks for the least experience."""
+    rest, order = sorted(several, key=lambda one: one.plan.step_seconds), []
+    while rest:
+        level = [one for one in rest if one.plan.step_seconds <= margin * rest[0].plan.step_seconds]
+        order += sorted(level, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
+        rest = rest[len(level) :]
+    return order
+
+
+def _nearest(judged: Sequence[_Judged], margin: float) -> list[_Judged]:
+    """Tools with a plan, where none suits: those that ask for the least experience first."""
+    planned = _ordered([one for one in judged if one.planned], margin)
+    return sorted(planned, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
+
+
+def _verdict(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> Verdict:
+    """The tool in words; `order` has the tools that its time is compared with."""
+    tool, plan = one.tool, one.planned
+    words = list(one.against)
+    if plan is not None:
+        words.append(_time(one, facts, order))
+    if not one.against:
+        words.append(f"for {tool.good_for}" + ("" if plan else "; not predicted"))
+        words += [tool.caution] if tool.caution and facts.kind != "cpu" else []
+    told = (tool.framework, plan.step_seconds, plan.layout) if plan else (None, None, None)
+    return Verdict(tool.name, not one.against, "; ".join(words), *told)
+
+
+def _time(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> str:
+    """The predicted step, and how far from the quickest of `order` it is."""
+    words = f"predicted {seconds(one.plan.step_seconds)} a step as {one.plan.layout}"
+    quickest = min(order, key=lambda other: other.plan.step_seconds)
+    times = one.plan.step_seconds / quickest.plan.step_seconds
+    whose, margin = f"{quickest.tool.short}'s {seconds(quickest.plan.step_seconds)}", facts.margin
+    if one.tool == quickest.tool:
+        return words + (", the shortest of those that suit" if not one.against and len(order) > 1 else "")
+    apart = f"{abs(times - 1):.0%} {'more' if times > 1 else 'less'}"
+    if apart.startswith("0%"):
+        return f"{words}, as long as {whose}"
+    if max(times, 1 / times) <= margin:
+        return f"{words}, level with {whose}: {apart} is within the plan's margin of {margin - 1:.0%}"
+    return f"{words}, {apart} than {whose}"
+
+
+def _none_suits(near: Sequence[_Judged], facts: Situation) -> str:
+    if not near:
+        return f"what follows is as {FALLBACK.capitalize()} would plan it; see what speaks against each tool"
+    tool = near[0].tool
+    return (
+        f"{tool.short} comes nearest, and asks for more experience ({tool.least_experience}) than the team's "
+        f"({facts.experience}); what follows is of its plan"
+    )
+
+
+def _problems(plans: Mapping[str, Planned | CannotWork]) -> list[Problem]:
+    """What each framework met."""
+    return [
+        replace(problem, what=f"under {row}: {problem.what}")
+        for row, failed in plans.items()
+        if isinstance(failed, CannotWork)
+        for problem in failed.problems
+    ]

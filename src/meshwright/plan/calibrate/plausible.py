@@ -1,0 +1,59 @@
+"""Measured times that cannot be of what is predicted: no machine is so far off, but another unit is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from meshwright.errors import InputError, Problem
+from meshwright.plan.calibrate.from_cases import rows_of
+from meshwright.plan.cases.predict import Predictor
+from meshwright.plan.cases.read import BadCase, MeasuredCase
+from meshwright.plan.constants.profile import Profile
+
+#: So many times longer or shorter than predicted a measured time cannot be.
+TOO_FAR = 100.0
+#: How many of a unit a second has.
+UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9, "hours": 1 / 3600}
+
+
+def absurd(measured: float, predicted: float) -> bool:
+    """Whether a time is too far from what is predicted to be of the same thing."""
+    return not 1 / TOO_FAR <= measured / predicted <= TOO_FAR
+
+
+def unlike(measured: float, predicted: float) -> str:
+    """Two times in seconds, in words."""
+    return f"{measured:.3g} s, {measured / predicted:.2g} times the {predicted:.3g} s that are predicted"
+
+
+def in_seconds(measured: float, predicted: float) -> str:
+    """What to give instead, with the unit that was likely meant."""
+    far = math.log(max(measured / predicted, 1e-300))
+    unit = min(UNITS, key=lambda name: abs(far - math.log(UNITS[name])))
+    near = abs(far - math.log(UNITS[unit])) < math.log(30)
+    return "give the seconds of a whole step" + (f": these look like {unit}" if near else "")
+
+
+def believable(cases: Sequence[MeasuredCase], start: Profile, where: str) -> tuple[list[MeasuredCase], list[BadCase]]:
+    """Cases that a fit from `start` may look at, and those whose measured time cannot be.
+
+    Raises InputError, naming the file `where`, when these are more than half of the cases that can be predicted.
+    """
+    predictor, predicted = Predictor(start), 0
+    good: list[MeasuredCase] = []
+    bad: list[BadCase] = []
+    for one in cases:
+        rows, _ = rows_of([one])
+        predicted += len(rows)
+        times = [(row.seconds, predictor.seconds(row.setup)) for row in rows]
+        if times and absurd(*times[0]):
+            problem = Problem("measured.step_seconds", f"is {unlike(*times[0])}", in_seconds(*times[0]))
+            bad.append(BadCase(one.case.id, (problem,)))
+        else:
+            good.append(one)
+    if 2 * len(bad) > predicted:
+        first = bad[0].problems[0]
+        what = f"{len(bad)} of {predicted} runs took more than {TOO_FAR:g} times longer or shorter than predicted"
+        raise InputError(Problem(where, f"{what}: {first.where} of {bad[0].id} {first.what}", first.nearest))
+    return good, bad

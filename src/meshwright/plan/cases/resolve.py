@@ -1,0 +1,371 @@
+"""From a case to what the estimator takes: the model's card, the cluster, the layout and how the framework runs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster, Device, Link, device_names, named_cluster
+from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.families import own_card
+from meshwright.families.decoder import DecoderShape, card, parameters
+from meshwright.layout import SCHEDULES, Layout
+from meshwright.plan.cases.read import Case, nearest_word
+from meshwright.plan.constants.correction import SCALES
+from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.cost.memory import MemoryModel, usable_bytes
+from meshwright.plan.pipeline.actions import problem
+from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+
+GB = 1e9
+#: Words for a precision -> the rate of the device that its products run at.
+PRECISIONS: Mapping[str, str] = {
+    **dict.fromkeys(("fp32", "float32", "single", "tf32"), "fp32"),
+    **dict.fromkeys(("bf16", "bfloat16", "amp_bf16", "bf16_mixed", "mixed"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half", "amp_fp16", "fp16_mixed"), "fp16"),
+    **dict.fromkeys(("fp8", "amp_fp8", "fp8_cs", "fp8_ds", "fp8_mx", "mxfp8", "fp8_tensorwise", "fp8_rowwise"), "fp8"),
+    **dict.fromkeys(("fp8_sc", "fp8_hybrid", "float8"), "fp8"),
+    **dict.fromkeys(("fp4", "nvfp4", "mxfp4"), "fp4"),
+}
+#: Words for what is recomputed in the backward pass -> the layout's word; what "selective" drops stands in SELECTIVE.
+RECOMPUTES: Mapping[str, str] = {
+    **dict.fromkeys(("none", "no", "off", "false"), "none"),
+    **dict.fromkeys(("selective", "selective_attention", "selective_op", "selective_layer"), "selective"),
+    **dict.fromkeys(("full", "all", "on", "true", "uniform", "block"), "full"),
+    "unknown": "unknown",
+}
+SELECTIVE = {"selective_attention": "attention", "selective_op": "operations", "selective_layer": "block"}
+#: How a framework's blocks compute, as the card's styles know it.
+STYLES = {
+    "meshwright": "plain",
+    "torchtitan": "titan",
+    "llm-foundry": "fsdp",
+    "deepspeed": "hf",
+    "megatron-deepspeed": "megatron-legacy",
+}
+#: Keys of a model's table that are the shape's own words.
+EXTRAS = (
+    *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
+    *("q_lora", "kv_lora", "rope_head_dim", "v_head_dim", "mtp_layers", "sliding_window"),
+)
+#: Bus bandwidth of all-reduce, of its link's: sums made in the switch spare the wire half at most.
+MOST_BUS = 2.0
+#: A stated count of parameters that is off by more than this share is said to be.
+MISCOUNTED = 0.1
+#: The interval of a case with a guessed word is this power of the one without.
+GUESS_WIDTH = 1.4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a case comes to. `assumed` says what it did not say; `guessed` counts the words that had to be guessed;
+    `recomputed` is the share of the layers that recompute fully where the layout says none."""
+
+    card: Card
+    cluster: Cluster
+    layout: Layout
+    global_batch: int
+    precision: str
+    framework: Framework
+    assumed: tuple[str, ...] = ()
+    guessed: int = 0
+    recomputed: float = 0.0
+
+    @property
+    def regime(self) -> tuple[str, ...]:
+        """Words, from the most general on, of what decides how far a prediction may be off."""
+        extent = "nodes" if self.cluster.nodes > 1 else "node"
+        return (self.cluster.device.kind, self.framework.name, extent)
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for setups that differ in layout alone."""
+        return repr((self.card.name, id(self.card), self.cluster, self.global_batch, self.precision, self.framework))
+
+    @property
+    def correction_regime(self) -> str:
+        """What a correction is learnt for: runs that differ in size and split alone."""
+        kind, framework, extent = self.regime
+        where = self.cluster.device.name if kind == "cuda" else kind
+        return "/".join((where, framework, self.precision, self.layout.recompute, extent))
+
+    @cached_property
+    def features(self) -> tuple[float, ...]:
+        """Where the run lies among others of its regime: the features of `correction.SCALES`."""
+        layout, seq_len = self.layout, self.card.units_per_sample
+        figures = {
+            "tp": layout.tp,
+            "micro_batch": layout.micro_batch,
+            "hidden": self.card.blocks[0].output_elements / seq_len,
+            "seq_len": seq_len / layout.cp,
+            "pp": layout.pp,
+            "data_ranks": layout.dp * layout.cp,
+            "micro_batches": layout.micro_batches(self.global_batch),
+            "layers": len(self.card.blocks),
+        }
+        return tuple(math.log2(figures[name]) for name in SCALES)
+
+    @property
+    def width(self) -> float:
+        """The interval's factors are raised to this power."""
+        return GUESS_WIDTH if self.guessed else 1.0
+
+
+def setup(case: Case) -> Setup:
+    """What the case comes to. Raises InputError for an unknown device without figures, for a precision that the device
+    does not have, and for figures that contradict each other."""
+    assumed = list(case.assumed)
+    cluster = cluster_of(case.cluster)
+    assumed += cluster.assumed
+    framework = _framework(case.software, assumed)
+    precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
+    shape = _for_ranks(_counted(case.model, framework.name, assumed), case.layout["tp"], assumed)
+    layout, framework = _layout(case, framework, assumed)
+    word, known = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
+    drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
+    style = style_of(framework.name, precision, drops)
+    if style == "megatron-legacy" and framework.attention != "unfused":
+        assumed.append("fp16 in Megatron-LM: the unfused attention of its releases of 2022")
+        framework = replace(framework, attention="unfused")
+    if framework.fused_cross_entropy:
+        style += "+fused_loss"
+    model = _card(shape, case.model["seq_len"], style)
+    if drops is not None:
+        framework = replace(framework, selective=drops)
+    found = Setup(model, cluster, layout, case.train["global_batch"], precision, framework)
+    if word == "unknown":
+        share = _least_recomputed(found)
+        taken = f"of {share or 0.0:.0%} of the layers, the least that fits"
+        if share is None:
+            taken = "taken for none, since by what the case says it fits in no way"
+        assumed.append(f"recompute '{case.layout['recompute']}': {taken}")
+        found, word, guesses = replace(found, recomputed=share or 0.0), "none", guesses + 1
+    elif not known:
+        assumed.append(f"recompute '{case.layout['recompute']}': taken for {word}")
+        guesses += 1
+    return replace(found, layout=replace(layout, recompute=word), assumed=tuple(assumed), guessed=guesses)
+
+
+def style_of(framework: str, precision: str, drops: str | None) -> str:
+    """How the framework's blocks compute. Megatron-LM left fp16, and attention worth recomputing, behind in 2023."""
+    if framework == "megatron-lm" and (precision == "fp16" or drops == "attention"):
+        return "megatron-legacy"
+    return STYLES.get(framework, "megatron")
+
+
+def _framework(software: Mapping[str, Any], assumed: list[str]) -> Framework:
+    name = str(software.get("framework", "unknown")).strip().lower()
+    if name not in FRAMEWORKS:
+        assumed.append(f"framework '{name}' is not in the table: taken for one we do not know")
+        name = "unknown"
+    row = FRAMEWORKS[name].with_software(software)
+    assumed += row.assumed
+    return row
+
+
+def _precision(word: str, cluster: Cluster, assumed: list[str]) -> tuple[str, int]:
+    precision, known = nearest_word(word, PRECISIONS, "bf16")
+    if not known:
+        assumed.append(f"precision '{word}': taken for {precision}")
+    rates = cluster.device.flops
+    if not rates.get(precision, 0.0) > 0:
+        near = next((p for p in ("bf16", "fp16", "fp32") if rates.get(p, 0.0) > 0), "fp32")
+        what = f"{cluster.device.name} has no rate for {precision}"
+        raise InputError(Problem("train.precision", what, f"nearest: {near}"))
+    return precision, 0 if known else 1
+
+
+def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layout, Framework]:
+    given = case.layout
+    fields = {key: given[key] for key in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")}
+    if framework.offers.sequence_always and given["tp"] > 1 and not given["sequence_parallel"]:
+        fields["sequence_parallel"] = True
+        assumed.append(f"{framework.name} runs sequence parallelism with tensor parallelism")
+    schedule = "interleaved" if given["vpp"] > 1 else "1f1b"
+    word = given.get("schedule")
+    if word is not None and word.lower() in SCHEDULES:
+        schedule = word.lower()
+    elif word is not None:
+        assumed.append(f"schedule '{word}': taken for {schedule}")
+    if framework.offers.shards_context and given["shard"] % given["cp"]:
+        fields["shard"] = given["cp"] * math.gcd(given["shard"], given["dp"])  # the mesh for FSDP spans both
+        assumed.append(f"{framework.name} shards weights over context-parallel ranks too")
+    if "optimizer_shard" in given:
+        framework = replace(framework, optimizer_shard="dp" if given["optimizer_shard"] > 1 else "none")
+        if 1 < given["optimizer_shard"] < (ranks := given["dp"] * given["cp"]):
+            assumed.append(f"optimizer_shard={given['optimizer_shard']}: taken for all {ranks} ranks")
+    if wrong := problem(
+        schedule, given["pp"], case.train["global_batch"] // (given["dp"] * given["micro_batch"]), given["vpp"]
+    ):
+        raise InputError(Problem("layout.schedule", wrong, "nearest: 1f1b with vpp=1"))
+    layout = Layout(
+        **fields, micro_batch=given["micro_batch"], schedule=schedule, offload=bool(given.get("offload", False))
+    )
+    return layout, framework
+
+
+def _least_recomputed(found: Setup) -> float | None:
+    """The share of the layers that must recompute for the rest to fit a device; None where even all is not enough: what
+    ran saved memory in ways that the case does not say, and memory says nothing of its recompute."""
+    model = MemoryModel(found.card, found.framework, found.precision, found.cluster.device)
+    layout, room = found.layout, usable_bytes(found.cluster.device)
+    firsts = _even_cut(len(found.card.blocks), layout.pp * layout.vpp)
+
+    def needs(word: str) -> int:
+        stages = model.stages(replace(layout, recompute=word), firsts, layout.micro_batches(found.global_batch))
+        return max(stage.total for stage in stages)
+
+    without, full = needs("none"), needs("full")
+    if without <= room:
+        return 0.0
+    return (without - room) / (without - full) if full <= room else None
+
+
+def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
+    """First block of each stage: equal numbers of layers, the embedding with the first and the head with the last; of
+    all blocks where the layers alone are too few."""
+    layers = blocks - 2
+    if stages > layers:
+        return tuple(blocks * stage // stages for stage in range(stages))
+    return (0, *(1 + layers * stage // stages for stage in range(1, stages)))
+
+
+def _for_ranks(shape: DecoderShape, tp: int, assumed: list[str]) -> DecoderShape:
+    """With more tensor-parallel ranks than key and value heads each rank has a copy of one."""
+    if tp <= shape.kv_heads:
+        return shape
+    assumed.append(f"{shape.kv_heads} key and value heads: copied for {tp} tensor-parallel ranks")
+    return replace(shape, kv_heads=tp)
+
+
+def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
+    """The decoder of a case's model table. Feed-forwards of two matrices are GPT's (layer norms, biases, learned
+    positions, tied embeddings) and of three Llama's; where the table counts the parameters, the count decides."""
+    heads = model["heads"]
+    gated = model.get("gated", True)
+    base = DecoderShape(
+        layers=model["layers"],
+        hidden=model["hidden"],
+        heads=heads,
+        kv_heads=model.get("kv_heads", heads),
+        head_dim=model.get("head_dim", model["hidden"] // heads),
+        ffn=model["ffn"],
+        vocab=model["vocab"],
+        gated=gated,
+        tied=model.get("tied", not gated),
+        biases=not gated and framework != "llm-foundry",
+        norm="rms" if gated else "layer",
+        learned_positions=0 if gated else model["seq_len"],
+        **{name: model[name] for name in EXTRAS if name in model},
+    )
+    if "params_b" not in model:
+        return base
+    ties = (model["tied"],) if "tied" in model else (base.tied, not base.tied)
+    places = (base.learned_positions, model["seq_len"] if gated else 0)
+    choices = [replace(base, tied=tied, learned_positions=place) for tied, place in product(ties, places)]
+    return min(choices, key=lambda shape: abs(_count(shape) - model["params_b"] * 1e9))
+
+
+def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> DecoderShape:
+    """`shape_of` where the sizes come to the stated count of parameters; where they do not, with feed-forwards of as
+    many matrices as come nearer to it. What is left is said."""
+    shape = shape_of(model, framework)
+    said = model.get("params_b", 0.0)
+    if not said or _off(shape, said) <= MISCOUNTED:
+        return shape
+    other = shape_of({**model, "gated": not shape.gated}, framework)
+    if _off(other, said) < _off(shape, said):
+        assumed.append(f"model.gated={str(shape.gated).lower()}: {said:g} B parameters say otherwise, and decide")
+        shape = other
+    if _off(shape, said) > MISCOUNTED:
+        there = _count(shape) / 1e9
+        assumed.append(f"model.params_b={said:g}: its sizes come to {there:.3g} at the nearest, and decide")
+    return shape
+
+
+def _off(shape: DecoderShape, billions: float) -> float:
+    """By how much a count of parameters is off, as a share."""
+    return abs(_count(shape) / 1e9 / billions - 1)
+
+
+@lru_cache(maxsize=256)
+def _count(shape: DecoderShape) -> int:
+    return sum(parameter.elements for parameter in parameters(shape))
+
+
+@lru_cache(maxsize=256)
+def _card(shape: DecoderShape, seq_len: int, style: str) -> Card:
+    ours = own_card(shape, seq_len) if style == STYLES["meshwright"] else None
+    return card(shape, seq_len, style) if ours is None else ours
+
+
+def cluster_of(given: Mapping[str, Any]) -> Cluster:
+    """The cluster of a case: a device of the table, its figures replaced by those the case brings, or a device of
+    figures alone. Raises InputError for an unknown device that brings too little."""
+    name, figures = given["device"], given.get("figures", {})
+    known = name in device_names()
+    if not known and not figures:
+        hint = f"{nearest_name(name, device_names())}; or bring its figures: cluster.figures"
+        raise InputError(Problem("cluster.device", f"unknown device '{name}'", hint))
+    if known:
+        return _with_figures(named_cluster(name, given["devices"], given.get("devices_per_node")), figures)
+    per_node = given.get("devices_per_node", min(8, given["devices"]))
+    needs = ["memory_gb", "memory_gbps", "tflops"]
+    needs += ["intra_gbps"] if given["devices"] > 1 else []
+    needs += ["inter_gbps"] if given["devices"] > per_node else []
+    if missing := [Problem(f"cluster.figures.{key}", "is missing", "give it") for key in needs if not figures.get(key)]:
+        raise InputError(missing)
+    template = named_cluster("a100-sxm-80gb", given["devices"], per_node)
+    bare = Device(name, template.device.kind, 1, {}, 1.0, template.device.launch_seconds)
+    said = (f"'{name}' starts operations as fast as other GPUs do",)
+    return _with_figures(replace(template, device=bare, assumed=said), figures)
+
+
+def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
+    """The cluster with the figures in place of its own; what was measured of a figure that is replaced goes with it."""
+    if not figures:
+        return cluster
+    device = cluster.device
+    rates = {key: rate * 1e12 for key, rate in figures.get("tflops", {}).items()}
+    rates = {key: rate for key, rate in rates.items() if rate != device.flops.get(key)}  # the table's own says nothing
+    flops = {**device.flops, **rates}
+    if "fp32" not in flops and rates:
+        flops["fp32"] = min(rates.values())
+    real = {key: rate for key, rate in device.real_flops.items() if key not in rates}
+    real |= {key: rate * 1e12 for key, rate in figures.get("measured_tflops", {}).items()}
+    if above := [key for key, rate in real.items() if rate > flops.get(key, math.inf)]:
+        what = f"{real[above[0]] / 1e12:g} of {above[0]} is more than the peak of {flops[above[0]] / 1e12:g}"
+        raise InputError(Problem("cluster.figures.measured_tflops", what, "give what products reach, below the peak"))
+    measured = figures.get("measured_memory_gbps", 0.0) * GB
+    peak = figures.get("memory_gbps", device.memory_bytes_per_second / GB) * GB
+    if measured > peak > 1.0:  # a bare device has none
+        what = f"{measured / GB:g} is more than the peak of {peak / GB:g}"
+        raise InputError(Problem("cluster.figures.measured_memory_gbps", what, "give what copying reaches, below it"))
+    # a data sheet would state so much, as those of other devices do
+    stated = figures.get("memory_gbps", 0.0) * GB if not measured else measured / DATASHEET["cuda.memory.share"]
+    device = replace(
+        device,
+        flops=flops,
+        real_flops=real,
+        memory_bytes=int(figures.get("memory_gb", device.memory_bytes / GB) * GB),
+        memory_bytes_per_second=stated or device.memory_bytes_per_second,
+        real_memory_bytes_per_second=measured if stated else device.real_memory_bytes_per_second,
+        units=figures.get("units", device.units),
+    )
+    intra, inter = (_link(getattr(cluster, side), figures, side) for side in ("intra", "inter"))
+    return replace(cluster, device=device, intra=intra, inter=inter, joined=figures.get("joined", cluster.joined))
+
+
+def _link(link: Link, figures: Mapping[str, Any], side: str) -> Link:
+    if f"{side}_gbps" in figures:
+        link = Link(link.name, figures[f"{side}_gbps"] * GB, link.latency_seconds, "switch")
+    measured = figures.get("all_reduce_gbps", 0.0) * GB if side == "intra" else 0.0
+    if measured > MOST_BUS * link.bytes_per_second:
+        what = f"{measured / GB:g} is more than {MOST_BUS:g} times the link's {link.bytes_per_second / GB:g}"
+        raise InputError(Problem("cluster.figures.all_reduce_gbps", what, "give the bus bandwidth of nccl-tests"))
+    return replace(link, measured_bus=measured) if measured else link

@@ -1,0 +1,97 @@
+"""Bytes of one block on one rank: its parameters, what a micro-batch leaves in it, what its backward works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwright.card import Block, Parameter, Saved
+from meshwright.cluster import Device
+from meshwright.layout import AXIS_RULES, Layout
+from meshwright.plan.rules.frameworks import Framework
+
+#: Bytes of an element between products, by the precision that products run in.
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+#: Bytes of an element that is kept as the input of a product.
+PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
+
+
+def saved_bytes(saved: Saved, *, tp: int, sequence_parallel: bool, precision: str) -> int:
+    """Bytes that one sample leaves of `saved` on a rank of `tp`."""
+    width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
+    size = saved.elements * (saved.bytes_per_element or width)
+    divided = saved.split == "tp" or (saved.split == "sp" and sequence_parallel)
+    return size // tp if divided else size
+
+
+def local_size(parameter: Parameter, tp: int, ep: int, vocab_multiple: int) -> int:
+    """Elements of a parameter on one rank; a vocabulary is padded to a multiple of `vocab_multiple` x tp first."""
+    total = 1
+    for size, axis in zip(parameter.shape, parameter.axes, strict=True):
+        ways = {"tp": tp, "ep": ep}.get(AXIS_RULES.get(axis) or "", 1) if axis is not None else 1
+        if axis == "vocab" and vocab_multiple > 1:
+            size = -(-size // (vocab_multiple * tp)) * vocab_multiple * tp
+        total *= -(-size // ways)
+    return total
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One kind of block on one rank: local elements of parameters, dense and of experts, and of each matrix by name.
+    `kept` is what a micro-batch leaves until its backward, of it `loss` what the loss keeps; `working` is what the
+    backward needs besides while it runs."""
+
+    dense: int
+    expert: int
+    kept: int
+    loss: int
+    working: int
+    matrices: tuple[tuple[str, int], ...]
+
+
+class BlockMemory:
+    """Blocks under one framework at one precision, on one kind of device."""
+
+    def __init__(self, framework: Framework, precision: str, device: Device) -> None:
+        self.framework, self.precision, self.kind = framework, precision, device.kind
+        self.width = WIDTH[precision]
+
+    def expert_tp(self, layout: Layout) -> int:
+        """Tensor-parallel ranks that an expert is split over."""
+        return layout.tp if self.framework.splits_experts else 1
+
+    def of(self, block: Block, given: int, layout: Layout) -> BlockBytes:
+        """Bytes of one block, which is handed `given` elements a sample."""
+        micro, tp = layout.micro_batch, layout.tp
+
+        def size(saved: Saved) -> int:
+            split = layout.sequence_parallel
+            each = saved_bytes(saved, tp=tp, sequence_parallel=split, precision=self.precision)
+            return each * micro // layout.cp
+
+        sizes = [(saved, size(saved)) for saved in block.saved if saved.kept(self.kind, self.precision)]
+        whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
+        entry = given * self.width * micro // layout.cp
+        kept = whole
+        if layout.recompute == "selective" and self.framework.selective == "block":
+            kept = (whole + entry) // 2  # every other block is recomputed
+        elif layout.recompute == "selective":
+            kept = sum(n for saved, n in sizes if not saved.selective)
+            whens = ("selective", "selective tp") if tp > 1 else ("selective",)
+            kept += sum(size(saved) for saved in block.saved if saved.on in whens)
+        elif layout.recompute == "full" and block.kind not in self.framework.never_recomputed:
+            kept = entry // (tp if layout.sequence_parallel else 1) + loss
+        # A backward holds gradients of the widest tensor that was kept and of what went in, gathered.
+        widest = max((n for saved, n in sizes if saved.module != "loss"), default=0)
+        dense, expert, matrices = self._local(block, layout)
+        return BlockBytes(dense, expert, kept, loss, whole - min(kept, whole) + widest + 2 * entry, matrices)
+
+    def _local(self, block: Block, layout: Layout) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+        dense, expert, matrices = 0, 0, []
+        for parameter in block.parameters:
+            mixed = "expert" in parameter.axes
+            tp, ep = (self.expert_tp(layout), layout.ep) if mixed else (layout.tp, 1)
+            elements = local_size(parameter, tp, ep, self.framework.vocab_multiple)
+            dense, expert = (dense, expert + elements) if mixed else (dense + elements, expert)
+            if len(parameter.shape) > 1 and "positions" not in parameter.axes and block.kind != "embedding":
+                matrices.append((parameter.name.split(".", 2)[-1], elements))
+        return dense, expert, tuple(matrices)

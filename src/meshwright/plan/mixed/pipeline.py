@@ -1,0 +1,271 @@
+"""The pipeline through groups of different devices: which group has which stages, and where the blocks are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import permutations
+
+from meshwright.cluster import Cluster
+from meshwright.layout import Layout
+from meshwright.plan.cost.memory import StageMemory, slack_bytes, usable_bytes
+from meshwright.plan.cost.per_step import Once
+from meshwright.plan.mixed.cluster import Asked, Way, mfu
+from meshwright.plan.pipeline.length import span_seconds
+from meshwright.plan.result import Share
+from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.table import allowed
+from meshwright.plan.search.wording import choice_of
+
+HALVINGS = 40
+#: What of a stage's memory its blocks add up to; the rest is the largest of them.
+ADDED = ("weights", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What each block takes on one group's devices: seconds of a micro-batch, and memory."""
+
+    group: Cluster
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    memory: tuple[StageMemory, ...]
+    transfer: float
+    micro_batches: int
+    apart: tuple[float, float, float]  # waits, optimizer and host outside the pipeline, were every block here
+    _limits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
+
+    def cost(self, block: int) -> float:
+        return self.forward[block] + self.backward[block]
+
+    @cached_property
+    def total(self) -> float:
+        return sum(self.forward) + sum(self.backward)
+
+    def stage(self, start: int, stop: int, in_flight: int) -> StageMemory:
+        """Memory of a stage of the blocks from `start` to `stop`."""
+        mine = self.memory[start:stop]
+        sums = {}
+        for one in fields(StageMemory):
+            values = [getattr(memory, one.name) for memory in mine]
+            if one.name == "activations":  # a pipeline of single blocks under GPipe holds every micro-batch
+                sums[one.name] = sum(values) * in_flight // self.micro_batches
+            else:
+                sums[one.name] = sum(values) if one.name in ADDED else max(values)
+        moving, states = sums["activations"] + sums["buffers"], sum(sums[name] for name in ADDED)
+        sums["slack"] = slack_bytes(self.group.device.kind, moving, moving + states)
+        return StageMemory(**sums)
+
+    def limit(self, start: int, in_flight: int) -> int:
+        """The first block that does not fit any more on a stage that begins with `start`."""
+        if (start, in_flight) not in self._limits:
+            room, stop = usable_bytes(self.group.device), start
+            fixed = kept = buffers = process = 0
+            for memory in self.memory[start:]:  # as in `stage`, which is its slow twin
+                fixed += memory.weights + memory.gradients + memory.optimizer
+                kept += memory.activations
+                buffers, process = max(buffers, memory.buffers), max(process, memory.process)
+                moving = kept * in_flight // self.micro_batches + buffers
+                if fixed + moving + slack_bytes(self.group.device.kind, moving, fixed + moving) + process > room:
+                    break
+                stop += 1
+            self._limits[start, in_flight] = stop
+        return self._limits[start, in_flight]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A pipeline: the stages' groups in order, the first block of each stage, and the step."""
+
+    layout: Layout
+    blocks: tuple[Blocks, ...]  # of each stage
+    firsts: tuple[int, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    memory: tuple[StageMemory, ...]
+    transfer: float
+    span: float
+    apart: tuple[float, float, float]
+
+    @property
+    def seconds(self) -> float:
+        return self.span + sum(self.apart)
+
+
+def through_stages(asked: Asked) -> Way | None:
+    """The best pipeline through all groups; None where none fits or the framework has no pipeline."""
+    best: Placed | None = None
+    enough: set[Layout] = set()  # layouts, less their recompute, that fit with less of it: more only costs time
+    for layout, counts in _layouts(asked):
+        alike = replace(layout, recompute="none")
+        if alike in enough:
+            continue
+        blocks = [_blocks(asked, group, layout) for group in asked.mixed.groups]
+        for order in permutations(range(len(blocks))):
+            stages = tuple(blocks[g] for g in order for _ in range(counts[g]))
+            floor = _floor(stages)
+            if best is not None and floor >= best.seconds:
+                enough.add(alike)
+                continue
+            placed = _placed(asked, layout, stages)
+            if placed is not None:
+                enough.add(alike)
+            if placed is not None and (best is None or placed.seconds < best.seconds):
+                best = placed
+    return None if best is None else _way(asked, best)
+
+
+def _layouts(asked: Asked) -> Iterator[tuple[Layout, tuple[int, ...]]]:
+    """Layouts of the whole, with the stages of each group: tp and dp are the same everywhere."""
+    groups, pins, facts = asked.mixed.groups, asked.request.pins, Facts.of(asked.card)
+    batch, count = asked.request.global_batch, len(asked.card.blocks)
+    sizes = facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
+    for tp in [pins["tp"]] if "tp" in pins else sizes:
+        for dp in [pins["dp"]] if "dp" in pins else divisors(min(group.devices for group in groups)):
+            if min(tp, dp) < 1 or batch % dp or any(group.devices % (tp * dp) for group in groups):
+                continue
+            stages = tuple(group.devices // (tp * dp) for group in groups)
+            if sum(stages) > count or pins.get("pp", sum(stages)) != sum(stages):
+                continue
+            sequence = pins.get("sequence_parallel", tp > 1 and facts.units_per_sample % tp == 0)
+            shards = [pins["shard"]] if "shard" in pins else sorted({1, dp})
+            for micro in [pins["micro_batch"]] if "micro_batch" in pins else divisors(batch // dp):
+                plain = "1f1b" if batch // dp // micro >= sum(stages) else "gpipe"  # which only holds more
+                for schedule in [pins["schedule"]] if "schedule" in pins else [plain]:
+                    for shard in shards:
+                        for recompute in asked.space(groups[0], batch, pins).recomputes():
+                            layout = Layout(
+                                dp=dp, shard=shard, tp=tp, pp=sum(stages), sequence_parallel=sequence,
+                                micro_batch=micro, schedule=schedule, recompute=recompute,
+                                **{name: pins[name] for name in ("cp", "ep", "vpp", "offload") if name in pins},
+                            )  # fmt: skip
+                            space = asked.space(asked.mixed.slowest, batch, {})
+                            known = layout.schedule in ("1f1b", "gpipe") and layout.cp * layout.ep * layout.vpp == 1
+                            if known and allowed(space.question(layout)):
+                                yield layout, stages
+
+
+def _blocks(asked: Asked, group: Cluster, layout: Layout) -> Blocks:
+    """Every block for itself, estimated as a pipeline of single blocks on this group's devices."""
+    estimator, count = asked.estimator(group), len(asked.card.blocks)
+    one = estimator.estimate(replace(layout, pp=count, schedule="gpipe"))
+    whole = estimator.estimate(layout)
+    return Blocks(
+        group, one.forward_seconds, one.backward_seconds, one.memory, one.transfer_seconds, one.micro_batches,
+        (whole.once.waits, whole.optimizer_seconds, whole.other_seconds),
+    )  # fmt: skip
+
+
+def _floor(stages: Sequence[Blocks]) -> float:
+    """No pipeline through these stages is quicker: all work shared out as the devices can take it."""
+    rate = sum(1 / stage.total for stage in stages)
+    return stages[0].micro_batches / rate
+
+
+def _placed(asked: Asked, layout: Layout, stages: tuple[Blocks, ...]) -> Placed | None:
+    """The cut with the least slowest stage among those that fit, by halving between bounds; None where none fits."""
+    total = max(stage.total for stage in stages)
+    best = _cut(layout, stages, total)
+    if best is None:
+        return None
+    low, high = 0.0, total
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        cut = _cut(layout, stages, middle)
+        if cut is None:
+            low = middle
+        else:
+            best, high = cut, middle
+    edges = list(zip(best, (*best[1:], len(stages[0].forward)), strict=True))
+    forward = tuple(sum(s.forward[a:b]) for s, (a, b) in zip(stages, edges, strict=True))
+    backward = tuple(sum(s.backward[a:b]) for s, (a, b) in zip(stages, edges, strict=True))
+    transfer = max(stage.transfer for stage in stages)
+    memory = tuple(
+        stage.stage(a, b, _in_flight(layout, place, stage.micro_batches))
+        for place, (stage, (a, b)) in enumerate(zip(stages, edges, strict=True))
+    )
+    span = span_seconds(layout.schedule, stages[0].micro_batches, forward, backward, transfer)
+    apart = max((stage.apart for stage in stages), key=sum)
+    return Placed(layout, stages, best, forward, backward, memory, transfer, span, apart)
+
+
+def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    return micro_batches if layout.schedule == "gpipe" else min(layout.pp - stage, micro_batches)
+
+
+def _cut(layout: Layout, stages: tuple[Blocks, ...], cap: float) -> tuple[int, ...] | None:
+    """First blocks of stages that each take `cap` seconds at most and fit: every stage as full as it can be, from the
+    first on; None where blocks are left over."""
+    firsts, start, count = [], 0, len(stages[0].forward)
+    for place, stage in enumerate(stages):
+        firsts.append(start)
+        fits = stage.limit(start, _in_flight(layout, place, stage.micro_batches))
+        most = min(fits, count - (len(stages) - place - 1))
+        stop, cost = start, 0.0
+        while stop < most and cost + stage.cost(stop) <= cap:
+            cost += stage.cost(stop)
+            stop += 1
+        if stop == start:
+            return None
+        start = stop
+    return tuple(firsts) if start == count else None
+
+
+def _way(asked: Asked, placed: Placed) -> Way:
+    layout, request = placed.layout, asked.request
+    busiest = max(range(layout.pp), key=lambda s: placed.forward[s] + placed.backward[s])
+    micro_batches = placed.blocks[0].micro_batches
+    busy = micro_batches * (placed.forward[busiest] + placed.backward[busiest])
+    estimator = asked.estimator(placed.blocks[busiest].group)
+    waits, update, host = placed.apart
+    whole = replace(
+        estimator.estimate(layout),
+        first_blocks=placed.firsts,
+        forward_seconds=placed.forward,
+        backward_seconds=placed.backward,
+        transfer_seconds=placed.transfer,
+        compute_seconds=busy,
+        communication_seconds=waits,
+        bubble_seconds=placed.span - busy,
+        launch_seconds=0.0,
+        optimizer_seconds=update,
+        other_seconds=host,
+        once=Once(),
+        weight_seconds=(),
+        boundary_seconds=(),
+        pipeline_overlap=True,
+        step_seconds=placed.seconds,
+        memory=placed.memory,
+    )
+    space = asked.space(asked.mixed.slowest, request.global_batch, {})
+    chances = asked.chances(placed.seconds, asked.mixed.groups)
+    choice = choice_of(whole, None, space, estimator, request, 1, chances)
+    shares = _shares(asked, placed)
+    why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
+    predicted = choice.predicted.with_figures(mfu=mfu(asked, placed.seconds))
+    return Way("stages", replace(choice, predicted=predicted, why=why), shares)
+
+
+def _shares(asked: Asked, placed: Placed) -> tuple[Share, ...]:
+    edges = (*placed.firsts, len(asked.card.blocks))
+    shares = []
+    for group in asked.mixed.groups:
+        mine = [place for place, stage in enumerate(placed.blocks) if stage.group is group]
+        blocks = edges[mine[-1] + 1] - edges[mine[0]]
+        each = [placed.forward[s] + placed.backward[s] for s in mine]
+        why = f"{blocks} of {edges[-1]} blocks for {group.devices / asked.mixed.devices:.0%} of the devices, "
+        why += f"{max(each):.3g} s a micro-batch"
+        shares.append(
+            Share(
+                group=group.device.name,
+                devices=group.devices,
+                first_stage=mine[0],
+                stop_stage=mine[-1] + 1,
+                samples=asked.request.global_batch,
+                micro_batch=placed.layout.micro_batch,
+                peak_bytes=max(placed.memory[s].total for s in mine),
+                why=why,
+            )
+        )
+    return tuple(shares)

@@ -1,0 +1,268 @@
+"""A cluster of several kinds of device: who runs which stages, or which share of the batch.
+
+Four ways are compared. One group alone. All of them as if each were the slowest, which is what a framework does that
+knows nothing of kinds. Shares of the batch: each group is data parallel with as many samples as it gets through in the
+same time, and gradients are summed between groups once a step. Stages: the pipeline runs through the groups, and blocks
+are cut so that no stage is slower than it must be and none is larger than its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster
+from meshwright.errors import CannotWork, InputError, Problem
+from meshwright.plan.constants.profile import Profile
+from meshwright.plan.cost.estimate import Estimate
+from meshwright.plan.mixed.cluster import Asked, MixedCluster, Way, mfu
+from meshwright.plan.mixed.pipeline import through_stages
+from meshwright.plan.reliability import price_of
+from meshwright.plan.request import PlanRequest
+from meshwright.plan.result import Plan, Rejected, Share
+from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.search.search import checked, make_plan
+from meshwright.plan.search.walk import explore, ranked
+from meshwright.plan.search.wording import choice_of
+
+#: Rounds of moving samples from slower groups to quicker ones, and the sets of degrees that are balanced so.
+ROUNDS, BALANCED = 5, 3
+#: fp32 gradients go between groups, once a step.
+GRADIENT_BYTES = 4
+
+
+def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profile: Profile | None = None) -> Plan:
+    """The best way to use the groups, the others as runners-up, and why. `shares` of the Plan say who does what.
+
+    Raises CannotWork where no way works, with the reasons of each.
+    """
+    framework = checked(request)
+    asked = Asked(card, mixed, request, mixed.resolve_precision(request.precision), framework, profile)
+    ways: list[Way] = []
+    problems: list[Problem] = []
+    rejected: list[Rejected] = []
+    plans: list[Plan] = []
+    for group in (*mixed.groups, mixed.slowest):
+        try:
+            plan = make_plan(card, group, replace(request, objective="time"), profile, what_if=False)
+        except CannotWork as error:
+            if group is mixed.slowest and not all("does not fit" in p.what for p in error.problems):
+                problems = []  # what no split of all devices allows is said once
+            problems += [replace(p, what=f"{group}: {p.what}") for p in error.problems]
+            continue
+        plans.append(plan)
+        ways.append(_uniform(asked, group, plan))
+        rejected += plan.rejected
+    ways += [way for way in (by_samples(asked), through_stages(asked)) if way is not None]
+    if not ways:
+        raise CannotWork(problems)
+    if request.objective == "money":
+        price = _prices(asked)
+        order = sorted(ways, key=lambda way: (price(way), way.name))
+    else:
+        order = sorted(ways, key=lambda way: (way.seconds, way.name))
+    best = order[0]
+    at = next((plan for plan in plans if plan.chosen is best.choice), None)
+    return Plan(
+        chosen=replace(best.choice, why=_why(best, order)),
+        runners_up=tuple(replace(way.choice, why=_lost(way, best)) for way in order[1:]),
+        rejected=tuple(dict.fromkeys(rejected)),
+        assumed=(*mixed.assumed, *asked.estimator(mixed.slowest).profile.assumed, *framework.assumed),
+        model=card.name,
+        parameters=card.parameter_elements,
+        cluster=str(mixed),
+        device_bytes=min(group.device.memory_bytes for group in mixed.groups),
+        global_batch=request.global_batch,
+        unit=card.unit,
+        objective=request.objective,
+        framework=framework.name,
+        limit=at.limit if at is not None else f"{best.name}: {best.choice.binding}",
+        outlook=at.outlook if at is not None else asked.chances(best.seconds, mixed.groups),
+        shares=best.shares,
+    )
+
+
+def _why(best: Way, order: list[Way]) -> str:
+    said = [f"{way.name}: {way.seconds / best.seconds:.2f} times as long" for way in order[1:]]
+    return f"{best.name}: {best.choice.why}" + (f"; beside {'; '.join(said)}" if said else "")
+
+
+def _lost(way: Way, best: Way) -> str:
+    if way.seconds < best.seconds:
+        return f"{way.name}: {1 - way.seconds / best.seconds:.0%} quicker, and dearer"
+    return f"{way.name}: {way.seconds / best.seconds - 1:.0%} slower"
+
+
+def _prices(asked: Asked) -> Callable[[Way], float]:
+    """What a step of a way costs, with the devices that stand idle given back. Raises InputError where the price of a
+    device is not known: between kinds, seconds say nothing about money."""
+    hourly = {}
+    for group in asked.mixed.groups:
+        price = price_of(group, asked.request.spot)
+        if price is None:
+            what = f"no price of {group.device.name} is known"
+            raise InputError(Problem("command line: --objective", what, "plan for time, or with devices that have one"))
+        hourly[group.device.name] = price.dollars_per_hour
+    return lambda way: way.seconds * sum(s.devices * hourly[s.group] for s in way.shares if s.samples)
+
+
+def _uniform(asked: Asked, cluster: Cluster, plan: Plan) -> Way:
+    """One group alone, or all of them as the slowest: an ordinary plan."""
+    layout, batch = plan.chosen.layout, asked.request.global_batch
+    alone = cluster in asked.mixed.groups
+    shares = []
+    for group in asked.mixed.groups:
+        busy = group == cluster or not alone
+        share = batch * group.devices // cluster.devices if not alone and layout.pp == 1 else batch
+        why = "stands idle: the other group is quicker alone" if not busy else "as if all were the slowest"
+        shares.append(
+            Share(
+                group=group.device.name,
+                devices=group.devices,
+                first_stage=0,
+                stop_stage=layout.pp if busy else 0,
+                samples=share if busy else 0,
+                micro_batch=layout.micro_batch,
+                peak_bytes=plan.chosen.predicted.peak_bytes if busy else 0,
+                why="all of the work" if alone and busy else why,
+            )
+        )
+    name = f"only {cluster.device.name}" if alone else "all as the slowest"
+    return Way(name, plan.chosen, tuple(shares))
+
+
+def by_samples(asked: Asked) -> Way | None:
+    """Each group data parallel, with a share of the batch by its throughput; None where no shares work."""
+    mixed, found = asked.mixed, []
+    pins = asked.request.pins
+    if any(pins.get(name, 1) != 1 for name in ("cp", "ep")) or "dp" in pins or "shard" in pins:
+        return None  # a pin of data parallelism says how many ranks there are, not how many of each kind
+    sizes = Facts.of(asked.card).tensor_parallel_sizes(min(group.devices_per_node for group in mixed.groups))
+    for tp in [pins["tp"]] if "tp" in pins else sizes:
+        for pp in [pins["pp"]] if "pp" in pins else divisors(min(group.devices for group in mixed.groups)):
+            if pp <= len(asked.card.blocks) and all(group.devices % (tp * pp) == 0 for group in mixed.groups):
+                shares = _shares(asked, tp * pp, [group.devices * group.device.memory_bytes for group in mixed.groups])
+                split = None if shares is None else _Split.of(asked, tp, pp, shares)
+                found += [split] if split is not None else []
+    found.sort(key=lambda split: (split.seconds, split.pp, split.tp))
+    balanced = [split.balanced() for split in found[:BALANCED]]
+    return min(balanced, key=lambda split: split.seconds).way() if balanced else None
+
+
+def _shares(asked: Asked, ranks: int, weights: list[float]) -> tuple[int, ...] | None:
+    """Samples of each group in proportion to `weights`, each a multiple of its data-parallel ranks; None where the
+    batch cannot be divided so."""
+    groups, batch = asked.mixed.groups, asked.request.global_batch
+    steps = [group.devices // ranks for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: -steps[g])
+
+    def fill(place: int, left: int) -> list[int] | None:
+        g = order[place]
+        if place == len(order) - 1:
+            return [left] if left > 0 and left % steps[g] == 0 else None
+        ideal = batch * weights[g] / sum(weights)
+        near = sorted(range(steps[g], left, steps[g]), key=lambda samples: (abs(samples - ideal), samples))
+        for samples in near[:16]:
+            if (rest := fill(place + 1, left - samples)) is not None:
+                return [samples, *rest]
+        return None
+
+    given = fill(0, batch)
+    return None if given is None else tuple(given[order.index(g)] for g in range(len(groups)))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Samples shared out between groups that all have the same tp and pp."""
+
+    asked: Asked
+    tp: int
+    pp: int
+    samples: tuple[int, ...]
+    estimates: tuple[Estimate, ...]
+
+    @staticmethod
+    def of(asked: Asked, tp: int, pp: int, samples: tuple[int, ...]) -> _Split | None:
+        estimates = []
+        held = {**asked.request.pins, "tp": tp, "pp": pp, "cp": 1, "ep": 1}
+        for group, share in zip(asked.mixed.groups, samples, strict=True):
+            space = asked.space(group, share, held)
+            fitting = explore(space, asked.estimator(group, share), beaten=1.05).fitting
+            if not fitting:
+                return None
+            estimates.append(ranked(fitting)[0])
+        return _Split(asked, tp, pp, samples, tuple(estimates))
+
+    @property
+    def between_seconds(self) -> float:
+        """Summing gradients between the groups: a ring of one rank of each."""
+        link, groups = self.asked.mixed.between, len(self.samples)
+        shard = min(estimate.layout.shard for estimate in self.estimates)
+        size = self.asked.card.parameter_elements / (self.tp * self.pp) / shard * GRADIENT_BYTES
+        return 2 * (groups - 1) * (link.latency_seconds + size / groups / link.bytes_per_second)
+
+    @property
+    def seconds(self) -> float:
+        return max(estimate.step_seconds for estimate in self.estimates) + self.between_seconds
+
+    def balanced(self) -> _Split:
+        """Samples moved to where they are done sooner, as long as that helps."""
+        best = now = self
+        for _ in range(ROUNDS):
+            speeds = [n / e.step_seconds for n, e in zip(now.samples, now.estimates, strict=True)]
+            shares = _shares(self.asked, self.tp * self.pp, speeds)
+            if shares is None or shares == now.samples:
+                break
+            further = _Split.of(self.asked, self.tp, self.pp, shares)
+            if further is None:
+                break
+            now = further
+            best = min(best, now, key=lambda split: split.seconds)
+        return best
+
+    def way(self) -> Way:
+        asked, request = self.asked, self.asked.request
+        slowest = max(range(len(self.samples)), key=lambda g: self.estimates[g].step_seconds)
+        estimate, cluster = self.estimates[slowest], asked.mixed.groups[slowest]
+        seconds = self.seconds
+        whole = replace(
+            estimate,
+            layout=replace(
+                estimate.layout,
+                dp=sum(e.layout.dp for e in self.estimates),
+                shard=min(e.layout.shard for e in self.estimates),
+            ),
+            step_seconds=seconds,
+            communication_seconds=estimate.communication_seconds + self.between_seconds,
+        )
+        space = asked.space(replace(asked.mixed.slowest), request.global_batch, {})
+        chances = asked.chances(seconds, asked.mixed.groups)
+        choice = choice_of(whole, None, space, asked.estimator(cluster), request, 1, chances)
+        peak = max(e.peak_bytes for e in self.estimates)
+        predicted = choice.predicted.with_figures(peak_bytes=peak, mfu=mfu(asked, seconds))
+        why = ", ".join(
+            f"{n} samples to {g.device.name} ({n / request.global_batch:.0%} for {g.devices / asked.mixed.devices:.0%} "
+            f"of the devices)"
+            for n, g in zip(self.samples, asked.mixed.groups, strict=True)
+        )
+        return Way("shares of the batch", replace(choice, predicted=predicted, why=why), self._said())
+
+    def _said(self) -> tuple[Share, ...]:
+        said = []
+        for group, samples, estimate in zip(self.asked.mixed.groups, self.samples, self.estimates, strict=True):
+            busy = estimate.step_seconds / max(e.step_seconds for e in self.estimates)
+            why = f"{samples} samples take it {estimate.step_seconds:.3g} s with {estimate.layout}; busy {busy:.0%}"
+            said.append(
+                Share(
+                    group=group.device.name,
+                    devices=group.devices,
+                    first_stage=0,
+                    stop_stage=self.pp,
+                    samples=samples,
+                    micro_batch=estimate.layout.micro_batch,
+                    peak_bytes=estimate.peak_bytes,
+                    why=why,
+                )
+            )
+        return tuple(said)

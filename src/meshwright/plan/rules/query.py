@@ -1,0 +1,176 @@
+"""What a layout is asked about: the facts of a model, the question itself, a refusal, and what schedules need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.layout import AXIS_RULES, Layout
+from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+
+#: What a field of the Layout asks for, in words.
+ASKS_FOR = {
+    "dp": "data parallel",
+    "shard": "sharded data parallel",
+    "tp": "tensor parallel",
+    "pp": "a pipeline",
+    "vpp": "an interleaved pipeline",
+    "cp": "context parallel",
+    "ep": "expert parallel",
+    "sequence_parallel": "sequence parallel",
+    "offload": "optimizer state in host memory",
+}
+#: Frameworks whose pipeline is torch.distributed.pipelining: its schedules refuse too few micro-batches, and those
+#: that split the backward pass compute wrong gradients, without an error, where blocks are wrapped one by one.
+TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules need to know of a model. `split_sizes`: axis that tensor parallelism splits -> the greatest
+    divisor that all its sizes share. `experts`: the greatest divisor of the counts of experts, 0 where there are none.
+    """
+
+    blocks: int
+    units_per_sample: int
+    has_attention: bool
+    splittable: frozenset[str]
+    split_sizes: Mapping[str, int]
+    stateful_buffers: tuple[str, ...]
+    experts: int = 0
+
+    @staticmethod
+    def of(card: Card) -> Facts:
+        sizes = {axis: math.gcd(*sizes) for axis, sizes in card.axis_sizes().items() if AXIS_RULES.get(axis) == "tp"}
+        return Facts(
+            blocks=len(card.blocks),
+            units_per_sample=card.units_per_sample,
+            has_attention=any(block.attention for block in card.blocks),
+            splittable=card.splittable,
+            split_sizes=sizes,
+            stateful_buffers=card.stateful_buffers,
+            experts=math.gcd(*(block.experts.count for block in card.blocks if block.experts)),
+        )
+
+    @property
+    def stages(self) -> int:
+        """The most pipeline stages that it can be cut into."""
+        return self.blocks if "pp" in self.splittable else 1
+
+    def tensor_parallel_sizes(self, limit: int) -> list[int]:
+        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table."""
+        if "tp" not in self.splittable:
+            return [1]
+        common = math.gcd(*self.split_sizes.values()) if self.split_sizes else 1
+        return [d for d in divisors(common) if d <= limit]
+
+    def context_parallel_sizes(self, limit: int) -> list[int]:
+        """Every cp up to `limit`: a causal sequence is cut into 2 cp equal pieces, an early and a late one a rank, so
+        that all have the same work."""
+        if not self.has_attention:
+            return [1]
+        return [1, *(d for d in divisors(self.units_per_sample // 2) if 1 < d <= limit)] if self._even else [1]
+
+    @property
+    def _even(self) -> bool:
+        return self.units_per_sample % 2 == 0
+
+    def expert_parallel_sizes(self) -> tuple[int, ...]:
+        """Every ep that divides the experts; [1] without."""
+        return divisors(self.experts) if self.experts else (1,)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A layout asked about: for this model, on so many devices, with so many samples a step, under this framework."""
+
+    layout: Layout
+    facts: Facts
+    devices: int
+    global_batch: int
+    framework: Framework = FRAMEWORKS["meshwright"]
+
+    def changed(self, change: Mapping[str, Any]) -> Question:
+        """The same question with `change` applied: fields of the Layout, `devices` or `global_batch`."""
+        inner = {key: value for key, value in change.items() if key not in ("devices", "global_batch")}
+        return Question(
+            replace(self.layout, **inner),
+            self.facts,
+            change.get("devices", self.devices),
+            change.get("global_batch", self.global_batch),
+            self.framework,
+        )
+
+    def offers(self, name: str) -> bool:
+        """Whether the framework lets this field of the Layout leave its default."""
+        return name in self.framework.offers.fields
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank's step; 0 where the batch cannot be divided so."""
+        dp, micro = self.layout.dp, self.layout.micro_batch
+        if min(dp, micro, self.global_batch) < 1 or self.global_batch % (dp * micro):
+            return 0
+        return self.global_batch // (dp * micro)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layout cannot work; `change` is the nearest that satisfies this rule, `fields` what it is about."""
+
+    rule: str
+    reason: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
+
+    @property
+    def nearest(self) -> str:
+        """The change in words of the job file: "layout.tp=2 layout.dp=1"."""
+        return "nearest: " + " ".join(f"{key_of(name)}={word(value)}" for name, value in self.change.items())
+
+
+def filled(layout: Layout, count: int, framework: Framework) -> bool:
+    """Whether `count` micro-batches are enough for the layout's schedule, and in whole rounds where it has rounds.
+    Under other pipelines than torch's 1F1B runs with any number."""
+    if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:
+        return True
+    return count >= TABLE[layout.schedule].fill * layout.pp and not (in_rounds(layout) and count % layout.pp)
+
+
+def in_rounds(layout: Layout) -> bool:
+    """Whether micro-batches go through the virtual stages in rounds of pp."""
+    return layout.schedule == "interleaved" or (layout.schedule == "zb-h1" and layout.vpp > 1)
+
+
+def not_offered(framework: Framework) -> str:
+    """The end of a sentence about what a framework cannot be asked for."""
+    if framework.name == "meshwright":
+        return "not offered yet by meshwright; plan for another framework with --for megatron-lm"
+    return f"not offered by {framework.name}"
+
+
+def key_of(name: str) -> str:
+    """Where a field stands in the job file."""
+    return {"devices": "cluster.devices", "global_batch": "train.global_batch"}.get(name, f"layout.{name}")
+
+
+def word(value: Any) -> str:
+    """A value as the job file writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """Divisors of a positive number, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return tuple(sorted({*small, *(number // d for d in small)}))
+
+
+def nearest_of(value: int, candidates: Sequence[int]) -> int:
+    """The candidate nearest to `value` by ratio; the smaller of two equally near."""
+    return min(candidates, key=lambda c: (abs(math.log(c / max(value, 0.5))), c))

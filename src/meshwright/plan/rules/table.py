@@ -1,0 +1,396 @@
+"""What a Layout may not be: one table of rules, each with its reason and the nearest change that satisfies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.layout import RECOMPUTE, Layout
+from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.rules.frameworks import DIMENSIONS
+from meshwright.plan.rules.query import (
+    ASKS_FOR,
+    TORCH_PIPELINES,
+    Question,
+    Refusal,
+    divisors,
+    filled,
+    in_rounds,
+    nearest_of,
+    not_offered,
+    word,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: `says` is the rule as a sentence, `check` finds what breaks it."""
+
+    name: str
+    says: str
+    check: Callable[[Question], Refusal | None]
+
+
+def refusals(question: Question) -> tuple[Refusal, ...]:
+    """Every rule that the layout breaks, in the table's order; empty when it can work."""
+    return tuple(found for rule in RULES if (found := rule.check(question)) is not None)
+
+
+def allowed(question: Question) -> bool:
+    """Whether no rule refuses the layout."""
+    return all(rule.check(question) is None for rule in RULES)
+
+
+def _positive(q: Question) -> Refusal | None:
+    names = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "micro_batch")
+    wrong = {name: 1 for name in names if getattr(q.layout, name) < 1}
+    return Refusal("positive", f"{', '.join(wrong)} below 1", wrong, tuple(wrong)) if wrong else None
+
+
+def _offered(name: str) -> Callable[[Question], Refusal | None]:
+    """A rule that holds `name` at its default where the framework does not offer it."""
+    default = Layout.__dataclass_fields__[name].default
+
+    def check(q: Question) -> Refusal | None:
+        asked = getattr(q.layout, name)
+        if asked == default or (q.framework.offers.offload if name == "offload" else q.offers(name)):
+            return None
+        if isinstance(asked, int) and asked < 1 and not isinstance(asked, bool):
+            return None
+        reason = f"{name}={word(asked)}: {ASKS_FOR[name]} is {not_offered(q.framework)}"
+        return Refusal(f"offers_{name}", reason, {name: default}, (name,))
+
+    return check
+
+
+def _schedule(q: Question) -> Refusal | None:
+    offered, asked = q.framework.offers.schedules, q.layout.schedule
+    if asked in offered or (asked == "1f1b" and q.layout.pp <= 1):  # the default; without a pipeline it says nothing
+        return None
+    known = f"there are {', '.join(offered)}" if offered else "it has no pipeline"
+    if asked in TABLE:
+        reason = f"schedule '{asked}' is {not_offered(q.framework)}; {known}"
+    else:
+        reason = f"schedule '{asked}' is unknown; {known}"
+    change: dict[str, Any] = {"schedule": "1f1b" if q.layout.pp <= 1 or "1f1b" in offered else (*offered, "1f1b")[0]}
+    if not offered:
+        change["pp"] = 1
+    return Refusal("schedule", reason, change, ("schedule",))
+
+
+def _virtual(q: Question) -> Refusal | None:
+    """vpp and the schedule must agree, and virtual stages need a pipeline."""
+    layout, needs = q.layout, TABLE.get(q.layout.schedule)
+    if needs is None or layout.vpp < 1 or layout.pp < 1 or (layout.vpp > 1 and not q.offers("vpp")):
+        return None
+    if layout.pp > 1 and layout.schedule not in q.framework.offers.schedules:
+        return None
+    if layout.pp == 1:
+        if layout.vpp == 1:
+            return None
+        reason = f"vpp={layout.vpp} cuts each stage of a pipeline, and pp is 1"
+        return Refusal("virtual_stages", reason, {"vpp": 1}, ("vpp", "pp"))
+    if needs.least_vpp <= layout.vpp <= needs.most_vpp:
+        return None
+    if needs.most_vpp > 2:
+        reason = f"schedule '{layout.schedule}' needs vpp of 2 or more, not {layout.vpp}"
+    else:
+        reason = f"schedule '{layout.schedule}' has vpp={needs.most_vpp}, not {layout.vpp}"
+    change: dict[str, Any] = {"vpp": needs.least_vpp}
+    if layout.vpp > 1 and "interleaved" in q.framework.offers.schedules and needs.most_vpp == 1:
+        change = {"schedule": "interleaved"}
+    return Refusal("virtual_stages", reason, change, ("vpp", "schedule"))
+
+
+def _split_backward(q: Question) -> Refusal | None:
+    """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
+    parallelism (measured with torch 2.13: losses part in the first steps, no error is raised)."""
+    layout, needs = q.layout, TABLE.get(q.layout.schedule)
+    if needs is None or not needs.splits or layout.pp <= 1 or q.framework.name not in TORCH_PIPELINES:
+        return None
+    if layout.dp * layout.cp <= 1:
+        return None
+    plain = "gpipe" if "gpipe" in q.framework.offers.schedules else "1f1b"
+    reason = (
+        f"schedule '{layout.schedule}' splits the backward pass, and torch's computes wrong gradients without an error "
+        f"where blocks are sharded or replicated one by one (dp x cp = {layout.dp * layout.cp})"
+    )
+    return Refusal("split_backward", reason, {"schedule": plain, "vpp": 1}, ("schedule", "dp"))
+
+
+def _recompute(q: Question) -> Refusal | None:
+    offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
+    asked = q.layout.recompute
+    if asked in offered:
+        return None
+    most = offered[-1] if offered else "none"
+    if asked not in RECOMPUTE:
+        reason = f"recompute '{asked}' is unknown; there are {', '.join(RECOMPUTE)}"
+    elif asked == "selective" and not q.facts.has_attention:
+        reason = "selective recompute drops what attention keeps, and this model has no attention"
+    else:
+        reason = f"recompute={asked} is {not_offered(q.framework)}; there are {', '.join(offered)}"
+    return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
+
+
+def _context(q: Question) -> Refusal | None:
+    layout, length = q.layout, q.facts.units_per_sample
+    if layout.cp <= 1 or not q.offers("cp"):
+        return None
+    if not q.facts.has_attention:
+        reason = f"cp={layout.cp} splits a sequence between devices, and this model has no attention"
+        return Refusal("context", reason, {"cp": 1}, ("cp",))
+    if length % (2 * layout.cp) == 0:
+        return None
+    near = nearest_of(layout.cp, q.facts.context_parallel_sizes(layout.cp))
+    reason = f"cp={layout.cp} cuts a sequence into {2 * layout.cp} equal pieces, and it has {length} tokens"
+    return Refusal("context", reason, {"cp": near}, ("cp",))
+
+
+def _experts(q: Question) -> Refusal | None:
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if layout.ep <= 1 or not q.offers("ep") or data < 1:
+        return None
+    if not q.facts.experts:
+        reason = f"ep={layout.ep} spreads experts over devices, and this model has none"
+        return Refusal("experts", reason, {"ep": 1}, ("ep",))
+    sizes = [d for d in q.facts.expert_parallel_sizes() if data % d == 0]
+    if layout.ep in sizes:
+        return None
+    what = f"{q.facts.experts} experts" if data % layout.ep == 0 else f"dp x cp = {data}"
+    reason = f"ep={layout.ep} does not divide {what}"
+    return Refusal("experts", reason, {"ep": nearest_of(layout.ep, sizes)}, ("ep", "dp"))
+
+
+def _sharded_experts(q: Question) -> Refusal | None:
+    """Frameworks that spread experts over the ranks which share out the weights."""
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if not q.framework.offers.experts_in_shard or layout.ep <= 1 or data < 1 or data % layout.ep or layout.shard < 1:
+        return None
+    if layout.shard % layout.ep == 0:
+        return None
+    context = layout.cp if q.framework.offers.shards_context else 1
+    sizes = [d for d in divisors(data) if d % layout.ep == 0 and d % context == 0]
+    reason = f"shard={layout.shard}: {q.framework.name} spreads ep={layout.ep} experts over ranks that shard weights"
+    return Refusal("sharded_experts", reason, {"shard": nearest_of(layout.shard, sizes)}, ("shard", "ep"))
+
+
+def _tensor_pipeline(q: Question) -> Refusal | None:
+    if q.framework.offers.tensor_in_pipeline or q.layout.tp <= 1 or q.layout.pp <= 1:
+        return None
+    reason = f"tp={q.layout.tp} in a pipeline is {not_offered(q.framework)}"
+    return Refusal("tensor_pipeline", reason, {"tp": 1}, ("tp", "pp"))
+
+
+def _devices(q: Question) -> Refusal | None:
+    layout = q.layout
+    if layout.devices == q.devices or min(layout.dp, layout.tp, layout.pp, layout.cp) < 1:
+        return None
+    reason = f"dp{layout.dp} x tp{layout.tp} x pp{layout.pp} x cp{layout.cp} is {layout.devices}, not {q.devices}"
+    rest = layout.tp * layout.pp * layout.cp
+    if q.devices % rest == 0:
+        change: dict[str, int] = {"dp": q.devices // rest}
+    else:
+        change = _nearest_degrees(q)
+    return Refusal("devices", f"{reason} devices", change, ("dp", "tp", "pp", "cp"))
+
+
+def _nearest_degrees(q: Question) -> dict[str, int]:
+    """Degrees with the right product: fewest changed, then nearest, among those that the model can be split by."""
+    layout, offers = q.layout, q.offers
+    best: tuple[float, ...] | None = None
+    contexts = q.facts.context_parallel_sizes(q.devices) if offers("cp") else [1]
+    for tp in (t for t in q.facts.tensor_parallel_sizes(q.devices) if q.devices % t == 0 and (t == 1 or offers("tp"))):
+        for pp in (p for p in divisors(q.devices // tp) if p <= q.facts.stages and (p == 1 or offers("pp"))):
+            for cp in (c for c in contexts if q.devices // tp // pp % c == 0):
+                new = (q.devices // tp // pp // cp, tp, pp, cp)
+                old = (layout.dp, layout.tp, layout.pp, layout.cp)
+                far = sum(abs(math.log(a / b)) for a, b in zip(new, old, strict=True))
+                key = (sum(a != b for a, b in zip(new, old, strict=True)), far, *new)
+                best = key if best is None or key < best else best
+    assert best is not None  # dp = devices is always a candidate
+    names = ("dp", "tp", "pp", "cp")
+    return {n: int(v) for n, v in zip(names, best[2:], strict=True) if int(v) != getattr(layout, n)}
+
+
+def _shard(q: Question) -> Refusal | None:
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if layout.shard < 1 or data < 1:
+        return None
+    context = layout.cp if q.framework.offers.shards_context and layout.cp > 1 else 1
+    if data % layout.shard == 0 and layout.shard % context == 0:
+        return None
+    near = nearest_of(layout.shard, [d for d in divisors(data) if d % context == 0])
+    reason = f"shard={layout.shard} does not divide dp x cp = {data}"
+    if data % layout.shard == 0:
+        reason = f"shard={layout.shard}: {q.framework.name} shards weights over all cp={layout.cp} ranks at least"
+    return Refusal("shard", reason, {"shard": near}, ("shard", "dp"))
+
+
+def _weights(q: Question) -> Refusal | None:
+    """Frameworks that shard the optimizer shard weights only over all data-parallel ranks, and not in a pipeline."""
+    layout, data = q.layout, q.layout.dp * q.layout.cp
+    if not q.framework.offers.spreads_optimizer or layout.shard <= 1 or data < 1 or data % layout.shard:
+        return None
+    if layout.pp <= 1 and layout.shard == data:
+        return None
+    where = "in a pipeline" if layout.pp > 1 else f"over part of dp x cp = {data}"
+    reason = f"shard={layout.shard}: {q.framework.name} shards weights not {where}; its optimizer is sharded anyway"
+    return Refusal("weights", reason, {"shard": 1}, ("shard", "pp"))
+
+
+def _tensor(q: Question) -> Refusal | None:
+    tp = q.layout.tp
+    if tp <= 1:
+        return None
+    if "tp" not in q.facts.splittable:
+        reason = f"tp={tp}: this model has no table of logical axes to split its parameters by; add one for tp"
+        return Refusal("tp", reason, {"tp": 1}, ("tp",))
+    wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.split_sizes.items()) if size % tp]
+    if not wrong:
+        return None
+    near = nearest_of(tp, q.facts.tensor_parallel_sizes(tp))
+    return Refusal("tp", f"tp={tp} does not divide {', '.join(wrong)}", {"tp": near}, ("tp",))
+
+
+def _sequence(q: Question) -> Refusal | None:
+    layout, seq_len = q.layout, q.facts.units_per_sample
+    if not layout.sequence_parallel:
+        return _without_sequence(q)
+    off: dict[str, Any] = {"sequence_parallel": False}
+    if "tp" not in q.facts.splittable:
+        reason = "sequence_parallel splits over tp, and this model has no table of logical axes for tp"
+        return Refusal("sequence_parallel", reason, off, ("sequence_parallel",))
+    if layout.tp <= 1:
+        reason = "sequence_parallel splits over tp, and tp is 1"
+        return Refusal("sequence_parallel", reason, off, ("sequence_parallel", "tp"))
+    if seq_len % (layout.tp * max(1, layout.cp)):
+        ways = f"tp={layout.tp}" if layout.cp <= 1 else f"tp x cp = {layout.tp * layout.cp}"
+        reason = f"sequence_parallel: {ways} does not divide the sequence length {seq_len}"
+        change = {**off, "tp": 1} if _needs_sequence(q) else off
+        return Refusal("sequence_parallel", reason, change, ("sequence_parallel", "tp"))
+    return None
+
+
+def _needs_sequence(q: Question) -> bool:
+    """Whether the framework has this tensor parallelism only with sequence parallelism."""
+    offers = q.framework.offers
+    return offers.sequence_always or (offers.sequence_with_experts and q.layout.ep > 1 and q.facts.experts > 0)
+
+
+def _without_sequence(q: Question) -> Refusal | None:
+    layout, offers = q.layout, q.framework.offers
+    if layout.tp <= 1 or "tp" not in q.facts.splittable or not _needs_sequence(q):
+        return None
+    able = q.facts.units_per_sample % (layout.tp * max(1, layout.cp)) == 0
+    where = " beside experts that are spread" if not offers.sequence_always else ""
+    reason = f"{q.framework.name} has tensor parallelism only with sequence parallelism{where}"
+    change: dict[str, Any] = {"sequence_parallel": True} if able else {"tp": 1}
+    return Refusal("sequence_parallel", reason, change, ("sequence_parallel", "tp"))
+
+
+def _pipeline(q: Question) -> Refusal | None:
+    pp, blocks = q.layout.pp, q.facts.blocks
+    if pp <= 1:
+        return None
+    if "pp" not in q.facts.splittable:
+        reason = f"pp={pp}: this model does not name its blocks; give it an ordered nn.ModuleDict `blocks`"
+        return Refusal("pp", reason, {"pp": 1}, ("pp",))
+    if pp > blocks:
+        reason = f"pp={pp} stages, and the model has {blocks} blocks to cut between"
+        return Refusal("pp", reason, {"pp": blocks, **({"vpp": 1} if q.layout.vpp > 1 else {})}, ("pp",))
+    if pp * q.layout.vpp > blocks:
+        reason = f"pp={pp} x vpp={q.layout.vpp} stages, and the model has {blocks} blocks to cut between"
+        return Refusal("pp", reason, {"vpp": max(1, blocks // pp)}, ("pp", "vpp"))
+    return None
+
+
+def _batch(q: Question) -> Refusal | None:
+    dp, micro, batch = q.layout.dp, q.layout.micro_batch, q.global_batch
+    if dp < 1 or micro < 1:
+        return None
+    if batch < 1:
+        return Refusal("global_batch", f"global_batch is {batch}", {"global_batch": dp * micro}, ("global_batch",))
+    if batch % (dp * micro) == 0:
+        return None
+    if batch % dp == 0:
+        change = {"micro_batch": nearest_of(micro, divisors(batch // dp))}
+    else:
+        change = {"global_batch": max(1, round(batch / (dp * micro))) * dp * micro}
+    reason = f"global_batch={batch} is not a multiple of dp x micro_batch = {dp} x {micro}"
+    return Refusal("global_batch", reason, change, ("global_batch", "dp", "micro_batch"))
+
+
+def _micro_batches(q: Question) -> Refusal | None:
+    """A schedule starts with a micro-batch on each stage, or more; an interleaved one runs whole rounds of them."""
+    layout, count = q.layout, q.micro_batches
+    if layout.pp <= 1 or not count or layout.schedule not in TABLE or filled(layout, count, q.framework):
+        return None
+    share = q.global_batch // layout.dp
+    counts = [share // micro for micro in divisors(share)]
+    good = [n for n in counts if filled(layout, n, q.framework)]
+    if good:
+        change: dict[str, Any] = {"micro_batch": share // nearest_of(count, good)}
+    elif "gpipe" in q.framework.offers.schedules:
+        change = {"schedule": "gpipe", "vpp": 1}
+    elif "1f1b" in q.framework.offers.schedules and q.framework.name not in TORCH_PIPELINES:
+        change = {"schedule": "1f1b", "vpp": 1}
+    else:
+        change = {"pp": 1, "vpp": 1}
+    change = {name: value for name, value in change.items() if getattr(layout, name) != value}
+    asks = f"{layout.schedule} over pp={layout.pp} stages needs"
+    if in_rounds(layout) and count >= layout.pp:
+        reason = f"{asks} a multiple of {layout.pp} micro-batches, and a step has {count}"
+    elif TABLE[layout.schedule].fill > 1:
+        reason = f"{asks} {TABLE[layout.schedule].fill * layout.pp} micro-batches, and a step has {count}"
+    else:
+        reason = f"{asks} as many micro-batches, and a step has {count}"
+    return Refusal("micro_batches", reason, change, ("schedule", "pp", "micro_batch"))
+
+
+def _buffers(q: Question) -> Refusal | None:
+    """Statistics of a batch would be of a part of it; no layout that parts the batch computes what one device does."""
+    if not q.facts.stateful_buffers:
+        return None
+    layout, names = q.layout, ", ".join(q.facts.stateful_buffers[:3])
+    if layout.dp > 1:
+        change: dict[str, Any] = {"devices": max(1, layout.tp * layout.pp * layout.cp), "dp": 1, "shard": 1}
+        if layout.pp > 1:
+            change |= {"micro_batch": q.global_batch, "schedule": "gpipe"}
+    elif layout.pp > 1 and layout.micro_batch >= 1 and q.global_batch > layout.micro_batch:
+        change = {"micro_batch": q.global_batch, "schedule": "gpipe"}
+    else:
+        return None
+    reason = (
+        f"buffers that training changes ({names}) would differ between parts of a batch; use LayerNorm or GroupNorm"
+    )
+    return Refusal("stateful_buffers", reason, change, ("dp", "micro_batch"))
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("positive", "every degree is 1 or more", _positive),
+    *(
+        Rule(f"offers_{name}", f"{ASKS_FOR[name]}: where the framework offers it", _offered(name))
+        for name in DIMENSIONS
+    ),
+    Rule("offers_offload", "optimizer state in host memory: where the framework offers it", _offered("offload")),
+    Rule("schedule", "a schedule that the framework offers", _schedule),
+    Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
+    Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
+    Rule("shard", "shard divides dp x cp, and has all of cp where the framework has it so", _shard),
+    Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework has it so", _weights),
+    Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
+    Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
+    Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
+    Rule("experts", "ep divides the experts and dp x cp", _experts),
+    Rule("sharded_experts", "shard is a multiple of ep, where the framework has it so", _sharded_experts),
+    Rule("tensor_pipeline", "tp in a pipeline: where the framework offers it", _tensor_pipeline),
+    Rule("pp", "a stage has a block or more, and the model names its blocks", _pipeline),
+    Rule("virtual_stages", "vpp > 1 needs a pipeline and a schedule of virtual stages", _virtual),
+    Rule("split_backward", "no split backward pass over wrapped blocks in torch's pipeline", _split_backward),
+    Rule("global_batch", "global_batch is a multiple of dp x micro_batch", _batch),
+    Rule("micro_batches", "a schedule has the micro-batches that it needs", _micro_batches),
+    Rule("stateful_buffers", "buffers that training changes need the whole batch in one place", _buffers),
+)

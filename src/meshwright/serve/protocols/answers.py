@@ -1,0 +1,106 @@
+"""OpenAI's answers, whole and as a stream of events, for completions and for chat."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.serve.workers.served import Piece, Reply, ServedModel
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one of the two endpoints writes a choice."""
+
+    whole_object: str
+    chunk_object: str
+    is_chat: bool
+
+
+COMPLETION = Form("text_completion", "text_completion", is_chat=False)
+CHAT = Form("chat.completion", "chat.completion.chunk", is_chat=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer in the making: its form, its id, and the model that it names."""
+
+    form: Form
+    id: str
+    model: ServedModel
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model.name}
+
+    async def whole(self, reply: Reply) -> dict[str, Any]:
+        """Everything at once; raises Refusal."""
+        await reply.accepted()
+        count = len(reply.prompt_tokens)
+        texts: list[list[str]] = [[] for _ in range(count)]
+        reasons = [""] * count
+        tokens = 0
+        async for choice, piece in reply:
+            texts[choice].append(piece.text)
+            tokens += piece.tokens
+            reasons[choice] = piece.finish_reason or reasons[choice]
+        choices = [self._whole_choice(i, "".join(texts[i]), reasons[i]) for i in range(count)]
+        return {**self._head(self.form.whole_object), "choices": choices, "usage": _usage(reply, tokens)}
+
+    def _whole_choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        if self.form.is_chat:
+            content = {"message": {"role": "assistant", "content": text}}
+        else:
+            content = {"text": text}  # type: ignore[dict-item]
+        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+
+    async def events(self, reply: Reply, *, include_usage: bool) -> AsyncIterator[bytes]:
+        """The events of a stream: for chat a first one with the role, then text as it comes, the reason of each
+        choice's end, the usage if asked for, and [DONE]. Raises Refusal if the engine is lost on the way.
+        """
+        head = self._head(self.form.chunk_object)
+        tail = {"usage": None} if include_usage else {}
+        tokens = 0
+        if self.form.is_chat:
+            for index in range(len(reply.prompt_tokens)):
+                yield event_bytes(
+                    head | {"choices": [_chat_choice(index, {"role": "assistant", "content": ""})]} | tail
+                )
+        async for index, piece in reply:
+            tokens += piece.tokens
+            for choice in self._chunk_choices(index, piece):
+                yield event_bytes(head | {"choices": [choice]} | tail)
+        if include_usage:
+            yield event_bytes(head | {"choices": [], "usage": _usage(reply, tokens)})
+        yield DONE
+
+    def _chunk_choices(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """The choices that `piece` becomes: none if it has neither text nor an end."""
+        reason = piece.finish_reason
+        if not self.form.is_chat:
+            choice = {"index": index, "text": piece.text, "logprobs": None, "finish_reason": reason}
+            return [choice] if piece.text or reason else []
+        choices = [_chat_choice(index, {"content": piece.text})] if piece.text else []
+        return [*choices, _chat_choice(index, {}, reason)] if reason else choices
+
+
+def _chat_choice(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _usage(reply: Reply, completion_tokens: int) -> dict[str, int]:
+    prompt_tokens = sum(reply.prompt_tokens)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def event_bytes(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

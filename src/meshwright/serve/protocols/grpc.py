@@ -1,0 +1,162 @@
+"""The gRPC wire: TorchServe's inference service (see inference.proto), on grpc.aio."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import empty_pb2
+
+from meshwright.errors import nearest_name
+from meshwright.serve.access import Access, TokenInterceptor
+from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
+from meshwright.serve.protocols.requests import CompletionRequest, parse_object, read_request
+from meshwright.serve.refusal import Refusal, bad_request
+from meshwright.serve.workers.served import Reply, ServedModel
+
+log = logging.getLogger(__name__)
+
+#: What TorchServe calls a model's version when nobody named one.
+ONLY_VERSION = "1.0"
+MAX_MESSAGE_BYTES = 2 << 20
+MAX_METADATA_BYTES = 16 << 10
+MAX_STREAMS = 512
+
+
+def grpc_server(model: ServedModel, access: Access) -> grpc.aio.Server:
+    """A server with the service on it, not yet bound or started; it must be made inside the event loop."""
+    server = grpc.aio.server(
+        interceptors=[TokenInterceptor(access)],
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+            ("grpc.http2.max_ping_strikes", 2),
+        ],
+        maximum_concurrent_rpcs=MAX_STREAMS,
+    )
+    inference_pb2_grpc.add_InferenceAPIsServiceServicer_to_server(Inference(model), server)
+    return server
+
+
+class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
+    """The service. A call that the client cancels, or whose connection ends, frees the engine's slot at once."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    async def Ping(
+        self, request: empty_pb2.Empty, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.TorchServeHealthResponse:
+        status = "Healthy" if self._model.healthy else "Unhealthy"
+        return inference_pb2.TorchServeHealthResponse(health=json.dumps({"status": status}))
+
+    async def Predictions(
+        self, request: inference_pb2.PredictionsRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.PredictionResponse:
+        text: list[str] = []
+
+        async def keep(piece: str) -> None:
+            text.append(piece)
+
+        await self._run("Predictions", request, context, keep)
+        return inference_pb2.PredictionResponse(prediction="".join(text).encode())
+
+    async def StreamPredictions(
+        self, request: inference_pb2.PredictionsRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        async def send(piece: str) -> None:
+            await context.write(inference_pb2.PredictionResponse(prediction=piece.encode()))
+
+        await self._run("StreamPredictions", request, context, send)
+
+    async def _run(
+        self,
+        method: str,
+        request: inference_pb2.PredictionsRequest,
+        context: grpc.aio.ServicerContext,
+        emit: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """One call, its text given to `emit` piece by piece; a refusal becomes the call's status."""
+        reply: Reply | None = None
+        status = "CANCELLED"
+        try:
+            wanted = read_prediction(request, self._model, streaming=method == "StreamPredictions")
+            reply = self._model.submit(wanted.asks())
+            await reply.accepted()
+            tokens, reason = 0, ""
+            async for _, piece in reply:
+                tokens += piece.tokens
+                reason = piece.finish_reason or reason
+                if piece.text:
+                    await emit(piece.text)
+            context.set_trailing_metadata(_trailer(reply, tokens, reason))
+            status = "OK"
+        except Refusal as refusal:
+            status = refusal.grpc_status
+            await context.abort(getattr(grpc.StatusCode, status), refusal.message)
+        except Exception as error:
+            status = "INTERNAL"
+            log.error("a call failed", exc_info=error)
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed to answer this call")
+        finally:
+            if reply is not None:
+                reply.cancel()
+            self._model.metrics.requests.labels("grpc", method, status).inc()
+
+
+def _trailer(reply: Reply, tokens: int, reason: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("finish-reason", reason),
+        ("prompt-tokens", str(sum(reply.prompt_tokens))),
+        ("completion-tokens", str(tokens)),
+    )
+
+
+def read_prediction(
+    request: inference_pb2.PredictionsRequest, model: ServedModel, *, streaming: bool
+) -> CompletionRequest:
+    """What a call asks for; raises Refusal 404 for another model, 400 for what cannot be understood."""
+    model.check_name(request.model_name)
+    if request.model_version not in ("", ONLY_VERSION):
+        raise Refusal(404, f"no such version; '{model.name}' has '{ONLY_VERSION}'", code="model_not_found")
+    if request.HasField("sequence_id"):
+        raise bad_request("sequence_id: sequences that keep state are not supported", param="sequence_id")
+    for name in request.input:
+        if name != "data":
+            raise bad_request(f"unknown input '{name[:64]}'; {nearest_name(name, ['data'])}", param="input")
+    if "data" not in request.input:
+        raise bad_request("input needs 'data': a prompt, or a JSON object with a prompt", param="input")
+    wanted = read_request(CompletionRequest, _fields(request.input["data"]))
+    if wanted.model is not None:
+        model.check_name(wanted.model)
+    if wanted.stream is not None and wanted.stream is not streaming:
+        raise bad_request("stream is chosen by the method: Predictions or StreamPredictions", param="stream")
+    if wanted.stream_options is not None:
+        raise bad_request(
+            "stream_options has no meaning here: usage comes as trailing metadata", param="stream_options"
+        )
+    if len(wanted.asks()) != 1:
+        raise bad_request("one prompt and n = 1 a call", param="n")
+    return wanted
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    """A JSON object's fields where `data` begins as one, else a prompt."""
+    if data.lstrip()[:1] == b"{":
+        try:
+            return parse_object(data)
+        except Refusal as refusal:
+            message = (
+                refusal.message.replace("the body", "'data'") + '; a prompt that begins with { goes as {"prompt": ...}'
+            )
+            raise bad_request(message, param="data", code=refusal.code) from None
+    try:
+        return {"prompt": data.decode("utf-8")}
+    except UnicodeDecodeError:
+        raise bad_request("'data' is not UTF-8", param="data") from None

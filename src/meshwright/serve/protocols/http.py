@@ -1,0 +1,263 @@
+"""The HTTP wire: OpenAI's completions and chat, with what a supervisor asks (health, metrics, version)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import meshwright
+from meshwright.serve.access import Access
+from meshwright.serve.protocols.answers import CHAT, COMPLETION, Answer, event_bytes
+from meshwright.serve.protocols.requests import ChatRequest, CompletionRequest, parse_object, read_request
+from meshwright.serve.refusal import Refusal, bad_request
+from meshwright.serve.workers.chat import Renderer
+from meshwright.serve.workers.served import Reply, ServedModel
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 2 << 20
+DISCARD_BYTES = 8 << 20
+BODY_SECONDS = 20.0
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def http_app(model: ServedModel, renderer: Renderer, access: Access) -> ASGIApp:
+    """The whole HTTP wire as one ASGI application."""
+    wire = HttpWire(model, renderer)
+    inner = Starlette(
+        routes=wire.routes(),
+        exception_handlers={Refusal: _refused, HTTPException: _no_route, Exception: _our_fault},  # type: ignore[dict-item]
+    )
+    return Front(inner, model, access, {route.path for route in wire.routes()})
+
+
+class Front:
+    """What every request passes first: access, then a count by route and status. Routing comes after access."""
+
+    def __init__(self, inner: ASGIApp, model: ServedModel, access: Access, paths: set[str]) -> None:
+        self._inner = inner
+        self._model = model
+        self._access = access
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        route = path if path in self._paths else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._model.metrics.requests.labels("http", route, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            self._access.check_http(path, scope["headers"])
+        except Refusal as refusal:
+            await _error(refusal, close=True)(scope, receive, counted)
+            return
+        await self._inner(scope, receive, counted)
+
+
+class HttpWire:
+    """The endpoints."""
+
+    def __init__(self, model: ServedModel, renderer: Renderer) -> None:
+        self._model = model
+        self._renderer = renderer
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+        ]
+
+    async def completions(self, request: Request) -> Response:
+        wanted = read_request(CompletionRequest, parse_object(await read_body(request)))
+        _check_stream_options(wanted)
+        self._model.check_name(wanted.model)
+        reply = self._model.submit(wanted.asks())
+        return await self._answer(request, wanted, reply, Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model))
+
+    async def chat(self, request: Request) -> Response:
+        wanted = read_request(ChatRequest, parse_object(await read_body(request)))
+        _check_stream_options(wanted)
+        self._model.check_name(wanted.model)
+        prompt = await self._renderer.render(wanted.plain_messages())
+        reply = self._model.submit(wanted.asks(prompt, add_special=not self._renderer.template.own))
+        return await self._answer(request, wanted, reply, Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model))
+
+    async def _answer(
+        self, request: Request, wanted: CompletionRequest | ChatRequest, reply: Reply, answer: Answer
+    ) -> Response:
+        if not wanted.stream:
+            return await _unless_gone(request, reply, answer)
+        try:
+            await reply.accepted()  # a refusal still gets its status: no header has been sent
+        except BaseException:
+            reply.cancel()
+            raise
+        return EventStream(reply, answer, include_usage=wanted.include_usage)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self._model.check_name(request.path_params["name"])
+        return JSONResponse(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "meshwright",
+            "max_model_len": model.max_len,
+        }
+
+    async def health(self, _: Request) -> Response:
+        healthy = self._model.healthy
+        return JSONResponse({"status": "healthy" if healthy else "unhealthy"}, status_code=200 if healthy else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._model.metrics.as_text(), media_type="text/plain; version=0.0.4")
+
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": meshwright.__version__})
+
+
+class EventStream(Response):
+    """Server-sent events. A client that leaves frees the engine's slots at once, even between two tokens."""
+
+    def __init__(self, reply: Reply, answer: Answer, *, include_usage: bool) -> None:
+        super().__init__(headers={"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._reply = reply
+        self._answer = answer
+        self._include_usage = include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send_all(send))
+        leaving = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            self._reply.cancel()
+            await _end(sending, leaving)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._answer.events(self._reply, include_usage=self._include_usage):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Refusal as refusal:  # too late for a status: an error event, and no [DONE]
+            await send({"type": "http.response.body", "body": event_bytes(refusal.as_dict()), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _unless_gone(request: Request, reply: Reply, answer: Answer) -> Response:
+    """The whole answer, unless the client leaves first: then the engine's slots are free at once."""
+    working = asyncio.create_task(answer.whole(reply))
+    leaving = asyncio.create_task(_gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return JSONResponse(working.result())
+        raise Refusal(499, "the client left", code="client_left")
+    finally:
+        reply.cancel()
+        await _end(working, leaving)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_stream_options(wanted: CompletionRequest | ChatRequest) -> None:
+    if wanted.stream_options is not None and not wanted.stream:
+        raise bad_request("stream_options needs stream: true", param="stream_options")
+
+
+async def read_body(request: Request) -> bytes:
+    """The request's body; raises Refusal 413 above MAX_BODY_BYTES and 408 after BODY_SECONDS.
+
+    Some of what is over the cap is read and dropped, so that a client that writes first and reads later gets to see
+    its 413 and not a reset connection.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise bad_request("compressed bodies are not supported", code="unsupported_encoding")
+    too_large = Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES + DISCARD_BYTES:
+        raise too_large
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Refusal(499, "the client left", code="client_left")
+                part = message.get("body", b"")
+                size += len(part)
+                if size <= MAX_BODY_BYTES:
+                    body += part
+                if not message.get("more_body", False) or size > MAX_BODY_BYTES + DISCARD_BYTES:
+                    break
+    except TimeoutError:
+        raise Refusal(408, f"the body took longer than {BODY_SECONDS:g} s", code="slow_body") from None
+    if size > MAX_BODY_BYTES:
+        raise too_large
+    return bytes(body)
+
+
+def _error(refusal: Refusal, *, close: bool = False) -> JSONResponse:
+    headers = {"connection": "close"} if close or refusal.status in (408, 413) else {}
+    if refusal.retry_after_seconds is not None:
+        headers["retry-after"] = str(refusal.retry_after_seconds)
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    # 499 has no place on the wire: the client that would read it is gone.
+    return JSONResponse(
+        refusal.as_dict(), status_code=400 if refusal.status == 499 else refusal.status, headers=headers
+    )
+
+
+async def _refused(_: Request, refusal: Refusal) -> Response:
+    return _error(refusal)
+
+
+async def _no_route(_: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        return _error(Refusal(405, "this route does not take that method", code="bad_method"))
+    return _error(Refusal(404, "no such route", code="unknown_route"))
+
+
+async def _our_fault(_: Request, error: Exception) -> Response:
+    log.error("a request failed", exc_info=error)
+    return _error(Refusal(500, "the server failed to answer this request", code="internal"))

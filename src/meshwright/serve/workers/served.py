@@ -1,0 +1,217 @@
+"""The one model that this server serves, seen from the event loop: admission, streams of text, cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.serve.metrics import Metrics
+from meshwright.serve.refusal import Refusal, overloaded, unavailable
+from meshwright.serve.workers import channel
+from meshwright.serve.workers.ask import Ask
+
+#: Requests that may wait for each one that is running, before clients are told to come back.
+WAITING_PER_SLOT = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a choice: `text` (maybe none yet), `tokens` it took, and on the last why it ended."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+
+
+class Reply:
+    """The choices of one request as they grow. Iterate it once, after `accepted`; `cancel` frees the engine's slots.
+
+    Iterating yields (choice, Piece) until every choice ended; raises Refusal if the engine refuses or is lost.
+    """
+
+    def __init__(self, model: ServedModel, asks: list[Ask]) -> None:
+        self._model = model
+        self._queue: asyncio.Queue[tuple[int, Piece] | Refusal] = asyncio.Queue()
+        self._accepted = asyncio.Event()
+        self._refusal: Refusal | None = None
+        self._waiting = len(asks)
+        self._open: dict[int, int] = {}  # engine's id -> choice
+        self._began = time.perf_counter()
+        self._first_token = True
+        self.prompt_tokens = [0] * len(asks)
+
+    async def accepted(self) -> None:
+        """Waits until the engine took every choice; raises Refusal if it did not."""
+        await self._accepted.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        left = len(self.prompt_tokens)
+        while left:
+            item = await self._queue.get()
+            if isinstance(item, Refusal):
+                raise item
+            yield item
+            left -= item[1].finish_reason is not None
+
+    def cancel(self) -> None:
+        """Frees what is still running; nothing to do after the end."""
+        if self._open:
+            self._model._cancel(list(self._open))
+            self._open.clear()
+
+    def _take(self, engine_id: int, prompt_tokens: int) -> None:
+        self.prompt_tokens[self._open[engine_id]] = prompt_tokens
+        self._waiting -= 1
+        if not self._waiting:
+            self._accepted.set()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._refusal = self._refusal or refusal
+        self._accepted.set()
+        self._queue.put_nowait(refusal)
+        self.cancel()
+
+    def _add(self, engine_id: int, piece: Piece) -> None:
+        choice = self._open[engine_id]
+        metrics = self._model.metrics
+        if self._first_token and piece.tokens:
+            self._first_token = False
+            metrics.first_token_seconds.observe(time.perf_counter() - self._began)
+        metrics.generated_tokens.inc(piece.tokens)
+        if piece.finish_reason is not None:
+            del self._open[engine_id]
+            if not self._open:
+                metrics.request_seconds.observe(time.perf_counter() - self._began)
+        self._queue.put_nowait((choice, piece))
+
+
+class ServedModel:
+    """A model in another process (or thread) behind a channel. Made by `connect`; its methods never block."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: dict[str, Any]) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._ids = itertools.count(1)
+        self._replies: dict[int, Reply] = {}
+        self._draining = False
+        self.lost = asyncio.Event()  # set when the engine is gone, asked or not
+        self.name: str = ready["model"]
+        self.max_len: int = ready["max_len"]
+        self.capacity: int = ready["max_batch"] * (1 + WAITING_PER_SLOT)
+        self.created = int(time.time())
+        self.metrics = Metrics(self.name)
+        self._listener = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def connect(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ServedModel:
+        """Waits for the engine's `ready`; raises ChannelClosed if it ends before."""
+        ready = await channel.receive_async(reader)
+        if ready.get("op") != "ready":
+            raise channel.ChannelClosed("the engine's first message is not 'ready'")
+        return cls(reader, writer, ready)
+
+    @property
+    def open_choices(self) -> int:
+        return len(self._replies)
+
+    @property
+    def healthy(self) -> bool:
+        return not self._draining and not self.lost.is_set()
+
+    def check_name(self, name: str | None) -> None:
+        """Raises Refusal (404) unless `name` is absent or this model's."""
+        if name is not None and name != self.name:
+            raise Refusal(404, f"no such model; this server has '{self.name}'", code="model_not_found", param="model")
+
+    def submit(self, asks: list[Ask]) -> Reply:
+        """Queues every ask, or none: raises Refusal 429 when full, 503 when stopping."""
+        if not self.healthy:
+            raise unavailable("the server is stopping")
+        if len(asks) > self.capacity:
+            raise Refusal(400, f"this server takes at most {self.capacity} choices", code="invalid_value", param="n")
+        if len(self._replies) + len(asks) > self.capacity:
+            raise overloaded("the queue is full; try again in a moment")
+        reply = Reply(self, asks)
+        for choice, ask in enumerate(asks):
+            engine_id = next(self._ids)
+            self._replies[engine_id] = reply
+            reply._open[engine_id] = choice
+            self._send({"op": "submit", "id": engine_id, **ask.as_dict()})
+        self.metrics.open_choices.set(len(self._replies))
+        return reply
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if not self.lost.is_set():
+            self._writer.write(channel.pack(message))
+
+    def _cancel(self, engine_ids: list[int]) -> None:
+        for engine_id in engine_ids:
+            if self._replies.pop(engine_id, None) is not None:
+                self._send({"op": "cancel", "id": engine_id})
+                self.metrics.cancelled.inc()
+        self.metrics.open_choices.set(len(self._replies))
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(channel.ChannelClosed):
+            while True:
+                message = await channel.receive_async(self._reader)
+                if message["op"] == "lost":
+                    break
+                self._handle(message)
+        self.lost.set()
+        for reply in set(self._replies.values()):
+            reply._refuse(Refusal(500, "the engine stopped", code="engine_lost"))
+        self._replies.clear()
+        self.metrics.open_choices.set(0)
+        self.metrics.active.set(0)
+        self.metrics.waiting.set(0)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        """One message of the engine. Of a choice that was cancelled meanwhile nothing is wanted any more."""
+        if message["op"] == "events":
+            self.metrics.active.set(message["active"])
+            self.metrics.waiting.set(message["waiting"])
+            for engine_id, text, tokens, finish_reason in message["events"]:
+                if (reply := self._replies.get(engine_id)) is not None:
+                    if finish_reason is not None:
+                        del self._replies[engine_id]
+                    reply._add(engine_id, Piece(text, tokens, finish_reason))
+            self.metrics.open_choices.set(len(self._replies))
+        elif (reply := self._replies.get(message["id"])) is not None:
+            if message["op"] == "accepted":
+                self.metrics.prompt_tokens.inc(message["prompt_tokens"])
+                reply._take(message["id"], message["prompt_tokens"])
+            else:
+                del self._replies[message["id"]]
+                del reply._open[message["id"]]
+                words = {"code": message["code"], "param": message["param"]}
+                reply._refuse(Refusal(message["status"], message["message"], **words))
+
+    def drain(self) -> None:
+        """From now on nothing new is taken; what runs goes on."""
+        self._draining = True
+
+    async def close(self, grace_seconds: float) -> None:
+        """Drains, waits up to `grace_seconds` for what runs, cancels the rest, and tells the engine to end."""
+        self.drain()
+        deadline = time.monotonic() + grace_seconds
+        while self._replies and not self.lost.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for reply in set(self._replies.values()):
+            reply._refuse(unavailable("the server stopped before this was done"))
+        self._send({"op": "stop"})
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+        try:
+            async with asyncio.timeout(5):
+                await self.lost.wait()
+        except TimeoutError:
+            self._listener.cancel()
+        self._writer.close()

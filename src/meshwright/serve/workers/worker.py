@@ -1,0 +1,245 @@
+"""The engine's side of the channel: one loop that takes requests in, steps the engine, and sends text out.
+
+It runs in a process of its own, so that a step never delays the event loop nor the other way round (in one process
+they would take turns at Python's lock). `serve` starts it through `launch`, one process a tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from meshwright.engine import Engine, Event, Request, TextStream
+from meshwright.errors import MeshwrightError
+from meshwright.serve.workers import channel
+from meshwright.serve.workers.text import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+#: Steps in a row that may fail before the engine counts as broken.
+MAX_FAILED_STEPS = 3
+
+
+class Tokenizer(Protocol):
+    """What the loop needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special: bool) -> Sequence[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class StepEngine(Protocol):
+    """What the loop needs of an engine; `engine.Engine` is one, the tests' double another."""
+
+    max_len: int
+    max_batch: int
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def submit(self, request: Request) -> int: ...
+
+    def cancel(self, id: int) -> bool: ...
+
+    def step(self) -> list[Event]: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice at work: the server's id for it, and its text so far."""
+
+    server_id: int
+    text: TextStream
+
+
+class Loop:
+    """Serves `engine` under `name` to whoever is at the other end of `connection`, until that says stop or is gone."""
+
+    def __init__(
+        self,
+        engine: StepEngine,
+        tokenizer: Tokenizer,
+        name: str,
+        connection: socket.socket,
+        *,
+        may_fail_steps: int = MAX_FAILED_STEPS,
+    ) -> None:
+        self._engine = engine
+        self._may_fail_steps = may_fail_steps
+        self._tokenizer = tokenizer
+        self._name = name
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._sequences: dict[int, Choice] = {}  # by the engine's id
+        self._engine_ids: dict[int, int] = {}  # the server's id -> the engine's
+        self._failed_steps = 0
+        self._told = (0, 0)
+
+    def run(self) -> None:
+        """Returns when told to stop or when the server is gone; raises what breaks the engine for good."""
+        engine = self._engine
+        ready = {"model": self._name, "max_len": engine.max_len, "max_batch": engine.max_batch}
+        threading.Thread(target=self._read, name="meshwright-serve-read", daemon=True).start()
+        try:
+            self._send({"op": "ready", **ready})
+            while self._take_messages():
+                if self._sequences:
+                    self._step()
+                self._tell()
+        except channel.ChannelClosed:
+            pass  # the server is gone, and with it whoever wanted an answer
+        finally:
+            with contextlib.suppress(channel.ChannelClosed):
+                self._send({"op": "lost"})
+
+    def _read(self) -> None:
+        """In a thread of its own: messages in, prompts tokenized on the way (which leaves Python's lock alone)."""
+        try:
+            while True:
+                message = channel.receive(self._connection)
+                if message["op"] == "submit":
+                    message = self._tokenized(message)
+                self._inbox.put(message)
+        except channel.ChannelClosed:
+            self._inbox.put({"op": "stop"})
+
+    def _tokenized(self, message: dict[str, Any]) -> dict[str, Any]:
+        prompt = message["prompt"]
+        try:
+            if isinstance(prompt, str):
+                prompt = self._tokenizer.encode(prompt, add_special=message["add_special"])
+        except Exception as error:  # whatever a tokenizer makes of hostile text, it is this request's fault alone
+            log.warning("a prompt could not be tokenized", exc_info=error)
+            return {"op": "refuse", "id": message["id"]}
+        return {**message, "prompt": tuple(prompt)}
+
+    def _take_messages(self) -> bool:
+        """Handles what came in, waiting if there is nothing else to do; False at the end."""
+        wait = not self._sequences
+        while wait or not self._inbox.empty():
+            wait = False
+            message = self._inbox.get()
+            if message["op"] == "stop":
+                return False
+            if message["op"] == "submit":
+                self._submit(message)
+            elif message["op"] == "refuse":
+                self._refuse(message["id"], "the prompt cannot be tokenized")
+            elif (engine_id := self._engine_ids.pop(message["id"], None)) is not None:
+                del self._sequences[engine_id]
+                self._engine.cancel(engine_id)
+        return True
+
+    def _submit(self, message: dict[str, Any]) -> None:
+        fields = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
+        try:
+            engine_id = self._engine.submit(
+                Request(prompt_ids=message["prompt"], **{name: message[name] for name in fields})
+            )
+        except MeshwrightError as error:
+            problem = error.problems[0]
+            self._refuse(message["id"], str(problem).replace(": ", " ", 1), param=problem.where or None)
+            return
+        except Exception as error:  # a fault of ours must not end the others' requests
+            log.error("a request could not be submitted", exc_info=error)
+            self._refuse(message["id"], "the engine failed to take this request", status=500)
+            return
+        text = TextStream(self._tokenizer.decode, message["stop"])
+        self._sequences[engine_id] = Choice(message["id"], text)
+        self._engine_ids[message["id"]] = engine_id
+        self._send({"op": "accepted", "id": message["id"], "prompt_tokens": len(message["prompt"])})
+
+    def _refuse(self, server_id: int, words: str, *, param: str | None = None, status: int = 400) -> None:
+        code = "invalid_value" if status == 400 else "internal"
+        refusal = {"status": status, "code": code, "message": words, "param": param}
+        self._send({"op": "refused", "id": server_id, **refusal})
+
+    def _step(self) -> None:
+        try:
+            events = self._engine.step()
+        except Exception as error:
+            self._after_failed_step(error)
+            return
+        self._failed_steps = 0
+        out = [item for event in events if (item := self._advance(event)) is not None]
+        if out:
+            self._send_events(out)
+
+    def _after_failed_step(self, error: Exception) -> None:
+        """Lets go of everything that took part; the next requests get a clean engine, but for a broken one."""
+        log.error("a step failed", exc_info=error)
+        self._failed_steps += 1
+        if self._failed_steps >= self._may_fail_steps:
+            raise error
+        for engine_id, sequence in list(self._sequences.items()):
+            self._engine.cancel(engine_id)
+            self._refuse(sequence.server_id, "the engine failed while working on this", status=500)
+        self._sequences.clear()
+        self._engine_ids.clear()
+
+    def _advance(self, event: Event) -> list[Any] | None:
+        """What `event` adds to its choice, as the channel has it; None for a choice that was let go meanwhile."""
+        sequence = self._sequences.get(event.id)
+        if sequence is None:
+            return None
+        reason = event.finish_reason
+        text = "" if reason == "stop" else sequence.text.push(event.token)
+        if sequence.text.stopped is not None:
+            if reason is None:
+                self._engine.cancel(event.id)
+            reason = "stop"
+        elif reason is not None:
+            text += sequence.text.finish()
+            if sequence.text.stopped is not None:
+                reason = "stop"
+        if reason is not None:
+            del self._sequences[event.id]
+            del self._engine_ids[sequence.server_id]
+        return [sequence.server_id, text, 1, reason]
+
+    def _send_events(self, events: list[Any]) -> None:
+        self._told = (self._engine.running, self._engine.waiting)
+        self._send({"op": "events", "active": self._told[0], "waiting": self._told[1], "events": events})
+
+    def _tell(self) -> None:
+        """The engine's figures, where they changed without an event: after a cancel, for one."""
+        if (self._engine.running, self._engine.waiting) != self._told:
+            self._send_events([])
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._connection.sendall(channel.pack(message))
+        except OSError as error:
+            raise channel.ChannelClosed(str(error)) from error
+
+
+def run(payload: dict[str, Any], context: Any) -> None:
+    """What `launch` starts on every rank: opens the model; rank 0 then serves it over the socket in `payload`."""
+    folder = Path(payload["folder"])
+    tokenizer = TextTokenizer(folder)
+    engine = Engine.open(
+        folder,
+        max_batch=payload["max_batch"],
+        max_len=payload["max_len"],
+        precision=payload["precision"],
+        context=context,
+    )
+    if context.rank > 0:
+        engine.follow()
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(payload["socket"])
+        # Ranks that part in the middle of a step would wait for each other for ever: with several, one failure ends it.
+        may_fail = MAX_FAILED_STEPS if context.world == 1 else 1
+        Loop(engine, tokenizer, payload["name"], connection, may_fail_steps=may_fail).run()
+    engine.close()  # not after a failure: it tells the other ranks, which may no longer listen

@@ -1,0 +1,49 @@
+"""The top floor: a file a verb, the same function from Python and from the command line. Each joins the parts by name.
+
+A function takes a Job, or the path of a job file and overrides, and returns its result; nothing is printed here.
+Packages are imported inside the functions: `plan` of a family needs no torch, and `new` needs nothing.
+"""
+
+from meshwright.verbs.advice import advice
+from meshwright.verbs.calibrate import calibrate
+from meshwright.verbs.check import check
+from meshwright.verbs.doctor import doctor
+from meshwright.verbs.exact import plan_exact
+from meshwright.verbs.explain import explain, resolved
+from meshwright.verbs.generate import generate
+from meshwright.verbs.new import new
+from meshwright.verbs.plan import layout_table, plan
+from meshwright.verbs.predict import predict
+from meshwright.verbs.report import report
+from meshwright.verbs.serve import serve
+from meshwright.verbs.serving import serving_plan
+from meshwright.verbs.start import card_of_job, cluster_of_job, read_job
+from meshwright.verbs.train import resume_command, run_folder_of, train
+from meshwright.verbs.verify import verify
+from meshwright.verbs.write import write_plan
+
+__all__ = [
+    "advice",
+    "calibrate",
+    "card_of_job",
+    "check",
+    "cluster_of_job",
+    "doctor",
+    "explain",
+    "generate",
+    "layout_table",
+    "new",
+    "plan",
+    "plan_exact",
+    "predict",
+    "read_job",
+    "report",
+    "resolved",
+    "resume_command",
+    "run_folder_of",
+    "serve",
+    "serving_plan",
+    "train",
+    "verify",
+    "write_plan",
+]

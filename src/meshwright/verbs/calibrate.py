@@ -1,0 +1,136 @@
+"""`calibrate`: a profile of constants from measured cases, from a run, or from this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import InputError, Problem
+from meshwright.verbs.plan import profile_of
+from meshwright.verbs.start import card_of_job, cluster_of_job
+
+if TYPE_CHECKING:
+    from meshwright.plan.constants.profile import Profile
+
+#: How long `calibrate` measures a machine, unless told.
+MEASURED_SECONDS = 30.0
+
+logger = logging.getLogger("meshwright")
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    profile: str | Path | None = None,
+    datasheet: bool = False,
+    seconds: float = MEASURED_SECONDS,
+) -> dict[str, Any]:
+    """Makes a profile and writes it to `out`: {"out", "from", ...}.
+
+    `source` is a file of measured cases, which constants are fitted to ("rows", "moved", "mean_error", "intervals");
+    a run folder, which corrects the plan behind it ("steps", "noise", "factors", "parts", "changed", "interval"); or
+    "machine", which measures this machine for about `seconds` ("changed", "seconds", and under "busy" what other work
+    on it kept from being measured). All start from the shipped profile, the one named, or the data sheets'. A profile
+    that is at `out` is replaced. Raises InputError where the source cannot be used, and, before anything is measured or
+    fitted, where `out` is anything else that is there.
+    """
+    machine = str(source) == "machine"
+    if not machine and seconds != MEASURED_SECONDS:
+        what = "--seconds is how long to measure the machine; nothing else reads it"
+        raise InputError(Problem("command line", what, "leave out --seconds, or calibrate machine"))
+    path, start = Path(out), profile_of(profile, datasheet=datasheet)
+    target = _profile_target(path, None if machine else Path(source))
+    if machine:
+        found, made = _from_machine(path, start, seconds)
+    elif Path(source).is_dir():
+        found, made = _from_run(Path(source), path, start)
+    else:
+        found, made = _from_cases(source, path, start)
+    note = ""
+    if "raw" in made:  # the figures that the constants were read off
+        note = "Measured (JSON): " + json.dumps(made["raw"], separators=(",", ":"))
+    try:
+        found.save(target, note)
+    except OSError as error:
+        raise InputError(Problem(str(path), f"cannot be written ({error.strerror})", "name another file")) from error
+    return {"out": str(path), **made}
+
+
+def _profile_target(path: Path, source: Path | None) -> Path:
+    """The file that a profile for `path` is written to, links followed. Raises InputError where that would destroy what
+    it is made from, or a file that is no profile."""
+    from meshwright.plan.constants.profile import load_profile
+
+    target, hint = Path(os.path.realpath(path)), "name another file"
+    if not target.parent.is_dir():
+        raise InputError(Problem(str(path), "its folder is not there", "name a file in a folder that is"))
+    if source is not None:
+        origin = Path(os.path.realpath(source))
+        if target == origin:
+            raise InputError(Problem(str(path), "is what the profile is made from", hint))
+        if origin.is_dir() and target.is_relative_to(origin):
+            raise InputError(Problem(str(path), f"lies in the run folder {source}", f"{hint}, outside it"))
+    if os.path.exists(target) and not target.is_file():
+        raise InputError(Problem(str(path), "is there, and is no file", hint))
+    if os.path.exists(target):
+        try:
+            load_profile(target)
+        except InputError as error:
+            what = f"is there, and is no profile ({error.problems[0].what})"
+            raise InputError(Problem(str(path), what, f"{hint}, or move it away")) from error
+    return target
+
+
+def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
+    from meshwright.plan.calibrate.from_cases import calibrate as fit
+    from meshwright.plan.calibrate.plausible import believable
+    from meshwright.plan.cases.read import measured_cases
+
+    cases, bad = measured_cases(source)
+    good, absurd = believable(cases, start, str(source))
+    try:
+        found = fit(good, start, name=path.stem, skipped=[*bad, *absurd])
+    except InputError as error:
+        raise InputError([replace(problem, where=str(source)) for problem in error.problems]) from error
+    return found.profile, {"from": "cases", **found.as_dict()}
+
+
+def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, dict[str, Any]]:
+    """The machine measured; "raw" holds the figures themselves, "busy" what other work did to them, in words."""
+    from meshwright import probe
+    from meshwright.cluster import cpu_cluster, this_machine
+    from meshwright.plan.calibrate.from_machine import changes, disturbances, machine_profile
+
+    raw = probe.machine(seconds)
+    cluster = cpu_cluster() if raw["kind"] == "cpu" else this_machine()
+    found = machine_profile(raw, cluster, start, path.stem)
+    changed, busy = [change.as_dict() for change in changes(start, found)], list(disturbances(raw))
+    for words in busy:
+        logger.warning(words)
+    return found, {"from": "machine", "seconds": raw["seconds"], "busy": busy, "changed": changed, "raw": raw}
+
+
+def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
+    from meshwright.families import read_config
+    from meshwright.job import load_job
+    from meshwright.plan import Plan
+    from meshwright.plan.calibrate.from_run import Ran, run_profile
+    from meshwright.run import RunFolder
+
+    run = RunFolder(folder)
+    for file in (run.job, run.plan, run.events):
+        if not file.is_file():
+            what = f"is no run folder: it has no {file.name}"
+            raise InputError(Problem(str(folder), what, "name the folder that `train` made, or a file of cases"))
+    job = load_job(run.job, data_must_exist=False)
+    chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen
+    card, cluster = card_of_job(job), cluster_of_job(job)
+    asked = (job.train.global_batch, chosen.layout, chosen.precision, chosen.compiled)
+    ran = Ran(card, cluster, *asked, chosen.predicted.step_seconds.mid)
+    found = run_profile(run, ran, start, path.stem)
+    return found.profile, {"from": "run", **found.as_dict()}

@@ -1,0 +1,41 @@
+"""`check`: the job, its data and its plan, with every problem of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import InputError
+from meshwright.verbs.plan import plan
+from meshwright.verbs.start import each, placed, read_job
+
+if TYPE_CHECKING:
+    from meshwright.job import Job
+
+
+def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads the job, its model and its data, and plans it: {"model", "parameters", "layout", "plan", "data": {...}}.
+
+    Raises InputError, or CannotWork where only the plan fails, listing every problem of all of them.
+    """
+    sound = read_job(job, overrides, also=plan)
+    survey, planned = each(lambda: _surveyed(sound), lambda: plan(sound))
+    return {
+        "model": planned.model,
+        "parameters": planned.parameters,
+        "layout": planned.chosen.layout.as_dict(),
+        "plan": f"{planned.chosen.layout} on {planned.cluster}",
+        "data": {key: value for key, value in asdict(survey).items() if key != "problems"},
+    }
+
+
+def _surveyed(job: Job) -> Any:
+    from meshwright import data
+
+    with placed(job):
+        survey = data.survey(job)
+        if survey.problems:
+            raise InputError(survey.problems)
+    return survey

@@ -1,0 +1,25 @@
+"""`report`: the page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshwright.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    pass
+
+
+def report(run: str | Path) -> Path:
+    """Writes the run's self-contained HTML page and returns its path. Raises InputError where there is no run."""
+    from meshwright.report import html
+    from meshwright.run import RunFolder
+
+    folder = RunFolder(run)
+    for file in (folder.job, folder.plan):
+        if not file.is_file():
+            what = f"is no run folder: it has no {file.name}"
+            raise InputError(Problem(str(folder.path), what, "name the folder that `train` made"))
+    html.write_report(folder.path)
+    return folder.report

@@ -1,0 +1,32 @@
+"""`serve`: a model served until asked to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshwright.verbs.serving import settle
+
+if TYPE_CHECKING:
+    pass
+
+
+def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
+    """Serves a model until asked to end (Ctrl-C, SIGTERM). Settings: the run's [serve] section, then overrides.
+
+    What they leave open is planned for this machine; `say` gets the plan in a line. Raises CannotWork for a model that
+    does not fit, before a weight is read.
+    """
+    from meshwright import serve as server
+    from meshwright.engine.folder import find_model
+    from meshwright.job import read_serve
+    from meshwright.run import RunFolder
+
+    settings = read_serve(overrides, RunFolder(model).job)
+    folder = find_model(Path(model))
+    settled = settle(folder, settings)
+    say(settled.said)
+    figures = settled.plan.chosen.predicted
+    predicted = {"tokens_per_second": figures.tokens_per_second.mid, "token_seconds": figures.tpot_seconds.mid}
+    server.main(folder, settled.settings, precision=settled.precision, predicted=predicted)

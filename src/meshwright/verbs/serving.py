@@ -1,0 +1,233 @@
+"""`plan --serving`: a job's model planned for the devices it names, and a folder for this machine.
+
+For named devices any engine with paged caches is planned for; for this machine ours, with what it does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import CannotWork, Problem
+from meshwright.verbs.plan import profile_of
+from meshwright.verbs.start import cluster_of_job, placed, read_job
+
+if TYPE_CHECKING:
+    from meshwright.cluster import Cluster, Device
+    from meshwright.families.decoder_shape import DecoderShape
+    from meshwright.families.llama.card import LlamaShape
+    from meshwright.job import Job
+    from meshwright.plan.serving.result import ServingPins, ServingPlan, Target
+
+#: Tokens of a sequence where a model's config does not say.
+USUAL_POSITIONS = 4096
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def serving_plan(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    profile: str | Path | None = None,
+    datasheet: bool = False,
+) -> ServingPlan:
+    """How to serve the job's model: on the devices that `cluster.named` names, or on this machine by our engine.
+
+    The target is the job's [serve] section. Needs no data and no weights. Raises CannotWork, with the nearest that
+    works, where nothing fits or nothing meets the target.
+    """
+    from meshwright.plan.serving.search import make_serving_plan
+    from meshwright.plan.serving.time import SERVERS
+    from meshwright.plan.serving.ways import Question
+
+    sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
+    cluster = cluster_of_job(sound)
+    with placed(sound):
+        shape, precision, longest = _model_of_job(sound)
+        named = sound.cluster.named is not None
+        question = Question(
+            shape,
+            (lambda _: cluster) if named else _this_machine(),
+            cluster.devices,
+            SERVERS["paged" if named else "meshwright"],
+            profile_of(profile, datasheet=datasheet),
+            _target(sound.serve, longest),
+            _pins(sound.serve),
+            _kept(precision, cluster.device, ours=not named),
+            longest,
+        )
+        return make_serving_plan(question)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Settings of `serve` with nothing left open, the plan they come from, and what a person should be told."""
+
+    settings: Any
+    precision: str
+    plan: ServingPlan
+    said: str
+
+
+def settle(folder: Path, settings: Any) -> Settled:
+    """What `serve` leaves open, planned for the model in `folder` and the memory that is free on this machine now.
+
+    A target that cannot be met is said and served as well as can be; a model that does not fit raises CannotWork with
+    the nearest that does, before a weight is read.
+    """
+    from meshwright.families import read_config
+    from meshwright.plan.constants.profile import default_profile
+    from meshwright.plan.serving.result import Target
+    from meshwright.plan.serving.search import make_serving_plan
+    from meshwright.plan.serving.time import SERVERS
+    from meshwright.plan.serving.ways import Question
+
+    shape, precision, longest = _model_of_config(read_config(folder / "config.json"), str(folder / "config.json"))
+    machine = _this_machine(free=True)
+    question = Question(
+        shape,
+        machine,
+        max(machine(1).devices, settings.tp or 1, _cores(machine(1))),
+        SERVERS["meshwright"],
+        default_profile(),
+        _target(settings, longest),
+        _pins(settings),
+        _kept(precision, machine(1).device, ours=True),
+        longest,
+    )
+    missed = ""
+    try:
+        plan = make_serving_plan(question)
+    except CannotWork as error:
+        if not question.target.wishes:
+            raise
+        lengths = Target(question.target.prompt_tokens, question.target.output_tokens)
+        plan = make_serving_plan(replace(question, target=lengths))
+        missed = f"; {error.problems[0].what}, {error.problems[0].nearest}"
+    chosen = plan.chosen
+    settled = settings.model_copy(
+        update={"tp": chosen.tp, "max_batch": chosen.max_batch, "max_len": settings.max_len or chosen.max_len}
+    )
+    return Settled(settled, chosen.precision, plan, _said(plan) + missed)
+
+
+def _said(plan: ServingPlan) -> str:
+    """The plan in a line."""
+    chosen, figures = plan.chosen, plan.chosen.predicted
+    tokens = figures.tokens_per_second
+    return (
+        f"serving plan: tp {chosen.tp}, up to {chosen.max_batch} requests at once of {chosen.max_len} tokens, "
+        f"{chosen.precision}; about {tokens.mid:,.0f} tokens/s when all are at work "
+        f"({tokens.low:,.0f} to {tokens.high:,.0f}), "
+        f"{figures.tpot_seconds.mid * 1e3:.3g} ms a token"
+    )
+
+
+def _target(serve: Any, longest: int) -> Target:
+    """The target of a [serve] section; lengths that nobody says are usual ones, shorter where the model is."""
+    from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS, Target
+
+    room = min(longest, serve.max_len or longest)
+    output = serve.output_tokens or max(1, min(USUAL_OUTPUT_TOKENS, (room - (serve.prompt_tokens or 0)) // 4))
+    prompt = serve.prompt_tokens or max(1, min(USUAL_PROMPT_TOKENS, room - output))
+    return Target(prompt, output, serve.ttft_seconds, serve.tpot_seconds, serve.requests_per_second)
+
+
+def _pins(serve: Any) -> ServingPins:
+    from meshwright.plan.serving.result import ServingPins
+
+    precision = None if serve.precision == "auto" else serve.precision
+    return ServingPins(tp=serve.tp, max_batch=serve.max_batch, max_len=serve.max_len, precision=precision)
+
+
+def _model_of_job(job: Job) -> tuple[DecoderShape, str, int]:
+    """(shape, precision of the weights as they are saved, most tokens of a sequence). A folder may hold any decoder
+    that can be planned where devices are named; on this machine, one that our engine serves."""
+    if job.model.module is not None:
+        what = "a module of yours cannot be served: the engine decodes the built-in families"
+        raise CannotWork(Problem("model.module", what, 'nearest: family = "llama", or hf = "folder"'))
+    if job.model.hf is not None:
+        from meshwright.families import read_config
+
+        path = Path(job.model.hf) / "config.json"
+        return _model_of_config(read_config(path), str(path), any_decoder=job.cluster.named is not None)
+    from meshwright.families.llama.card import shape_from_job
+
+    shape = shape_from_job(job.model, job.data.seq_len or 1)
+    return _decoder(shape), "fp32", shape.max_positions  # a checkpoint's model is written in fp32
+
+
+def _model_of_config(
+    config: Mapping[str, Any], where: str, *, any_decoder: bool = False
+) -> tuple[DecoderShape, str, int]:
+    from meshwright.families.llama.card import ARCHITECTURES, shape_from_hf
+
+    precision = _PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
+    if any_decoder and config.get("model_type") not in ARCHITECTURES:
+        from meshwright.families.decoder_hf import shape_from_hf_config
+
+        quantized = config.get("quantization_config")
+        if isinstance(quantized, dict) and quantized.get("quant_method") == "fp8":
+            precision = "fp8"
+        longest = config.get("max_position_embeddings")
+        return shape_from_hf_config(config, where), precision, longest if isinstance(longest, int) else USUAL_POSITIONS
+    shape = shape_from_hf(config, where)
+    return _decoder(shape), precision, min(shape.max_positions, shape.sliding_window or shape.max_positions)
+
+
+def _kept(precision: str, device: Device, *, ours: bool) -> str:
+    """What weights saved in `precision` are served in, where nobody says: what the engine reads them into, or the
+    nearest that the device multiplies."""
+    if ours:
+        return "bf16" if precision == "bf16" else "fp32"
+    if precision == "fp32":
+        precision = "bf16"  # masters are kept in fp32
+    return next(word for word in (precision, "bf16", "fp16", "fp32") if word in device.flops)
+
+
+def _decoder(shape: LlamaShape) -> DecoderShape:
+    from meshwright.families.decoder_shape import DecoderShape
+
+    same = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
+    return DecoderShape(**{name: getattr(shape, name) for name in same}, hf_type=shape.hf_type)
+
+
+def _this_machine(*, free: bool = False) -> Callable[[int], Cluster]:
+    """What `tp` processes of ours have each; with `free`, of the memory that nothing else takes now."""
+    from meshwright.cluster import this_machine
+
+    left = _free_bytes() if free else None
+
+    @cache
+    def of(tp: int) -> Cluster:
+        cluster = this_machine(tp)
+        if left is None or cluster.device.kind != "cpu":
+            return cluster
+        return replace(cluster, device=replace(cluster.device, memory_bytes=max(1, left // tp)))
+
+    return of
+
+
+def _cores(cluster: Cluster) -> int:
+    from meshwright.cluster import available_cores
+
+    return available_cores() if cluster.device.kind == "cpu" else cluster.devices
+
+
+def _free_bytes() -> int | None:
+    """Memory that a new process may take: what the system can give without swapping, the container's rest if less."""
+    found = []
+    system = Path("/proc/meminfo")
+    if system.exists():
+        found += [int(line.split()[1]) * 1024 for line in system.read_text().splitlines() if "MemAvailable" in line]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        found.append(max(0, int(text) - int(used.read_text())))
+    return min(found, default=None)

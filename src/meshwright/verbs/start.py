@@ -1,0 +1,115 @@
+"""What verbs start from: a job read, its model and its cluster, and every problem with its place in the job file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import CannotWork, InputError, Problem
+
+if TYPE_CHECKING:
+    from meshwright.card import Card
+    from meshwright.cluster import Cluster
+    from meshwright.job import Job
+    from meshwright.plan.mixed.cluster import MixedCluster
+
+
+def read_job(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data_must_exist: bool = True,
+    also: Callable[[Job], object] | None = None,
+) -> Job:
+    """The Job itself, or the one in a file with overrides on top.
+
+    Raises InputError listing every problem, those too that `also` meets with what is right of a faulty job.
+    """
+    from meshwright.job import Job, load_job, sound_part
+
+    if isinstance(job, Job):
+        if overrides:
+            raise InputError(Problem("overrides", "are for job files", "give the values to Job(...)"))
+        return job
+    try:
+        return load_job(job, overrides, data_must_exist=data_must_exist)
+    except InputError as error:
+        problems = list(error.problems)
+        try:
+            rest = None if also is None else sound_part(job, overrides)
+            if also is not None and rest is not None and rest.model.module is None:  # a module's code would be run
+                also(rest)
+        except (InputError, CannotWork) as further:
+            problems += [problem for problem in further.problems if problem not in problems]
+        raise InputError(problems) from None
+
+
+def each(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call returns; where some raise InputError or CannotWork, one error with the problems of all."""
+    results, failures = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except (InputError, CannotWork) as error:
+            failures.append(error)
+    if failures:
+        kind = InputError if any(isinstance(error, InputError) for error in failures) else CannotWork
+        raise kind([problem for error in failures for problem in error.problems]) from failures[0]
+    return results
+
+
+@contextmanager
+def placed(job: Job) -> Iterator[None]:
+    """Adds, to a problem with a key of the job, the place where the key was said: "job.toml:12: data.source"."""
+    try:
+        yield
+    except (InputError, CannotWork) as error:
+        raise type(error)([replace(one, where=place(job, one.where)) for one in error.problems]) from error
+
+
+def place(job: Job, key: str) -> str:
+    said = job.origins.get(key, "default")
+    return key if said in ("default", "Python") else f"{said}: {key}"
+
+
+def card_of_job(job: Job, style: str = "plain") -> Card:
+    """What the job's model is: read from a table for a family or a Hugging Face folder, traced for a module. `style`
+    says who computes it, where that is known."""
+    with placed(job):
+        if job.model.module is not None:
+            from meshwright import trace
+
+            return trace.card_of_job(job)
+        from meshwright import families
+
+        return families.card_of_job(job, style)
+
+
+def cluster_of_job(job: Job) -> Cluster:
+    """What the job runs on: this machine, or a device of the table."""
+    if job.cluster.groups:
+        what = "devices of several kinds can only be planned for"
+        hint = "name one kind: cluster.named and cluster.devices"
+        raise CannotWork(Problem(place(job, "cluster.groups"), what, hint))
+    from meshwright.cluster import resolve_cluster
+
+    with placed(job):
+        cluster = resolve_cluster(job.cluster)
+    return (
+        cluster
+        if job.cluster.dollars_per_hour is None
+        else replace(cluster, dollars_per_hour=job.cluster.dollars_per_hour)
+    )
+
+
+def groups_of_job(job: Job) -> MixedCluster:
+    """The groups of different devices that the job names."""
+    from meshwright.cluster import named_cluster
+    from meshwright.plan.mixed.cluster import MixedCluster
+
+    with placed(job):
+        named = [named_cluster(group.named, group.devices, group.devices_per_node) for group in job.cluster.groups]
+        return MixedCluster(tuple(named))

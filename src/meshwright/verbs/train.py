@@ -1,0 +1,156 @@
+"""`train`: a job trained into its run folder, from the start or on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.errors import CannotWork, InputError, Problem, RunFailed
+from meshwright.verbs.plan import plan
+from meshwright.verbs.report import report
+from meshwright.verbs.start import cluster_of_job, place, placed, read_job
+
+if TYPE_CHECKING:
+    from meshwright.job import Job
+    from meshwright.launch import Started
+    from meshwright.plan import Plan
+    from meshwright.run import RunFolder
+
+#: Sections that a run's checkpoints were made with: a resumed run must have them as they were.
+OF_THE_RUN = ("model", "data", "task")
+
+#: What decides the plan: where these have not changed, a resumed run keeps the plan that it has.
+OF_THE_PLAN = ("model", "data", "cluster", "layout")
+
+
+def run_folder_of(job: str | Path, run: str | Path | None = None) -> RunFolder:
+    """The folder named, or runs/NAME for the job file NAME.toml."""
+    from meshwright.run import RunFolder
+
+    return RunFolder(run if run is not None else Path("runs") / Path(job).stem)
+
+
+def train(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    profile: str | Path | None = None,
+    watch: Callable[[RunFolder, Plan, Started], None] | None = None,
+) -> dict[str, Any]:
+    """Trains a job into its run folder and writes its report: {"run", "step", "loss", ..., "report"}.
+
+    The plan is made with `profile`, a file that `calibrate` wrote, where one is given.
+    `watch(folder, plan, started)` is called once the processes run, and may look on until they end. Raises InputError
+    where the folder holds a run and `resume` is not set (or the reverse), RunFailed with the command that resumes.
+    """
+    from meshwright import data, families, launch
+    from meshwright.job import Job, job_to_toml
+
+    if run is None and isinstance(job, Job):
+        raise InputError(Problem("run", "a Job has no name for its run folder", 'give run="runs/name"'))
+    folder = run_folder_of(job if not isinstance(job, Job) else "", run)
+    again = resume_command(job, overrides, run)
+    job = read_job(job, overrides, also=plan)
+    if job.cluster.named is not None:
+        what = f"'{job.cluster.named}' is planned for, not what this machine has"
+        raise CannotWork(Problem(place(job, "cluster.named"), what, "leave it out to train on this machine"))
+    if job.cluster.groups:
+        what = "devices of several kinds are planned for, and `train` runs those of this machine"
+        raise CannotWork(Problem(place(job, "cluster.groups"), what, "leave it out to train on this machine"))
+    with placed(job):
+        families.require_trainable(job)
+    earlier = _earlier_run(folder, resume, again)
+    if earlier is not None:
+        _same_run(earlier, job, folder)
+    chosen = _kept_plan(folder, earlier, job) or plan(job, profile=profile)
+    _make(folder)
+    with placed(job):
+        data.build_manifest(job, folder.manifest)  # first: a folder with a job.toml holds a run that can be resumed
+    folder.write_job(job_to_toml(job))
+    folder.write_plan(chosen.as_dict())
+    started = launch.local(
+        "meshwright.train:work",
+        {"run": str(folder.path.resolve()), "resume": resume},
+        chosen.chosen.layout.devices,
+        folder.logs,
+        interface=job.launch.interface,
+        grace_seconds=60.0,  # asked to end, a run saves first
+    )
+    try:
+        if watch is not None:
+            watch(folder, chosen, started)
+        results = started.wait()
+    except RunFailed as error:
+        folder.append_event("failure", reason=str(error.problems[0]))
+        raise RunFailed(error.problems, resume=again) from error
+    except (InputError, CannotWork):
+        if earlier is None and not folder.events.exists():  # nothing was trained: this is no run yet
+            folder.job.unlink()
+        raise
+    finally:
+        started.stop()
+    return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
+
+
+def resume_command(job: Job | str | Path, overrides: Sequence[str], run: str | Path | None) -> str:
+    """The command that goes on with a run."""
+    name = str(job) if isinstance(job, str | Path) else f"{run}/job.toml"
+    words = ["meshwright", "train", name, *overrides, *(["--run", str(run)] if run is not None else []), "--resume"]
+    return shlex.join(words)
+
+
+def _earlier_run(folder: RunFolder, resume: bool, again: str) -> Job | None:
+    """The job of the run that the folder holds, to be resumed; None for a fresh folder."""
+    from meshwright.job import load_job
+
+    if folder.job.exists() and not resume:
+        hint = f"to go on with it: {again}; or name another folder with --run DIR"
+        raise InputError(Problem(str(folder.path), "holds a run already", hint))
+    if resume and not folder.job.exists():
+        raise InputError(Problem(str(folder.path), "holds no run to resume", "leave --resume out to start one"))
+    return load_job(folder.job, data_must_exist=False) if resume else None
+
+
+def _make(folder: RunFolder) -> None:
+    try:
+        folder.create()
+    except OSError as error:
+        what = f"cannot be a run folder ({error.strerror})"
+        raise InputError(Problem(str(folder.path), what, "name another with --run DIR")) from error
+
+
+def _same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
+    """Raises InputError where the job differs from the run's in what its checkpoints were made with."""
+    before, now = earlier.as_dict(), job.as_dict()
+    problems = [
+        Problem(
+            f"{section}.{key}",
+            f"is {now[section][key]!r}, the run in {folder.path} was made with {value!r}",
+            "name another folder with --run DIR",
+        )
+        for section in OF_THE_RUN
+        for key, value in before[section].items()
+        if now[section][key] != value
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _kept_plan(folder: RunFolder, earlier: Job | None, job: Job) -> Plan | None:
+    """The plan that a resumed run has, where nothing that decides it has changed; None where it must be made."""
+    if earlier is None or not folder.plan.exists():
+        return None
+    before, now = earlier.as_dict(), job.as_dict()
+    same = all(before[section] == now[section] for section in OF_THE_PLAN)
+    same = same and all(before["train"][key] == now["train"][key] for key in ("global_batch", "precision", "compile"))
+    if not same:
+        return None
+    from meshwright.families import read_config
+    from meshwright.plan import Plan
+
+    kept = Plan.from_dict(read_config(folder.plan))
+    return kept if kept.chosen.layout.devices == cluster_of_job(job).devices else None

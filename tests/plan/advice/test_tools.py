@@ -1,0 +1,357 @@
+"""Advice for a team: what suits, what does not, and that each verdict follows from the plans and the facts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright import verbs
+from meshwright.cluster import named_cluster
+from meshwright.errors import CannotWork, InputError, Problem
+from meshwright.job import SMALL_JOB, Job, load_job
+from meshwright.layout import Layout
+from meshwright.plan.advice.strategies import Planned, Reading, Situation
+from meshwright.plan.advice.tools import EXPERIENCE, TOOLS, Advice, Verdict, advise, frameworks
+from meshwright.plan.rules.frameworks import FRAMEWORKS
+
+TITAN, MEGATRON = "PyTorch FSDP2 (torchtitan)", "Megatron-LM, Megatron Bridge"
+READING = Reading("corpus/", "tokens", 2**20, 1000, 3_400_000_000, 4, 4)
+NODE = Situation(
+    cluster=named_cluster("h100-sxm-80gb", 8),
+    parameters=8_000_000_000,
+    language_model=True,
+    built_in=True,
+    experts=False,
+    reading=READING,
+    experience="expert",
+    margin=1.25,
+)
+NODES = replace(NODE, cluster=named_cluster("h100-sxm-80gb", 64))
+SHARDED = Layout(dp=8, shard=8)
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 16,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+}
+
+
+def plans(facts: Situation, layout: Layout = SHARDED, **seconds: float) -> dict[str, Planned | CannotWork]:
+    """The same layout for every framework that is planned; a step of 10 s where no other is given."""
+    return {row: Planned(row, seconds.get(row.partition("-")[0], 10.0), layout) for row in frameworks(facts)}
+
+
+def verdict(found: Advice, tool: str) -> Verdict:
+    return next(one for one in found.tools if one.tool == tool)
+
+
+def suiting(found: Advice) -> list[str]:
+    return [one.tool for one in found.tools if one.suits]
+
+
+def why(found: Advice, strategy: str) -> str:
+    return next((one.why for one in found.strategies if one.strategy.startswith(strategy)), "")
+
+
+def job(shape: dict[str, Any], devices: int, seq_len: int, batch: int, **sections: dict[str, Any]) -> Job:
+    return Job(
+        model=shape,
+        data={"source": "stdlib", "seq_len": seq_len, "tokenizer": "bytes"},
+        train={"steps": 10, "lr": 1e-3, "global_batch": batch},
+        cluster={"named": "h100-sxm-80gb", "devices": devices},
+        data_must_exist=False,
+        **sections,
+    )
+
+
+def mixtral(folder: Path, devices: int, **sections: dict[str, Any]) -> Job:
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    return job({"hf": str(folder)}, devices, 4096, 64, **sections)
+
+
+LLAMA = {"family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256}
+
+
+def test_what_a_tool_splits_by_is_what_its_framework_offers() -> None:
+    rows = [tool for tool in TOOLS if tool.framework]
+    assert [tool.framework for tool in rows] == ["meshwright", "torchtitan", "megatron-bridge", "deepspeed"]
+    for tool in rows:
+        offers = FRAMEWORKS[tool.framework].offers
+        assert tool.splits == offers.fields | ({"offload"} if offers.offload else set()) and not tool.alone
+
+
+def test_the_quickest_comes_first_when_the_margin_tells_them_apart() -> None:
+    found = advise(NODE, plans(NODE, megatron=5.0))
+    assert suiting(found)[:4] == [MEGATRON, "Meshwright", TITAN, "DeepSpeed"]
+    assert "predicted 5 s a step as dp8 shard8 micro1, the shortest of those that suit" in found.tools[0].why
+    assert "predicted 10 s a step as dp8 shard8 micro1, 100% more than Megatron-LM's 5 s" in found.tools[1].why
+
+
+def test_of_those_that_are_level_the_least_experience_comes_first() -> None:
+    found = advise(NODE, plans(NODE, megatron=9.0, torchtitan=20.0))
+    assert suiting(found)[:4] == ["Meshwright", "DeepSpeed", MEGATRON, TITAN]
+    assert "level with Megatron-LM's 9 s: 11% more is within the plan's margin of 25%" in found.tools[0].why
+    assert (found.tools[2].step_seconds, found.tools[2].layout) == (9.0, SHARDED)
+    assert "as long as" in advise(NODE, plans(NODE, megatron=9.99)).tools[0].why
+
+
+def test_what_asks_for_more_experience_says_what_it_would_bring() -> None:
+    facts = replace(NODE, experience="new")
+    found = advise(facts, plans(facts, megatron=5.0))
+    assert suiting(found) == ["Meshwright"]
+    against = verdict(found, MEGATRON).why
+    assert against.startswith("asks for more experience (expert) than the team's (new); predicted 5 s a step")
+    assert against.endswith("50% less than Meshwright's 10 s")
+
+
+def test_where_none_suits_the_nearest_is_named() -> None:
+    facts = replace(NODES, experience="new")
+    found = advise(facts, plans(facts, Layout(dp=64, shard=64), torchtitan=8.0, megatron=4.0))
+    assert suiting(found) == [] and found.strategies[0].strategy == "no tool suits"
+    assert "torchtitan comes nearest, and asks for more experience (some)" in found.strategies[0].why
+
+
+def test_a_model_that_train_does_not_build_speaks_against_meshwright() -> None:
+    facts = replace(NODE, untrained="trained are llama")
+    assert "meshwright" not in frameworks(facts)
+    against = verdict(advise(facts, plans(facts)), "Meshwright")
+    assert not against.suits and against.why == "plans this model, does not train it yet (trained are llama)"
+
+
+def test_meshwright_trains_on_one_machine() -> None:
+    found = advise(NODES, plans(NODES))
+    assert verdict(found, "Meshwright").why == "trains on one machine so far, and these are 8"
+
+
+def test_a_framework_that_has_no_layout_says_why() -> None:
+    nothing = CannotWork([Problem("model", "the model does not fit", "more devices"), Problem("", "another")])
+    found = advise(NODE, {**plans(NODE), "torchtitan": nothing})
+    assert (verdict(found, TITAN).suits, verdict(found, TITAN).why) == (False, "the model does not fit")
+    with pytest.raises(CannotWork, match="under deepspeed: the model does not fit") as caught:
+        advise(NODE, dict.fromkeys(frameworks(NODE), nothing))
+    assert len(caught.value.problems) == 8
+
+
+def test_tools_without_a_row_are_judged_by_the_layout_advised() -> None:
+    copies = advise(NODE, plans(replace(NODE, parameters=10**8), Layout(dp=8)))
+    assert {"PyTorch DDP", "Ray Train", "JAX with MaxText"} <= set(suiting(copies))
+    against = verdict(advise(NODE, plans(NODE)), "PyTorch DDP").why
+    assert against == "does not split by shard, as the layout advised does"
+    # DeepSpeed keeps whole weights here, and what makes them fit is that it spreads the optimizer's state
+    spread = advise(NODE, {"deepspeed": Planned("deepspeed", 1.0, Layout(dp=8))})
+    assert "PyTorch DDP" not in suiting(spread)
+    assert "96 GB, is spread over the 8 of them" in why(spread, "data parallel with a distributed optimizer")
+
+
+def test_what_is_not_kept_is_never_suggested_and_says_since_when() -> None:
+    assert verdict(advise(NODE, plans(NODE)), "TorchServe").why == "not kept any more: ended in 2025"
+
+
+def test_a_tpu_is_not_a_gpu() -> None:
+    facts = replace(NODE, cluster=named_cluster("tpu-v5p", 4))
+    assert frameworks(facts) == ("meshwright",), "so that there is a layout to speak of"
+    found = advise(facts, plans(facts))
+    assert suiting(found) == ["JAX with MaxText"]
+    assert verdict(found, "Meshwright").why == "does not run on TPUs"
+    assert "see that the order of samples" in why(found, "data")
+
+
+def test_a_pipeline_names_the_link_that_it_uses() -> None:
+    pipeline = Layout(dp=2, pp=4, shard=2)
+    one = why(advise(NODE, plans(NODE, pipeline)), "pipeline")
+    assert "here over NVLink4 (450 GB/s a device)" in one and "network" not in one
+    several = advise(NODES, plans(NODES, replace(pipeline, dp=2, tp=8)))
+    assert "here over the network (InfiniBand, 50 GB/s a device)" in why(several, "pipeline")
+    assert "stays inside a node, on NVLink4 (450 GB/s a device), 9 times the network's" in why(several, "tensor")
+    assert "over 16 devices it has to cross the network" in why(advise(NODES, plans(NODES, Layout(tp=16))), "tensor")
+
+
+def test_what_is_kept_elsewhere_or_computed_again_is_said() -> None:
+    found = advise(NODE, plans(NODE, replace(SHARDED, recompute="full", offload=True)))
+    assert "4 GB each without the optimizer" in why(found, "sharded")
+    assert "computed again" in why(found, "saving memory")
+    assert "optimizer's 96 GB stay in the hosts' memory" in why(found, "saving memory")
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "said"),
+    [
+        ("h100-sxm-80gb", Layout(offload=True), "of 128 GB are more than its 85.5 GB: it works as offload micro1"),
+        ("h200-sxm", Layout(recompute="full"), "of 128 GB barely leave room in its 151 GB"),
+        ("b300-sxm", Layout(), "of 128 GB fit its 288 GB"),
+    ],
+)
+def test_one_device(device: str, layout: Layout, said: str) -> None:
+    facts = replace(NODE, cluster=named_cluster(device, 1))
+    assert said in why(advise(facts, plans(facts, layout)), "one device")
+
+
+def test_data_says_how_much_is_read_and_where_to_keep_it() -> None:
+    layout = Layout(dp=64, shard=64)
+    words = why(advise(NODES, plans(NODES, layout)), "data")
+    assert words == (
+        "a run reads 1.05 billion tokens (about 1.2 passes over the 3.4 GB of corpus/, at 4 bytes a token), 104,858 a "
+        "second or 52.4 kB/s a node: storage that the 8 nodes share is enough; see that the order of samples does not "
+        "depend on the number of processes"
+    )
+    images = replace(NODES, reading=Reading("images/", "samples", 10_000, 5, 10**9, 0, 600_000))
+    words = why(advise(images, plans(images, layout)), "data")
+    assert "50,000 samples of the 1 GB of images/, 1,000 a second or 75 MB/s a node: storage that the 8" in words
+    quick = why(advise(images, plans(images, layout, torchtitan=5.0, megatron=5.0, deepspeed=5.0)), "data")
+    assert "150 MB/s a node: put a copy near each of 8 nodes: it is more than the 100 MB/s of a gigabit link" in quick
+    # two copies of the model: a node reads what half of them do
+    spanning = why(advise(NODES, plans(NODES, Layout(dp=2, tp=8, pp=4))), "data")
+    assert "or 210 kB/s a node" in spanning
+    assert "order of samples does not depend" in why(advise(NODE, plans(NODE)), "data")
+
+
+def test_data_without_a_size() -> None:
+    facts = replace(NODES, reading=Reading("away/", "samples", 100, 10))
+    assert "a run reads 1,000 samples, 10 a second: put a copy near each" in why(advise(facts, plans(facts)), "data")
+
+
+def test_unknown_experience() -> None:
+    with pytest.raises(InputError, match="experience 'guru' is not known; known: expert, new, some"):
+        replace(NODE, experience="guru")
+
+
+@given(
+    layout=st.builds(
+        Layout,
+        dp=st.sampled_from((1, 2)),
+        shard=st.sampled_from((1, 2)),
+        tp=st.sampled_from((1, 2)),
+        pp=st.sampled_from((1, 2)),
+        cp=st.sampled_from((1, 2)),
+        ep=st.sampled_from((1, 2)),
+        offload=st.booleans(),
+    ),
+    device=st.sampled_from(("h100-sxm-80gb", "mi300x", "tpu-v5p", "gaudi3", "trainium2")),
+    experience=st.sampled_from(EXPERIENCE),
+    language=st.booleans(),
+)
+def test_a_tool_that_suits_can_do_all_that_it_is_advised_for(
+    layout: Layout, device: str, experience: str, language: bool
+) -> None:
+    facts = replace(NODE, cluster=named_cluster(device, 8), experience=experience, language_model=language)
+    found = advise(facts, plans(facts, layout))
+    assert sorted(one.tool for one in found.tools) == sorted(tool.name for tool in TOOLS)
+    assert [one.suits for one in found.tools] == sorted((one.suits for one in found.tools), reverse=True)
+    for one in found.tools:
+        tool = next(tool for tool in TOOLS if tool.name == one.tool)
+        assert one.why and (one.step_seconds is None) == (one.layout is None)
+        if one.suits:
+            assert facts.kind in tool.kinds and not tool.ended and (language or tool.models == "any")
+            assert EXPERIENCE.index(tool.least_experience) <= EXPERIENCE.index(experience)
+            if not tool.framework:
+                assert {name for name in ("dp", "tp", "pp", "cp", "ep") if getattr(layout, name) > 1} <= tool.splits
+    more = advise(replace(facts, experience="expert"), plans(facts, layout))
+    assert set(suiting(found)) <= set(suiting(more))
+
+
+def test_experts_are_spread_where_that_wins(tmp_path: Path) -> None:
+    found = verbs.advice(mixtral(tmp_path, 16), experience="expert")
+    against = verdict(found, "Meshwright")
+    assert not against.suits and "plans this model, does not train it yet (trained are llama" in against.why
+    spread = [one for one in found.tools if one.layout and one.layout.ep > 1]
+    best = found.tools[0]
+    assert best.suits and best.layout is not None
+    words = why(found, "expert parallel")
+    if best.layout.ep > 1:
+        assert f"spread over {best.layout.ep} devices, and tokens travel to them over" in words
+    else:
+        assert words.startswith("the experts of a layer stay together")
+        for one in spread:
+            assert f"spreads them over {one.layout.ep if one.layout else 0} devices" in words
+
+
+@pytest.mark.parametrize(
+    ("rows", "experience", "said"),
+    [
+        ({"torchtitan": 1, "megatron-bridge": 1, "deepspeed": 1}, "some", "no layout of torchtitan that spreads them"),
+        ({"megatron-bridge": 1, "deepspeed": 1}, "some", "Megatron-LM can, and the best layout of it does without"),
+        ({"torchtitan": 4, "deepspeed": 1}, "some", "torchtitan spreads them over 4 devices, for 20 s a step against"),
+        ({"deepspeed": 1}, "some", "of the tools that do (torchtitan, Megatron-LM and JAX with MaxText) none suits"),
+        ({"deepspeed": 1}, "expert", "DeepSpeed does not spread them; JAX with MaxText can"),
+        ({"torchtitan": 8}, "some", "spread over 8 devices, and tokens travel to them over NVLink4 (450 GB/s"),
+        ({"torchtitan": 16}, "some", "tokens travel to them over the network (InfiniBand, 50 GB/s a device)"),
+    ],
+)
+def test_why_experts_stay_together(rows: dict[str, int], experience: str, said: str) -> None:
+    facts = replace(NODES, experts=True, experience=experience, untrained="trained are llama")
+    nothing = CannotWork(Problem("model", "the model does not fit"))
+    layouts = {row: Layout(dp=64, shard=64, ep=ep) for row, ep in rows.items()}
+    times = {"deepspeed": 10.0}
+    found = advise(
+        facts,
+        {
+            row: Planned(row, times.get(row, 20.0 if layouts[row].ep > 1 else 9.0), layouts[row])
+            if row in rows
+            else nothing
+            for row in frameworks(facts)
+        },
+    )
+    assert said in why(found, "expert parallel")
+
+
+def test_experts_that_the_job_pins_together(tmp_path: Path) -> None:
+    found = verbs.advice(mixtral(tmp_path, 16, layout={"ep": 1}), experience="expert")
+    assert why(found, "expert parallel") == "the experts of a layer stay together: the job pins ep=1"
+
+
+def test_long_sequences_are_split_where_a_tool_within_reach_does() -> None:
+    long = job(LLAMA, 8, 131072, 8)
+    expert = verbs.advice(long, experience="expert")
+    best = expert.tools[0]
+    assert best.layout is not None and best.layout.cp > 1
+    assert f"each sequence is split over {best.layout.cp} devices" in why(expert, "context")
+    assert "over NVLink4" in why(expert, "context")
+    new = verbs.advice(long, experience="new")
+    assert suiting(new) == ["Meshwright"]
+    assert why(new, "context").startswith("Meshwright does not offer it; Megatron-LM, which does not suit here, splits")
+
+
+def test_the_demo_is_for_beginners(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(SMALL_JOB)
+    found = verbs.advice(load_job(path, ["cluster.devices=2"]), experience="new")
+    assert suiting(found) == ["Meshwright", "PyTorch DDP"]
+    assert "MB of Python's standard library, at 4 bytes a token" in why(found, "data")
+    for tool in (TITAN, MEGATRON):
+        assert verdict(found, tool).why.startswith("does not run on CPUs") and verdict(found, tool).layout is None
+    said = found.as_dict()["tools"][0]
+    assert said["layout"]["dp"] == 2 and said["step_seconds"] == found.tools[0].step_seconds
+
+
+def test_what_no_framework_offers_is_refused_with_every_reason() -> None:
+    with pytest.raises(CannotWork) as caught:
+        verbs.advice(job(LLAMA, 8, 4096, 8, layout={"ep": 2}), experience="expert")
+    assert {problem.what.split(":")[0] for problem in caught.value.problems} == {
+        f"under {tool.framework}" for tool in TOOLS if tool.framework
+    }
+
+
+def test_a_folder_of_text_is_measured_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "corpus" / name).write_bytes(b"x" * 40_960)
+    sources = {"source": str(tmp_path / "corpus"), "seq_len": 4096, "tokenizer": "bytes"}
+    asked = job(LLAMA, 8, 4096, 8)
+    found = verbs.advice(Job(**{**asked.as_dict(), "data": sources}), experience="new")
+    assert "327,680 tokens (about 4 passes over the 81.9 kB of corpus/, at 1 byte a token)" in why(found, "data")
+    monkeypatch.setattr(import_module("meshwright.verbs.advice"), "FILES_COUNTED", 1)
+    found = verbs.advice(Job(**{**asked.as_dict(), "data": sources}), experience="new")
+    assert "a run reads 327,680 tokens, " in why(found, "data")

@@ -1,0 +1,319 @@
+"""Runs made with constants that are known: calibrate finds what they do, keeps to its word, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.cli.main import main
+from meshwright.errors import InputError
+from meshwright.plan.calibrate.fit import spread_rows
+from meshwright.plan.calibrate.from_cases import (
+    Calibration,
+    calibrate,
+    conformal,
+    pair_intervals,
+    rows_of,
+    weighted_quantile,
+)
+from meshwright.plan.cases.predict import Predictor
+from meshwright.plan.cases.read import MeasuredCase, measured_of
+from meshwright.plan.constants.profile import DATASHEET, load_profile
+from meshwright.plan.rules.frameworks import FRAMEWORKS
+
+#: What the made-up machine is: a GPU whose products, memory and starts are slower than the data sheets' constants say.
+FACTORS = {"product": 0.8, "memory": 0.8, "launch": 1.5}
+
+
+def lines() -> list[dict[str, Any]]:
+    """Layouts of two models on 8 devices."""
+    found = []
+    for hidden in (1024, 2048):
+        for dp, tp, pp in ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4), (4, 1, 2), (1, 4, 2)):
+            for micro in (1, 2, 4):
+                for batch in (32, 64):
+                    model = {
+                        "layers": 8, "hidden": hidden, "heads": 16, "ffn": 4 * hidden, "vocab": 32000,
+                        "seq_len": 1024, "gated": False,
+                    }  # fmt: skip
+                    line = {
+                        "id": str(len(found)),
+                        "group": f"{hidden}-{batch}",
+                        "source": "made up",
+                        "model": model,
+                        "cluster": {"device": "a100-sxm-80gb", "devices": 8, "devices_per_node": 8},
+                        "train": {"global_batch": batch, "precision": "bf16"},
+                        "layout": {"dp": dp, "tp": tp, "pp": pp, "micro_batch": micro, "recompute": "full"},
+                        "software": {"framework": "megatron-lm"},
+                    }
+                    found.append(line)
+    return found
+
+
+def truth() -> dict[str, float]:
+    """The machine's constants."""
+    values = {}
+    for name, value in DATASHEET.constants.items():
+        for word, factor in FACTORS.items():
+            if word in name and not name.startswith("cpu"):
+                values[name] = value * factor
+    return values
+
+
+def made_up(bump: float = 1.0) -> list[MeasuredCase]:
+    """Runs as the machine would take them, with 1 % of noise; `bump` slows layouts with tp = 8 beyond any constant."""
+    noise = random.Random(0)
+    machine = Predictor(DATASHEET.changed(truth()))
+    cases = []
+    for line in lines():
+        seconds = machine.predict(measured_of({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"]["mid"]  # type: ignore[union-attr]
+        seconds *= noise.gauss(1, 0.01) * (bump if line["layout"]["tp"] == 8 else 1.0)
+        case = measured_of({**line, "measured": {"step_seconds": seconds}})
+        assert isinstance(case, MeasuredCase)
+        cases.append(case)
+    return cases
+
+
+def errors(found: Calibration, cases: list[MeasuredCase]) -> tuple[float, float]:
+    """Mean error of the cases, and the share in their intervals."""
+    predictor = Predictor(found.profile)
+    answers = [(predictor.predict(one.case)["step_seconds"], one.step_seconds) for one in cases]
+    held = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
+    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), held / len(answers)
+
+
+@pytest.fixture(scope="module")
+def bumped() -> tuple[list[MeasuredCase], list[MeasuredCase], Calibration]:
+    cases = made_up(bump=1.25)
+    picked = set(spread_rows([one.group for one in cases], 36))
+    fitted = [one for index, one in enumerate(cases) if index in picked]
+    rest = [one for index, one in enumerate(cases) if index not in picked]
+    return fitted, rest, calibrate(fitted, DATASHEET)
+
+
+def test_runs_never_seen_are_predicted_and_intervals_hold(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
+) -> None:
+    _, rest, found = bumped
+    error, held = errors(found, rest)
+    assert found.before > 0.1
+    assert error < 0.03
+    assert held > 0.7  # of 48 runs: a sample of what is 0.9 on average
+
+
+def test_what_no_constant_says_becomes_a_correction(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
+) -> None:
+    _, rest, found = bumped
+    assert found.held_out < 0.9 * found.held_out_plain
+    assert set(found.profile.corrections) == {"a100-sxm-80gb/megatron-lm/bf16/full/node"}
+    plain = replace(found, profile=replace(found.profile, corrections={}))
+    assert errors(found, rest)[0] < errors(plain, rest)[0]
+
+
+def test_the_account_says_what_moved(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
+    account = bumped[2].as_dict()
+    assert account["rows"] == 36
+    assert account["moved"]
+    assert all(row["from"] != row["to"] for row in account["moved"])
+    assert json.loads(json.dumps(account)) == account
+
+
+def test_the_same_runs_give_the_same_profile_and_the_file_keeps_it(
+    bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration], tmp_path: Path
+) -> None:
+    fitted, rest, found = bumped
+    few = fitted[::3]
+    assert calibrate(few, DATASHEET).profile == calibrate(few, DATASHEET).profile
+    found.profile.save(tmp_path / "p.toml")
+    again = load_profile(tmp_path / "p.toml")
+    for one in rest[:10]:
+        before, after = (Predictor(profile).predict(one.case) for profile in (found.profile, again))
+        assert after["step_seconds"]["mid"] == pytest.approx(before["step_seconds"]["mid"], rel=1e-3)
+
+
+def test_too_few_runs_are_bad_input() -> None:
+    with pytest.raises(InputError, match="give three or more"):
+        calibrate(made_up()[:2], DATASHEET)
+
+
+def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
+    """Runs of one source that are off by a percent, and a fifth as many of another that are off by half."""
+    rows, _ = rows_of(made_up()[::2])
+    many = [row for row in rows for _ in range(5)]
+    other = [type(row)(row.id, row.setup, row.seconds, "other", row.group) for row in rows]
+    draw = random.Random(1)
+    logs = [draw.gauss(0, 0.01) for _ in many] + [draw.gauss(0, 0.5) for _ in other]
+    regime = "cuda.megatron-lm.node"
+    low, high = conformal([*many, *other], logs, [1.0] * len(logs))[regime]
+    assert low < 0.7
+    assert high > 1.4
+    alone = conformal(many, logs[: len(many)], [1.0] * len(many))[regime]
+    assert 0.97 < alone[0] < 1 < alone[1] < 1.03
+
+
+def test_runs_of_one_kind_promise_nothing_of_others() -> None:
+    """One layout again and again has no interval of its own; one regime has none that wider ones would share."""
+    rows, _ = rows_of(made_up())
+    again = [rows[0]] * 100
+    assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
+    assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
+    others = [replace(row, setup=replace(row.setup, framework=FRAMEWORKS["torchtitan"])) for row in rows]
+    both = [*rows, *others]
+    found = set(conformal(both, [0.001] * len(both), [1.0] * len(both)))
+    assert found == {"cuda", "cuda.megatron-lm.node", "cuda.torchtitan.node"}
+
+
+def test_what_layouts_of_a_group_have_in_common_does_not_blur_which_is_quicker() -> None:
+    """Every group is off by a factor of its own, up to two; its layouts by 2 % beside it."""
+    rows, _ = rows_of(made_up())
+    draw = random.Random(2)
+    common = {group: draw.uniform(-0.7, 0.7) for group in sorted({row.group for row in rows})}
+    logs = [common[row.group] + draw.gauss(0, 0.02) for row in rows]
+    low, high = pair_intervals(rows, logs)["pairs.cuda"]
+    assert low == pytest.approx(1 / high)
+    assert high == pytest.approx(math.exp(1.645 * 0.02 * math.sqrt(2)), rel=0.01)
+    assert conformal(rows, logs, [1.0] * len(logs))["cuda.megatron-lm.node"][1] > 1.5
+    assert pair_intervals(rows[:3], logs[:3]) == {}
+
+
+def test_quantiles_of_weighted_values() -> None:
+    assert weighted_quantile([(3.0, 1), (1.0, 1), (2.0, 2)], 0.5) == 2.0
+    assert weighted_quantile([(3.0, 1), (1.0, 1), (2.0, 2)], 1.0) == 3.0
+    assert weighted_quantile([(3.0, 1), (1.0, 9)], 0.9) == 1.0
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """calibrate writes a profile and its account; predict uses it; lines that cannot serve are named."""
+    measured = tmp_path / "measured.jsonl"
+    rows = [
+        {**line, "measured": {"step_seconds": one.step_seconds}}
+        for line, one in zip(lines(), made_up(), strict=True)
+        if int(line["id"]) % 5 == 0
+    ]
+    measured.write_text("\n".join([*(json.dumps(row) for row in rows), '{"id": "bad"}']))
+    out = tmp_path / "ours.toml"
+    assert main(["calibrate", str(measured), "--out", str(out), "--datasheet", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["rows"] == len(rows)
+    assert [one["id"] for one in account["skipped"]] == ["bad"]
+    assert main(["predict", str(measured), "--profile", str(out)]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["id"] for answer in answers] == [*(row["id"] for row in rows), "bad"]
+    assert "error" in answers[-1]
+    assert main(["calibrate", str(measured), "--out", str(tmp_path / "no" / "p.toml")]) == 2
+    assert main(["predict", str(measured), "--profile", str(tmp_path / "none.toml")]) == 2
+
+
+def measured_file(folder: Path, factors: dict[int, float] | None = None, every: int = 8) -> Path:
+    """A file of measured cases; `factors` says by how much the seconds of some lines are off."""
+    path = folder / "measured.jsonl"
+    picked = list(zip(lines(), made_up(), strict=True))[::every]
+    rows = [
+        {**line, "measured": {"step_seconds": one.step_seconds * (factors or {}).get(index, 1.0)}}
+        for index, (line, one) in enumerate(picked)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be measured or fitted."""
+
+    def fails(*_: object, **__: object) -> None:
+        pytest.fail("measured or fitted")
+
+    monkeypatch.setattr("meshwright.probe.machine", fails)
+    monkeypatch.setattr("meshwright.plan.calibrate.from_cases.calibrate", fails)
+    monkeypatch.setattr("meshwright.plan.calibrate.from_run.run_profile", fails)
+
+
+@pytest.mark.usefixtures("idle")
+def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the source, not what lies in the run folder, not a file that is no profile; nor through a link."""
+    cases, run, other = measured_file(tmp_path), tmp_path / "run", tmp_path / "other.toml"
+    run.mkdir()
+    for name in ("job.toml", "plan.json", "events.jsonl"):
+        (run / name).write_text("x = 1\n")
+    other.write_text('[model]\nfamily = "llama"\n')
+    (tmp_path / "empty.toml").touch()
+    for name, target in (("to_cases", cases), ("to_other", other), ("to_job", run / "job.toml"), ("to_run", run)):
+        (tmp_path / name).symlink_to(target)
+    kept = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
+    for source, out, says in (
+        (cases, cases, "is what the profile is made from; name another file"),
+        (cases, tmp_path / "to_cases", "is what the profile is made from"),
+        (tmp_path / "to_cases", cases, "is what the profile is made from"),
+        (cases, other, "is there, and is no profile (unknown key 'model'); name another file, or move it away"),
+        (cases, tmp_path / "to_other", "is there, and is no profile"),
+        (cases, tmp_path / "empty.toml", "is there, and is no profile (has no [constants]"),
+        (cases, run, "is there, and is no file"),
+        ("machine", other, "is there, and is no profile"),
+        ("machine", cases, "is there, and is no profile (not TOML"),
+        (run, run / "job.toml", f"lies in the run folder {run}; name another file, outside it"),
+        (run, run / "new.toml", "lies in the run folder"),
+        (run, tmp_path / "to_job", "lies in the run folder"),
+        (run, tmp_path / "to_run" / "new.toml", "lies in the run folder"),
+        (tmp_path / "to_run", run / "new.toml", "lies in the run folder"),
+        (run, run, "is what the profile is made from"),
+        (run, cases, "is there, and is no profile"),
+    ):
+        assert main(["calibrate", str(source), "--out", str(out)]) == 2
+        assert f"error: {out}: {says}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not (run / "new.toml").exists()
+
+
+def test_a_profile_is_replaced_where_a_link_leads(tmp_path: Path) -> None:
+    cases, old, link = measured_file(tmp_path, every=28), tmp_path / "old.toml", tmp_path / "link.toml"
+    old.write_text("[constants]\n")
+    link.symlink_to(old)
+    assert main(["calibrate", str(cases), "--profile", str(old), "--out", str(link)]) == 0
+    assert link.is_symlink() and load_profile(old).fitted_rows == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.toml", "measured.jsonl", "old.toml"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit"), [(1e3, "milliseconds"), (1e6, "microseconds"), (1e-300, "the seconds of a whole step\n")]
+)
+@pytest.mark.usefixtures("idle")
+def test_runs_in_another_unit_are_refused_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, unit: str
+) -> None:
+    cases = measured_file(tmp_path, dict.fromkeys(range(1, 11), factor))
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet"]) == 2
+    said = capsys.readouterr().err
+    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in said
+    assert unit in said and len(said) < 400
+    assert not (tmp_path / "p.toml").exists()
+
+
+def test_a_few_runs_in_another_unit_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = measured_file(tmp_path, {0: 1e-300, 3: 1e3}, every=12)
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["rows"] == 5 and account["mean_error"]["before"] < 1
+    assert [one["id"] for one in account["skipped"]] == ["0", "36"]
+    assert "these look like milliseconds" in account["skipped"][1]["error"]
+    assert load_profile(tmp_path / "p.toml").fitted_rows == 5
+
+
+def test_a_file_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = tmp_path / "none.jsonl"
+    cases.write_text('{"id": "bad"}\n')
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml")]) == 2
+    assert f"{cases}: 0 measured runs that can be used; the first that cannot" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("idle")
+def test_seconds_are_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = measured_file(tmp_path)
+    assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--seconds", "5"]) == 2
+    assert "leave out --seconds" in capsys.readouterr().err
