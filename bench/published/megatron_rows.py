@@ -22,6 +22,7 @@ from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
 from meshwright.plan.cost.memory import MemoryModel, StageMemory
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 MIB = 2**20
 DEVICES = {"a100": "a100-sxm-80gb", "h100": "h100-sxm-80gb", "gb200": "gb200", "": "a100-sxm-80gb"}
@@ -84,11 +85,11 @@ def predicted(row: MegatronRow) -> StageMemory | Unsupported:
     if row.case.split("/")[0] in NOT_DECODERS or row.says(*ELSEWHERE):
         return Unsupported(row.case, "not a decoder that the planner has a card for")
     layout = _layout(row)
-    device = named_cluster(DEVICES[row.given["gpu"]], 8).device
+    cluster = named_cluster(DEVICES[row.given["gpu"]], 8)
     shape, framework = _shape(row, layout), _framework(row, layout)
     precision = "fp8" if row.given["fp8"] else row.given["precision"] or "bf16"
-    model = MemoryModel(card(shape, row.number("seq", 1024), _style(row, layout)), framework, precision, device)
-    batch = row.number("global_batch", 32)
+    batch, decoder = row.number("global_batch", 32), card(shape, row.number("seq", 1024), _style(row, layout))
+    model = MemoryModel(Workload(decoder, cluster, batch, precision, framework))
     last = model.stages(layout, _firsts(row, shape, layout), max(1, layout.micro_batches(batch)))[-1]
     if row.says("defer"):
         tokens = row.number("seq", 1024) * layout.micro_batch

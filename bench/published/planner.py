@@ -38,6 +38,7 @@ from meshwright.plan.calibrate.from_cases import (
 from meshwright.plan.cases.predict import Predictor
 from meshwright.plan.cases.read import measured_cases
 from meshwright.plan.constants.profile import DATASHEET, DEFAULT_FILE, Profile, default_profile
+from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost.memory import memory_interval
 from meshwright.plan.search.walk import TIE, complexity
 
@@ -85,8 +86,8 @@ def predicted(rows: Sequence[Row], profile: Profile) -> list[Scored]:
     predictor = Predictor(profile)
     found = []
     for row in rows:
-        mid = predictor.seconds(row.setup) * predictor.factor(row.setup)
-        low, high = predictor.interval(row.setup)
+        mid = predictor.seconds(row.run) * predictor.factor(row.run)
+        low, high = time_interval(profile, row.run.workload, row.run.layout, row.run.width)
         found.append(Scored(row, mid * low, mid, mid * high))
     return found
 
@@ -109,7 +110,7 @@ def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool =
 
 def _scored(one: Residual, profile: Profile) -> Scored:
     mid = one.row.seconds / math.exp(one.corrected)
-    low, high = profile.interval(*one.row.setup.regime)
+    low, high = profile.interval(*one.row.words)
     return Scored(one.row, mid * low**one.corrected_unit, mid, mid * high**one.corrected_unit)
 
 
@@ -180,10 +181,10 @@ def regret(scored: Sequence[Scored]) -> dict[str, Any] | None:
         groups.setdefault(one.row.group, []).append(one)
     losses, ranks = [], []
     for found in groups.values():
-        if len({one.row.setup.layout for one in found}) > 1:
+        if len({one.row.run.layout for one in found}) > 1:
             level = (1 + TIE) * min(one.mid for one in found)
             near = [one for one in found if one.mid <= level]
-            picked = min(near, key=lambda one: (complexity(one.row.setup.layout), one.mid))
+            picked = min(near, key=lambda one: (complexity(one.row.run.layout), one.mid))
             losses.append(picked.row.seconds / min(one.row.seconds for one in found) - 1)
             if len(found) >= 5:
                 ranks.append(spearman([one.mid for one in found], [one.row.seconds for one in found]))
@@ -201,7 +202,7 @@ def told_apart(scored: Sequence[Scored], apart: float) -> dict[str, float]:
         groups.setdefault(one.row.group, []).append(one)
     said = right = total = 0.0
     for found in groups.values():
-        pairs = [(a, b) for a, b in combinations(found, 2) if a.row.setup.layout != b.row.setup.layout]
+        pairs = [(a, b) for a, b in combinations(found, 2) if a.row.run.layout != b.row.run.layout]
         differ = [(a, b) for a, b in pairs if max(a.mid, b.mid) > apart * min(a.mid, b.mid)]
         if pairs:
             total += 1

@@ -37,9 +37,10 @@ from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
 from meshwright.plan.calibrate.from_machine import machine_profile
-from meshwright.plan.calibrate.from_run import Ran, corrected
+from meshwright.plan.calibrate.from_run import TrainedRun, corrected
 from meshwright.plan.constants.profile import Profile, default_profile, load_profile
 from meshwright.plan.cost.estimate import Estimate, Estimator
+from meshwright.plan.workload import Workload
 
 WORLDS = (1, 2)
 Measured = dict[str, Any]
@@ -64,7 +65,7 @@ class Cut(Estimator):
 
 def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
     """Block names by stage, as the default profile cuts them."""
-    estimator = Estimator(card, cpu_cluster(run.layout.devices), batch, run.precision)
+    estimator = Estimator(Workload(card, cpu_cluster(run.layout.devices), batch, run.precision))
     cut = estimator.stages(run.layout)
     names = [block.name for block in card.blocks]
     return tuple(tuple(names[start:stop]) for start, stop in zip(cut, (*cut[1:], len(names)), strict=True))
@@ -73,7 +74,7 @@ def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
 def estimate(card: Card, one: Measured, batch: int, profile: Profile) -> Estimate:
     """What the planner says of a measured run."""
     layout = Layout(**one["layout"])
-    estimator = Cut(card, cpu_cluster(layout.devices), batch, one["precision"], profile=profile)
+    estimator = Cut(Workload(card, cpu_cluster(layout.devices), batch, one["precision"]), profile)
     names = [block.name for block in card.blocks]
     estimator.first_blocks = tuple(names.index(stage[0]) for stage in one["stages"])
     return estimator.estimate(layout, exact=True)
@@ -174,13 +175,13 @@ def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str
         card, batch = card_of(model), MODELS[model][2]
         teacher = next(one for one in found if _is_replicated(Layout(**one["layout"])))
         layout = Layout(**teacher["layout"])
-        ran = Ran(card, cpu_cluster(2), batch, layout, teacher["precision"])
+        trained = TrainedRun(Workload(card, cpu_cluster(2), batch, teacher["precision"]), layout)
         observed = {"step": [seconds for turn in teacher["rounds"] for seconds in turn]}
         for name in ("forward", "backward", "optimizer"):
             observed[name] = [
                 statistics.fmean(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)
             ]
-        fit = corrected(ran, observed, profile, "corrected")
+        fit = corrected(trained, observed, profile, "corrected")
         others = [one for one in found if one is not teacher and one["precision"] == teacher["precision"]]
         before, after = (
             statistics.fmean(

@@ -25,7 +25,7 @@ from meshwright.cluster import Cluster, named_cluster
 from meshwright.families import card_of_job
 from meshwright.families.llama.card import LlamaShape
 from meshwright.job import Job
-from meshwright.plan import FRAMEWORKS, Facts, PlanRequest, make_plan
+from meshwright.plan import FRAMEWORKS, PlanRequest, Workload, make_plan
 from meshwright.plan.cases.resolve import style_of
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.search.space import Space, layouts
@@ -97,8 +97,8 @@ def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Clu
 def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
     """The whole space, by the search that loses nothing."""
     model, cluster = _setting(shape, devices, framework)
-    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
-    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    space = Space(Workload(model, cluster, batch, "bf16", FRAMEWORKS[framework]), {})
+    estimator = Estimator(space.workload)
     begin = time.process_time()
     counts = explore(space, estimator).counts
     seconds = time.process_time() - begin
@@ -114,8 +114,8 @@ def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework:
 def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:
     """Every layout of the whole space in the order it is generated, with a new estimator; `most` at most."""
     model, cluster = _setting(shape, devices, framework)
-    space = Space(model, Facts.of(model), cluster, batch, {}, FRAMEWORKS[framework])
-    estimator = Estimator(model, cluster, batch, "bf16", framework=space.framework)
+    space = Space(Workload(model, cluster, batch, "bf16", FRAMEWORKS[framework]), {})
+    estimator = Estimator(space.workload)
     begin, count = time.process_time(), 0
     for layout in islice(layouts(space), most):
         estimator.estimate(layout)

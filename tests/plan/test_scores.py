@@ -30,7 +30,7 @@ def planner() -> ModuleType:
 class FakeRow:
     group: str
     seconds: float
-    setup: SimpleNamespace
+    run: SimpleNamespace
     source: str = "s"
 
 

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshwright.card import Card
-from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Buys, Choice, Interval, Plan, Prediction, Rejected, Share
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import Facts, Question, Refusal
+from meshwright.plan.rules.query import LayoutQuery, ModelFacts, Refusal
 from meshwright.plan.rules.table import RULES, refusals
 from meshwright.plan.search.search import make_plan
+from meshwright.plan.workload import Workload
 
 __all__ = [
     "FRAMEWORKS",
     "RULES",
     "Buys",
     "Choice",
-    "Facts",
     "Framework",
     "Interval",
+    "LayoutQuery",
+    "ModelFacts",
     "Plan",
     "PlanRequest",
     "Prediction",
-    "Question",
     "Refusal",
     "Rejected",
     "Share",
+    "Workload",
     "balance",
     "make_plan",
     "refusals",
 ]
 
 
-def balance(
-    card: Card, cluster: Cluster, layout: Layout, global_batch: int, precision: str
-) -> tuple[tuple[str, ...], ...]:
+def balance(workload: Workload, layout: Layout) -> tuple[tuple[str, ...], ...]:
     """Names of the contiguous blocks of each of `layout.pp` stages, the slowest stage as quick as can be."""
-    firsts = Estimator(card, cluster, global_batch, precision).stages(layout)
-    names = [block.name for block in card.blocks]
+    firsts = Estimator(workload).stages(layout)
+    names = [block.name for block in workload.card.blocks]
     stops: Sequence[int] = (*firsts[1:], len(names))
     return tuple(tuple(names[start:stop]) for start, stop in zip(firsts, stops, strict=True))

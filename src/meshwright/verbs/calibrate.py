@@ -118,8 +118,8 @@ def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, 
 def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
     from meshwright.families import read_config
     from meshwright.job import load_job
-    from meshwright.plan import Plan
-    from meshwright.plan.calibrate.from_run import Ran, run_profile
+    from meshwright.plan import Plan, Workload
+    from meshwright.plan.calibrate.from_run import TrainedRun, run_profile
     from meshwright.run import RunFolder
 
     run = RunFolder(folder)
@@ -130,7 +130,7 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
     job = load_job(run.job, data_must_exist=False)
     chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen
     card, cluster = card_of_job(job), cluster_of_job(job)
-    asked = (job.train.global_batch, chosen.layout, chosen.precision, chosen.compiled)
-    ran = Ran(card, cluster, *asked, chosen.predicted.step_seconds.mid)
-    found = run_profile(run, ran, start, path.stem)
+    workload = Workload(card, cluster, job.train.global_batch, chosen.precision)
+    trained = TrainedRun(workload, chosen.layout, chosen.compiled, chosen.predicted.step_seconds.mid)
+    found = run_profile(run, trained, start, path.stem)
     return found.profile, {"from": "run", **found.as_dict()}

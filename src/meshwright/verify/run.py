@@ -15,7 +15,7 @@ from meshwright.errors import CannotWork, LayoutsDisagree, Problem
 from meshwright.families.llama import card as llama
 from meshwright.job import Job, job_to_toml
 from meshwright.layout import Layout
-from meshwright.plan import Plan, PlanRequest, balance, make_plan
+from meshwright.plan import Plan, PlanRequest, Workload, balance, make_plan
 from meshwright.run import RunFolder
 from meshwright.verify.compare import Comparison, Difference, compare
 from meshwright.verify.twin import small_job, small_layout
@@ -48,7 +48,7 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     names = tuple(block.name for block in card.blocks)
     stages = planned.chosen.stages
     if twin:
-        stages = balance(card, cluster, layout, job.train.global_batch, precision)
+        stages = balance(Workload(card, cluster, job.train.global_batch, precision), layout)
     split = _plan_of(planned, layout, stages, precision, job)
     single = _plan_of(planned, Layout(micro_batch=layout.micro_batch), (names,), precision, job)
     tolerance = TOLERANCE[precision]

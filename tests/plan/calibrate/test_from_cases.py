@@ -147,7 +147,7 @@ def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
     """Runs of one source that are off by a percent, and a fifth as many of another that are off by half."""
     rows, _ = rows_of(made_up()[::2])
     many = [row for row in rows for _ in range(5)]
-    other = [type(row)(row.id, row.setup, row.seconds, "other", row.group) for row in rows]
+    other = [type(row)(row.id, row.run, row.seconds, "other", row.group) for row in rows]
     draw = random.Random(1)
     logs = [draw.gauss(0, 0.01) for _ in many] + [draw.gauss(0, 0.5) for _ in other]
     regime = "cuda.megatron-lm.node"
@@ -164,7 +164,10 @@ def test_runs_of_one_kind_promise_nothing_of_others() -> None:
     again = [rows[0]] * 100
     assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
     assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
-    others = [replace(row, setup=replace(row.setup, framework=FRAMEWORKS["torchtitan"])) for row in rows]
+    others = [
+        replace(row, run=replace(row.run, workload=row.run.workload.changed(framework=FRAMEWORKS["torchtitan"])))
+        for row in rows
+    ]
     both = [*rows, *others]
     found = set(conformal(both, [0.001] * len(both), [1.0] * len(both)))
     assert found == {"cuda", "cuda.megatron-lm.node", "cuda.torchtitan.node"}

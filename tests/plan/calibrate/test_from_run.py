@@ -15,8 +15,9 @@ from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.calibrate.from_run import GROUPS, Ran, _parts, run_profile
+from meshwright.plan.calibrate.from_run import GROUPS, TrainedRun, _parts, run_profile
 from meshwright.plan.constants.profile import DATASHEET, Profile, load_profile
+from meshwright.plan.workload import Workload
 from meshwright.run import RunFolder
 
 MODEL = card(LlamaShape(layers=4, hidden=256, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048), seq_len=128)
@@ -31,8 +32,8 @@ def planned(**pins: int) -> Plan:
     return make_plan(MODEL, CLUSTER, request, DATASHEET)
 
 
-def what(plan: Plan) -> Ran:
-    return Ran(MODEL, CLUSTER, BATCH, plan.chosen.layout, plan.chosen.precision, plan.chosen.compiled)
+def what(plan: Plan) -> TrainedRun:
+    return TrainedRun(Workload(MODEL, CLUSTER, BATCH, plan.chosen.precision), plan.chosen.layout, plan.chosen.compiled)
 
 
 def truth(**factors: float) -> Profile:
@@ -212,7 +213,7 @@ def test_a_plan_that_cannot_have_run_here_is_refused(tmp_path: Path, change: dic
 def test_a_precision_or_prediction_that_is_none_is_refused(tmp_path: Path) -> None:
     plan = planned(dp=2)
     run, said = ran(tmp_path, plan, DATASHEET, 25), what(plan)
-    for wrong in (replace(said, precision="fp9"), replace(said, predicted=-1.0)):
+    for wrong in (replace(said, workload=said.workload.changed(precision="fp9")), replace(said, predicted=-1.0)):
         with pytest.raises(InputError, match=r"plan\.json: chosen\.pre"):
             run_profile(run, wrong, DATASHEET, "ours")
     assert run_profile(run, replace(said, predicted=0.1), DATASHEET, "ours").steps == 20

@@ -11,18 +11,22 @@ from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import DATASHEET
 from meshwright.plan.cost.block_memory import BlockMemory
-from meshwright.plan.cost.block_time import Blocks, block_key, tensor_sums
+from meshwright.plan.cost.block_time import BlockTimes, block_key, tensor_sums
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework, kept_gathered
+from meshwright.plan.workload import Workload
 
 CLUSTER = named_cluster("h100-sxm-80gb", 64)
 SHAPE = DecoderShape(2, 4096, 32, 8, 128, 14336, 32000)
-EMBED, LAYER, _, HEAD = card(SHAPE, 4096, "megatron").blocks
+MODEL = card(SHAPE, 4096, "megatron")
+EMBED, LAYER, _, HEAD = MODEL.blocks
 GIVEN = LAYER.output_elements
 ALONE = replace(FRAMEWORKS["megatron-lm"], tensor_overlap=0.0, context_overlap=0.0, gather_overlap=0.0)
 
 
-def blocks(framework: Framework = ALONE) -> Blocks:
-    return Blocks(CLUSTER, "bf16", DATASHEET, framework, BlockMemory(framework, "bf16", CLUSTER.device))
+def blocks(framework: Framework = ALONE) -> BlockTimes:
+    return BlockTimes(
+        Workload(MODEL, CLUSTER, 1, "bf16", framework), DATASHEET, BlockMemory(framework, "bf16", CLUSTER.device)
+    )
 
 
 def test_a_layer_adds_up_twice_each_way_and_the_ends_once() -> None:
@@ -105,7 +109,7 @@ def test_context_parallelism_hands_on_keys_and_values_of_the_groups_heads_only()
 def test_a_cpu_hides_nothing() -> None:
     small = card(DecoderShape(1, 64, 4, 4, 16, 256, 512), 64)
     ours, cores = FRAMEWORKS["meshwright"], cpu_cluster(2)
-    model = Blocks(cores, "fp32", DATASHEET, ours, BlockMemory(ours, "fp32", cores.device))
+    model = BlockTimes(Workload(small, cores, 1, "fp32", ours), DATASHEET, BlockMemory(ours, "fp32", cores.device))
     assert model.overlap == 0.0
     tiny = small.blocks[1]
     assert model.cost(Layout(tp=2), tiny, tiny.output_elements).forward_wait > 0

@@ -15,6 +15,7 @@ from meshwright.plan.constants.profile import DATASHEET
 from meshwright.plan.cost.cpu import CHAIN_BYTES, CpuCompute, operations
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.cost.network import GlooNetwork, Group
+from meshwright.plan.workload import Workload
 
 MODEL = card(LlamaShape(layers=4, hidden=256, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048), seq_len=128)
 CORE = Device("core", "cpu", 10**10, {"fp32": 1e11, "bf16": 4e11}, 3e10, 6e-6, units=1)
@@ -123,8 +124,8 @@ def test_gloo_is_latency_and_bytes_on_the_wire(name: str, times: int) -> None:
 
 def test_a_pipeline_and_a_single_stage_do_not_share_what_is_remembered() -> None:
     cluster = Cluster(CORE, 2, 2, LINK, LINK)
-    first = Estimator(MODEL, cluster, 8, "fp32", profile=PROFILE)
+    first = Estimator(Workload(MODEL, cluster, 8, "fp32"), PROFILE)
     alone = first.estimate(Layout(micro_batch=2))
-    after = Estimator(MODEL, cluster, 8, "fp32", profile=PROFILE)
+    after = Estimator(Workload(MODEL, cluster, 8, "fp32"), PROFILE)
     after.estimate(Layout(pp=2, micro_batch=2))
     assert after.estimate(Layout(micro_batch=2)).step_seconds == pytest.approx(alone.step_seconds)

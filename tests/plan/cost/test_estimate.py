@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from meshwright.cluster import cpu_cluster, named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.constants.profile import DATASHEET, Profile
 from meshwright.plan.cost.estimate import Estimate, Estimator, equal_layers
 from meshwright.plan.pipeline.actions import problem
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 SHAPE = DecoderShape(16, 2048, 16, 16, 128, 8192, 32000)
 MODEL = card(SHAPE, 2048, "megatron")
@@ -25,12 +26,11 @@ MEGATRON, NEMO = FRAMEWORKS["megatron-lm"], FRAMEWORKS["nemo"]
 powers = st.sampled_from([1, 2, 4, 8])
 
 
-def estimate(layout: Layout, framework: Framework = MEGATRON, **changes: object) -> Estimate:
-    settings = {"profile": DATASHEET, "framework": framework, **changes}
-    return Estimator(MODEL, CLUSTER, BATCH, "bf16", **settings).estimate(layout)  # type: ignore[arg-type]
+def estimate(layout: Layout, framework: Framework = MEGATRON, profile: Profile = DATASHEET) -> Estimate:
+    return Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", framework), profile).estimate(layout)
 
 
-SHARED = {name: Estimator(MODEL, CLUSTER, BATCH, "bf16", framework=row) for name, row in FRAMEWORKS.items()}
+SHARED = {name: Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", row)) for name, row in FRAMEWORKS.items()}
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,7 +66,7 @@ def test_the_formula_agrees_with_the_replay(pp: int, schedule: str, micro: int) 
 
 
 def test_equal_blocks_are_computed_once() -> None:
-    estimator = Estimator(MODEL, CLUSTER, BATCH, "bf16")
+    estimator = Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16"))
     estimator.estimate(Layout(dp=64))
     assert len(next(iter(estimator._costs.values()))) == 3  # embedding, layer, head
 
@@ -98,15 +98,15 @@ def test_a_distributed_optimizer_updates_a_part_and_gathers_it() -> None:
     layout = Layout(dp=64)
     spread = replace(MEGATRON, optimizer_shard="dp")
     assert estimate(layout, spread).optimizer_seconds < estimate(layout).optimizer_seconds / 32
-    assert estimate(layout, spread).once.weights > 0 == estimate(layout).once.weights
+    assert estimate(layout, spread).per_step.weights > 0 == estimate(layout).per_step.weights
 
 
 def test_small_models_wait_for_the_host() -> None:
     tiny = card(DecoderShape(16, 256, 4, 4, 64, 1024, 1024), 128, "megatron")
     one = named_cluster("h100-sxm-80gb", 1)
-    slow = Estimator(tiny, one, 8, "bf16", profile=DATASHEET, framework=MEGATRON).estimate(Layout())
+    slow = Estimator(Workload(tiny, one, 8, "bf16", MEGATRON), DATASHEET).estimate(Layout())
     free = replace(one, device=replace(one.device, launch_seconds=0.0))
-    quick = Estimator(tiny, free, 8, "bf16", profile=DATASHEET, framework=MEGATRON).estimate(Layout())
+    quick = Estimator(Workload(tiny, free, 8, "bf16", MEGATRON), DATASHEET).estimate(Layout())
     assert slow.launch_seconds > slow.compute_seconds
     assert quick.step_seconds < slow.step_seconds / 2
     large = estimate(Layout(dp=64, micro_batch=4))
@@ -133,7 +133,7 @@ def test_activations_sent_to_the_host_are_waited_for_where_computing_does_not_hi
 
 def test_long_sequences_are_split_by_context_parallelism() -> None:
     long = card(SHAPE, 65536, "megatron")
-    estimator = Estimator(long, CLUSTER, 64, "bf16", profile=DATASHEET, framework=NEMO)
+    estimator = Estimator(Workload(long, CLUSTER, 64, "bf16", NEMO), DATASHEET)
     whole, split = estimator.estimate(Layout(dp=8, tp=8)), estimator.estimate(Layout(dp=4, tp=8, cp=2))
     assert split.communication_seconds > 0
     assert split.forward_seconds[0] == pytest.approx(whole.forward_seconds[0] / 2, rel=0.2)
@@ -141,24 +141,22 @@ def test_long_sequences_are_split_by_context_parallelism() -> None:
 
 def test_experts_exchange_tokens_and_dearer_across_nodes() -> None:
     def waits(**fields: int) -> float:
-        estimator = Estimator(EXPERTS, CLUSTER, BATCH, "bf16", profile=DATASHEET, framework=MEGATRON)
+        estimator = Estimator(Workload(EXPERTS, CLUSTER, BATCH, "bf16", MEGATRON), DATASHEET)
         found = estimator.estimate(Layout(dp=64, micro_batch=2, **fields))
-        return found.communication_seconds - found.once.waits
+        return found.communication_seconds - found.per_step.waits
 
     assert waits() == 0 < waits(ep=2) < waits(ep=8)
     wide = replace(EXPERTS, blocks=card(replace(SHAPE, experts=16, top_k=2, expert_ffn=2048), 2048).blocks)
-    found = Estimator(wide, CLUSTER, BATCH, "bf16", profile=DATASHEET, framework=MEGATRON)
+    found = Estimator(Workload(wide, CLUSTER, BATCH, "bf16", MEGATRON), DATASHEET)
     across = found.estimate(Layout(dp=64, micro_batch=2, ep=16))
-    assert across.communication_seconds - across.once.waits > 2 * waits(ep=8)
+    assert across.communication_seconds - across.per_step.waits > 2 * waits(ep=8)
 
 
 def test_a_rank_waits_for_its_share_of_the_batch_where_nothing_reads_ahead() -> None:
     ahead = replace(FRAMEWORKS["meshwright"], reads_ahead=True)
     for dp in (8, 64):
         waits, hidden = (
-            Estimator(MODEL, CLUSTER, BATCH, "bf16", profile=DATASHEET, framework=row).estimate(
-                Layout(dp=dp, tp=64 // dp)
-            )
+            Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", row), DATASHEET).estimate(Layout(dp=dp, tp=64 // dp))
             for row in (FRAMEWORKS["meshwright"], ahead)
         )
         reading = BATCH // dp * MODEL.units_per_sample * DATASHEET["cuda.data.unit_seconds"]
@@ -170,22 +168,22 @@ def test_stages_are_cut_by_layers_and_by_cost_where_the_framework_does_so() -> N
     assert equal_layers(16, 4) == (0, 5, 9, 13)
     assert equal_layers(126, 32) == tuple(range(0, 128, 4))  # embedding and head count as layers
     assert equal_layers(7, 4) is None
-    theirs = Estimator(MODEL, CLUSTER, BATCH, "bf16", framework=MEGATRON).stages(Layout(dp=8, pp=8))
-    ours = Estimator(MODEL, CLUSTER, BATCH, "bf16", framework=FRAMEWORKS["meshwright"]).stages(Layout(dp=8, pp=8))
+    theirs = Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", MEGATRON)).stages(Layout(dp=8, pp=8))
+    ours = Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", FRAMEWORKS["meshwright"])).stages(Layout(dp=8, pp=8))
     assert theirs == equal_layers(16, 8)
     assert len(MODEL.blocks) - ours[-1] < len(MODEL.blocks) - theirs[-1] + 1  # the head weighs on the last stage
 
 
 def test_more_devices_are_quicker_in_all() -> None:
-    few = Estimator(MODEL, named_cluster("h100-sxm-80gb", 8), BATCH, "bf16", profile=DATASHEET).estimate(Layout(dp=8))
-    many = Estimator(MODEL, CLUSTER, BATCH, "bf16", profile=DATASHEET).estimate(Layout(dp=64))
+    few = Estimator(Workload(MODEL, named_cluster("h100-sxm-80gb", 8), BATCH, "bf16"), DATASHEET).estimate(Layout(dp=8))
+    many = Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16"), DATASHEET).estimate(Layout(dp=64))
     assert few.step_seconds / 8 < many.step_seconds < few.step_seconds
 
 
 def test_precisions_of_the_device_are_ranked_as_its_rates() -> None:
     device = named_cluster("b200-sxm", 8)
     steps = [
-        Estimator(MODEL, device, BATCH, word, profile=DATASHEET, framework=NEMO)
+        Estimator(Workload(MODEL, device, BATCH, word, NEMO), DATASHEET)
         .estimate(Layout(dp=8, micro_batch=4))
         .step_seconds
         for word in ("fp4", "fp8", "bf16", "fp32")
@@ -195,5 +193,5 @@ def test_precisions_of_the_device_are_ranked_as_its_rates() -> None:
 
 def test_a_cpu_pays_for_host_and_device() -> None:
     tiny = card(DecoderShape(2, 64, 4, 4, 16, 256, 512), 64)
-    found = Estimator(tiny, cpu_cluster(2), 8, "fp32").estimate(Layout(dp=2))
+    found = Estimator(Workload(tiny, cpu_cluster(2), 8, "fp32")).estimate(Layout(dp=2))
     assert found.step_seconds > 0 and sum(found.breakdown.values()) == pytest.approx(found.step_seconds)

@@ -16,6 +16,7 @@ from meshwright.layout import Layout
 from meshwright.plan.cost.block_memory import local_size
 from meshwright.plan.cost.memory import PROCESS_BYTES, MemoryModel, StageMemory, slack_bytes, usable_bytes
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 H100 = named_cluster("h100-sxm-80gb", 8)
 OURS = FRAMEWORKS["meshwright"]
@@ -39,7 +40,7 @@ def stages(
     """Memory of each rank, with blocks cut into equal counts."""
     parts = layout.pp * layout.vpp
     cut = [len(model.blocks) * i // parts for i in range(parts)] if firsts is None else firsts
-    return MemoryModel(model, framework, precision, cluster.device).stages(layout, cut, micro_batches)
+    return MemoryModel(Workload(model, cluster, 1, precision, framework)).stages(layout, cut, micro_batches)
 
 
 def toy(blocks: int = 4, parameters: int = 1000, saved: int = 500) -> Card:

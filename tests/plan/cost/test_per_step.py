@@ -1,4 +1,4 @@
-"""Once a step: gradients, weights, the optimizer, and what hides behind the last backward."""
+"""PerStepCost a step: gradients, weights, the optimizer, and what hides behind the last backward."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import DATASHEET
 from meshwright.plan.cost.block_memory import BlockMemory
-from meshwright.plan.cost.block_time import Blocks
-from meshwright.plan.cost.per_step import OnceAStep
+from meshwright.plan.cost.block_time import BlockTimes
+from meshwright.plan.cost.per_step import PerStepTimes
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 MODEL = card(DecoderShape(2, 1024, 16, 16, 64, 4096, 32000), 1024, "megatron")
 PLAIN = FRAMEWORKS["megatron-lm"]
 
 
-def once(framework: Framework = PLAIN, model: Card = MODEL) -> OnceAStep:
+def once(framework: Framework = PLAIN, model: Card = MODEL) -> PerStepTimes:
     cluster = named_cluster("h100-sxm-80gb", 64)
     memory = BlockMemory(framework, "bf16", cluster.device)
-    return OnceAStep(Blocks(cluster, "bf16", DATASHEET, framework, memory), model)
+    return PerStepTimes(BlockTimes(Workload(model, cluster, 1, "bf16", framework), DATASHEET, memory))
 
 
 def test_replicated_gradients_are_all_reduced_in_the_precision_of_the_wire() -> None:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from meshwright.card import Block, Card, Parameter
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import SCHEDULES, Layout
-from meshwright.plan import FRAMEWORKS, Facts, Question
+from meshwright.plan import FRAMEWORKS, LayoutQuery, ModelFacts
 from meshwright.plan.rules.table import RULES, refusals
 
-LLAMA = Facts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
-PLAIN = Facts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))
+LLAMA = ModelFacts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
+PLAIN = ModelFacts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))
 MIXTURE = replace(LLAMA, experts=8)
 NORMED = replace(PLAIN, stateful_buffers=("norm.running_mean",), blocks=3, splittable=frozenset({"pp"}))
 
@@ -39,7 +39,7 @@ layouts = st.builds(
     offload=st.booleans(),
 )
 questions = st.builds(
-    Question,
+    LayoutQuery,
     layouts,
     st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE]),
     st.integers(1, 16),
@@ -49,16 +49,20 @@ questions = st.builds(
 
 
 def rules_broken(
-    layout: Layout, facts: Facts = LLAMA, devices: int | None = None, batch: int = 24, framework: str = "meshwright"
+    layout: Layout,
+    facts: ModelFacts = LLAMA,
+    devices: int | None = None,
+    batch: int = 24,
+    framework: str = "meshwright",
 ) -> dict[str, str]:
     devices = layout.devices if devices is None else devices
-    question = Question(layout, facts, devices, batch, FRAMEWORKS[framework])
+    question = LayoutQuery(layout, facts, devices, batch, FRAMEWORKS[framework])
     return {refusal.rule: f"{refusal.reason}; {refusal.nearest}" for refusal in refusals(question)}
 
 
 @given(questions)
-@example(Question(Layout(dp=-1, pp=2, micro_batch=-1), LLAMA, 2, 1))
-def test_the_nearest_change_removes_the_refusal(question: Question) -> None:
+@example(LayoutQuery(Layout(dp=-1, pp=2, micro_batch=-1), LLAMA, 2, 1))
+def test_the_nearest_change_removes_the_refusal(question: LayoutQuery) -> None:
     for refusal in refusals(question):
         assert refusal.change, refusal
         fixed = question.changed(refusal.change)
@@ -66,7 +70,7 @@ def test_the_nearest_change_removes_the_refusal(question: Question) -> None:
 
 
 @given(questions)
-def test_every_refusal_says_a_reason_and_its_fields(question: Question) -> None:
+def test_every_refusal_says_a_reason_and_its_fields(question: LayoutQuery) -> None:
     for refusal in refusals(question):
         assert refusal.reason and refusal.fields and refusal.nearest.startswith("nearest: ")
 
@@ -96,7 +100,9 @@ def test_every_refusal_says_a_reason_and_its_fields(question: Question) -> None:
         (Layout(pp=4, micro_batch=2), LLAMA, 4, 2, "micro_batches", "a step has 1; nearest: layout.schedule=gpipe"),
     ],
 )
-def test_each_rule_with_its_words(layout: Layout, facts: Facts, devices: int, batch: int, rule: str, said: str) -> None:
+def test_each_rule_with_its_words(
+    layout: Layout, facts: ModelFacts, devices: int, batch: int, rule: str, said: str
+) -> None:
     assert said in rules_broken(layout, facts, devices, batch)[rule]
 
 
@@ -177,7 +183,7 @@ def test_each_rule_with_its_words(layout: Layout, facts: Facts, devices: int, ba
     ],
 )
 def test_rules_of_other_frameworks(
-    layout: Layout, facts: Facts, batch: int, framework: str, rule: str, said: str
+    layout: Layout, facts: ModelFacts, batch: int, framework: str, rule: str, said: str
 ) -> None:
     assert said in rules_broken(layout, facts, batch=batch, framework=framework)[rule]
 
@@ -223,7 +229,7 @@ def test_a_whole_batch_in_one_place_may_have_running_statistics() -> None:
 
 
 def test_tied_embeddings_may_be_cut_apart() -> None:
-    tied = Facts.of(card(LlamaShape(2, 48, 12, 4, 4, 96, 240, tied=True), 64))
+    tied = ModelFacts.of(card(LlamaShape(2, 48, 12, 4, 4, 96, 240, tied=True), 64))
     assert rules_broken(Layout(pp=4), tied) == {}
 
 

@@ -15,13 +15,13 @@ from meshwright.card import Block, Card, Parameter
 from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.plan import Facts, Plan, PlanRequest, Question, balance, make_plan, refusals
-from meshwright.plan.cases.resolve import Setup
+from meshwright.plan import LayoutQuery, ModelFacts, Plan, PlanRequest, balance, make_plan, refusals
 from meshwright.plan.constants.correction import Correction
 from meshwright.plan.constants.profile import default_profile
+from meshwright.plan.constants.regime import correction_regime, features
 from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.search.space import Space
 from meshwright.plan.search.walk import TIE
+from meshwright.plan.workload import Workload
 
 SMALL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
 LLAMA_8B = card(LlamaShape(32, 4096, 32, 8, 128, 14336, 128256), 8192)
@@ -60,7 +60,7 @@ def refusal_of(model: Card, cluster: Cluster, request: PlanRequest) -> str:
     ),
 )
 def test_any_plan_is_allowed_fits_and_keeps_its_pins(devices: int, batch: int, pins: dict[str, Any]) -> None:
-    cluster, facts = cores(devices), Facts.of(SMALL)
+    cluster, facts = cores(devices), ModelFacts.of(SMALL)
     try:
         plan = make_plan(SMALL, cluster, PlanRequest(batch, "fp32", pins))
     except CannotWork as error:
@@ -68,7 +68,7 @@ def test_any_plan_is_allowed_fits_and_keeps_its_pins(devices: int, batch: int, p
         return
     for choice in (plan.chosen, *plan.runners_up):
         layout = choice.layout
-        assert refusals(Question(layout, facts, devices, batch)) == ()
+        assert refusals(LayoutQuery(layout, facts, devices, batch)) == ()
         assert all(getattr(layout, name) == value for name, value in pins.items())
         assert choice.predicted.peak_bytes <= usable_bytes(cluster.device)
         assert choice.predicted.peak_bytes == max(stage.total for stage in choice.memory)
@@ -232,9 +232,8 @@ def test_what_a_profile_has_learnt_counts() -> None:
     """A correction that doubles the time of the best layout: the plan says so, or takes another."""
     cluster, request = cores(2), PlanRequest(16, "fp32")
     first = make_plan(SMALL, cluster, request).chosen
-    space = Space(SMALL, Facts.of(SMALL), cluster, 16, {})
-    asked = Setup(SMALL, cluster, first.layout, 16, "fp32", space.framework)
-    twice = Correction(asked.correction_regime, 1.0, 0.01, (asked.features,), (log(2),))
+    run = Workload(SMALL, cluster, 16, "fp32"), first.layout
+    twice = Correction(correction_regime(*run), 1.0, 0.01, (features(*run),), (log(2),))
     second = make_plan(SMALL, cluster, request, replace(default_profile(), corrections={twice.regime: twice})).chosen
     if second.layout == first.layout:
         assert second.predicted.step_seconds.mid == pytest.approx(2 * first.predicted.step_seconds.mid, rel=0.02)
@@ -313,7 +312,7 @@ def test_405b_on_a_large_cluster_is_planned(devices: int, batch: int) -> None:
 def test_balance_gives_the_stages_of_the_plan() -> None:
     cluster = cores(4)
     chosen = make_plan(SMALL, cluster, PlanRequest(16, "fp32", {"pp": 4})).chosen
-    assert balance(SMALL, cluster, chosen.layout, 16, "fp32") == chosen.stages
+    assert balance(Workload(SMALL, cluster, 16, "fp32"), chosen.layout) == chosen.stages
 
 
 def test_a_plan_for_megatron_spreads_the_optimizer_and_keeps_weights_whole_in_a_pipeline() -> None:

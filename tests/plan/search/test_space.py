@@ -10,27 +10,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.card import Experts
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
-from meshwright.plan import FRAMEWORKS, Facts, refusals
+from meshwright.plan import FRAMEWORKS, Workload, refusals
 from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, layouts, size, with_micro
 
 MODEL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
-MIXTURE = replace(Facts.of(MODEL), experts=4)
+EXPERTS = Experts(count=4, top_k=1, ffn=96)
+MIXTURE = replace(MODEL, blocks=tuple(replace(b, experts=EXPERTS) if b.attention else b for b in MODEL.blocks))
 
 
 def space_of(devices: int, batch: int, pins: dict[str, Any], framework: str, per_node: int | None = None) -> Space:
     device = Device("core", "cpu", 2**33, {"fp32": 80e9, "bf16": 300e9}, 30e9, 6e-6)
     link = Link("gloo", 1e9, 0.3e-3)
     cluster = Cluster(device, devices, per_node or devices, link, link)
-    return Space(MODEL, MIXTURE, cluster, batch, pins, FRAMEWORKS[framework])
+    return Space(Workload(MIXTURE, cluster, batch, "bf16", FRAMEWORKS[framework]), pins)
 
 
 def filtered(space: Space) -> set[Layout]:
     """Every combination that no rule refuses. Without a pipeline a schedule says nothing, and only the first counts."""
-    devices, batch, pins = space.cluster.devices, space.global_batch, space.pins
+    devices, batch, pins = space.workload.cluster.devices, space.workload.global_batch, space.pins
     degrees, values = divisors(devices), {**space.pins}
 
     def of(name: str, otherwise: Any) -> Any:
@@ -45,7 +47,7 @@ def filtered(space: Space) -> set[Layout]:
             for (shard, vpp, ep), on in product(rest, of("sequence_parallel", [False, True])):
                 for micro in of("micro_batch", divisors(batch)):
                     layout = Layout(dp, shard, tp, pp, vpp, cp, ep, on, micro, schedule, pins["recompute"], False)
-                    if not refusals(space.question(layout)):
+                    if not refusals(space.workload.query(layout)):
                         found.add(layout)
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.plan import FRAMEWORKS, Facts
+from meshwright.plan import FRAMEWORKS, Workload
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.cost.memory import usable_bytes
 from meshwright.plan.search.space import NARROW, WHOLE, Space, family_of, layouts
@@ -23,11 +23,11 @@ GPU = {"fp32": 60e12, "bf16": 400e12}
 def space_of(devices: int, per_node: int, batch: int, mebibytes: int, framework: str, **pins: Any) -> Space:
     device = Device("gpu", "cuda", mebibytes * 2**20, GPU, 2e12, 6e-6)
     cluster = Cluster(device, devices, per_node, Link("nvlink", 200e9, 8e-6), Link("network", 20e9, 15e-6))
-    return Space(MODEL, Facts.of(MODEL), cluster, batch, pins, FRAMEWORKS[framework])
+    return Space(Workload(MODEL, cluster, batch, "bf16", FRAMEWORKS[framework]), pins)
 
 
 def estimator_of(space: Space) -> Estimator:
-    return Estimator(MODEL, space.cluster, space.global_batch, "bf16", framework=space.framework)
+    return Estimator(space.workload)
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,7 +48,7 @@ def test_no_short_cut_costs_the_best_layout(
     nodes: int, per_node: int, batch: int, mebibytes: int, framework: str, pins: dict[str, Any]
 ) -> None:
     space = space_of(nodes * per_node, per_node, batch, mebibytes, framework, **pins)
-    room, estimator = usable_bytes(space.cluster.device), estimator_of(space)
+    room, estimator = usable_bytes(space.workload.cluster.device), estimator_of(space)
     everything = list(every(space, estimator))
     fitting = [estimate for estimate in everything if estimate.peak_bytes <= room]
     found = explore(space, estimator)
@@ -70,7 +70,7 @@ def test_a_layout_is_only_left_out_where_its_arithmetic_alone_is_slower() -> Non
     best = min(e.step_seconds for e in found.fitting)
     for layout in layouts(space):
         estimate = estimator.estimate(layout)
-        if estimate.step_seconds < BEATEN * best and estimate.peak_bytes <= usable_bytes(space.cluster.device):
+        if estimate.step_seconds < BEATEN * best and estimate.peak_bytes <= usable_bytes(space.workload.cluster.device):
             assert family_of(layout) in families
 
 

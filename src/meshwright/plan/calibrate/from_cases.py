@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from meshwright.errors import InputError, MeshwrightError, Problem
 from meshwright.plan.calibrate.fit import Fitted, Model, Prior, balanced_weights, fit, folds, slopes, spread_rows
 from meshwright.plan.cases.predict import Predictor
 from meshwright.plan.cases.read import BadCase, MeasuredCase
-from meshwright.plan.cases.resolve import Setup, setup
+from meshwright.plan.cases.resolve import ResolvedCase, resolve
 from meshwright.plan.constants.correction import MOST_POINTS, Correction, learn
 from meshwright.plan.constants.gpu import CONSTANTS
 from meshwright.plan.constants.profile import Profile, bounds
+from meshwright.plan.constants.regime import correction_regime, features, interval_regime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +43,25 @@ class Row:
     """A measured run, ready for the estimator."""
 
     id: str
-    setup: Setup
+    run: ResolvedCase
     seconds: float
     source: str
     group: str
     model_key: str = ""
+
+    @cached_property
+    def words(self) -> tuple[str, str, str]:
+        """The regime of its interval."""
+        return interval_regime(self.run.workload)
+
+    @cached_property
+    def regime(self) -> str:
+        """The regime of its correction."""
+        return correction_regime(self.run.workload, self.run.layout)
+
+    @cached_property
+    def features(self) -> tuple[float, ...]:
+        return features(self.run.workload, self.run.layout)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def rows_of(cases: Sequence[MeasuredCase]) -> tuple[list[Row], list[BadCase]]:
     rows, skipped = [], []
     for one in cases:
         try:
-            found = setup(one.case)
+            found = resolve(one.case)
         except MeshwrightError as error:
             skipped.append(BadCase(one.case.id, error.problems))
             continue
@@ -181,7 +197,7 @@ class Fitter:
         self._rows = list(rows)
         self._place = {id(row): index for index, row in enumerate(self._rows)}  # ids of a file may repeat
         for row in rows:  # what does not depend on constants is kept in this predictor
-            self.start.seconds(row.setup)
+            self.start.seconds(row.run)
         self._logs, self._slopes = slopes(self._model(rows), len(rows), self.priors)
 
     def fit(self, rows: Sequence[Row]) -> Fitted:
@@ -198,7 +214,7 @@ class Fitter:
 
         def model(values: Mapping[str, float], chosen: np.ndarray) -> np.ndarray:
             predictor = self.start.with_profile(self.start.profile.changed(values))
-            return np.log([predictor.seconds(rows[index].setup) for index in chosen])
+            return np.log([predictor.seconds(rows[index].run) for index in chosen])
 
         return model
 
@@ -218,7 +234,7 @@ def _thinned(rows: Sequence[Row], most: int) -> list[int]:
 def residual_logs(rows: Sequence[Row], profile: Profile) -> list[float]:
     """log(measured / predicted) of each row, corrections included."""
     predictor = Predictor(profile)
-    return [math.log(row.seconds / (predictor.seconds(row.setup) * predictor.factor(row.setup))) for row in rows]
+    return [math.log(row.seconds / (predictor.seconds(row.run) * predictor.factor(row.run))) for row in rows]
 
 
 def _fitter(rows: Sequence[Row], start: Profile, keys: Sequence[str]) -> Fitter:
@@ -250,15 +266,15 @@ def held_out(
             others = [index for index in logs if index in points and keys[index] != key]
             learnt = _learn([rows[i] for i in others], [logs[i] for i in others]) if correct else {}
             for index in mine:
-                found[index] = _residual(rows[index], logs[index], learnt.get(rows[index].setup.correction_regime))
+                found[index] = _residual(rows[index], logs[index], learnt.get(rows[index].regime))
     return [found[index] for index in range(len(rows))]
 
 
 def _residual(row: Row, log: float, correction: Correction | None) -> Residual:
-    width = row.setup.width
+    width = row.run.width
     if correction is None:
         return Residual(row, log, log, width, width)
-    there = row.setup.features
+    there = row.features
     spread = correction.spread(there) / correction.noise
     return Residual(row, log, log - math.log(correction.factor(there)), width, width * spread)
 
@@ -273,7 +289,7 @@ def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
     """A correction of each regime that has enough rows."""
     by_regime: dict[str, list[tuple[tuple[float, ...], float]]] = {}
     for row, log in zip(rows, logs, strict=True):
-        by_regime.setdefault(row.setup.correction_regime, []).append((row.setup.features, log))
+        by_regime.setdefault(row.regime, []).append((row.features, log))
     found = {}
     for regime, points in by_regime.items():
         few = points[:: -(-len(points) // MOST_POINTS)]
@@ -292,14 +308,17 @@ def conformal(rows: Sequence[Row], logs: Sequence[float], units: Sequence[float]
     """
     by_regime: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        words = row.setup.regime
+        words = row.words
         for stop in range(1, len(words) + 1):
             by_regime.setdefault(".".join(words[:stop]), []).append(index)
     intervals = {}
     for regime, members in by_regime.items():
-        kinds = {(rows[i].setup.card.name, rows[i].setup.card.units_per_sample, rows[i].setup.layout) for i in members}
-        narrower = {rows[i].setup.regime[: regime.count(".") + 2] for i in members}
-        alone = len(narrower) == 1 and regime != ".".join(rows[members[0]].setup.regime)
+        kinds = {
+            (rows[i].run.workload.card.name, rows[i].run.workload.card.units_per_sample, rows[i].run.layout)
+            for i in members
+        }
+        narrower = {rows[i].words[: regime.count(".") + 2] for i in members}
+        alone = len(narrower) == 1 and regime != ".".join(rows[members[0]].words)
         if len(kinds) >= FEWEST_FOR_INTERVAL and not alone:
             scores = [logs[index] / units[index] for index in members]
             weights = balanced_weights([rows[i].source for i in members], [str(i) for i in members])
@@ -313,10 +332,10 @@ def pair_intervals(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, tupl
     for all of them alike, so two may be told apart that differ by less than their intervals."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault((row.setup.regime[0], row.group), []).append(index)
+        groups.setdefault((row.words[0], row.group), []).append(index)
     by_kind: dict[str, list[tuple[float, float]]] = {}
     for (kind, _), members in groups.items():
-        pairs = [(a, b) for a, b in combinations(members, 2) if rows[a].setup.layout != rows[b].setup.layout]
+        pairs = [(a, b) for a, b in combinations(members, 2) if rows[a].run.layout != rows[b].run.layout]
         by_kind.setdefault(kind, []).extend((abs(logs[a] - logs[b]), 1 / len(pairs)) for a, b in pairs)
     return {
         f"pairs.{kind}": (1 / apart, apart)
@@ -356,9 +375,9 @@ def held_together(rows: Sequence[Row]) -> list[str]:
     """What is held out together: groups, or single runs in a regime of too few groups."""
     groups: dict[str, set[str]] = {}
     for row in rows:
-        groups.setdefault(row.setup.correction_regime, set()).add(row.group)
+        groups.setdefault(row.regime, set()).add(row.group)
     many = {regime for regime, found in groups.items() if len(found) >= FOLDS}
-    return [f"group {row.group}" if row.setup.correction_regime in many else f"run {row.id}" for row in rows]
+    return [f"group {row.group}" if row.regime in many else f"run {row.id}" for row in rows]
 
 
 def _mean_error(logs: Sequence[float]) -> float:

@@ -19,17 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.card import Card
-from meshwright.cluster import Cluster
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
 from meshwright.plan.calibrate.from_machine import Change, changes
 from meshwright.plan.calibrate.plausible import absurd, in_seconds, unlike
 from meshwright.plan.constants.profile import Profile, within
+from meshwright.plan.constants.regime import interval_regime
 from meshwright.plan.cost.cpu import CpuCompute
 from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.rules.query import Facts, Question
 from meshwright.plan.rules.table import refusals
+from meshwright.plan.workload import Workload
 from meshwright.run import RunFolder
 
 FEWEST_STEPS = 20
@@ -44,7 +43,7 @@ LARGEST_TRACE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Group:
+class ConstantGroup:
     """Constants that a run moves together: names by prefix, +1 where a larger constant means more time, -1 where
     less. `trust` is the standard deviation of the logarithm of its factor that we believe in."""
 
@@ -60,9 +59,9 @@ class Group:
         return {name: within(name, value) for name, value in found.items()}
 
 
-GROUPS: Mapping[str, tuple[Group, ...]] = {
+GROUPS: Mapping[str, tuple[ConstantGroup, ...]] = {
     "cpu": (
-        Group(
+        ConstantGroup(
             "computing",
             0.25,
             more=(
@@ -77,20 +76,20 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
                 *(f"cpu.attention.{word}.share" for word in ("fp32", "bf16")),
             ),
         ),
-        Group("host", 0.4, more=("cpu.host.",)),
-        Group(
+        ConstantGroup("host", 0.4, more=("cpu.host.",)),
+        ConstantGroup(
             "network",
             0.5,
             more=tuple(f"cpu.net.{name}.latency" for name in ("all_reduce", "all_gather", "reduce_scatter")),
             less=tuple(f"cpu.net.{name}.share" for name in ("all_reduce", "all_gather", "reduce_scatter")),
         ),
-        Group("optimizer", 0.3, less=("cpu.optimizer.",)),
+        ConstantGroup("optimizer", 0.3, less=("cpu.optimizer.",)),
     ),
     "cuda": (
-        Group("computing", 0.25, less=("cuda.product.share", "cuda.attention.share", "cuda.memory.share")),
-        Group("host", 0.4, more=("cuda.host.share", "cuda.host.collective_seconds", "cuda.step_seconds")),
-        Group("network", 0.4, less=("cuda.net.ring_share", "cuda.net.inter_share", "cuda.net.switch_share")),
-        Group("optimizer", 0.3, more=("cuda.optimizer.bytes",)),
+        ConstantGroup("computing", 0.25, less=("cuda.product.share", "cuda.attention.share", "cuda.memory.share")),
+        ConstantGroup("host", 0.4, more=("cuda.host.share", "cuda.host.collective_seconds", "cuda.step_seconds")),
+        ConstantGroup("network", 0.4, less=("cuda.net.ring_share", "cuda.net.inter_share", "cuda.net.switch_share")),
+        ConstantGroup("optimizer", 0.3, more=("cuda.optimizer.bytes",)),
     ),
 }
 
@@ -129,58 +128,60 @@ class RunFit:
 
 
 @dataclass(frozen=True)
-class Ran:
+class TrainedRun:
     """What was trained, on what, and how; `predicted` are the seconds of a step that its plan said."""
 
-    card: Card
-    cluster: Cluster
-    global_batch: int
+    workload: Workload
     layout: Layout
-    precision: str
     compiled: bool = False
     predicted: float | None = None
 
 
-def run_profile(run: RunFolder, ran: Ran, start: Profile, name: str) -> RunFit:
+def run_profile(run: RunFolder, trained: TrainedRun, start: Profile, name: str) -> RunFit:
     """`start`, corrected by the run in folder `run`.
 
     Raises InputError for a run of fewer than FEWEST_STEPS steps, saying how many there are, for a plan that cannot have
     run on this cluster, and for times that are none or cannot be of it.
     """
-    _check_plan(run.plan, ran)
-    observed = _observed(run, ran.cluster.device.kind)
-    for part, predicted in _parts(ran, start).items():
+    _check_plan(run.plan, trained)
+    observed = _observed(run, trained.workload.cluster.device.kind)
+    for part, predicted in _parts(trained, start).items():
         measured = statistics.median(observed.get(part, [predicted]))
         if absurd(measured, predicted):
             file, hint = run.events, in_seconds(measured, predicted)
             if part != "step":
                 file, hint = run.trace, "dur is in microseconds; without the file, steps alone count"
             raise InputError(Problem(str(file), f"the median {part} took {unlike(measured, predicted)}", hint))
-    said = f"corrected by {len(observed['step'])} steps of the run {run.path.name}, {ran.layout}"
-    return corrected(ran, observed, start, name, said)
+    said = f"corrected by {len(observed['step'])} steps of the run {run.path.name}, {trained.layout}"
+    return corrected(trained, observed, start, name, said)
 
 
 def corrected(
-    ran: Ran, observed: Mapping[str, Sequence[float]], start: Profile, name: str, said: str = "corrected by a run"
+    trained: TrainedRun,
+    observed: Mapping[str, Sequence[float]],
+    start: Profile,
+    name: str,
+    said: str = "corrected by a run",
 ) -> RunFit:
     """`start`, corrected by the seconds of each step ("step") and of those of its parts that are known ("forward",
     "backward", "optimizer"; sums over the step, the mean of the ranks)."""
-    kind = ran.cluster.device.kind
-    before = _parts(ran, start)
+    kind = trained.workload.cluster.device.kind
+    before = _parts(trained, start)
     names = [part for part in before if part in observed]
     middle = {part: statistics.median(observed[part]) for part in names}
     noise = {part: _noise(observed[part]) for part in names}
-    factors = _factors(GROUPS[kind], start, names, middle, noise, lambda profile: _parts(ran, profile))
+    factors = _factors(GROUPS[kind], start, names, middle, noise, lambda profile: _parts(trained, profile))
     values: dict[str, float] = {}
     for group in GROUPS[kind]:
         values |= group.scaled(start.constants, factors[group.name])
     moved = start.changed(values, name)
-    after = _parts(ran, moved)
-    regime = f"{kind}.meshwright.{'nodes' if ran.cluster.nodes > 1 else 'node'}"
+    after = _parts(trained, moved)
+    words = interval_regime(trained.workload)
+    regime = ".".join(words)
     left = abs(math.log(middle["step"] / after["step"])) + 1.65 * noise["step"]
-    interval = _near(start.interval(*regime.split(".")), left)
+    interval = _near(start.interval(*words), left)
     assumed = [*start.assumed, said]
-    if ran.compiled:
+    if trained.compiled:
         assumed.append("that run was compiled: what this saves is supposed, not measured")
     intervals = {**start.intervals, regime: interval}
     profile = replace(moved, intervals=intervals, assumed=tuple(assumed))
@@ -188,18 +189,19 @@ def corrected(
     return RunFit(profile, len(observed["step"]), factors, parts, tuple(changes(start, profile)), interval)
 
 
-def _check_plan(plan: Path, ran: Ran) -> None:
-    """Raises InputError, naming the file, for a plan that cannot have been trained on the cluster of `ran`."""
+def _check_plan(plan: Path, trained: TrainedRun) -> None:
+    """Raises InputError, naming the file, for a plan that cannot have been trained on the cluster of `trained`."""
     kinds = {name: type(field.default) for name, field in Layout.__dataclass_fields__.items()}
-    wrong = [name for name, kind in kinds.items() if type(getattr(ran.layout, name)) is not kind]
-    problems = [f"chosen.layout.{name} is {getattr(ran.layout, name)!r:.40}" for name in wrong]
+    wrong = [name for name, kind in kinds.items() if type(getattr(trained.layout, name)) is not kind]
+    problems = [f"chosen.layout.{name} is {getattr(trained.layout, name)!r:.40}" for name in wrong]
     if not wrong:
-        question = Question(ran.layout, Facts.of(ran.card), ran.cluster.devices, ran.global_batch)
-        problems += [f"chosen.layout: {refusal.reason}" for refusal in refusals(question)]
-    if ran.precision not in list(ran.cluster.device.flops):
-        problems.append(f"chosen.precision is {ran.precision!r:.40}; {ran.cluster.device.name} has none")
-    if ran.predicted is not None and not _is_time(ran.predicted):
-        problems.append(f"chosen.predicted.step_seconds.mid is {ran.predicted!r:.40}")
+        problems += [f"chosen.layout: {one.reason}" for one in refusals(trained.workload.query(trained.layout))]
+    if trained.workload.precision not in list(trained.workload.cluster.device.flops):
+        problems.append(
+            f"chosen.precision is {trained.workload.precision!r:.40}; {trained.workload.cluster.device.name} has none"
+        )
+    if trained.predicted is not None and not _is_time(trained.predicted):
+        problems.append(f"chosen.predicted.step_seconds.mid is {trained.predicted!r:.40}")
     if problems:
         hint = "calibrate by a run as `train` left it, on the machine that trained"
         raise InputError([Problem(str(plan), problem, hint) for problem in problems])
@@ -279,11 +281,11 @@ def spans(trace: Path, steps: Mapping[int, float]) -> dict[str, list[float]]:
     }
 
 
-def _parts(ran: Ran, profile: Profile) -> dict[str, float]:
+def _parts(trained: TrainedRun, profile: Profile) -> dict[str, float]:
     """What the profile predicts of the parts that a trace tells."""
-    card, layout = ran.card, ran.layout
-    estimator = Estimator(card, ran.cluster, ran.global_batch, ran.precision, profile=profile)
-    estimator = estimator.compiled if ran.compiled else estimator
+    card, layout = trained.workload.card, trained.layout
+    estimator = Estimator(trained.workload, profile)
+    estimator = estimator.compiled if trained.compiled else estimator
     found = estimator.estimate(layout, exact=True)
     parts = {"step": found.step_seconds}
     compute = estimator.blocks.compute
@@ -293,7 +295,7 @@ def _parts(ran: Ran, profile: Profile) -> dict[str, float]:
     if layout.pp == 1:
         m = found.micro_batches
         forward, backward = m * found.forward_seconds[0], m * found.backward_seconds[0]
-        parts |= {"forward": forward, "backward": backward + found.once.gradients}
+        parts |= {"forward": forward, "backward": backward + found.per_step.gradients}
     return parts
 
 
@@ -304,7 +306,7 @@ def _noise(values: Sequence[float]) -> float:
 
 
 def _factors(
-    groups: Sequence[Group],
+    groups: Sequence[ConstantGroup],
     start: Profile,
     names: Sequence[str],
     middle: Mapping[str, float],

@@ -46,7 +46,7 @@ def believable(cases: Sequence[MeasuredCase], start: Profile, where: str) -> tup
     for one in cases:
         rows, _ = rows_of([one])
         predicted += len(rows)
-        times = [(row.seconds, predictor.seconds(row.setup)) for row in rows]
+        times = [(row.seconds, predictor.seconds(row.run)) for row in rows]
         if times and absurd(*times[0]):
             problem = Problem("measured.step_seconds", f"is {unlike(*times[0])}", in_seconds(*times[0]))
             bad.append(BadCase(one.case.id, (problem,)))

@@ -8,8 +8,9 @@ from typing import Any
 
 from meshwright.errors import MeshwrightError
 from meshwright.plan.cases.read import BadCase, Case
-from meshwright.plan.cases.resolve import Setup, setup
+from meshwright.plan.cases.resolve import ResolvedCase, resolve
 from meshwright.plan.constants.profile import Profile, default_profile
+from meshwright.plan.constants.regime import correction_factor, time_interval
 from meshwright.plan.cost.estimate import Estimate, Estimator
 
 GIB = 2**30
@@ -65,13 +66,13 @@ class Predictor:
         """The contract's answer to one case: {id, step_seconds, peak_allocated_gib, peak_reserved_gib, breakdown} or
         {id, error}. `assumed` lists what the case left open."""
         try:
-            found = setup(case)
-            outcome = self.outcome(found)
+            run = resolve(case)
+            outcome = self.outcome(run)
         except MeshwrightError as error:
             return {"id": case.id, "error": "; ".join(str(problem) for problem in error.problems)}
-        factor = self.factor(found)
+        factor = self.factor(run)
         mid = outcome.step_seconds * factor
-        low, high = self.interval(found)
+        low, high = time_interval(self.profile, run.workload, run.layout, run.width)
         answer = {
             "id": case.id,
             "step_seconds": {"low": mid * low, "mid": mid, "high": mid * high},
@@ -79,50 +80,37 @@ class Predictor:
             "peak_reserved_gib": outcome.reserved_bytes / GIB,
             "breakdown": {name: seconds * factor for name, seconds in outcome.breakdown.items()},
         }
-        assumed = list(dict.fromkeys((*found.assumed, *self.profile.assumed)))
+        assumed = list(dict.fromkeys((*run.assumed, *self.profile.assumed)))
         return {**answer, "assumed": assumed} if assumed else answer
 
-    def outcome(self, found: Setup) -> Outcome:
-        """What a setup takes, before any correction. Where a share of the layers recomputes, that share of the way from
+    def outcome(self, run: ResolvedCase) -> Outcome:
+        """What a case takes, before any correction. Where a share of the layers recomputes, that share of the way from
         a run without recompute to one with. Raises MeshwrightError where the layout cannot work."""
-        plain = _outcome(self.estimate(found))
-        if not found.recomputed:
+        plain = _outcome(self.estimate(run))
+        if not run.recomputed:
             return plain
-        full = _outcome(self.estimate(replace(found, layout=replace(found.layout, recompute="full"))))
-        return plain.towards(full, found.recomputed)
+        full = _outcome(self.estimate(replace(run, layout=replace(run.layout, recompute="full"))))
+        return plain.towards(full, run.recomputed)
 
-    def seconds(self, found: Setup) -> float:
+    def seconds(self, run: ResolvedCase) -> float:
         """A step's seconds before any correction."""
-        seconds = self.estimate(found).step_seconds
-        if found.recomputed:
-            full = self.estimate(replace(found, layout=replace(found.layout, recompute="full"))).step_seconds
-            seconds += found.recomputed * (full - seconds)
+        seconds = self.estimate(run).step_seconds
+        if run.recomputed:
+            full = self.estimate(replace(run, layout=replace(run.layout, recompute="full"))).step_seconds
+            seconds += run.recomputed * (full - seconds)
         return seconds
 
-    def estimate(self, found: Setup) -> Estimate:
-        """The estimate of a setup, before any correction. Raises MeshwrightError where the layout cannot work."""
-        if found.key not in self._estimators:
-            if (other := self._others.get(found.key)) is None:
-                asked = (found.card, found.cluster, found.global_batch, found.precision)
-                other = Estimator(*asked, profile=self.profile, framework=found.framework)
-            self._estimators[found.key] = other if other.profile is self.profile else other.with_profile(self.profile)
-        return self._estimators[found.key].estimate(found.layout)
+    def estimate(self, run: ResolvedCase) -> Estimate:
+        """The estimate of a case, before any correction. Raises MeshwrightError where the layout cannot work."""
+        key = run.workload.key
+        if key not in self._estimators:
+            other = self._others.get(key) or Estimator(run.workload, self.profile)
+            self._estimators[key] = other if other.profile is self.profile else other.with_profile(self.profile)
+        return self._estimators[key].estimate(run.layout)
 
-    def factor(self, found: Setup) -> float:
+    def factor(self, run: ResolvedCase) -> float:
         """What the profile's correction multiplies the estimate's time by; 1 where it has learnt nothing."""
-        correction = self.profile.corrections.get(found.correction_regime)
-        return 1.0 if correction is None else correction.factor(found.features)
-
-    def interval(self, found: Setup) -> tuple[float, float]:
-        """Factors of the predicted time that bound its 90 % interval."""
-        low, high = self.profile.interval(*found.regime)
-        width = found.width * self.spread(found)
-        return low**width, high**width
-
-    def spread(self, found: Setup) -> float:
-        """How unsure the correction is here, beside a place that it knows; 1 where there is none."""
-        correction = self.profile.corrections.get(found.correction_regime)
-        return 1.0 if correction is None else correction.spread(found.features) / correction.noise
+        return correction_factor(self.profile, run.workload, run.layout)
 
 
 def predictions(cases: Iterable[Case | BadCase], profile: Profile | None = None) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -16,11 +16,11 @@ from meshwright.families import own_card
 from meshwright.families.decoder import DecoderShape, card, parameters
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.cases.read import Case, nearest_word
-from meshwright.plan.constants.correction import SCALES
 from meshwright.plan.constants.profile import DATASHEET
 from meshwright.plan.cost.memory import MemoryModel, usable_bytes
 from meshwright.plan.pipeline.actions import problem
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 GB = 1e9
 #: Words for a precision -> the rate of the device that its products run at.
@@ -62,53 +62,15 @@ GUESS_WIDTH = 1.4
 
 
 @dataclass(frozen=True)
-class Setup:
+class ResolvedCase:
     """What a case comes to. `assumed` says what it did not say; `guessed` counts the words that had to be guessed;
     `recomputed` is the share of the layers that recompute fully where the layout says none."""
 
-    card: Card
-    cluster: Cluster
+    workload: Workload
     layout: Layout
-    global_batch: int
-    precision: str
-    framework: Framework
     assumed: tuple[str, ...] = ()
     guessed: int = 0
     recomputed: float = 0.0
-
-    @property
-    def regime(self) -> tuple[str, ...]:
-        """Words, from the most general on, of what decides how far a prediction may be off."""
-        extent = "nodes" if self.cluster.nodes > 1 else "node"
-        return (self.cluster.device.kind, self.framework.name, extent)
-
-    @cached_property
-    def key(self) -> str:
-        """Equal for setups that differ in layout alone."""
-        return repr((self.card.name, id(self.card), self.cluster, self.global_batch, self.precision, self.framework))
-
-    @property
-    def correction_regime(self) -> str:
-        """What a correction is learnt for: runs that differ in size and split alone."""
-        kind, framework, extent = self.regime
-        where = self.cluster.device.name if kind == "cuda" else kind
-        return "/".join((where, framework, self.precision, self.layout.recompute, extent))
-
-    @cached_property
-    def features(self) -> tuple[float, ...]:
-        """Where the run lies among others of its regime: the features of `correction.SCALES`."""
-        layout, seq_len = self.layout, self.card.units_per_sample
-        figures = {
-            "tp": layout.tp,
-            "micro_batch": layout.micro_batch,
-            "hidden": self.card.blocks[0].output_elements / seq_len,
-            "seq_len": seq_len / layout.cp,
-            "pp": layout.pp,
-            "data_ranks": layout.dp * layout.cp,
-            "micro_batches": layout.micro_batches(self.global_batch),
-            "layers": len(self.card.blocks),
-        }
-        return tuple(math.log2(figures[name]) for name in SCALES)
 
     @property
     def width(self) -> float:
@@ -116,7 +78,7 @@ class Setup:
         return GUESS_WIDTH if self.guessed else 1.0
 
 
-def setup(case: Case) -> Setup:
+def resolve(case: Case) -> ResolvedCase:
     """What the case comes to. Raises InputError for an unknown device without figures, for a precision that the device
     does not have, and for figures that contradict each other."""
     assumed = list(case.assumed)
@@ -137,7 +99,7 @@ def setup(case: Case) -> Setup:
     model = _card(shape, case.model["seq_len"], style)
     if drops is not None:
         framework = replace(framework, selective=drops)
-    found = Setup(model, cluster, layout, case.train["global_batch"], precision, framework)
+    found = ResolvedCase(Workload(model, cluster, case.train["global_batch"], precision, framework), layout)
     if word == "unknown":
         share = _least_recomputed(found)
         taken = f"of {share or 0.0:.0%} of the layers, the least that fits"
@@ -209,15 +171,17 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
     return layout, framework
 
 
-def _least_recomputed(found: Setup) -> float | None:
+def _least_recomputed(found: ResolvedCase) -> float | None:
     """The share of the layers that must recompute for the rest to fit a device; None where even all is not enough: what
     ran saved memory in ways that the case does not say, and memory says nothing of its recompute."""
-    model = MemoryModel(found.card, found.framework, found.precision, found.cluster.device)
-    layout, room = found.layout, usable_bytes(found.cluster.device)
-    firsts = _even_cut(len(found.card.blocks), layout.pp * layout.vpp)
+    model, layout = MemoryModel(found.workload), found.layout
+    room = usable_bytes(found.workload.cluster.device)
+    firsts = _even_cut(len(found.workload.card.blocks), layout.pp * layout.vpp)
 
     def needs(word: str) -> int:
-        stages = model.stages(replace(layout, recompute=word), firsts, layout.micro_batches(found.global_batch))
+        stages = model.stages(
+            replace(layout, recompute=word), firsts, layout.micro_batches(found.workload.global_batch)
+        )
         return max(stage.total for stage in stages)
 
     without, full = needs("none"), needs("full")

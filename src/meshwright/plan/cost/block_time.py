@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshwright.card import Block
-from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile
 from meshwright.plan.cost.block_memory import BlockMemory
 from meshwright.plan.cost.cpu import CpuCompute
 from meshwright.plan.cost.gpu import BYTES, Compute, axis_split, local_elements, split_key
 from meshwright.plan.cost.network import network
-from meshwright.plan.rules.frameworks import Framework, kept_gathered
+from meshwright.plan.rules.frameworks import kept_gathered
+from meshwright.plan.workload import Workload
 
 #: Collectives that a block starts for each of what it waits for: host time goes by them.
 _PAIRS = 2
@@ -67,14 +67,13 @@ class Movement:
         return Movement(self.gather + other.gather, self.scatter + other.scatter, self.sum + other.sum)
 
 
-class Blocks:
-    """Costs of a card's blocks on one cluster at one precision, under one framework and profile."""
+class BlockTimes:
+    """Costs of the blocks of one workload by one profile."""
 
-    def __init__(
-        self, cluster: Cluster, precision: str, profile: Profile, framework: Framework, memory: BlockMemory
-    ) -> None:
-        self.cluster, self.precision, self.framework, self.profile = cluster, precision, framework, profile
-        self.memory = memory
+    def __init__(self, workload: Workload, profile: Profile, memory: BlockMemory) -> None:
+        self.workload, self.profile, self.memory = workload, profile, memory
+        cluster, precision, framework = workload.cluster, workload.precision, workload.framework
+        self.precision, self.framework = precision, framework
         self.network = network(cluster, profile)
         on_cpu = cluster.device.kind == "cpu"  # the same cores move the bytes
         self.compute = (CpuCompute if on_cpu else Compute)(cluster.device, precision, profile, framework)

@@ -7,18 +7,17 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from meshwright.card import Block, Card
-from meshwright.cluster import Cluster
+from meshwright.card import Block
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile, default_profile
-from meshwright.plan.cost.block_time import BlockCost, Blocks, block_key
+from meshwright.plan.cost.block_time import BlockCost, BlockTimes, block_key
 from meshwright.plan.cost.gpu import BYTES, local_elements
 from meshwright.plan.cost.memory import Counted, MemoryModel, StageMemory
-from meshwright.plan.cost.per_step import Once, OnceAStep
+from meshwright.plan.cost.per_step import PerStepCost, PerStepTimes
 from meshwright.plan.pipeline.actions import TABLE, places
 from meshwright.plan.pipeline.balance import balance_costs
 from meshwright.plan.pipeline.length import least_span, replayed_seconds, span_seconds
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Estimate:
     other_seconds: float  # of the host once a step, reading the batch included
     step_seconds: float
     memory: tuple[StageMemory, ...]
-    once: Once = field(default_factory=Once)
+    per_step: PerStepCost = field(default_factory=PerStepCost)
     boundary_seconds: tuple[float, ...] = ()  # transfers over each boundary between virtual stages
     pipeline_overlap: bool = True
     compiled: bool = False
@@ -56,31 +55,20 @@ class Estimate:
         return {
             "compute": self.compute_seconds,
             "launch": self.launch_seconds,
-            "communication": self.communication_seconds - self.once.waits,
+            "communication": self.communication_seconds - self.per_step.waits,
             "bubble": self.bubble_seconds,
-            "gradients": self.once.gradients,
-            "weights": self.once.weights,
+            "gradients": self.per_step.gradients,
+            "weights": self.per_step.weights,
             "optimizer": self.optimizer_seconds,
             "other": self.other_seconds,
         }
 
 
 class Estimator:
-    """Estimates layouts of one card on one cluster; equal blocks are computed once, shared parts remembered."""
+    """Estimates layouts of one workload; equal blocks are computed once, shared parts remembered."""
 
-    def __init__(
-        self,
-        card: Card,
-        cluster: Cluster,
-        global_batch: int,
-        precision: str,
-        *,
-        profile: Profile | None = None,
-        framework: Framework = FRAMEWORKS["meshwright"],
-    ) -> None:
-        self.card, self.cluster, self.global_batch, self.precision = card, cluster, global_batch, precision
-        self.framework = framework
-        self.memory = MemoryModel(card, framework, precision, cluster.device)
+    def __init__(self, workload: Workload, profile: Profile | None = None) -> None:
+        self.workload, self.memory = workload, MemoryModel(workload)
         self._take(default_profile() if profile is None else profile)
 
     def with_profile(self, profile: Profile) -> Estimator:
@@ -93,9 +81,9 @@ class Estimator:
 
     def _take(self, profile: Profile) -> None:
         self.profile = profile
-        self.blocks = Blocks(self.cluster, self.precision, self.profile, self.framework, self.memory.blocks)
-        self.once = OnceAStep(self.blocks, self.card)
-        self._gpu = self.cluster.device.kind != "cpu"
+        self.blocks = BlockTimes(self.workload, self.profile, self.memory.blocks)
+        self.per_step = PerStepTimes(self.blocks)
+        self._gpu = self.workload.cluster.device.kind != "cpu"
         self._sharpness = (self.profile["cuda.host.sharpness"], self.profile["cuda.host.tied_sharpness"])
         self._costs: dict[tuple[object, ...], tuple[BlockCost, ...]] = {}
         self._elements: dict[tuple[int, int], list[int]] = {}
@@ -106,20 +94,20 @@ class Estimator:
 
     @cached_property
     def _kinds(self) -> tuple[list[tuple[Block, int]], list[int]]:
-        return self.card.kinds
+        return self.workload.card.kinds
 
     def estimate(self, layout: Layout, *, exact: bool = False) -> Estimate:
         """Seconds and bytes of a layout that no rule refuses; `exact` replays the schedule instead of its formula.
 
         Raises ValueError where the schedule cannot run so many micro-batches."""
-        m, stages = layout.micro_batches(self.global_batch), self._stages_of(layout)
+        m, stages = layout.micro_batches(self.workload.global_batch), self._stages_of(layout)
         transfer = self._transfers_of(layout)
         length = self._length(layout, m, stages, transfer, replayed_seconds if exact else span_seconds)
         slowest = stages.slowest
         busy, wait, device = (m * part[slowest] for part in (stages.busy, stages.wait, stages.device))
         compute = min(device, busy) - wait
         last = stages.last_backward
-        once = self.once.seconds(layout, stages.elements, last, m, stages.experts)
+        once = self.per_step.seconds(layout, stages.elements, last, m, stages.experts)
         optimizer = self._update(layout, stages)
         other = self._host(layout)
         return Estimate(
@@ -139,9 +127,9 @@ class Estimator:
             other_seconds=other,
             step_seconds=length + once.waits + optimizer + other,
             memory=self.memory.stages(layout, stages.cut, m),
-            once=once,
-            pipeline_overlap=self.framework.pipeline_overlap,
-            compiled=self.framework.fused == "compiled",
+            per_step=once,
+            pipeline_overlap=self.workload.framework.pipeline_overlap,
+            compiled=self.workload.framework.fused == "compiled",
         )
 
     @cached_property
@@ -149,24 +137,24 @@ class Estimator:
         """The same questions where blocks are compiled: fewer memory-bound passes, fewer operations to start."""
         other = copy(self)
         other.__dict__.pop("compiled", None)
-        other.framework = replace(self.framework, fused="compiled")
+        other.workload = self.workload.changed(framework=replace(self.workload.framework, fused="compiled"))
         other._take(self.profile)
         return other
 
     def peak_bytes(self, layout: Layout) -> int:
         """Bytes on the fullest rank, as `estimate` says it, without its seconds."""
-        stages = self.memory.stages(layout, self.stages(layout), layout.micro_batches(self.global_batch))
+        stages = self.memory.stages(layout, self.stages(layout), layout.micro_batches(self.workload.global_batch))
         return max(stage.total for stage in stages)
 
     def least_bytes(self, layout: Layout) -> int:
         """Bytes on the fullest rank at least, with larger micro-batches or a smaller shard too."""
-        return self.memory.least_bytes(layout, self.stages(layout), layout.micro_batches(self.global_batch))
+        return self.memory.least_bytes(layout, self.stages(layout), layout.micro_batches(self.workload.global_batch))
 
     def least_seconds(self, layout: Layout) -> float:
         """Seconds that the step takes at least: as `estimate` says, or a little less, without walking the schedule."""
-        m, stages = layout.micro_batches(self.global_batch), self._stages_of(layout)
+        m, stages = layout.micro_batches(self.workload.global_batch), self._stages_of(layout)
         length = self._length(layout, m, stages, self._transfers_of(layout), least_span)
-        once = self.once.seconds(layout, stages.elements, stages.last_backward, m, stages.experts)
+        once = self.per_step.seconds(layout, stages.elements, stages.last_backward, m, stages.experts)
         return length + once.waits + self._apart(layout, stages)
 
     def _apart(self, layout: Layout, stages: _Stages) -> float:
@@ -175,13 +163,13 @@ class Estimator:
 
     def _host(self, layout: Layout) -> float:
         """Seconds of the host once a step: its own work, and reading a rank's share of the batch."""
-        samples = self.global_batch // layout.dp
-        return self.once.host_seconds + self.once.reading_seconds(samples)
+        samples = self.workload.global_batch // layout.dp
+        return self.per_step.host_seconds + self.per_step.reading_seconds(samples)
 
     def _update(self, layout: Layout, stages: _Stages) -> float:
         """Seconds of the optimizer, on the rank with the most to do."""
         held = set(zip(stages.elements, stages.experts, strict=True))
-        return max(self.once.update(layout, elements, experts) for elements, experts in held)
+        return max(self.per_step.update(layout, elements, experts) for elements, experts in held)
 
     def stages(self, layout: Layout) -> tuple[int, ...]:
         """Index of each virtual stage's first block: the slowest stage as quick as can be, or as the framework cuts."""
@@ -190,8 +178,8 @@ class Estimator:
             return (0,)
         key = (*block_key(layout), count)
         if key not in self._cuts:
-            layers = len(self.card.blocks) - 2
-            even = None if self.framework.head_balanced else equal_layers(layers, count)
+            layers = len(self.workload.card.blocks) - 2
+            even = None if self.workload.framework.head_balanced else equal_layers(layers, count)
             if even is None:
                 whole = [
                     self._stage(self._block_costs(layout), self._local_elements(layout), ((kind, 1),), layout.tp > 1)
@@ -269,7 +257,7 @@ class Estimator:
             transfer,
             vpp=layout.vpp,
             weight_seconds=stages.weight if TABLE[layout.schedule].splits else None,
-            overlapped=self.framework.pipeline_overlap,
+            overlapped=self.workload.framework.pipeline_overlap,
         )
 
     def _block_costs(self, layout: Layout) -> tuple[BlockCost, ...]:
@@ -309,13 +297,18 @@ class Estimator:
             return ()
         if layout.pp == 1:
             return (0.0,) * (count - 1)
-        size = self.card.blocks[0].output_elements * layout.micro_batch * BYTES[self.precision] / layout.cp
+        size = (
+            self.workload.card.blocks[0].output_elements
+            * layout.micro_batch
+            * BYTES[self.workload.precision]
+            / layout.cp
+        )
         network, gather = self.blocks.network, 0.0
-        if layout.tp > 1 and self.framework.scatters_transfers and not layout.sequence_parallel:
+        if layout.tp > 1 and self.workload.framework.scatters_transfers and not layout.sequence_parallel:
             gather = network.all_gather(size, network.group(layout.tp, 1))
-        size /= layout.tp if layout.sequence_parallel or self.framework.scatters_transfers else 1
+        size /= layout.tp if layout.sequence_parallel or self.workload.framework.scatters_transfers else 1
         apart = layout.devices // layout.pp
-        inside = max(1, self.cluster.domain // apart)  # stages that one inner link joins
+        inside = max(1, self.workload.cluster.domain // apart)  # stages that one inner link joins
         near, far = (gather + network.point_to_point(size, far=far) for far in (False, True))
         home = places(layout.schedule, layout.pp, layout.vpp)
         return tuple(near if home[i] // inside == home[i + 1] // inside else far for i in range(count - 1))

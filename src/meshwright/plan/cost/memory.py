@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from meshwright.card import Card
 from meshwright.cluster import Device
 from meshwright.layout import Layout
 from meshwright.plan.cost.block_memory import WIDTH, BlockBytes, BlockMemory, local_size
 from meshwright.plan.pipeline.actions import places
 from meshwright.plan.pipeline.in_flight import held_bytes, in_flight
-from meshwright.plan.rules.frameworks import Framework, kept_gathered
+from meshwright.plan.rules.frameworks import kept_gathered
+from meshwright.plan.workload import Workload
 
 #: What a process holds before it has a model: libraries on a CPU (resident), context and libraries on a GPU.
 PROCESS_BYTES = {"cpu": 450 * 1024**2, "cuda": 900 * 1024**2}
@@ -126,9 +126,12 @@ Counted = tuple[tuple[int, int], ...]
 
 
 class MemoryModel:
-    """Memory of layouts of one card under one framework; equal blocks are counted once, shared parts remembered."""
+    """Memory of layouts of one workload; equal blocks are counted once, shared parts remembered."""
 
-    def __init__(self, card: Card, framework: Framework, precision: str, device: Device) -> None:
+    def __init__(self, workload: Workload) -> None:
+        card, framework, precision, device = (
+            workload.card, workload.framework, workload.precision, workload.cluster.device,
+        )  # fmt: skip
         self.card, self.framework, self.precision, self.device = card, framework, precision, device
         self.width, self.blocks = WIDTH[precision], BlockMemory(framework, precision, device)
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}

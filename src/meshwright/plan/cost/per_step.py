@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meshwright.card import Card
 from meshwright.layout import Layout
-from meshwright.plan.cost.block_time import Blocks
+from meshwright.plan.cost.block_time import BlockTimes
 from meshwright.plan.cost.cpu import CpuCompute
 from meshwright.plan.pipeline.actions import TABLE
 from meshwright.plan.rules.frameworks import kept_gathered
 
 
 @dataclass(frozen=True)
-class Once:
+class PerStepCost:
     """Seconds waited for once a step: gradients' reduction and weights' gathering, less what hides behind compute."""
 
     gradients: float = 0.0
@@ -25,18 +24,19 @@ class Once:
         return self.gradients + self.weights
 
 
-class OnceAStep:
-    """The once-a-step work of a card, on the wires and at the speed of its blocks."""
+class PerStepTimes:
+    """What a workload does once a step, on the wires and at the speed of its blocks."""
 
-    def __init__(self, blocks: Blocks, card: Card) -> None:
+    def __init__(self, blocks: BlockTimes) -> None:
+        card = blocks.workload.card
         self.blocks, self.network, self.framework = blocks, blocks.network, blocks.framework
-        self.device, self.constants = blocks.cluster.device, blocks.profile.constants
+        self.device, self.constants = blocks.workload.cluster.device, blocks.profile.constants
         self.on_cpu = self.device.kind == "cpu"
         self.units = card.units_per_sample
         shared = {first for first, _ in card.tied}
         self.tied = sum(p.elements for p in card.parameters if p.name in shared)
         self.host_seconds = 0.0 if self.on_cpu else self.constants["cuda.step_seconds"]
-        self._known: dict[tuple[object, ...], Once] = {}
+        self._known: dict[tuple[object, ...], PerStepCost] = {}
         self._norms: dict[int, float] = {}
 
     def reading_seconds(self, samples: int) -> float:
@@ -53,7 +53,7 @@ class OnceAStep:
         last_backward: float,
         micro_batches: int,
         experts: Sequence[float] = (0.0,),
-    ) -> Once:
+    ) -> PerStepCost:
         """What a step waits for, whose ranks hold `elements` of parameters, of them `experts`, and whose last backward
         takes so long. Experts' gradients are summed only over the ranks that hold the same experts.
 
@@ -77,7 +77,7 @@ class OnceAStep:
             far = self.network.group(2, layout.devices // 2)
             size = self.tied * self.blocks.gradient_bytes / layout.tp
             reduce += self.network.all_reduce(size, far)
-        return Once(reduce + self._norm(layout.devices), gather)
+        return PerStepCost(reduce + self._norm(layout.devices), gather)
 
     def _norm(self, devices: int) -> float:
         """Summing the gradient's norm over all ranks, for clipping."""
@@ -92,20 +92,20 @@ class OnceAStep:
             found = self._new(layout, elements - experts, 1)
             if experts:
                 own = self._new(layout, experts, layout.ep)
-                found = Once(found.gradients + own.gradients, found.weights + own.weights)
+                found = PerStepCost(found.gradients + own.gradients, found.weights + own.weights)
             self._known[key] = found
         return found.gradients, found.weights
 
-    def _new(self, layout: Layout, elements: float, apart: int) -> Once:
+    def _new(self, layout: Layout, elements: float, apart: int) -> PerStepCost:
         """For parameters of which every `apart`-th data-parallel rank holds the same."""
         if self.framework.optimizer_shard == "dp" and layout.shard == 1:
             # distributed optimizer: scatter gradients, gather what was updated
             everyone = self.network.group(layout.dp * layout.cp // apart, layout.tp * apart)
             scatter = self.network.reduce_scatter(elements * self.blocks.gradient_bytes, everyone)
-            return Once(scatter, self.network.all_gather(elements * self.blocks.gathered_bytes, everyone))
+            return PerStepCost(scatter, self.network.all_gather(elements * self.blocks.gathered_bytes, everyone))
         moved = self.blocks.movement(layout, elements, apart)
         reduce = 0.0 if self.framework.reduces_in_blocks(layout) else moved.scatter + moved.sum
-        return Once(reduce, moved.gather if kept_gathered(layout) else 0.0)
+        return PerStepCost(reduce, moved.gather if kept_gathered(layout) else 0.0)
 
     def update(self, layout: Layout, elements: float, experts: float = 0.0) -> float:
         """The optimizer's step on a rank's part of `elements`, of them `experts`, which fewer ranks share."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from meshwright.card import Card
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError, Problem
 from meshwright.plan.constants.profile import Profile
@@ -15,9 +14,9 @@ from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.reliability import Outlook, outlook, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
-from meshwright.plan.rules.frameworks import Framework
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import NARROW, Space
+from meshwright.plan.workload import Workload
 
 MOST_GROUPS = 4
 
@@ -79,7 +78,7 @@ class MixedCluster:
 
 
 @dataclass(frozen=True)
-class Way:
+class MixedChoice:
     """One way to use the groups: its step, what each group does, and the Choice that says it."""
 
     name: str
@@ -92,29 +91,28 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every way works from."""
+class MixedWorkload:
+    """What every way works from: the workload on all devices as if each were the slowest, the groups, the request."""
 
-    card: Card
+    workload: Workload
     mixed: MixedCluster
     request: PlanRequest
-    precision: str
-    framework: Framework
     profile: Profile | None
-    _estimators: dict[tuple[str, int], Estimator] = field(default_factory=dict, repr=False, compare=False)
+    _estimators: dict[str, Estimator] = field(default_factory=dict, repr=False, compare=False)
 
     def estimator(self, cluster: Cluster, batch: int | None = None) -> Estimator:
         """The estimator of a group, remembered with all that it has computed."""
-        batch = self.request.global_batch if batch is None else batch
-        key = (repr(cluster), batch)
-        if key not in self._estimators:
-            self._estimators[key] = Estimator(
-                self.card, cluster, batch, self.precision, profile=self.profile, framework=self.framework
-            )
-        return self._estimators[key]
+        workload = self.on(cluster, self.request.global_batch if batch is None else batch)
+        if workload.key not in self._estimators:
+            self._estimators[workload.key] = Estimator(workload, self.profile)
+        return self._estimators[workload.key]
 
     def space(self, cluster: Cluster, batch: int, pins: Mapping[str, Any]) -> Space:
-        return Space(self.card, Facts.of(self.card), cluster, batch, pins, self.framework, NARROW)
+        return Space(self.on(cluster, batch), pins, NARROW)
+
+    def on(self, cluster: Cluster, batch: int) -> Workload:
+        """The part of the work that a cluster does: `batch` samples of each step."""
+        return self.workload.changed(cluster=cluster, global_batch=batch)
 
     def chances(self, step_seconds: float, groups: tuple[Cluster, ...]) -> Outlook:
         """What failures make of it, with the dollars of every device where all have a price."""
@@ -122,7 +120,7 @@ class Asked:
         cluster = replace(self.mixed.slowest, devices=devices, devices_per_node=1)
         cluster = replace(cluster, devices_per_node=max(d for d in divisors(devices) if d <= 8))
         found = outlook(
-            parameters=self.card.parameter_elements, cluster=cluster, step_seconds=step_seconds,
+            parameters=self.workload.card.parameter_elements, cluster=cluster, step_seconds=step_seconds,
             steps=self.request.steps, spot=self.request.spot, asynchronous=self.request.asynchronous,
             every=self.request.checkpoint_every, reliability=self.request.reliability,
         )  # fmt: skip
@@ -135,7 +133,7 @@ class Asked:
         return replace(found, dollars=dollars)
 
 
-def mfu(asked: Asked, seconds: float) -> float:
+def mfu(work: MixedWorkload, seconds: float) -> float:
     """Share of the peak of all devices together."""
-    peak = sum(group.devices * group.device.flops[asked.precision] for group in asked.mixed.groups)
-    return 3 * asked.card.forward_flops * asked.request.global_batch / (seconds * peak)
+    peak = sum(group.devices * group.device.flops[work.workload.precision] for group in work.mixed.groups)
+    return 3 * work.workload.card.forward_flops * work.request.global_batch / (seconds * peak)

@@ -10,11 +10,11 @@ from itertools import permutations
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.cost.memory import StageMemory, slack_bytes, usable_bytes
-from meshwright.plan.cost.per_step import Once
-from meshwright.plan.mixed.cluster import Asked, Way, mfu
+from meshwright.plan.cost.per_step import PerStepCost
+from meshwright.plan.mixed.cluster import MixedChoice, MixedWorkload, mfu
 from meshwright.plan.pipeline.length import span_seconds
 from meshwright.plan.result import Share
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import divisors
 from meshwright.plan.rules.table import allowed
 from meshwright.plan.search.wording import choice_of
 
@@ -24,7 +24,7 @@ ADDED = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockEstimates:
     """What each block takes on one group's devices: seconds of a micro-batch, and memory."""
 
     group: Cluster
@@ -79,7 +79,7 @@ class Placed:
     """A pipeline: the stages' groups in order, the first block of each stage, and the step."""
 
     layout: Layout
-    blocks: tuple[Blocks, ...]  # of each stage
+    blocks: tuple[BlockEstimates, ...]  # of each stage
     firsts: tuple[int, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
@@ -93,33 +93,33 @@ class Placed:
         return self.span + sum(self.apart)
 
 
-def through_stages(asked: Asked) -> Way | None:
+def through_stages(work: MixedWorkload) -> MixedChoice | None:
     """The best pipeline through all groups; None where none fits or the framework has no pipeline."""
     best: Placed | None = None
     enough: set[Layout] = set()  # layouts, less their recompute, that fit with less of it: more only costs time
-    for layout, counts in _layouts(asked):
+    for layout, counts in _layouts(work):
         alike = replace(layout, recompute="none")
         if alike in enough:
             continue
-        blocks = [_blocks(asked, group, layout) for group in asked.mixed.groups]
+        blocks = [_blocks(work, group, layout) for group in work.mixed.groups]
         for order in permutations(range(len(blocks))):
             stages = tuple(blocks[g] for g in order for _ in range(counts[g]))
             floor = _floor(stages)
             if best is not None and floor >= best.seconds:
                 enough.add(alike)
                 continue
-            placed = _placed(asked, layout, stages)
+            placed = _placed(work, layout, stages)
             if placed is not None:
                 enough.add(alike)
             if placed is not None and (best is None or placed.seconds < best.seconds):
                 best = placed
-    return None if best is None else _way(asked, best)
+    return None if best is None else _way(work, best)
 
 
-def _layouts(asked: Asked) -> Iterator[tuple[Layout, tuple[int, ...]]]:
+def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
     """Layouts of the whole, with the stages of each group: tp and dp are the same everywhere."""
-    groups, pins, facts = asked.mixed.groups, asked.request.pins, Facts.of(asked.card)
-    batch, count = asked.request.global_batch, len(asked.card.blocks)
+    groups, pins, facts = work.mixed.groups, work.request.pins, work.workload.facts
+    batch, count = work.request.global_batch, len(work.workload.card.blocks)
     sizes = facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
     for tp in [pins["tp"]] if "tp" in pins else sizes:
         for dp in [pins["dp"]] if "dp" in pins else divisors(min(group.devices for group in groups)):
@@ -134,36 +134,35 @@ def _layouts(asked: Asked) -> Iterator[tuple[Layout, tuple[int, ...]]]:
                 plain = "1f1b" if batch // dp // micro >= sum(stages) else "gpipe"  # which only holds more
                 for schedule in [pins["schedule"]] if "schedule" in pins else [plain]:
                     for shard in shards:
-                        for recompute in asked.space(groups[0], batch, pins).recomputes():
+                        for recompute in work.space(groups[0], batch, pins).recomputes():
                             layout = Layout(
                                 dp=dp, shard=shard, tp=tp, pp=sum(stages), sequence_parallel=sequence,
                                 micro_batch=micro, schedule=schedule, recompute=recompute,
                                 **{name: pins[name] for name in ("cp", "ep", "vpp", "offload") if name in pins},
                             )  # fmt: skip
-                            space = asked.space(asked.mixed.slowest, batch, {})
                             known = layout.schedule in ("1f1b", "gpipe") and layout.cp * layout.ep * layout.vpp == 1
-                            if known and allowed(space.question(layout)):
+                            if known and allowed(work.workload.query(layout)):
                                 yield layout, stages
 
 
-def _blocks(asked: Asked, group: Cluster, layout: Layout) -> Blocks:
+def _blocks(work: MixedWorkload, group: Cluster, layout: Layout) -> BlockEstimates:
     """Every block for itself, estimated as a pipeline of single blocks on this group's devices."""
-    estimator, count = asked.estimator(group), len(asked.card.blocks)
+    estimator, count = work.estimator(group), len(work.workload.card.blocks)
     one = estimator.estimate(replace(layout, pp=count, schedule="gpipe"))
     whole = estimator.estimate(layout)
-    return Blocks(
+    return BlockEstimates(
         group, one.forward_seconds, one.backward_seconds, one.memory, one.transfer_seconds, one.micro_batches,
-        (whole.once.waits, whole.optimizer_seconds, whole.other_seconds),
+        (whole.per_step.waits, whole.optimizer_seconds, whole.other_seconds),
     )  # fmt: skip
 
 
-def _floor(stages: Sequence[Blocks]) -> float:
+def _floor(stages: Sequence[BlockEstimates]) -> float:
     """No pipeline through these stages is quicker: all work shared out as the devices can take it."""
     rate = sum(1 / stage.total for stage in stages)
     return stages[0].micro_batches / rate
 
 
-def _placed(asked: Asked, layout: Layout, stages: tuple[Blocks, ...]) -> Placed | None:
+def _placed(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates, ...]) -> Placed | None:
     """The cut with the least slowest stage among those that fit, by halving between bounds; None where none fits."""
     total = max(stage.total for stage in stages)
     best = _cut(layout, stages, total)
@@ -194,7 +193,7 @@ def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     return micro_batches if layout.schedule == "gpipe" else min(layout.pp - stage, micro_batches)
 
 
-def _cut(layout: Layout, stages: tuple[Blocks, ...], cap: float) -> tuple[int, ...] | None:
+def _cut(layout: Layout, stages: tuple[BlockEstimates, ...], cap: float) -> tuple[int, ...] | None:
     """First blocks of stages that each take `cap` seconds at most and fit: every stage as full as it can be, from the
     first on; None where blocks are left over."""
     firsts, start, count = [], 0, len(stages[0].forward)
@@ -212,12 +211,12 @@ def _cut(layout: Layout, stages: tuple[Blocks, ...], cap: float) -> tuple[int, .
     return tuple(firsts) if start == count else None
 
 
-def _way(asked: Asked, placed: Placed) -> Way:
-    layout, request = placed.layout, asked.request
+def _way(work: MixedWorkload, placed: Placed) -> MixedChoice:
+    layout, request = placed.layout, work.request
     busiest = max(range(layout.pp), key=lambda s: placed.forward[s] + placed.backward[s])
     micro_batches = placed.blocks[0].micro_batches
     busy = micro_batches * (placed.forward[busiest] + placed.backward[busiest])
-    estimator = asked.estimator(placed.blocks[busiest].group)
+    estimator = work.estimator(placed.blocks[busiest].group)
     waits, update, host = placed.apart
     whole = replace(
         estimator.estimate(layout),
@@ -231,30 +230,29 @@ def _way(asked: Asked, placed: Placed) -> Way:
         launch_seconds=0.0,
         optimizer_seconds=update,
         other_seconds=host,
-        once=Once(),
+        per_step=PerStepCost(),
         weight_seconds=(),
         boundary_seconds=(),
         pipeline_overlap=True,
         step_seconds=placed.seconds,
         memory=placed.memory,
     )
-    space = asked.space(asked.mixed.slowest, request.global_batch, {})
-    chances = asked.chances(placed.seconds, asked.mixed.groups)
-    choice = choice_of(whole, None, space, estimator, request, 1, chances)
-    shares = _shares(asked, placed)
+    chances = work.chances(placed.seconds, work.mixed.groups)
+    choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, chances)
+    shares = _shares(work, placed)
     why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
-    predicted = choice.predicted.with_figures(mfu=mfu(asked, placed.seconds))
-    return Way("stages", replace(choice, predicted=predicted, why=why), shares)
+    predicted = choice.predicted.with_figures(mfu=mfu(work, placed.seconds))
+    return MixedChoice("stages", replace(choice, predicted=predicted, why=why), shares)
 
 
-def _shares(asked: Asked, placed: Placed) -> tuple[Share, ...]:
-    edges = (*placed.firsts, len(asked.card.blocks))
+def _shares(work: MixedWorkload, placed: Placed) -> tuple[Share, ...]:
+    edges = (*placed.firsts, len(work.workload.card.blocks))
     shares = []
-    for group in asked.mixed.groups:
+    for group in work.mixed.groups:
         mine = [place for place, stage in enumerate(placed.blocks) if stage.group is group]
         blocks = edges[mine[-1] + 1] - edges[mine[0]]
         each = [placed.forward[s] + placed.backward[s] for s in mine]
-        why = f"{blocks} of {edges[-1]} blocks for {group.devices / asked.mixed.devices:.0%} of the devices, "
+        why = f"{blocks} of {edges[-1]} blocks for {group.devices / work.mixed.devices:.0%} of the devices, "
         why += f"{max(each):.3g} s a micro-batch"
         shares.append(
             Share(
@@ -262,7 +260,7 @@ def _shares(asked: Asked, placed: Placed) -> tuple[Share, ...]:
                 devices=group.devices,
                 first_stage=mine[0],
                 stop_stage=mine[-1] + 1,
-                samples=asked.request.global_batch,
+                samples=work.request.global_batch,
                 micro_batch=placed.layout.micro_batch,
                 peak_bytes=max(placed.memory[s].total for s in mine),
                 why=why,

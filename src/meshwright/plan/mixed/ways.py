@@ -16,15 +16,16 @@ from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.plan.constants.profile import Profile
 from meshwright.plan.cost.estimate import Estimate
-from meshwright.plan.mixed.cluster import Asked, MixedCluster, Way, mfu
+from meshwright.plan.mixed.cluster import MixedChoice, MixedCluster, MixedWorkload, mfu
 from meshwright.plan.mixed.pipeline import through_stages
 from meshwright.plan.reliability import price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Plan, Rejected, Share
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.search import checked, make_plan
 from meshwright.plan.search.walk import explore, ranked
 from meshwright.plan.search.wording import choice_of
+from meshwright.plan.workload import Workload
 
 #: Rounds of moving samples from slower groups to quicker ones, and the sets of degrees that are balanced so.
 ROUNDS, BALANCED = 5, 3
@@ -38,8 +39,10 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
     Raises CannotWork where no way works, with the reasons of each.
     """
     framework = checked(request)
-    asked = Asked(card, mixed, request, mixed.resolve_precision(request.precision), framework, profile)
-    ways: list[Way] = []
+    precision = mixed.resolve_precision(request.precision)
+    slowest = Workload(card, mixed.slowest, request.global_batch, precision, framework)
+    work = MixedWorkload(slowest, mixed, request, profile)
+    ways: list[MixedChoice] = []
     problems: list[Problem] = []
     rejected: list[Rejected] = []
     plans: list[Plan] = []
@@ -52,13 +55,13 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
             problems += [replace(p, what=f"{group}: {p.what}") for p in error.problems]
             continue
         plans.append(plan)
-        ways.append(_uniform(asked, group, plan))
+        ways.append(_uniform(work, group, plan))
         rejected += plan.rejected
-    ways += [way for way in (by_samples(asked), through_stages(asked)) if way is not None]
+    ways += [way for way in (by_samples(work), through_stages(work)) if way is not None]
     if not ways:
         raise CannotWork(problems)
     if request.objective == "money":
-        price = _prices(asked)
+        price = _prices(work)
         order = sorted(ways, key=lambda way: (price(way), way.name))
     else:
         order = sorted(ways, key=lambda way: (way.seconds, way.name))
@@ -68,7 +71,7 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
         chosen=replace(best.choice, why=_why(best, order)),
         runners_up=tuple(replace(way.choice, why=_lost(way, best)) for way in order[1:]),
         rejected=tuple(dict.fromkeys(rejected)),
-        assumed=(*mixed.assumed, *asked.estimator(mixed.slowest).profile.assumed, *framework.assumed),
+        assumed=(*mixed.assumed, *work.estimator(mixed.slowest).profile.assumed, *framework.assumed),
         model=card.name,
         parameters=card.parameter_elements,
         cluster=str(mixed),
@@ -78,28 +81,28 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
         objective=request.objective,
         framework=framework.name,
         limit=at.limit if at is not None else f"{best.name}: {best.choice.binding}",
-        outlook=at.outlook if at is not None else asked.chances(best.seconds, mixed.groups),
+        outlook=at.outlook if at is not None else work.chances(best.seconds, mixed.groups),
         shares=best.shares,
     )
 
 
-def _why(best: Way, order: list[Way]) -> str:
+def _why(best: MixedChoice, order: list[MixedChoice]) -> str:
     said = [f"{way.name}: {way.seconds / best.seconds:.2f} times as long" for way in order[1:]]
     return f"{best.name}: {best.choice.why}" + (f"; beside {'; '.join(said)}" if said else "")
 
 
-def _lost(way: Way, best: Way) -> str:
+def _lost(way: MixedChoice, best: MixedChoice) -> str:
     if way.seconds < best.seconds:
         return f"{way.name}: {1 - way.seconds / best.seconds:.0%} quicker, and dearer"
     return f"{way.name}: {way.seconds / best.seconds - 1:.0%} slower"
 
 
-def _prices(asked: Asked) -> Callable[[Way], float]:
+def _prices(work: MixedWorkload) -> Callable[[MixedChoice], float]:
     """What a step of a way costs, with the devices that stand idle given back. Raises InputError where the price of a
     device is not known: between kinds, seconds say nothing about money."""
     hourly = {}
-    for group in asked.mixed.groups:
-        price = price_of(group, asked.request.spot)
+    for group in work.mixed.groups:
+        price = price_of(group, work.request.spot)
         if price is None:
             what = f"no price of {group.device.name} is known"
             raise InputError(Problem("command line: --objective", what, "plan for time, or with devices that have one"))
@@ -107,12 +110,12 @@ def _prices(asked: Asked) -> Callable[[Way], float]:
     return lambda way: way.seconds * sum(s.devices * hourly[s.group] for s in way.shares if s.samples)
 
 
-def _uniform(asked: Asked, cluster: Cluster, plan: Plan) -> Way:
+def _uniform(work: MixedWorkload, cluster: Cluster, plan: Plan) -> MixedChoice:
     """One group alone, or all of them as the slowest: an ordinary plan."""
-    layout, batch = plan.chosen.layout, asked.request.global_batch
-    alone = cluster in asked.mixed.groups
+    layout, batch = plan.chosen.layout, work.request.global_batch
+    alone = cluster in work.mixed.groups
     shares = []
-    for group in asked.mixed.groups:
+    for group in work.mixed.groups:
         busy = group == cluster or not alone
         share = batch * group.devices // cluster.devices if not alone and layout.pp == 1 else batch
         why = "stands idle: the other group is quicker alone" if not busy else "as if all were the slowest"
@@ -129,31 +132,31 @@ def _uniform(asked: Asked, cluster: Cluster, plan: Plan) -> Way:
             )
         )
     name = f"only {cluster.device.name}" if alone else "all as the slowest"
-    return Way(name, plan.chosen, tuple(shares))
+    return MixedChoice(name, plan.chosen, tuple(shares))
 
 
-def by_samples(asked: Asked) -> Way | None:
+def by_samples(work: MixedWorkload) -> MixedChoice | None:
     """Each group data parallel, with a share of the batch by its throughput; None where no shares work."""
-    mixed, found = asked.mixed, []
-    pins = asked.request.pins
+    mixed, found = work.mixed, []
+    pins = work.request.pins
     if any(pins.get(name, 1) != 1 for name in ("cp", "ep")) or "dp" in pins or "shard" in pins:
         return None  # a pin of data parallelism says how many ranks there are, not how many of each kind
-    sizes = Facts.of(asked.card).tensor_parallel_sizes(min(group.devices_per_node for group in mixed.groups))
+    sizes = work.workload.facts.tensor_parallel_sizes(min(group.devices_per_node for group in mixed.groups))
     for tp in [pins["tp"]] if "tp" in pins else sizes:
         for pp in [pins["pp"]] if "pp" in pins else divisors(min(group.devices for group in mixed.groups)):
-            if pp <= len(asked.card.blocks) and all(group.devices % (tp * pp) == 0 for group in mixed.groups):
-                shares = _shares(asked, tp * pp, [group.devices * group.device.memory_bytes for group in mixed.groups])
-                split = None if shares is None else _Split.of(asked, tp, pp, shares)
+            if pp <= len(work.workload.card.blocks) and all(group.devices % (tp * pp) == 0 for group in mixed.groups):
+                shares = _shares(work, tp * pp, [group.devices * group.device.memory_bytes for group in mixed.groups])
+                split = None if shares is None else _Split.of(work, tp, pp, shares)
                 found += [split] if split is not None else []
     found.sort(key=lambda split: (split.seconds, split.pp, split.tp))
     balanced = [split.balanced() for split in found[:BALANCED]]
     return min(balanced, key=lambda split: split.seconds).way() if balanced else None
 
 
-def _shares(asked: Asked, ranks: int, weights: list[float]) -> tuple[int, ...] | None:
+def _shares(work: MixedWorkload, ranks: int, weights: list[float]) -> tuple[int, ...] | None:
     """Samples of each group in proportion to `weights`, each a multiple of its data-parallel ranks; None where the
     batch cannot be divided so."""
-    groups, batch = asked.mixed.groups, asked.request.global_batch
+    groups, batch = work.mixed.groups, work.request.global_batch
     steps = [group.devices // ranks for group in groups]
     order = sorted(range(len(groups)), key=lambda g: -steps[g])
 
@@ -176,30 +179,30 @@ def _shares(asked: Asked, ranks: int, weights: list[float]) -> tuple[int, ...] |
 class _Split:
     """Samples shared out between groups that all have the same tp and pp."""
 
-    asked: Asked
+    work: MixedWorkload
     tp: int
     pp: int
     samples: tuple[int, ...]
     estimates: tuple[Estimate, ...]
 
     @staticmethod
-    def of(asked: Asked, tp: int, pp: int, samples: tuple[int, ...]) -> _Split | None:
+    def of(work: MixedWorkload, tp: int, pp: int, samples: tuple[int, ...]) -> _Split | None:
         estimates = []
-        held = {**asked.request.pins, "tp": tp, "pp": pp, "cp": 1, "ep": 1}
-        for group, share in zip(asked.mixed.groups, samples, strict=True):
-            space = asked.space(group, share, held)
-            fitting = explore(space, asked.estimator(group, share), beaten=1.05).fitting
+        held = {**work.request.pins, "tp": tp, "pp": pp, "cp": 1, "ep": 1}
+        for group, share in zip(work.mixed.groups, samples, strict=True):
+            space = work.space(group, share, held)
+            fitting = explore(space, work.estimator(group, share), beaten=1.05).fitting
             if not fitting:
                 return None
             estimates.append(ranked(fitting)[0])
-        return _Split(asked, tp, pp, samples, tuple(estimates))
+        return _Split(work, tp, pp, samples, tuple(estimates))
 
     @property
     def between_seconds(self) -> float:
         """Summing gradients between the groups: a ring of one rank of each."""
-        link, groups = self.asked.mixed.between, len(self.samples)
+        link, groups = self.work.mixed.between, len(self.samples)
         shard = min(estimate.layout.shard for estimate in self.estimates)
-        size = self.asked.card.parameter_elements / (self.tp * self.pp) / shard * GRADIENT_BYTES
+        size = self.work.workload.card.parameter_elements / (self.tp * self.pp) / shard * GRADIENT_BYTES
         return 2 * (groups - 1) * (link.latency_seconds + size / groups / link.bytes_per_second)
 
     @property
@@ -211,20 +214,20 @@ class _Split:
         best = now = self
         for _ in range(ROUNDS):
             speeds = [n / e.step_seconds for n, e in zip(now.samples, now.estimates, strict=True)]
-            shares = _shares(self.asked, self.tp * self.pp, speeds)
+            shares = _shares(self.work, self.tp * self.pp, speeds)
             if shares is None or shares == now.samples:
                 break
-            further = _Split.of(self.asked, self.tp, self.pp, shares)
+            further = _Split.of(self.work, self.tp, self.pp, shares)
             if further is None:
                 break
             now = further
             best = min(best, now, key=lambda split: split.seconds)
         return best
 
-    def way(self) -> Way:
-        asked, request = self.asked, self.asked.request
+    def way(self) -> MixedChoice:
+        work, request = self.work, self.work.request
         slowest = max(range(len(self.samples)), key=lambda g: self.estimates[g].step_seconds)
-        estimate, cluster = self.estimates[slowest], asked.mixed.groups[slowest]
+        estimate = self.estimates[slowest]
         seconds = self.seconds
         whole = replace(
             estimate,
@@ -236,21 +239,20 @@ class _Split:
             step_seconds=seconds,
             communication_seconds=estimate.communication_seconds + self.between_seconds,
         )
-        space = asked.space(replace(asked.mixed.slowest), request.global_batch, {})
-        chances = asked.chances(seconds, asked.mixed.groups)
-        choice = choice_of(whole, None, space, asked.estimator(cluster), request, 1, chances)
+        chances = work.chances(seconds, work.mixed.groups)
+        choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, chances)
         peak = max(e.peak_bytes for e in self.estimates)
-        predicted = choice.predicted.with_figures(peak_bytes=peak, mfu=mfu(asked, seconds))
+        predicted = choice.predicted.with_figures(peak_bytes=peak, mfu=mfu(work, seconds))
         why = ", ".join(
-            f"{n} samples to {g.device.name} ({n / request.global_batch:.0%} for {g.devices / asked.mixed.devices:.0%} "
+            f"{n} samples to {g.device.name} ({n / request.global_batch:.0%} for {g.devices / work.mixed.devices:.0%} "
             f"of the devices)"
-            for n, g in zip(self.samples, asked.mixed.groups, strict=True)
+            for n, g in zip(self.samples, work.mixed.groups, strict=True)
         )
-        return Way("shares of the batch", replace(choice, predicted=predicted, why=why), self._said())
+        return MixedChoice("shares of the batch", replace(choice, predicted=predicted, why=why), self._said())
 
     def _said(self) -> tuple[Share, ...]:
         said = []
-        for group, samples, estimate in zip(self.asked.mixed.groups, self.samples, self.estimates, strict=True):
+        for group, samples, estimate in zip(self.work.mixed.groups, self.samples, self.estimates, strict=True):
             busy = estimate.step_seconds / max(e.step_seconds for e in self.estimates)
             why = f"{samples} samples take it {estimate.step_seconds:.3g} s with {estimate.layout}; busy {busy:.0%}"
             said.append(

@@ -31,7 +31,7 @@ TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What the rules need to know of a model. `split_sizes`: axis that tensor parallelism splits -> the greatest
     divisor that all its sizes share. `experts`: the greatest divisor of the counts of experts, 0 where there are none.
     """
@@ -45,9 +45,9 @@ class Facts:
     experts: int = 0
 
     @staticmethod
-    def of(card: Card) -> Facts:
+    def of(card: Card) -> ModelFacts:
         sizes = {axis: math.gcd(*sizes) for axis, sizes in card.axis_sizes().items() if AXIS_RULES.get(axis) == "tp"}
-        return Facts(
+        return ModelFacts(
             blocks=len(card.blocks),
             units_per_sample=card.units_per_sample,
             has_attention=any(block.attention for block in card.blocks),
@@ -86,19 +86,19 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Question:
+class LayoutQuery:
     """A layout asked about: for this model, on so many devices, with so many samples a step, under this framework."""
 
     layout: Layout
-    facts: Facts
+    facts: ModelFacts
     devices: int
     global_batch: int
     framework: Framework = FRAMEWORKS["meshwright"]
 
-    def changed(self, change: Mapping[str, Any]) -> Question:
+    def changed(self, change: Mapping[str, Any]) -> LayoutQuery:
         """The same question with `change` applied: fields of the Layout, `devices` or `global_batch`."""
         inner = {key: value for key, value in change.items() if key not in ("devices", "global_batch")}
-        return Question(
+        return LayoutQuery(
             replace(self.layout, **inner),
             self.facts,
             change.get("devices", self.devices),

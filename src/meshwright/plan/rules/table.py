@@ -13,7 +13,7 @@ from meshwright.plan.rules.frameworks import DIMENSIONS
 from meshwright.plan.rules.query import (
     ASKS_FOR,
     TORCH_PIPELINES,
-    Question,
+    LayoutQuery,
     Refusal,
     divisors,
     filled,
@@ -30,30 +30,30 @@ class Rule:
 
     name: str
     says: str
-    check: Callable[[Question], Refusal | None]
+    check: Callable[[LayoutQuery], Refusal | None]
 
 
-def refusals(question: Question) -> tuple[Refusal, ...]:
+def refusals(question: LayoutQuery) -> tuple[Refusal, ...]:
     """Every rule that the layout breaks, in the table's order; empty when it can work."""
     return tuple(found for rule in RULES if (found := rule.check(question)) is not None)
 
 
-def allowed(question: Question) -> bool:
+def allowed(question: LayoutQuery) -> bool:
     """Whether no rule refuses the layout."""
     return all(rule.check(question) is None for rule in RULES)
 
 
-def _positive(q: Question) -> Refusal | None:
+def _positive(q: LayoutQuery) -> Refusal | None:
     names = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "micro_batch")
     wrong = {name: 1 for name in names if getattr(q.layout, name) < 1}
     return Refusal("positive", f"{', '.join(wrong)} below 1", wrong, tuple(wrong)) if wrong else None
 
 
-def _offered(name: str) -> Callable[[Question], Refusal | None]:
+def _offered(name: str) -> Callable[[LayoutQuery], Refusal | None]:
     """A rule that holds `name` at its default where the framework does not offer it."""
     default = Layout.__dataclass_fields__[name].default
 
-    def check(q: Question) -> Refusal | None:
+    def check(q: LayoutQuery) -> Refusal | None:
         asked = getattr(q.layout, name)
         if asked == default or (q.framework.offers.offload if name == "offload" else q.offers(name)):
             return None
@@ -65,7 +65,7 @@ def _offered(name: str) -> Callable[[Question], Refusal | None]:
     return check
 
 
-def _schedule(q: Question) -> Refusal | None:
+def _schedule(q: LayoutQuery) -> Refusal | None:
     offered, asked = q.framework.offers.schedules, q.layout.schedule
     if asked in offered or (asked == "1f1b" and q.layout.pp <= 1):  # the default; without a pipeline it says nothing
         return None
@@ -80,7 +80,7 @@ def _schedule(q: Question) -> Refusal | None:
     return Refusal("schedule", reason, change, ("schedule",))
 
 
-def _virtual(q: Question) -> Refusal | None:
+def _virtual(q: LayoutQuery) -> Refusal | None:
     """vpp and the schedule must agree, and virtual stages need a pipeline."""
     layout, needs = q.layout, TABLE.get(q.layout.schedule)
     if needs is None or layout.vpp < 1 or layout.pp < 1 or (layout.vpp > 1 and not q.offers("vpp")):
@@ -104,7 +104,7 @@ def _virtual(q: Question) -> Refusal | None:
     return Refusal("virtual_stages", reason, change, ("vpp", "schedule"))
 
 
-def _split_backward(q: Question) -> Refusal | None:
+def _split_backward(q: LayoutQuery) -> Refusal | None:
     """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
     parallelism (measured with torch 2.13: losses part in the first steps, no error is raised)."""
     layout, needs = q.layout, TABLE.get(q.layout.schedule)
@@ -120,7 +120,7 @@ def _split_backward(q: Question) -> Refusal | None:
     return Refusal("split_backward", reason, {"schedule": plain, "vpp": 1}, ("schedule", "dp"))
 
 
-def _recompute(q: Question) -> Refusal | None:
+def _recompute(q: LayoutQuery) -> Refusal | None:
     offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
     asked = q.layout.recompute
     if asked in offered:
@@ -135,7 +135,7 @@ def _recompute(q: Question) -> Refusal | None:
     return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
 
 
-def _context(q: Question) -> Refusal | None:
+def _context(q: LayoutQuery) -> Refusal | None:
     layout, length = q.layout, q.facts.units_per_sample
     if layout.cp <= 1 or not q.offers("cp"):
         return None
@@ -149,7 +149,7 @@ def _context(q: Question) -> Refusal | None:
     return Refusal("context", reason, {"cp": near}, ("cp",))
 
 
-def _experts(q: Question) -> Refusal | None:
+def _experts(q: LayoutQuery) -> Refusal | None:
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if layout.ep <= 1 or not q.offers("ep") or data < 1:
         return None
@@ -164,7 +164,7 @@ def _experts(q: Question) -> Refusal | None:
     return Refusal("experts", reason, {"ep": nearest_of(layout.ep, sizes)}, ("ep", "dp"))
 
 
-def _sharded_experts(q: Question) -> Refusal | None:
+def _sharded_experts(q: LayoutQuery) -> Refusal | None:
     """Frameworks that spread experts over the ranks which share out the weights."""
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if not q.framework.offers.experts_in_shard or layout.ep <= 1 or data < 1 or data % layout.ep or layout.shard < 1:
@@ -177,14 +177,14 @@ def _sharded_experts(q: Question) -> Refusal | None:
     return Refusal("sharded_experts", reason, {"shard": nearest_of(layout.shard, sizes)}, ("shard", "ep"))
 
 
-def _tensor_pipeline(q: Question) -> Refusal | None:
+def _tensor_pipeline(q: LayoutQuery) -> Refusal | None:
     if q.framework.offers.tensor_in_pipeline or q.layout.tp <= 1 or q.layout.pp <= 1:
         return None
     reason = f"tp={q.layout.tp} in a pipeline is {not_offered(q.framework)}"
     return Refusal("tensor_pipeline", reason, {"tp": 1}, ("tp", "pp"))
 
 
-def _devices(q: Question) -> Refusal | None:
+def _devices(q: LayoutQuery) -> Refusal | None:
     layout = q.layout
     if layout.devices == q.devices or min(layout.dp, layout.tp, layout.pp, layout.cp) < 1:
         return None
@@ -197,7 +197,7 @@ def _devices(q: Question) -> Refusal | None:
     return Refusal("devices", f"{reason} devices", change, ("dp", "tp", "pp", "cp"))
 
 
-def _nearest_degrees(q: Question) -> dict[str, int]:
+def _nearest_degrees(q: LayoutQuery) -> dict[str, int]:
     """Degrees with the right product: fewest changed, then nearest, among those that the model can be split by."""
     layout, offers = q.layout, q.offers
     best: tuple[float, ...] | None = None
@@ -215,7 +215,7 @@ def _nearest_degrees(q: Question) -> dict[str, int]:
     return {n: int(v) for n, v in zip(names, best[2:], strict=True) if int(v) != getattr(layout, n)}
 
 
-def _shard(q: Question) -> Refusal | None:
+def _shard(q: LayoutQuery) -> Refusal | None:
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if layout.shard < 1 or data < 1:
         return None
@@ -229,7 +229,7 @@ def _shard(q: Question) -> Refusal | None:
     return Refusal("shard", reason, {"shard": near}, ("shard", "dp"))
 
 
-def _weights(q: Question) -> Refusal | None:
+def _weights(q: LayoutQuery) -> Refusal | None:
     """Frameworks that shard the optimizer shard weights only over all data-parallel ranks, and not in a pipeline."""
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if not q.framework.offers.spreads_optimizer or layout.shard <= 1 or data < 1 or data % layout.shard:
@@ -241,7 +241,7 @@ def _weights(q: Question) -> Refusal | None:
     return Refusal("weights", reason, {"shard": 1}, ("shard", "pp"))
 
 
-def _tensor(q: Question) -> Refusal | None:
+def _tensor(q: LayoutQuery) -> Refusal | None:
     tp = q.layout.tp
     if tp <= 1:
         return None
@@ -255,7 +255,7 @@ def _tensor(q: Question) -> Refusal | None:
     return Refusal("tp", f"tp={tp} does not divide {', '.join(wrong)}", {"tp": near}, ("tp",))
 
 
-def _sequence(q: Question) -> Refusal | None:
+def _sequence(q: LayoutQuery) -> Refusal | None:
     layout, seq_len = q.layout, q.facts.units_per_sample
     if not layout.sequence_parallel:
         return _without_sequence(q)
@@ -274,13 +274,13 @@ def _sequence(q: Question) -> Refusal | None:
     return None
 
 
-def _needs_sequence(q: Question) -> bool:
+def _needs_sequence(q: LayoutQuery) -> bool:
     """Whether the framework has this tensor parallelism only with sequence parallelism."""
     offers = q.framework.offers
     return offers.sequence_always or (offers.sequence_with_experts and q.layout.ep > 1 and q.facts.experts > 0)
 
 
-def _without_sequence(q: Question) -> Refusal | None:
+def _without_sequence(q: LayoutQuery) -> Refusal | None:
     layout, offers = q.layout, q.framework.offers
     if layout.tp <= 1 or "tp" not in q.facts.splittable or not _needs_sequence(q):
         return None
@@ -291,7 +291,7 @@ def _without_sequence(q: Question) -> Refusal | None:
     return Refusal("sequence_parallel", reason, change, ("sequence_parallel", "tp"))
 
 
-def _pipeline(q: Question) -> Refusal | None:
+def _pipeline(q: LayoutQuery) -> Refusal | None:
     pp, blocks = q.layout.pp, q.facts.blocks
     if pp <= 1:
         return None
@@ -307,7 +307,7 @@ def _pipeline(q: Question) -> Refusal | None:
     return None
 
 
-def _batch(q: Question) -> Refusal | None:
+def _batch(q: LayoutQuery) -> Refusal | None:
     dp, micro, batch = q.layout.dp, q.layout.micro_batch, q.global_batch
     if dp < 1 or micro < 1:
         return None
@@ -323,7 +323,7 @@ def _batch(q: Question) -> Refusal | None:
     return Refusal("global_batch", reason, change, ("global_batch", "dp", "micro_batch"))
 
 
-def _micro_batches(q: Question) -> Refusal | None:
+def _micro_batches(q: LayoutQuery) -> Refusal | None:
     """A schedule starts with a micro-batch on each stage, or more; an interleaved one runs whole rounds of them."""
     layout, count = q.layout, q.micro_batches
     if layout.pp <= 1 or not count or layout.schedule not in TABLE or filled(layout, count, q.framework):
@@ -350,7 +350,7 @@ def _micro_batches(q: Question) -> Refusal | None:
     return Refusal("micro_batches", reason, change, ("schedule", "pp", "micro_batch"))
 
 
-def _buffers(q: Question) -> Refusal | None:
+def _buffers(q: LayoutQuery) -> Refusal | None:
     """Statistics of a batch would be of a part of it; no layout that parts the batch computes what one device does."""
     if not q.facts.stateful_buffers:
         return None

@@ -10,18 +10,19 @@ from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile
-from meshwright.plan.cost.corrected import corrected
+from meshwright.plan.cost.correct import corrected
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.reliability import LEAST_USEFUL, Outlook, outlook
 from meshwright.plan.request import OBJECTIVES, PlanRequest
 from meshwright.plan.result import Choice, Plan
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import Space, family_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits
 from meshwright.plan.search.walk import Found, Value, ranked, search, step_seconds
 from meshwright.plan.search.what_if import buys, limit
 from meshwright.plan.search.wording import beaten_by_rule, choice_of, compiles, not_shown, too_large
+from meshwright.plan.workload import Workload
 
 RUNNERS_UP = 5
 FIELDS = tuple(Layout.__dataclass_fields__)
@@ -53,10 +54,11 @@ def make_plan(
     """
     framework = checked(request)
     precision = cluster.resolve_precision(request.precision)
-    asked = Space(card, Facts.of(card), cluster, request.global_batch, dict(request.pins), framework)
-    several = [_searched(asked, precision, profile)]
+    workload = Workload(card, cluster, request.global_batch, precision, framework)
+    asked = Space(workload, dict(request.pins))
+    several = [_searched(asked, profile)]
     if request.objective == "money":
-        several += [_searched(replace(asked, cluster=smaller), precision, profile) for smaller in fewer(cluster)]
+        several += [_searched(asked.changed(cluster=smaller), profile) for smaller in fewer(cluster)]
     whole = several[0]
     working = [one for one in several if one.found.fitting]
     if not working and not whole.found.missing:
@@ -84,10 +86,8 @@ def checked(request: PlanRequest) -> Framework:
     return FRAMEWORKS[request.framework].planned
 
 
-def _searched(space: Space, precision: str, profile: Profile | None) -> Searched:
-    estimator = Estimator(
-        space.card, space.cluster, space.global_batch, precision, profile=profile, framework=space.framework
-    )
+def _searched(space: Space, profile: Profile | None) -> Searched:
+    estimator = Estimator(space.workload, profile)
     return Searched(space, estimator, search(space, estimator))
 
 
@@ -105,12 +105,12 @@ def value_of(request: PlanRequest, space: Space) -> Value:
     rank as dollars do, those of spare nodes and of work that is lost counted in."""
     if request.objective == "time":
         return step_seconds
-    cluster = space.cluster
+    cluster = space.workload.cluster
 
     @cache
     def paid(devices: int, about_seconds: float) -> float:
         part = replace(cluster, devices=devices, devices_per_node=min(devices, cluster.devices_per_node))
-        found = outlook_of(about_seconds, replace(space, cluster=part), request)
+        found = outlook_of(about_seconds, space.workload.changed(cluster=part), request)
         return (devices + found.spare_nodes * part.devices_per_node) / max(found.goodput, LEAST_USEFUL)
 
     def cost(estimate: Estimate) -> float:
@@ -123,28 +123,28 @@ def value_of(request: PlanRequest, space: Space) -> Value:
 def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_if: bool) -> Plan:
     value = value_of(request, whole.space)
     place: dict[Layout, Searched] = {estimate.layout: one for one in working for estimate in one.found.fitting}
-    order = ranked([_corrected(estimate, place) for estimate in _met(working)], value)
+    order = ranked([corrected(estimate, place[estimate.layout].estimator) for estimate in _met(working)], value)
     quickest = min(order, key=value)
 
     def again(estimate: Estimate) -> Estimate:
         at, layout = place[estimate.layout], estimate.layout
         plain = at.estimator.estimate(layout)
-        estimator = at.estimator.compiled if compiles(plain, at.space, at.estimator, request) else at.estimator
-        return corrected(estimator.estimate(layout, exact=_replayed(plain)), at.space, estimator)
+        estimator = at.estimator.compiled if compiles(plain, at.estimator, request) else at.estimator
+        return corrected(estimator.estimate(layout, exact=_replayed(plain)), estimator)
 
     best = ranked([again(estimate) for estimate in _varied(order)], value, least=value(again(quickest)))
     winner, mine = best[0], place[best[0].layout]
     plain = mine.estimator.estimate(winner.layout)  # what the search compared
     bought = buys(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
-    chances = outlook_of(winner.step_seconds, mine.space, request)
+    chances = outlook_of(winner.step_seconds, mine.space.workload, request)
     ways = len({family_of(estimate.layout) for estimate in order})
     choices: list[Choice] = []
     for estimate in best:
         at = place[estimate.layout]
         first = None if estimate is winner else winner
-        prospects = chances if first is None else outlook_of(estimate.step_seconds, at.space, request)
-        choices.append(choice_of(estimate, first, at.space, at.estimator, request, ways, prospects, value))
-    cluster, found = mine.space.cluster, whole.found
+        prospects = chances if first is None else outlook_of(estimate.step_seconds, at.space.workload, request)
+        choices.append(choice_of(estimate, first, at.estimator, request, ways, prospects, value))
+    cluster, found = mine.space.workload.cluster, whole.found
     rejected = (
         *beaten_by_rule(whole.space),
         *too_large(found.missing, cluster),
@@ -154,13 +154,13 @@ def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_i
         chosen=choices[0],
         runners_up=tuple(choices[1:]),
         rejected=rejected,
-        assumed=(*cluster.assumed, *mine.estimator.profile.assumed, *whole.space.framework.assumed),
-        model=whole.space.card.name,
-        parameters=whole.space.card.parameter_elements,
+        assumed=(*cluster.assumed, *mine.estimator.profile.assumed, *whole.space.workload.framework.assumed),
+        model=whole.space.workload.card.name,
+        parameters=whole.space.workload.card.parameter_elements,
         cluster=str(cluster),
         device_bytes=cluster.device.memory_bytes,
         global_batch=request.global_batch,
-        unit=whole.space.card.unit,
+        unit=whole.space.workload.card.unit,
         objective=request.objective,
         framework=request.framework,
         limit=limit(plain, cluster, mine.found, mine.estimator),
@@ -174,17 +174,11 @@ def _met(working: list[Searched]) -> list[Estimate]:
     return [estimate for one in working for estimate in one.found.fitting]
 
 
-def _corrected(estimate: Estimate, place: dict[Layout, Searched]) -> Estimate:
-    """The estimate as the profile has learnt to correct it."""
-    at = place[estimate.layout]
-    return corrected(estimate, at.space, at.estimator) if at.estimator.profile.corrections else estimate
-
-
-def outlook_of(step_seconds: float, space: Space, request: PlanRequest) -> Outlook:
+def outlook_of(step_seconds: float, workload: Workload, request: PlanRequest) -> Outlook:
     """What failures and prices make of a run of such steps."""
     return outlook(
-        parameters=space.card.parameter_elements,
-        cluster=space.cluster,
+        parameters=workload.card.parameter_elements,
+        cluster=workload.cluster,
         step_seconds=step_seconds,
         steps=request.steps,
         spot=request.spot,

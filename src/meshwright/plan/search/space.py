@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from meshwright.card import Card
-from meshwright.cluster import Cluster
 from meshwright.layout import Layout
 from meshwright.plan.pipeline.actions import TABLE
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import Facts, Question, divisors, filled
+from meshwright.plan.rules.query import divisors, filled
 from meshwright.plan.rules.table import allowed
+from meshwright.plan.workload import Workload
 
 DEGREES = ("dp", "shard", "tp", "pp", "cp", "ep")
 
@@ -48,29 +46,28 @@ NARROW = replace(USUAL, name="narrow", ends_of_shard=True, most_vpp=4)
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: a model, a cluster, a batch, the fields that are pinned, who will run it, and how widely."""
+    """What is searched: the layouts of a workload, with the fields that are pinned, and how widely."""
 
-    card: Card
-    facts: Facts
-    cluster: Cluster
-    global_batch: int
+    workload: Workload
     pins: Mapping[str, Any]
-    framework: Framework = FRAMEWORKS["meshwright"]
     bounds: Bounds = WHOLE
 
-    def question(self, layout: Layout) -> Question:
-        return Question(layout, self.facts, self.cluster.devices, self.global_batch, self.framework)
+    def changed(self, **fields: Any) -> Space:
+        """The same space of a workload with other `fields`."""
+        return replace(self, workload=self.workload.changed(**fields))
 
     def offers(self, name: str) -> bool:
-        return name in self.framework.offers.fields
+        return name in self.workload.framework.offers.fields
 
     def recomputes(self) -> Sequence[str]:
         """Words of recompute to try, the cheapest in time first."""
-        words = [w for w in self.framework.offers.recompute if self.facts.has_attention or w != "selective"]
+        words = [
+            w for w in self.workload.framework.offers.recompute if self.workload.facts.has_attention or w != "selective"
+        ]
         return _pinned(self.pins, "recompute", words)
 
     def offloads(self) -> Sequence[bool]:
-        return _pinned(self.pins, "offload", [False, True] if self.framework.offers.offload else [False])
+        return _pinned(self.pins, "offload", [False, True] if self.workload.framework.offers.offload else [False])
 
 
 def family_of(layout: Layout) -> tuple[int, ...]:
@@ -88,10 +85,10 @@ def changed(layout: Layout, **changes: Any) -> Layout:
 
 def frames(space: Space) -> Iterator[Layout]:
     """Every (dp, tp, pp, cp, ep, sequence_parallel) whose product is right, smallest degrees first."""
-    devices, pins = space.cluster.devices, space.pins
+    devices, pins = space.workload.cluster.devices, space.pins
     for tp in _pinned(pins, "tp", _tensor_sizes(space)):
         for pp in _pinned(
-            pins, "pp", [p for p in divisors(devices) if p <= space.facts.stages and _may(space, "pp", p)]
+            pins, "pp", [p for p in divisors(devices) if p <= space.workload.facts.stages and _may(space, "pp", p)]
         ):
             for cp in _pinned(pins, "cp", _context_sizes(space)):
                 if min(tp, pp, cp) < 1 or devices % (tp * pp * cp):
@@ -107,26 +104,28 @@ def _may(space: Space, name: str, value: int) -> bool:
 
 
 def _tensor_sizes(space: Space) -> list[int]:
-    limit = space.cluster.devices if space.bounds.tensor_across_nodes else space.cluster.devices_per_node
-    return [t for t in space.facts.tensor_parallel_sizes(limit) if _may(space, "tp", t)]
+    limit = (
+        space.workload.cluster.devices if space.bounds.tensor_across_nodes else space.workload.cluster.devices_per_node
+    )
+    return [t for t in space.workload.facts.tensor_parallel_sizes(limit) if _may(space, "tp", t)]
 
 
 def _context_sizes(space: Space) -> list[int]:
     if not space.offers("cp"):
         return [1]
-    tokens = space.facts.units_per_sample
-    sizes = space.facts.context_parallel_sizes(space.cluster.devices)
+    tokens = space.workload.facts.units_per_sample
+    sizes = space.workload.facts.context_parallel_sizes(space.workload.cluster.devices)
     return [c for c in sizes if c == 1 or tokens // c >= space.bounds.least_tokens]
 
 
 def _expert_sizes(space: Space, data: int) -> list[int]:
     if not space.offers("ep") or data < 1:
         return [1]
-    return [e for e in space.facts.expert_parallel_sizes() if data % e == 0]
+    return [e for e in space.workload.facts.expert_parallel_sizes() if data % e == 0]
 
 
 def _sequence_words(space: Space, tp: int, cp: int) -> list[bool]:
-    if tp <= 1 or not space.offers("sequence_parallel") or space.facts.units_per_sample % (tp * cp):
+    if tp <= 1 or not space.offers("sequence_parallel") or space.workload.facts.units_per_sample % (tp * cp):
         return [False]
     return [True, False] if space.bounds.sequence_off else [True]
 
@@ -140,7 +139,7 @@ def strands(space: Space) -> Iterator[Layout]:
             for shard in reversed(_shards(space, frame)):
                 strand = replace(frame, shard=shard, schedule=schedule, vpp=vpp, recompute=recompute, offload=offload)
                 sizes = micros(space, strand)
-                if sizes and allowed(space.question(replace(strand, micro_batch=sizes[0]))):
+                if sizes and allowed(space.workload.query(replace(strand, micro_batch=sizes[0]))):
                     yield replace(strand, micro_batch=sizes[0])
 
 
@@ -151,14 +150,14 @@ def _shards(space: Space, frame: Layout) -> Sequence[int]:
     every = divisors(data)
     if not space.bounds.ends_of_shard:
         return every
-    node = max(d for d in every if d == 1 or d * frame.tp <= space.cluster.devices_per_node)
+    node = max(d for d in every if d == 1 or d * frame.tp <= space.workload.cluster.devices_per_node)
     return sorted({1, node, data})
 
 
 def pipelines(space: Space, frame: Layout) -> list[tuple[str, int]]:
     """(schedule, vpp) to try, the plainest first."""
     pins = space.pins
-    offered = space.framework.offers.schedules
+    offered = space.workload.framework.offers.schedules
     if frame.pp <= 1:  # a schedule says nothing here
         return [(s, v) for s in _pinned(pins, "schedule", ["1f1b"]) for v in _pinned(pins, "vpp", [1])]
     found = []
@@ -166,7 +165,7 @@ def pipelines(space: Space, frame: Layout) -> list[tuple[str, int]]:
         needs = TABLE.get(schedule)
         if needs is None:
             continue
-        deepest = min(needs.most_vpp, space.bounds.most_vpp, space.facts.blocks // frame.pp)
+        deepest = min(needs.most_vpp, space.bounds.most_vpp, space.workload.facts.blocks // frame.pp)
         depths = range(needs.least_vpp, deepest + 1) if _may(space, "vpp", needs.least_vpp) else range(0)
         found += [(schedule, vpp) for vpp in _pinned(pins, "vpp", depths)]
     return found
@@ -174,16 +173,16 @@ def pipelines(space: Space, frame: Layout) -> list[tuple[str, int]]:
 
 def micros(space: Space, strand: Layout) -> list[int]:
     """Micro-batches that divide a rank's share and fill the strand's schedule, ascending."""
-    if strand.dp < 1 or space.global_batch < 1 or space.global_batch % strand.dp:
+    if strand.dp < 1 or space.workload.global_batch < 1 or space.workload.global_batch % strand.dp:
         return []
-    share = space.global_batch // strand.dp
+    share = space.workload.global_batch // strand.dp
     sizes = [m for m in _pinned(space.pins, "micro_batch", divisors(share)) if m >= 1 and share % m == 0]
     if strand.pp > 1:
         if strand.schedule not in TABLE:
             return []
-        sizes = [m for m in sizes if filled(strand, share // m, space.framework)]
-        if space.facts.stateful_buffers:
-            sizes = [m for m in sizes if m == space.global_batch]
+        sizes = [m for m in sizes if filled(strand, share // m, space.workload.framework)]
+        if space.workload.facts.stateful_buffers:
+            sizes = [m for m in sizes if m == space.workload.global_batch]
     return sizes
 
 
@@ -210,12 +209,12 @@ def size(space: Space, stop: int = 1_000_000) -> int:
 def with_micro(space: Space, layout: Layout) -> Layout:
     """The layout with a schedule, virtual stages and a micro-batch, where they are not pinned, that no rule refuses for
     want of better ones: the largest micro-batch of the schedule that allows most."""
-    if layout.dp < 1 or space.global_batch % layout.dp:
+    if layout.dp < 1 or space.workload.global_batch % layout.dp:
         return layout
     tried = [replace(layout, schedule=schedule, vpp=vpp) for schedule, vpp in pipelines(space, layout)] or [layout]
     best = max(tried, key=lambda one: max(micros(space, one), default=0))  # the first of equals
     largest = max(micros(space, best), default=0)
     if largest:
         return replace(best, micro_batch=largest)
-    share = max(1, space.global_batch // layout.dp)
+    share = max(1, space.workload.global_batch // layout.dp)
     return replace(best, micro_batch=space.pins.get("micro_batch", share))

@@ -92,7 +92,7 @@ def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator, sugg
     free = replace(space, pins={})
     if not _has_layout(free):
         where, hint = _nearest_question(space, estimator) if suggest else ("train.global_batch", "")
-        broken = refusals(space.question(_guess(free)))
+        broken = refusals(space.workload.query(_guess(free)))
         return [Problem(request.where(where), broken[0].reason, hint)]
     problems: list[tuple[str, str]] = []
     known: set[str] = set()
@@ -125,7 +125,7 @@ def said(layout: Layout, names: Iterable[str]) -> str:
 
 def _together(space: Space, known: set[str]) -> dict[str, set[str]]:
     """Reason -> its pins, of each rule that two pins or more break together and that is not among those `known`."""
-    broken = refusals(space.question(_guess(space)))
+    broken = refusals(space.workload.query(_guess(space)))
     pinned = {refusal.reason: set(refusal.fields) & set(space.pins) for refusal in broken}
     return {reason: pins for reason, pins in pinned.items() if reason not in known and len(pins) > 1}
 
@@ -150,7 +150,7 @@ def _has_layout(space: Space) -> bool:
 
 def _reasons(space: Space) -> list[str]:
     """The rules that a single pin breaks, else any that is broken."""
-    broken = refusals(space.question(_guess(space)))
+    broken = refusals(space.workload.query(_guess(space)))
     mine = [refusal.reason for refusal in broken if set(refusal.fields) & set(space.pins)]
     return mine or [refusal.reason for refusal in broken] or ["this leaves no layout"]
 
@@ -160,13 +160,13 @@ def _guess(space: Space) -> Layout:
     layout = Layout(**space.pins)
     rest = max(1, layout.tp * layout.pp * layout.cp)
     if "dp" not in space.pins:
-        layout = changed(layout, dp=max(1, space.cluster.devices // rest))
+        layout = changed(layout, dp=max(1, space.workload.cluster.devices // rest))
     return with_micro(space, layout)
 
 
 def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
     """Where to change what, so that there is a layout: the global batch, or where no batch helps the devices."""
-    free, have = replace(space, pins={}), space.global_batch
+    free, have = replace(space, pins={}), space.workload.global_batch
     batches = {
         batch
         for dp in {frame.dp for frame in frames(replace(free, bounds=WHOLE))}
@@ -174,28 +174,20 @@ def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
         if batch > 0
     }
     for batch in sorted(batches, key=lambda batch: (abs(batch - have), batch)):
-        other = replace(free, global_batch=batch)
-        if _has_layout(other) and search(other, _for(other, estimator)).fitting:
+        other = free.changed(global_batch=batch)
+        if _has_layout(other) and search(other, Estimator(other.workload, estimator.profile)).fitting:
             return "train.global_batch", f"nearest: train.global_batch={batch}"
     return "cluster.devices", "nearest: cluster.devices=1"
-
-
-def _for(space: Space, estimator: Estimator) -> Estimator:
-    """The same estimator for another batch or cluster."""
-    return Estimator(
-        space.card, space.cluster, space.global_batch, estimator.precision,
-        profile=estimator.profile, framework=estimator.framework,
-    )  # fmt: skip
 
 
 def why_nothing_fits(space: Space, estimator: Estimator, missing: list[TooLarge], suggest: bool) -> list[Problem]:
     """The layout that misses by least, by how much, and, with `suggest`, the nearest that works: pins dropped, or more
     devices."""
     closest = min(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
-    room = usable_bytes(space.cluster.device)
-    have = space.cluster.device.memory_bytes / GIB
+    room = usable_bytes(space.workload.cluster.device)
+    have = space.workload.cluster.device.memory_bytes / GIB
     what = (
-        f"the model does not fit {space.cluster} of {have:.1f} GiB, {room / GIB:.1f} of them to be filled: the closest "
+        f"the model does not fit {space.workload.cluster} of {have:.1f} GiB, {room / GIB:.1f} of them to be filled: the closest "
         f"layout, {closest.layout}, needs {closest.peak_bytes / GIB:.1f} GiB a device, "
         f"{(closest.peak_bytes - room) / GIB:.1f} GiB too much"
     )
@@ -218,10 +210,10 @@ def _more_devices(space: Space, estimator: Estimator) -> str:
     """What would do where no pins help: the fewest nodes (of a single node, the fewest times its devices) that were
     found to do, between the last doubling that does not and the first that does."""
     for times in TIMES:
-        doubled = larger(space.cluster, times)
+        doubled = larger(space.workload.cluster, times)
         if _grown(space, estimator, doubled) is None:
             continue
-        few, many = space.cluster.nodes * times // 2, space.cluster.nodes * times
+        few, many = space.workload.cluster.nodes * times // 2, space.workload.cluster.nodes * times
         between = range(few + 1, many, max(1, (many - few) // BETWEEN)) if doubled.nodes > 1 else ()
         sizes = [replace(doubled, devices=nodes * doubled.devices_per_node) for nodes in between]
         for cluster in (*sizes, doubled):
@@ -233,21 +225,25 @@ def _more_devices(space: Space, estimator: Estimator) -> str:
 
 def _grown(space: Space, estimator: Estimator, cluster: Cluster) -> Layout | None:
     """The best layout on another cluster, the pins let go; None where nothing fits."""
-    grown = replace(space, cluster=cluster, pins={})
+    grown = replace(space.changed(cluster=cluster), pins={})
     if not _leanest_fits(grown, estimator):
         return None
-    fitting = search(grown, _for(grown, estimator)).fitting
+    fitting = search(grown, Estimator(grown.workload, estimator.profile)).fitting
     return ranked(fitting)[0].layout if fitting else None
 
 
 def _leanest_fits(space: Space, estimator: Estimator) -> bool:
     """Whether any layout fits that computes everything again and takes a sample at a time. Full searches of ever larger
     clusters, of which none fits, would take minutes."""
-    room = usable_bytes(space.cluster.device)
-    offloads = space.framework.offers.offload
-    least = space.card.parameter_elements * (COMPUTED_BYTES if offloads else STATE_BYTES) / space.cluster.devices
+    room = usable_bytes(space.workload.cluster.device)
+    offloads = space.workload.framework.offers.offload
+    least = (
+        space.workload.card.parameter_elements
+        * (COMPUTED_BYTES if offloads else STATE_BYTES)
+        / space.workload.cluster.devices
+    )
     if least > room:
         return False
-    pins = {"recompute": "full"} if space.facts.stateful_buffers else {"recompute": "full", "micro_batch": 1}
+    pins = {"recompute": "full"} if space.workload.facts.stateful_buffers else {"recompute": "full", "micro_batch": 1}
     leanest = replace(space, pins=pins, bounds=NARROW)
-    return bool(explore(leanest, _for(leanest, estimator)).fitting)
+    return bool(explore(leanest, Estimator(leanest.workload, estimator.profile)).fitting)

@@ -187,7 +187,7 @@ class _Walk:
 
     def __init__(self, space: Space, estimator: Estimator, beaten: float, known_seconds: float) -> None:
         self.space, self.estimator, self.beaten = space, estimator, beaten
-        self.room = usable_bytes(space.cluster.device)
+        self.room = usable_bytes(space.workload.cluster.device)
         self.found = Found(bounds=space.bounds)
         self.best_seconds = known_seconds
         self.fitting: dict[tuple[int, ...], list[Estimate]] = {}
@@ -248,7 +248,7 @@ class _Walk:
         )
 
     def _accumulates(self, layout: Layout) -> bool:
-        return layout.micro_batches(self.space.global_batch) > 1
+        return layout.micro_batches(self.space.workload.global_batch) > 1
 
     def _slow(self, layout: Layout, family: tuple[int, ...]) -> bool:
         """Whether another layout of the same degrees is quicker than this can be, and by more than a tie."""
@@ -290,12 +290,14 @@ class _Walk:
                 micro_batch=layout.micro_batch,
                 recompute=layout.recompute,
             )
-            if not alone.micro_batches(self.space.global_batch):  # too few samples for these experts: none is known
+            if not alone.micro_batches(
+                self.space.workload.global_batch
+            ):  # too few samples for these experts: none is known
                 self.floors[key] = 0.0
             else:
                 estimate = self.estimator.estimate(alone)
                 self.floors[key] = estimate.forward_seconds[0] + estimate.backward_seconds[0]
-        whole, count = self.floors[key], layout.micro_batches(self.space.global_batch)
+        whole, count = self.floors[key], layout.micro_batches(self.space.workload.global_batch)
         if layout.pp == 1:
             return count * whole
         if layout.vpp > 1 or TABLE[layout.schedule].splits:

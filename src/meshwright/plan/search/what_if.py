@@ -34,7 +34,7 @@ def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, val
     several = [
         *_memory(winner, space, estimator, found, value),
         *_links(winner, space, estimator, found, value),
-        *(_processes if space.cluster.device.kind == "cpu" else _devices)(winner, space, estimator),
+        *(_processes if space.workload.cluster.device.kind == "cpu" else _devices)(winner, space, estimator),
         *_batch(winner, space, estimator, value),
     ]
     return tuple(sorted((one for one in several if one.saves >= LEAST_SAVED), key=lambda one: (-one.saves, one.change)))
@@ -69,9 +69,9 @@ def limit(winner: Estimate, cluster: Cluster, found: Found, estimator: Estimator
 
 def _memory(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:
     """The fastest layout that each further GiB would let in, as long as it is faster."""
-    if space.cluster.device.kind == "cpu":
+    if space.workload.cluster.device.kind == "cpu":
         return  # a process's memory is a share of the machine's: more devices or fewer say it better
-    device = space.cluster.device
+    device = space.workload.cluster.device
     room, best = usable_bytes(device), value(winner)
     each = value(winner) / winner.step_seconds  # what a second is worth: the devices are the same
     for _ in range(MEMORY_STEPS):
@@ -102,7 +102,7 @@ def _quicker(found: Found, estimator: Estimator, room: int, seconds: float) -> I
 
 def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:
     """Each kind of link twice as fast: what it saves of the step, and so how much a GB/s is worth."""
-    cluster = space.cluster
+    cluster = space.workload.cluster
     if cluster.devices == 1:
         return
     named: list[tuple[str, Link, Cluster]] = []
@@ -112,7 +112,7 @@ def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, v
         named.append(("inter", cluster.inter, replace(cluster, inter=_doubled(cluster.inter))))
     near = ranked(found.fitting, value)[:LINK_LAYOUTS]
     for which, link, faster in named:
-        other = _at(replace(space, cluster=faster), estimator)
+        other = Estimator(space.workload.changed(cluster=faster), estimator.profile)
         best = ranked([other.estimate(estimate.layout) for estimate in near], value)[0]
         where = "within a node" if which == "intra" else "between nodes"
         same = "the same layout" if best.layout == winner.layout else str(best.layout)
@@ -132,10 +132,10 @@ def _doubled(link: Link) -> Link:
 
 def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
     """One node more, or one device in a single node of processes; where no layout uses that many, twice as many."""
-    cluster = space.cluster
+    cluster = space.workload.cluster
     node = cluster.devices_per_node
     for devices in (cluster.devices + node, 2 * cluster.devices):
-        grown = replace(space, cluster=replace(cluster, devices=devices))
+        grown = space.changed(cluster=replace(cluster, devices=devices))
         if (best := _best(grown, winner, estimator, ("dp", "shard"))) is None:
             continue
         saved = 1 - best.step_seconds / winner.step_seconds
@@ -151,12 +151,12 @@ def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[B
 
 def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
     """Fewer processes, each with more threads, on the same cores of one machine: the best of all counts."""
-    cluster, found = space.cluster, []
+    cluster, found = space.workload.cluster, []
     if cluster.nodes > 1 or not cluster.device.units:
         return
     for count in divisors(cluster.devices)[:-1]:
         fewer = cluster.in_processes(count)
-        best = _best(replace(space, cluster=fewer), winner, estimator, ("dp", "shard", "tp", "pp"))
+        best = _best(space.changed(cluster=fewer), winner, estimator, ("dp", "shard", "tp", "pp"))
         if best is not None:
             found.append((best.step_seconds, count, fewer.device.units, best))
     if not found:
@@ -169,11 +169,11 @@ def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator
 
 def _batch(winner: Estimate, space: Space, estimator: Estimator, value: Value) -> Iterator[Buys]:
     """Twice the samples a step: less waiting and idling for each, if the training bears it."""
-    larger = replace(space, global_batch=2 * space.global_batch)
+    larger = space.changed(global_batch=2 * space.workload.global_batch)
     best = _best(larger, winner, estimator, ())
     if best is not None:
         saved = 1 - value(best) / 2 / value(winner)
-        change = f"a batch of {larger.global_batch} instead of {space.global_batch}"
+        change = f"a batch of {larger.workload.global_batch} instead of {space.workload.global_batch}"
         yield Buys(
             change, best.layout, best.step_seconds, saved, f"for a sample, with {best.layout}; it trains otherwise"
         )
@@ -186,12 +186,5 @@ def _best(space: Space, winner: Estimate, estimator: Estimator, free: tuple[str,
     space = replace(space, bounds=WHOLE)
     if size(space, MOST_LAYOUTS) >= MOST_LAYOUTS:
         space = replace(space, pins={**held, **space.pins}, bounds=USUAL)
-    fitting = explore(space, _at(space, estimator)).fitting
+    fitting = explore(space, Estimator(space.workload, estimator.profile)).fitting
     return ranked(fitting)[0] if fitting else None
-
-
-def _at(space: Space, estimator: Estimator) -> Estimator:
-    return Estimator(
-        space.card, space.cluster, space.global_batch, estimator.precision,
-        profile=estimator.profile, framework=estimator.framework,
-    )  # fmt: skip

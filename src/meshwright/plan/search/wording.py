@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from meshwright.cluster import GIB, Cluster
+from meshwright.cluster import GIB, Cluster, Device
 from meshwright.layout import RECOMPUTE, Layout
-from meshwright.plan.cost.corrected import factors
+from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.cost.memory import memory_interval, usable_bytes
 from meshwright.plan.pipeline.actions import TABLE
@@ -30,7 +30,6 @@ MOST_REJECTED = 40
 def choice_of(
     estimate: Estimate,
     winner: Estimate | None,
-    space: Space,
     estimator: Estimator,
     request: PlanRequest,
     considered: int,
@@ -38,20 +37,21 @@ def choice_of(
     value: Value = step_seconds,
 ) -> Choice:
     """A Choice from an estimate; `winner` is None for the winner itself."""
-    names = [block.name for block in space.card.blocks]
+    workload = estimator.workload
+    names = [block.name for block in workload.card.blocks]
     edges = zip(estimate.first_blocks, (*estimate.first_blocks[1:], len(names)), strict=True)
-    predicted = _prediction(estimate, space, estimator, chances)
+    predicted = _prediction(estimate, estimator, chances)
     level = False
     if winner is None:
-        why = _why_best(estimate, space, considered, request.objective)
+        why = _why_best(estimate, workload.cluster.device, considered, request.objective)
     else:
-        _, apart = estimator.profile.interval("pairs", space.cluster.device.kind)
+        _, apart = estimator.profile.interval("pairs", workload.cluster.device.kind)
         level = estimate.step_seconds <= apart * winner.step_seconds and request.objective == "time"
         why = why_lost(estimate, winner, value)
         why += "; cannot be told apart" if level else ""
     return Choice(
         layout=estimate.layout,
-        precision=estimator.precision,
+        precision=workload.precision,
         compiled=estimate.compiled,
         micro_batches=estimate.micro_batches,
         stages=tuple(tuple(names[start:stop]) for start, stop in edges),
@@ -68,7 +68,7 @@ def choice_of(
     )
 
 
-def compiles(estimate: Estimate, space: Space, estimator: Estimator, request: PlanRequest) -> bool:
+def compiles(estimate: Estimate, estimator: Estimator, request: PlanRequest) -> bool:
     """Whether to compile: as asked; on "auto" where the run is long enough to earn back twice the time that it takes.
 
     Never on "auto" where kernels are fused by hand, nor in a pipeline that splits backwards, which walks the graph of
@@ -76,10 +76,10 @@ def compiles(estimate: Estimate, space: Space, estimator: Estimator, request: Pl
     """
     if request.compile != "auto":
         return bool(request.compile)
-    kind, layout = space.cluster.device.kind, estimate.layout
-    if space.framework.fused == "kernels" or (layout.pp > 1 and TABLE[layout.schedule].splits):
+    workload, layout = estimator.workload, estimate.layout
+    if workload.framework.fused == "kernels" or (layout.pp > 1 and TABLE[layout.schedule].splits):
         return False
-    if kind == "cpu" and not shutil.which("g++"):  # inductor builds C++ there
+    if workload.cluster.device.kind == "cpu" and not shutil.which("g++"):  # inductor builds C++ there
         return False
     saved = estimate.step_seconds - estimator.compiled.estimate(layout).step_seconds
     return request.steps * saved > 2 * COMPILE_SECONDS
@@ -94,13 +94,14 @@ def parts(estimate: Estimate) -> dict[str, float]:
     return {name: seconds for name, seconds in estimate.breakdown.items() if seconds or name in ALWAYS_SHOWN}
 
 
-def _prediction(estimate: Estimate, space: Space, estimator: Estimator, chances: Outlook) -> Prediction:
-    device, seconds = space.cluster.device, estimate.step_seconds
-    low, high = factors(estimate.layout, space, estimator)
-    flops = 3 * space.card.forward_flops * space.global_batch
-    speed = space.global_batch * space.card.units_per_sample / seconds
-    mfu = flops / (seconds * space.cluster.devices * device.flops[estimator.precision])
-    least, most = memory_interval(space.framework.name)
+def _prediction(estimate: Estimate, estimator: Estimator, chances: Outlook) -> Prediction:
+    workload, seconds = estimator.workload, estimate.step_seconds
+    card, cluster = workload.card, workload.cluster
+    low, high = time_interval(estimator.profile, workload, estimate.layout)
+    flops = 3 * card.forward_flops * workload.global_batch
+    speed = workload.global_batch * card.units_per_sample / seconds
+    mfu = flops / (seconds * cluster.devices * cluster.device.flops[workload.precision])
+    least, most = memory_interval(workload.framework.name)
     intervals = {
         "peak_bytes": (least * estimate.peak_bytes, most * estimate.peak_bytes),
         "tokens_per_second": (speed / high, speed / low),
@@ -130,8 +131,7 @@ def binding(estimate: Estimate) -> str:
     return max(shares, key=lambda name: shares[name])
 
 
-def _why_best(estimate: Estimate, space: Space, considered: int, objective: str) -> str:
-    device = space.cluster.device
+def _why_best(estimate: Estimate, device: Device, considered: int, objective: str) -> str:
     free = device.memory_bytes - estimate.peak_bytes
     shares = {name: seconds / estimate.step_seconds for name, seconds in parts(estimate).items()}
     share = ", ".join(f"{value:.0%} {name}" for name, value in shares.items() if value >= 0.005)
@@ -212,15 +212,15 @@ def not_shown(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, 
 def beaten_by_rule(space: Space) -> list[Rejected]:
     """Degrees that divide the devices, one at a time beside data parallelism, and the rule that refuses each."""
     lost: list[Rejected] = []
-    devices = space.cluster.devices
+    devices = space.workload.cluster.devices
     tried = [Layout(dp=devices)]
     for degree in (d for d in divisors(devices) if d > 1):
         for name in ("tp", "pp", "cp") if space.offers("cp") else ("tp", "pp"):
             tried.append(replace(Layout(dp=devices // degree), **{name: degree}))  # type: ignore[arg-type]
-    tried += [Layout(dp=devices, ep=d) for d in divisors(devices)[1:] if space.facts.experts]
+    tried += [Layout(dp=devices, ep=d) for d in divisors(devices)[1:] if space.workload.facts.experts]
     for layout in tried:
         layout = with_micro(space, layout)
-        broken = refusals(space.question(layout))
+        broken = refusals(space.workload.query(layout))
         if broken:
             lost.append(Rejected(layout, broken[0].reason))
     return lost

@@ -1,0 +1,41 @@
+"""What runs on what: a model, a cluster, a batch, a precision and the framework that runs them; the layout is open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from meshwright.card import Card
+from meshwright.cluster import Cluster
+from meshwright.layout import Layout
+from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules.query import LayoutQuery, ModelFacts
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step of `global_batch` samples of the model `card` on `cluster`, its products in `precision` ("fp32", "bf16",
+    ...; never "auto"), run by `framework`."""
+
+    card: Card
+    cluster: Cluster
+    global_batch: int
+    precision: str
+    framework: Framework = FRAMEWORKS["meshwright"]
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return ModelFacts.of(self.card)
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal workloads of one card."""
+        return repr((self.card.name, id(self.card), self.cluster, self.global_batch, self.precision, self.framework))
+
+    def changed(self, **fields: Any) -> Workload:
+        return replace(self, **fields)
+
+    def query(self, layout: Layout) -> LayoutQuery:
+        """What the rules are asked about a layout of it."""
+        return LayoutQuery(layout, self.facts, self.cluster.devices, self.global_batch, self.framework)
