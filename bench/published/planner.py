@@ -31,7 +31,7 @@ from meshwright.plan.calibrate.from_cases import (
     calibrate_rows,
     conformal,
     held_out,
-    held_together,
+    held_out_keys,
     pair_intervals,
     rows_of,
 )
@@ -120,7 +120,7 @@ def own_scores(rows: Sequence[Row]) -> dict[str, list[Scored]]:
     for row in rows:
         found.setdefault(row.source, []).append(row)
     return {
-        source: held_out_scores(mine, held_together(mine), correct=True)
+        source: held_out_scores(mine, held_out_keys(mine), correct=True)
         for source, mine in sorted(found.items())
         if len(mine) >= FEWEST_OWN_ROWS
     }
@@ -256,7 +256,7 @@ def memory_of_megatron(data: Path) -> dict[str, Any] | None:
     """Peak memory of Megatron-LM's regression runs, of the models that have a card; None without their table."""
     if not (data / "megatron_memory.csv").is_file():
         return None
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is found however this was started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `bench` is found however this was started
     from bench.published.megatron_rows import errors
 
     return {name: _errors(found) for name, found in errors(data).items()}

@@ -7,7 +7,7 @@
 
 Five kinds of constants are shown: those of microbenchmarks; the shipped profile's, which were fitted to these models'
 runs on one machine (default.toml says which) and know nothing of any other; the same as `calibrate machine` changes
-them by what it finds just before (--probe seconds of it; 0 for none); the same corrected by one run of each model; and
+them by what it finds just before (--probe seconds of it; 0 for none); the same correct_profile by one run of each model; and
 those fitted to this machine's runs of the other models, which is how the shipped ones are made (--write-default: of all
 of them). On the machine of the shipped profile only the first and the last have not seen the run that they predict.
 
@@ -37,7 +37,7 @@ from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
 from meshwright.plan.calibrate.from_machine import machine_profile
-from meshwright.plan.calibrate.from_run import TrainedRun, corrected
+from meshwright.plan.calibrate.from_run import TrainedRun, correct_profile
 from meshwright.plan.constants.profile import Profile, default_profile, load_profile
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.workload import Workload
@@ -167,7 +167,7 @@ def table(
 
 
 def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str:
-    """A row a model: the mean error of its other runs in that precision, before and after the profile was corrected by
+    """A row a model: the mean error of its other runs in that precision, before and after the profile was correct_profile by
     one of them, the replicated one."""
     lines = ["", f"Corrected by one run (dp2), from the profile {profile.name}:", ""]
     lines += ["| model | runs | mean error before | after | factors |", "|---|---|---|---|---|"]
@@ -181,7 +181,7 @@ def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str
             observed[name] = [
                 statistics.fmean(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)
             ]
-        fit = corrected(trained, observed, profile, "corrected")
+        fit = correct_profile(trained, observed, profile, "corrected")
         others = [one for one in found if one is not teacher and one["precision"] == teacher["precision"]]
         before, after = (
             statistics.fmean(

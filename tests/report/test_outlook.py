@@ -5,9 +5,9 @@ from __future__ import annotations
 from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.advice.strategies import Planned, Reading
+from meshwright.plan.advice.strategies import DataVolume, FrameworkPlan
 from meshwright.plan.advice.tools import advise, frameworks, situation
-from meshwright.report.outlook import advice_lines, buys_lines, cost_line, duration, failure_line
+from meshwright.report.outlook import advice_lines, cost_line, duration, failure_line, what_if_lines
 
 SHAPE = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
 
@@ -45,7 +45,7 @@ def test_without_a_price_no_dollars() -> None:
 
 def test_what_would_help_most_comes_first() -> None:
     planned = plan(8)
-    lines = buys_lines(planned)
+    lines = what_if_lines(planned)
     assert len(lines) <= 3
     best = max((one.saves for one in planned.buys), default=0.0)
     assert not lines or f"{best:.0%} less" in lines[0]
@@ -61,10 +61,10 @@ def test_durations_have_two_units() -> None:
 
 
 def test_advice_is_one_line_a_reason() -> None:
-    layout, reading = plan(8).chosen.layout, Reading("corpus", "tokens", 1024 * 2048, 10)
+    layout, reading = plan(8).chosen.layout, DataVolume("corpus", "tokens", 1024 * 2048, 10)
     cluster = named_cluster("h100-sxm-80gb", 8)
     facts = situation(card(SHAPE, 2048), cluster, reading, built_in=True, experience="expert")
-    found = advise(facts, {row: Planned(row, 1.0, layout) for row in frameworks(facts)})
+    found = advise(facts, {row: FrameworkPlan(row, 1.0, layout) for row in frameworks(facts)})
     lines = advice_lines(found)
     assert len(lines) == len(found.strategies) + len(found.tools)
     assert lines[len(found.strategies)].startswith("use Meshwright: predicted 1 s a step as ")

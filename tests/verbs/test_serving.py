@@ -80,8 +80,8 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_named_devices_are_planned_for_any_engine(llama: Path) -> None:
-    wishes = ["serve.ttft_seconds=0.5", "serve.tpot_seconds=0.05", "serve.requests_per_second=4"]
-    plan = serving_plan(llama, ["cluster.named=h100-sxm-80gb", *wishes])
+    goals = ["serve.ttft_seconds=0.5", "serve.tpot_seconds=0.05", "serve.requests_per_second=4"]
+    plan = serving_plan(llama, ["cluster.named=h100-sxm-80gb", *goals])
     assert (plan.engine, plan.chosen.precision, plan.chosen.devices) == ("paged", "bf16", 1)
     assert plan.chosen.predicted.dollars_per_million_tokens is not None
     long = serving_plan(llama, ["cluster.named=h100-sxm-80gb", "serve.prompt_tokens=8000", "serve.output_tokens=100"])

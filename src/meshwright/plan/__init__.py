@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meshwright.layout import Layout
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.request import PlanRequest
-from meshwright.plan.result import Buys, Choice, Interval, Plan, Prediction, Rejected, Share
+from meshwright.plan.result import Choice, Interval, Plan, Prediction, Rejected, Share, WhatIf
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
 from meshwright.plan.rules.query import LayoutQuery, ModelFacts, Refusal
 from meshwright.plan.rules.table import RULES, refusals
@@ -17,7 +17,7 @@ from meshwright.plan.workload import Workload
 __all__ = [
     "FRAMEWORKS",
     "RULES",
-    "Buys",
+    "WhatIf",
     "Choice",
     "Framework",
     "Interval",

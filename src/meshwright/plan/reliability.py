@@ -72,7 +72,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunForecast:
     """What a run of many steps meets. Shares are of the elapsed time; `None` where nothing is known or asked.
 
     `goodput` is the share of the elapsed time that ends up in the model: what checkpoints stall, what failures throw
@@ -101,11 +101,11 @@ class Outlook:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Outlook:
+    def from_dict(data: Mapping[str, Any]) -> RunForecast:
         price = data["price"]
         bounds = tuple(data.get("goodput_interval", (data["goodput"],) * 2))
         priced = None if price is None else Price(**price)
-        return Outlook(**{**data, "goodput_interval": bounds, "price": priced})
+        return RunForecast(**{**data, "goodput_interval": bounds, "price": priced})
 
     @property
     def never_ends(self) -> bool:
@@ -186,7 +186,7 @@ def spare_nodes(nodes: int, failures_per_second: float, repair_seconds: float, s
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointCost:
     """Seconds that a checkpoint stops the work for, until it is safe, and that going on from one takes."""
 
     stall: float
@@ -195,12 +195,12 @@ class Saving:
     least: float  # between two, for storage's sake
 
     @staticmethod
-    def of(state_bytes: float, cluster: Cluster, known: Reliability, asynchronous: bool) -> Saving:
+    def of(state_bytes: float, cluster: Cluster, known: Reliability, asynchronous: bool) -> CheckpointCost:
         stall = known.pause_seconds + state_bytes / cluster.devices / known.copy_bytes_per_second
         durable = state_bytes / cluster.nodes / known.storage_bytes_per_second
         restart = known.detect_seconds + known.start_seconds + durable  # what was written is read again
         written = (stall, durable) if asynchronous else (stall + durable, 0.0)
-        return Saving(*written, restart, durable / WRITING_SHARE)
+        return CheckpointCost(*written, restart, durable / WRITING_SHARE)
 
     def best_steps(self, step_seconds: float, most_seconds: float, mtbf_seconds: float) -> int:
         """Steps between checkpoints that lose the least."""
@@ -209,7 +209,7 @@ class Saving:
         seconds = best_interval(**parts, mtbf_seconds=mtbf_seconds)
         return max(1, round(min(seconds, most_seconds, 1e15) / step_seconds))
 
-    def every(self, seconds: float) -> Saving:
+    def every(self, seconds: float) -> CheckpointCost:
         """With so many seconds of work between: each checkpoint waits until the one before it is written."""
         return replace(self, stall=max(self.stall, self.durable - seconds))
 
@@ -228,7 +228,7 @@ def outlook(
     asynchronous: bool = True,
     every: int | None = None,
     reliability: Reliability | None = None,
-) -> Outlook:
+) -> RunForecast:
     """What failures and prices make of a run of `steps` steps (0: a long one) of `step_seconds` each.
 
     `parameters` are the model's, `asynchronous` says whether the work goes on while a checkpoint is written. `every` is
@@ -242,7 +242,7 @@ def outlook(
         return 1000 * DAY_SECONDS / rate if rate else math.inf
 
     mtbf, total = mtbf_at(known.failures_per_1000_node_days), steps * step_seconds if steps else math.inf
-    saving = Saving.of(parameters * STATE_BYTES_PER_PARAMETER, cluster, known, asynchronous)
+    saving = CheckpointCost.of(parameters * STATE_BYTES_PER_PARAMETER, cluster, known, asynchronous)
     if every is None:
         every = saving.best_steps(step_seconds, total, mtbf)
     elif every == 0 or (steps and every > steps):
@@ -258,7 +258,7 @@ def outlook(
     if price is not None and elapsed is not None:
         paid = cluster.devices + spares * cluster.devices_per_node
         dollars = elapsed / 3600 * paid * price.dollars_per_hour
-    return Outlook(
+    return RunForecast(
         mtbf_hours=min(mtbf / 3600, 1e9),
         checkpoint_seconds=interval,
         checkpoint_steps=every,

@@ -12,7 +12,7 @@ from meshwright.layout import Layout
 from meshwright.plan.cost.memory import StageMemory
 from meshwright.plan.pipeline.actions import actions, fewer, places
 from meshwright.plan.pipeline.replay import Timeline, replay
-from meshwright.plan.reliability import Outlook
+from meshwright.plan.reliability import RunForecast
 
 #: Fields of a Plan that say what was asked.
 ABOUT = ("model", "parameters", "cluster", "device_bytes", "global_batch", "unit")
@@ -154,7 +154,7 @@ class Choice:
 @dataclass(frozen=True)
 class Rejected:
     """A layout that lost before it ran: it breaks a rule or does not fit. `count` is how many it stands for: of a large
-    space one layout, the nearest to working, speaks for those of its degrees that fail alike."""
+    space one layout, the nearest to working, stands for those of its degrees that fail alike."""
 
     layout: Layout
     reason: str
@@ -162,9 +162,9 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Buys:
-    """What a change would buy: `change` in words ("4 GiB more a device"), the step it leads to, with which layout, and
-    `saves`, the share of the time for a sample that it takes off (of the price, where money was asked for)."""
+class WhatIf:
+    """What a change would do: `change` in words ("global_batch=32"), the step that it leads to, with which layout, and
+    `saves`, the share of the time per sample that it saves (of the price, where money was asked for)."""
 
     change: str
     layout: Layout
@@ -176,8 +176,8 @@ class Buys:
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "layout": self.layout.as_dict()}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Buys:
-        return Buys(**{**data, "layout": Layout(**data["layout"])})
+    def from_dict(data: Mapping[str, Any]) -> WhatIf:
+        return WhatIf(**{**data, "layout": Layout(**data["layout"])})
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Plan:
 
     `considered` counts layouts: of the "space" within the bounds that were searched so many were "estimated" (of these
     "missed" did not fit), "pruned" by a bound on their step, "costlier" than one that fits (more recompute than it
-    needs), or "too_large" as a leaner one did not fit. `buys` says what a change would buy, `limit` what holds
+    needs), or "too_large" as a leaner one did not fit. `buys` says what a change would save, `limit` what holds
     the plan back, in words, `outlook` what failures and prices make of the run. `shares` is empty but for a cluster of
     several kinds of device. The rest says what was asked, so that a plan can be read alone: the model and its
     parameters, the devices in words and the memory of one, the global batch, and the `unit` that speed counts ("tokens"
@@ -231,8 +231,8 @@ class Plan:
     framework: str = "meshwright"
     limit: str = ""
     considered: Mapping[str, int] = field(default_factory=dict)
-    buys: tuple[Buys, ...] = ()
-    outlook: Outlook | None = None
+    buys: tuple[WhatIf, ...] = ()
+    outlook: RunForecast | None = None
     shares: tuple[Share, ...] = ()
 
     @property
@@ -271,8 +271,8 @@ class Plan:
                 assumed=tuple(data["assumed"]),
                 **{name: data[name] for name in ABOUT},
                 **{name: data[name] for name in ("objective", "framework", "limit", "considered") if name in data},
-                buys=tuple(Buys.from_dict(one) for one in data.get("buys", ())),
-                outlook=Outlook.from_dict(data["outlook"]) if data.get("outlook") else None,
+                buys=tuple(WhatIf.from_dict(one) for one in data.get("buys", ())),
+                outlook=RunForecast.from_dict(data["outlook"]) if data.get("outlook") else None,
                 shares=tuple(Share(**share) for share in data.get("shares", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshwright.plan import Plan
 from meshwright.plan.advice.tools import Advice
 
-BUYS_SHOWN = 3
+WHAT_IFS_SHOWN = 3
 #: Failures are not spoken of where fewer than this are expected, or, in a run without an end, cost less than this.
 RARE, SMALL_LOSS = 0.01, 0.005
 
@@ -65,10 +65,11 @@ def failure_line(plan: Plan) -> str:
     )
 
 
-def buys_lines(plan: Plan) -> list[str]:
-    """What one more of something would buy, the most first."""
+def what_if_lines(plan: Plan) -> list[str]:
+    """What each change would save, the most first."""
     ordered = sorted(plan.buys, key=lambda one: -one.saves)
-    return [f"{one.change}: {one.saves:.0%} less, with {one.layout}" for one in ordered[:BUYS_SHOWN]]
+    what = "time" if plan.objective == "time" else "cost"
+    return [f"{one.change}: {one.saves:.0%} less {what} per sample ({one.layout})" for one in ordered[:WHAT_IFS_SHOWN]]
 
 
 def share_lines(plan: Plan) -> list[str]:
@@ -84,7 +85,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     """All of the above for a page: (heading, line), in the order that they are asked for."""
     lines = [("Held back by", plan.limit), ("Cost", cost_line(plan)), ("Failures", failure_line(plan))]
     lines += [("Share", line) for line in share_lines(plan)]
-    lines += [("What would help", line) for line in buys_lines(plan)]
+    lines += [("What if", line) for line in what_if_lines(plan)]
     return [(heading, line) for heading, line in lines if line]
 
 

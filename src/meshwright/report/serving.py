@@ -27,7 +27,7 @@ def show_serving_plan(plan: ServingPlan, console: Console) -> None:
     console.print(f"[bold green]SERVES[/bold green]    {_plain(plan.model)} on {_plain(plan.cluster)}", width=width)
     split = f"tensor parallel {chosen.tp}, pipeline {chosen.pp}, replicas {chosen.replicas}: {chosen.devices} devices"
     line("layout", f"{split}; weights in {chosen.precision}, up to {chosen.max_batch} sequences a replica")
-    wish = [f"{key}={getattr(target, key):g}" for key in target.wishes]
+    wish = [f"{key}={getattr(target, key):g}" for key in target.goals]
     line("requests", f"{target.prompt_tokens} tokens in, {target.output_tokens} out; wanted: {', '.join(wish) or '-'}")
     line("first", f"{_seconds(figures.ttft_seconds)} to the first token")
     line("token", f"{_seconds(figures.tpot_seconds)} from one token to the next")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meshwright.plan import Plan
-from meshwright.report.outlook import buys_lines, cost_line, duration, failure_line, share_lines
+from meshwright.report.outlook import what_if_lines, cost_line, duration, failure_line, share_lines
 from meshwright.report.timeline import MOST_MICRO_BATCHES, text_rows
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     if plan.chosen.layout.pp > 1:
         _show_timeline(plan, console, width)
     _show_others(plan, console, width)
-    for line in buys_lines(plan):
-        console.print(f"buys    {_plain(line)}", width=width)
+    for line in what_if_lines(plan):
+        console.print(f"what if {_plain(line)}", width=width)
     if plan.assumed:
         console.print(f"[dim]assumed: {_plain('; '.join(plan.assumed))}[/dim]", width=width)
 
@@ -69,7 +69,7 @@ def _show_verdict(plan: Plan, console: Console, width: int) -> None:
     )
     console.print(f"cost    {_plain(cost_line(plan))}", width=width)
     if failures := failure_line(plan):
-        console.print(f"failing {failures}", width=width)
+        console.print(f"faults  {failures}", width=width)
     for line in share_lines(plan):
         console.print(f"share   {_plain(line)}", width=width)
     console.print(f"why     {_plain(chosen.why)}" + (f"; {_plain(plan.limit)}" if plan.limit else ""), width=width)

@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 from meshwright.plan import Choice
 from meshwright.plan.pipeline.actions import places
-from meshwright.plan.pipeline.replay import Event, Timeline
+from meshwright.plan.pipeline.replay import ActionSpan, Timeline
 
 #: Micro-batches that a picture shows; more would be a blur.
 MOST_MICRO_BATCHES = 8
@@ -43,7 +43,7 @@ def text_rows(timeline: Timeline, width: int = 72) -> list[str]:
     return ["".join(row) for row in rows]
 
 
-def _mark(event: Event) -> str:
+def _mark(event: ActionSpan) -> str:
     if event.kind == "W":
         return "+"
     return str(event.micro_batch % 10) if event.kind == "F" else chr(ord("a") + event.micro_batch % 26)
@@ -84,7 +84,7 @@ def timeline_svg(choice: Choice, most_micro_batches: int = MOST_IN_SVG) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _bar(event: Event, top: float, scale: float, later: bool) -> str:
+def _bar(event: ActionSpan, top: float, scale: float, later: bool) -> str:
     seconds = event.stop_seconds - event.start_seconds
     left, width = LEFT + event.start_seconds * scale, seconds * scale
     words = f"{KIND_WORDS[event.kind]} of micro-batch {event.micro_batch}, stage {event.stage}, {_seconds(seconds)}"
@@ -178,7 +178,7 @@ def chrome_trace(choice: Choice, ranks_per_stage: int = 1, most_micro_batches: i
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False)
 
 
-def _complete(event: Event, pid: int) -> dict[str, object]:
+def _complete(event: ActionSpan, pid: int) -> dict[str, object]:
     return {
         "name": KIND_WORDS[event.kind],
         "ph": "X",

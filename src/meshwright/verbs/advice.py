@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from meshwright.card import Card
     from meshwright.cluster import Cluster
     from meshwright.job import Job
-    from meshwright.plan.advice.strategies import Planned, Reading
+    from meshwright.plan.advice.strategies import DataVolume, FrameworkPlan
     from meshwright.plan.advice.tools import Advice
 
 #: Of data that nobody has read yet: bytes of text that a token stands for (about as many in English, by a tokenizer of
@@ -50,10 +50,10 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
     return advise(facts, {row: _planned(sound, card, cluster, row) for row in frameworks(facts)})
 
 
-def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> Planned | CannotWork:
+def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> FrameworkPlan | CannotWork:
     """The best layout under a framework, or why there is none. `card` is the job's own."""
     from meshwright.plan import make_plan
-    from meshwright.plan.advice.strategies import Planned
+    from meshwright.plan.advice.strategies import FrameworkPlan
 
     if job.model.module is None:  # a traced module has one card for all
         card = card_of_job(job, style_of(framework, job.train.precision))
@@ -61,7 +61,7 @@ def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> Planned 
         chosen = make_plan(card, cluster, request_of_job(job, framework, "time"), what_if=False, suggest=False).chosen
     except CannotWork as error:
         return error
-    return Planned(framework, chosen.predicted.step_seconds.mid, chosen.layout)
+    return FrameworkPlan(framework, chosen.predicted.step_seconds.mid, chosen.layout)
 
 
 def _untrained(job: Job) -> str:
@@ -75,9 +75,9 @@ def _untrained(job: Job) -> str:
     return ""
 
 
-def _reading(job: Job, card: Card) -> Reading:
+def _reading(job: Job, card: Card) -> DataVolume:
     """What a run of the job reads, as far as it can be told without reading any of it."""
-    from meshwright.plan.advice.strategies import Reading
+    from meshwright.plan.advice.strategies import DataVolume
 
     tokens = card.unit == "tokens"
     source, size = job.data.source, None
@@ -92,7 +92,7 @@ def _reading(job: Job, card: Card) -> Reading:
         path = Path(source)
         source, size = path.name + "/" * path.is_dir(), _bytes_of(path)
     a_step = job.train.global_batch * card.units_per_sample
-    return Reading(source, card.unit, a_step, job.train.steps, size, *per_unit)
+    return DataVolume(source, card.unit, a_step, job.train.steps, size, *per_unit)
 
 
 def _bytes_of(path: Path) -> int | None:

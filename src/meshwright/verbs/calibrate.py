@@ -88,13 +88,13 @@ def _profile_target(path: Path, source: Path | None) -> Path:
 
 def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
     from meshwright.plan.calibrate.from_cases import calibrate as fit
-    from meshwright.plan.calibrate.plausible import believable
+    from meshwright.plan.calibrate.plausible import plausible_cases
     from meshwright.plan.cases.read import measured_cases
 
     cases, bad = measured_cases(source)
-    good, absurd = believable(cases, start, str(source))
+    good, implausible = plausible_cases(cases, start, str(source))
     try:
-        found = fit(good, start, name=path.stem, skipped=[*bad, *absurd])
+        found = fit(good, start, name=path.stem, skipped=[*bad, *implausible])
     except InputError as error:
         raise InputError([replace(problem, where=str(source)) for problem in error.problems]) from error
     return found.profile, {"from": "cases", **found.as_dict()}

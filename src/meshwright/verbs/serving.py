@@ -42,15 +42,15 @@ def serving_plan(
     works, where nothing fits or nothing meets the target.
     """
     from meshwright.plan.serving.search import make_serving_plan
+    from meshwright.plan.serving.splits import ServingQuery
     from meshwright.plan.serving.time import SERVERS
-    from meshwright.plan.serving.ways import Question
 
     sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
     cluster = cluster_of_job(sound)
     with placed(sound):
         shape, precision, longest = _model_of_job(sound)
         named = sound.cluster.named is not None
-        question = Question(
+        question = ServingQuery(
             shape,
             (lambda _: cluster) if named else _this_machine(),
             cluster.devices,
@@ -84,12 +84,12 @@ def settle(folder: Path, settings: Any) -> Settled:
     from meshwright.plan.constants.profile import default_profile
     from meshwright.plan.serving.result import Target
     from meshwright.plan.serving.search import make_serving_plan
+    from meshwright.plan.serving.splits import ServingQuery
     from meshwright.plan.serving.time import SERVERS
-    from meshwright.plan.serving.ways import Question
 
     shape, precision, longest = _model_of_config(read_config(folder / "config.json"), str(folder / "config.json"))
     machine = _this_machine(free=True)
-    question = Question(
+    question = ServingQuery(
         shape,
         machine,
         max(machine(1).devices, settings.tp or 1, _cores(machine(1))),
@@ -104,7 +104,7 @@ def settle(folder: Path, settings: Any) -> Settled:
     try:
         plan = make_serving_plan(question)
     except CannotWork as error:
-        if not question.target.wishes:
+        if not question.target.goals:
             raise
         lengths = Target(question.target.prompt_tokens, question.target.output_tokens)
         plan = make_serving_plan(replace(question, target=lengths))

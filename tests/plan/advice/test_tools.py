@@ -17,12 +17,12 @@ from meshwright.cluster import named_cluster
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.job import SMALL_JOB, Job, load_job
 from meshwright.layout import Layout
-from meshwright.plan.advice.strategies import Planned, Reading, Situation
+from meshwright.plan.advice.strategies import DataVolume, FrameworkPlan, Situation
 from meshwright.plan.advice.tools import EXPERIENCE, TOOLS, Advice, Verdict, advise, frameworks
 from meshwright.plan.rules.frameworks import FRAMEWORKS
 
 TITAN, MEGATRON = "PyTorch FSDP2 (torchtitan)", "Megatron-LM, Megatron Bridge"
-READING = Reading("corpus/", "tokens", 2**20, 1000, 3_400_000_000, 4, 4)
+READING = DataVolume("corpus/", "tokens", 2**20, 1000, 3_400_000_000, 4, 4)
 NODE = Situation(
     cluster=named_cluster("h100-sxm-80gb", 8),
     parameters=8_000_000_000,
@@ -49,9 +49,9 @@ MIXTRAL = {
 }
 
 
-def plans(facts: Situation, layout: Layout = SHARDED, **seconds: float) -> dict[str, Planned | CannotWork]:
+def plans(facts: Situation, layout: Layout = SHARDED, **seconds: float) -> dict[str, FrameworkPlan | CannotWork]:
     """The same layout for every framework that is planned; a step of 10 s where no other is given."""
-    return {row: Planned(row, seconds.get(row.partition("-")[0], 10.0), layout) for row in frameworks(facts)}
+    return {row: FrameworkPlan(row, seconds.get(row.partition("-")[0], 10.0), layout) for row in frameworks(facts)}
 
 
 def verdict(found: Advice, tool: str) -> Verdict:
@@ -151,7 +151,7 @@ def test_tools_without_a_row_are_judged_by_the_layout_advised() -> None:
     against = verdict(advise(NODE, plans(NODE)), "PyTorch DDP").why
     assert against == "does not split by shard, as the layout advised does"
     # DeepSpeed keeps whole weights here, and what makes them fit is that it spreads the optimizer's state
-    spread = advise(NODE, {"deepspeed": Planned("deepspeed", 1.0, Layout(dp=8))})
+    spread = advise(NODE, {"deepspeed": FrameworkPlan("deepspeed", 1.0, Layout(dp=8))})
     assert "PyTorch DDP" not in suiting(spread)
     assert "96 GB, is spread over the 8 of them" in why(spread, "data parallel with a distributed optimizer")
 
@@ -207,7 +207,7 @@ def test_data_says_how_much_is_read_and_where_to_keep_it() -> None:
         "second or 52.4 kB/s a node: storage that the 8 nodes share is enough; see that the order of samples does not "
         "depend on the number of processes"
     )
-    images = replace(NODES, reading=Reading("images/", "samples", 10_000, 5, 10**9, 0, 600_000))
+    images = replace(NODES, reading=DataVolume("images/", "samples", 10_000, 5, 10**9, 0, 600_000))
     words = why(advise(images, plans(images, layout)), "data")
     assert "50,000 samples of the 1 GB of images/, 1,000 a second or 75 MB/s a node: storage that the 8" in words
     quick = why(advise(images, plans(images, layout, torchtitan=5.0, megatron=5.0, deepspeed=5.0)), "data")
@@ -219,7 +219,7 @@ def test_data_says_how_much_is_read_and_where_to_keep_it() -> None:
 
 
 def test_data_without_a_size() -> None:
-    facts = replace(NODES, reading=Reading("away/", "samples", 100, 10))
+    facts = replace(NODES, reading=DataVolume("away/", "samples", 100, 10))
     assert "a run reads 1,000 samples, 10 a second: put a copy near each" in why(advise(facts, plans(facts)), "data")
 
 
@@ -298,7 +298,7 @@ def test_why_experts_stay_together(rows: dict[str, int], experience: str, said: 
     found = advise(
         facts,
         {
-            row: Planned(row, times.get(row, 20.0 if layouts[row].ep > 1 else 9.0), layouts[row])
+            row: FrameworkPlan(row, times.get(row, 20.0 if layouts[row].ep > 1 else 9.0), layouts[row])
             if row in rows
             else nothing
             for row in frameworks(facts)

@@ -23,7 +23,7 @@ from meshwright.plan.calibrate.from_machine import (
 )
 from meshwright.plan.constants.profile import DATASHEET, Profile, load_profile
 from meshwright.plan.cost.cpu import GATHER_BYTES, CpuCompute
-from meshwright.plan.cost.network import GlooNetwork, Group
+from meshwright.plan.cost.network import CommGroup, GlooNetwork
 
 CORE = Device("core", "cpu", 10**10, {"fp32": 1e11, "bf16": 4e11}, 3e10, 6e-6, units=1)
 CLUSTER = Cluster(CORE, 2, 2, *(Link("gloo", 1e9, 0.35e-3, topology="host"),) * 2)
@@ -85,7 +85,7 @@ def figures(truth: Profile, ranks: float = 1.0, together: float = 1.0) -> dict[s
     network, links = GlooNetwork(CLUSTER, truth), []
     for size in (8, 1 << 20, 1 << 24):
         for name in ("all_reduce", "all_gather", "reduce_scatter"):
-            seconds = getattr(network, name)(size, Group(2, 2))
+            seconds = getattr(network, name)(size, CommGroup(2, 2))
             links.append({"collective": name, "ranks": 2, "bytes": size, "seconds": seconds})
     alone = {"threads": 2, "products": busy["products"], "chains": busy["chains"], "processors": together}
     return {"kind": "cpu", "busy": busy | {"processors": ranks}, "links": links, "together": alone, "seconds": 30.0}

@@ -14,7 +14,7 @@ from meshwright.layout import Layout
 from meshwright.plan.constants.profile import DATASHEET
 from meshwright.plan.cost.cpu import CHAIN_BYTES, CpuCompute, operations
 from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.cost.network import GlooNetwork, Group
+from meshwright.plan.cost.network import CommGroup, GlooNetwork
 from meshwright.plan.workload import Workload
 
 MODEL = card(LlamaShape(layers=4, hidden=256, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048), seq_len=128)
@@ -116,10 +116,10 @@ def test_fsdp_gathers_once_more_where_shards_are_let_go() -> None:
 def test_gloo_is_latency_and_bytes_on_the_wire(name: str, times: int) -> None:
     cluster = Cluster(CORE, 2, 2, LINK, LINK)
     network = GlooNetwork(cluster, PROFILE)
-    seconds = getattr(network, name)(8e6, Group(2, 2))
+    seconds = getattr(network, name)(8e6, CommGroup(2, 2))
     latency = 0.35e-3 * C[f"cpu.net.{name}.latency"]
     assert seconds == pytest.approx(latency + times * 4e6 / (1e9 * C[f"cpu.net.{name}.share"]))
-    assert getattr(network, name)(8e6, Group(1, 1)) == 0
+    assert getattr(network, name)(8e6, CommGroup(1, 1)) == 0
 
 
 def test_a_pipeline_and_a_single_stage_do_not_share_what_is_remembered() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Link, named_cluster
 from meshwright.plan.constants.profile import DATASHEET
-from meshwright.plan.cost.network import Group, Network, network
+from meshwright.plan.cost.network import CommGroup, Network, network
 
 BASE = named_cluster("h100-sxm-80gb", 512)
 WIRE = Link("wire", 10e9, 5e-6)
@@ -18,7 +18,7 @@ NET = Network(replace(BASE, intra=WIRE), DATASHEET)
 sizes, ranks = st.floats(1.0, 1e10), st.sampled_from([2, 4, 8, 16, 64, 512])
 
 
-def group(n: int) -> Group:
+def group(n: int) -> CommGroup:
     return NET.group(n, 1)
 
 

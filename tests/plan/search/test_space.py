@@ -16,7 +16,7 @@ from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
 from meshwright.plan import FRAMEWORKS, Workload, refusals
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, layouts, size, with_micro
+from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, layouts, size, with_micro_batch
 
 MODEL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
 EXPERTS = Experts(count=4, top_k=1, ffn=96)
@@ -106,6 +106,6 @@ def test_the_size_is_an_upper_bound(framework: str) -> None:
 
 def test_a_micro_batch_is_found_for_degrees_alone() -> None:
     space = space_of(4, 12, {}, "meshwright")
-    assert with_micro(space, Layout(dp=4)).micro_batch == 3
-    assert with_micro(space, Layout(pp=4)).schedule == "gpipe", "1f1b over four stages would take three at once"
-    assert with_micro(space, Layout(dp=5)) == Layout(dp=5)
+    assert with_micro_batch(space, Layout(dp=4)).micro_batch == 3
+    assert with_micro_batch(space, Layout(pp=4)).schedule == "gpipe", "1f1b over four stages would take three at once"
+    assert with_micro_batch(space, Layout(dp=5)) == Layout(dp=5)

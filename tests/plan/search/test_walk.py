@@ -13,8 +13,8 @@ from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import FRAMEWORKS, Workload
 from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.search.space import NARROW, WHOLE, Space, family_of, layouts
-from meshwright.plan.search.walk import BEATEN, TIE, Found, every, explore, ranked, search
+from meshwright.plan.search.space import NARROW, WHOLE, Space, degrees_of, layouts
+from meshwright.plan.search.walk import BEATEN, TIE, SearchResult, every, explore, ranked, search
 
 MODEL = card(LlamaShape(layers=6, hidden=256, heads=8, kv_heads=4, head_dim=32, ffn=512, vocab=1024), 128)
 GPU = {"fp32": 60e12, "bf16": 400e12}
@@ -66,18 +66,18 @@ def test_a_layout_is_only_left_out_where_its_arithmetic_alone_is_slower() -> Non
     estimator = estimator_of(space)
     found = explore(space, estimator)
     assert found.counts["pruned"] > 0
-    families = {family_of(e.layout) for e in found.fitting}
+    families = {degrees_of(e.layout) for e in found.fitting}
     best = min(e.step_seconds for e in found.fitting)
     for layout in layouts(space):
         estimate = estimator.estimate(layout)
         if estimate.step_seconds < BEATEN * best and estimate.peak_bytes <= usable_bytes(space.workload.cluster.device):
-            assert family_of(layout) in families
+            assert degrees_of(layout) in families
 
 
 def test_equal_searches_find_equal_things() -> None:
     space = space_of(8, 4, 32, 1100, "megatron-lm")
 
-    def once() -> Found:
+    def once() -> SearchResult:
         return search(space, estimator_of(space))
 
     first, second = once(), once()

@@ -19,8 +19,8 @@ from meshwright.plan.serving.load import Replica
 from meshwright.plan.serving.memory import serving_memory
 from meshwright.plan.serving.result import ServingPins, ServingPlan, Target
 from meshwright.plan.serving.search import make_serving_plan
+from meshwright.plan.serving.splits import ServingQuery
 from meshwright.plan.serving.time import SERVERS, Server, Step, StepModel
-from meshwright.plan.serving.ways import Question
 from meshwright.plan.serving.work import parameter_count
 
 LLAMA_8B = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256)
@@ -52,13 +52,13 @@ def cluster(devices: int = 8, **changes: object) -> Cluster:
     return Cluster(device(**changes), devices, min(devices, 8), link, link)
 
 
-def question(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> Question:
+def question(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> ServingQuery:
     at = at or named_cluster("h100-sxm-80gb", 8)
     whole: dict[str, object] = {
         "shape": shape, "cluster_of": lambda _: at, "devices": at.devices, "server": PAGED, "profile": DATASHEET,
         "target": Target(), "pins": ServingPins(), "precision": "bf16", "longest": 131072,
     }  # fmt: skip
-    return Question(**{**whole, **changes})  # type: ignore[arg-type]
+    return ServingQuery(**{**whole, **changes})  # type: ignore[arg-type]
 
 
 def ideal(shape: DecoderShape, **changes: object) -> StepModel:
@@ -292,7 +292,7 @@ def test_what_is_planned_meets_the_target_and_what_is_offered_instead_can_be_had
     assert plan.as_dict() == make_serving_plan(asked).as_dict()
 
 
-def _follow(asked: Question, name: str, nearest: str) -> None:
+def _follow(asked: ServingQuery, name: str, nearest: str) -> None:
     """Asks again as `nearest` says: every offer in it must be had."""
     for offer in nearest.removeprefix("nearest: ").split(", or "):
         changed, target = asked, asked.target
@@ -311,7 +311,7 @@ def _follow(asked: Question, name: str, nearest: str) -> None:
         make_serving_plan(replace(changed, target=target))
 
 
-def _fits_somewhere(asked: Question) -> bool:
+def _fits_somewhere(asked: ServingQuery) -> bool:
     try:
         make_serving_plan(replace(asked, target=Target(512, 128)))
     except CannotWork:

@@ -26,7 +26,7 @@ SHARED_STORAGE = 100e6
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataVolume:
     """What a run reads. `size_bytes` of `source` is None where it is not known; so many of its bytes make a unit of the
     card (a token, a sample), and so many are read for one once it is indexed; 0 where that is not known."""
 
@@ -60,7 +60,7 @@ class Situation:
     language_model: bool
     built_in: bool  # a family of ours, or a folder of one
     experts: bool
-    reading: Reading
+    reading: DataVolume
     experience: str
     margin: float
     untrained: str = ""
@@ -87,7 +87,7 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Planned:
+class FrameworkPlan:
     """The best layout under a framework, and the seconds of its step."""
 
     framework: str
@@ -108,11 +108,11 @@ class Candidate:
     name: str
     splits: frozenset[str]
     suits: bool
-    planned: Planned | None
+    planned: FrameworkPlan | None
 
 
 @dataclass(frozen=True)
-class Told:
+class Facts:
     """What a rule is told. `planned` is the plan under `tool`, the best that `suits`; or, where none with a plan does,
     that comes nearest. `others` are the other tools of the table."""
 
@@ -120,14 +120,14 @@ class Told:
     tool: str
     splits: frozenset[str]
     suits: bool
-    planned: Planned
+    planned: FrameworkPlan
     others: tuple[Candidate, ...]
 
     @property
     def layout(self) -> Layout:
         return self.planned.layout
 
-    def elsewhere(self, name: str) -> list[tuple[Candidate, Planned]]:
+    def elsewhere(self, name: str) -> list[tuple[Candidate, FrameworkPlan]]:
         """Other tools whose plans split by this field of the Layout, the quickest first."""
         found = [(one, one.planned) for one in self.others if one.planned and getattr(one.planned.layout, name) > 1]
         return sorted(found, key=lambda pair: pair[1].step_seconds)
@@ -162,7 +162,7 @@ def seconds(amount: float) -> str:
     return f"{amount:.3g} s" if amount < 1000 else f"{amount:,.0f} s"
 
 
-def _one_device(t: Told) -> str:
+def _one_device(t: Facts) -> str:
     f = t.facts
     if f.cluster.devices > 1:
         return ""
@@ -174,7 +174,7 @@ def _one_device(t: Told) -> str:
     return f"{state} {fit} its {size(memory)}: it works as {t.layout}"
 
 
-def _replicated(t: Told) -> str:
+def _replicated(t: Facts) -> str:
     f, layout = t.facts, t.layout
     copies = layout.dp * layout.cp
     if copies == 1 or layout.shard > 1 or (t.planned.spreads and not f.fits_one_device):
@@ -187,7 +187,7 @@ def _replicated(t: Told) -> str:
     )
 
 
-def _spread(t: Told) -> str:
+def _spread(t: Facts) -> str:
     f, copies = t.facts, t.layout.dp * t.layout.cp
     if not t.planned.spreads or f.fits_one_device:
         return ""
@@ -198,7 +198,7 @@ def _spread(t: Told) -> str:
     )
 
 
-def _sharded(t: Told) -> str:
+def _sharded(t: Facts) -> str:
     f, layout = t.facts, t.layout
     if layout.shard == 1:
         return ""
@@ -213,7 +213,7 @@ def _sharded(t: Told) -> str:
     )
 
 
-def _tensor(t: Told) -> str:
+def _tensor(t: Facts) -> str:
     cluster, tp = t.facts.cluster, t.layout.tp
     if tp == 1:
         return ""
@@ -226,7 +226,7 @@ def _tensor(t: Told) -> str:
     return words
 
 
-def _pipeline(t: Told) -> str:
+def _pipeline(t: Facts) -> str:
     if t.layout.pp == 1:
         return ""
     return (
@@ -235,7 +235,7 @@ def _pipeline(t: Told) -> str:
     )
 
 
-def _context(t: Told) -> str:
+def _context(t: Facts) -> str:
     layout = t.layout
     if layout.cp > 1:
         return (
@@ -249,7 +249,7 @@ def _context(t: Told) -> str:
     return f"{without}; {_would(t, *quickest, 'cp', 'splits each sequence')}"
 
 
-def _experts(t: Told) -> str:
+def _experts(t: Facts) -> str:
     if not t.facts.experts:
         return ""
     layout = t.layout
@@ -276,14 +276,14 @@ def _experts(t: Told) -> str:
     return "; ".join([f"{together}{t.tool} does not spread them", *(spread or [rest])])
 
 
-def _would(t: Told, other: Candidate, plan: Planned, name: str, does: str) -> str:
+def _would(t: Facts, other: Candidate, plan: FrameworkPlan, name: str, does: str) -> str:
     """What another tool's plan makes of a field of the Layout, and what that takes."""
     fit = "" if other.suits else ", which does not suit here,"
     mine, theirs = seconds(t.planned.step_seconds), seconds(plan.step_seconds)
     return f"{other.name}{fit} {does} over {getattr(plan.layout, name)} devices, for {theirs} a step against {mine}"
 
 
-def _memory(t: Told) -> str:
+def _memory(t: Facts) -> str:
     layout = t.layout
     words = []
     if layout.recompute != "none":
@@ -298,7 +298,7 @@ def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _data(t: Told) -> str:
+def _data(t: Facts) -> str:
     reading, nodes = t.facts.reading, t.facts.cluster.nodes
     each_second = reading.units_per_step / t.planned.step_seconds
     # ranks of one data-parallel copy read the same samples, and a copy may span several nodes
@@ -319,7 +319,7 @@ def _data(t: Told) -> str:
     return f"{words}: {where}; see that the order of samples does not depend on the number of processes"
 
 
-def _passes(reading: Reading) -> str:
+def _passes(reading: DataVolume) -> str:
     """How often the run goes through its data, where that is known."""
     if not reading.size_bytes:
         return ""
@@ -332,7 +332,7 @@ def _passes(reading: Reading) -> str:
     return f" (about {number(reading.passes)} passes over {of}, at {each:.0f} byte{'s' * (each > 1)} a token)"
 
 
-STRATEGIES: tuple[tuple[str, Callable[[Told], str]], ...] = (
+STRATEGIES: tuple[tuple[str, Callable[[Facts], str]], ...] = (
     ("one device", _one_device),
     ("replicated data parallel", _replicated),
     ("data parallel with a distributed optimizer (ZeRO 1)", _spread),

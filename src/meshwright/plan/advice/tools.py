@@ -20,10 +20,10 @@ from meshwright.plan.advice.strategies import (
     EXPERIENCE,
     STRATEGIES,
     Candidate,
-    Planned,
-    Reading,
+    DataVolume,
+    Facts,
+    FrameworkPlan,
     Situation,
-    Told,
     seconds,
 )
 from meshwright.plan.constants.profile import default_profile
@@ -132,7 +132,7 @@ TOOLS: tuple[Tool, ...] = (
 def situation(
     card: Card,
     cluster: Cluster,
-    reading: Reading,
+    reading: DataVolume,
     *,
     built_in: bool,
     experience: str,
@@ -160,12 +160,12 @@ def frameworks(facts: Situation) -> tuple[str, ...]:
     return rows or (FALLBACK,)
 
 
-def advise(facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> Advice:
+def advise(facts: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> Advice:
     """Strategies and tools for these facts. `plans` has what came of each of `frameworks(facts)`.
 
     Raises CannotWork, with the problems of all, where none of them has a layout.
     """
-    layouts = {row: plan for row, plan in plans.items() if isinstance(plan, Planned)}
+    layouts = {row: plan for row, plan in plans.items() if isinstance(plan, FrameworkPlan)}
     if not layouts:
         raise CannotWork(_problems(plans))
     judged = [_judged(tool, facts, plans) for tool in TOOLS]
@@ -177,7 +177,7 @@ def advise(facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> Advic
     verdicts = [_verdict(one, facts, near) for one in (*suiting, *alone, *(o for o in judged if o.against))]
     best = next(tool for tool in TOOLS if tool.framework == chosen.framework)
     others = [Candidate(o.tool.short, o.tool.splits, not o.against, o.planned) for o in judged if o.tool != best]
-    told = Told(facts, best.short, best.splits, bool(suiting), chosen, tuple(others))
+    told = Facts(facts, best.short, best.splits, bool(suiting), chosen, tuple(others))
     reasons = [Reason(name, why) for name, rule in STRATEGIES if (why := rule(told))]
     if not suiting and not alone:
         reasons.insert(0, Reason("no tool suits", _none_suits(near, facts)))
@@ -185,30 +185,30 @@ def advise(facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> Advic
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Judgement:
     """A tool with all that speaks against it, and its plan where it has one."""
 
     tool: Tool
     against: tuple[str, ...]
-    planned: Planned | None
+    planned: FrameworkPlan | None
 
     @property
-    def plan(self) -> Planned:
+    def plan(self) -> FrameworkPlan:
         assert self.planned is not None
         return self.planned
 
 
-def _judged(tool: Tool, facts: Situation, plans: Mapping[str, Planned | CannotWork]) -> _Judged:
+def _judged(tool: Tool, facts: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> _Judgement:
     if tool.ended:
-        return _Judged(tool, (f"not kept any more: {tool.ended}",), None)
+        return _Judgement(tool, (f"not kept any more: {tool.ended}",), None)
     cannot = _cannot_run(tool, facts)
     against = [*cannot]
     if EXPERIENCE.index(tool.least_experience) > EXPERIENCE.index(facts.experience):
         against.append(f"asks for more experience ({tool.least_experience}) than the team's ({facts.experience})")
     plan = None if cannot else plans.get(tool.framework)
     if isinstance(plan, CannotWork):
-        return _Judged(tool, (*against, plan.problems[0].what), None)
-    return _Judged(tool, tuple(against), plan)
+        return _Judgement(tool, (*against, plan.problems[0].what), None)
+    return _Judgement(tool, tuple(against), plan)
 
 
 def _cannot_run(tool: Tool, facts: Situation) -> list[str]:
@@ -225,7 +225,7 @@ def _cannot_run(tool: Tool, facts: Situation) -> list[str]:
     return against
 
 
-def _by_layout(one: _Judged, facts: Situation, chosen: Planned) -> _Judged:
+def _by_layout(one: _Judgement, facts: Situation, chosen: FrameworkPlan) -> _Judgement:
     """A tool that cannot be planned, judged by the layout that is advised."""
     layout = chosen.layout
     needs = {name for name in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep") if getattr(layout, name) > 1}
@@ -237,7 +237,7 @@ def _by_layout(one: _Judged, facts: Situation, chosen: Planned) -> _Judged:
     return replace(one, against=(*one.against, f"does not split by {', '.join(lacks)}, as the layout advised does"))
 
 
-def _ordered(several: Sequence[_Judged], margin: float) -> list[_Judged]:
+def _ordered(several: Sequence[_Judgement], margin: float) -> list[_Judgement]:
     """The quickest first; of those that the margin does not tell apart, the one that asks for the least experience."""
     rest, order = sorted(several, key=lambda one: one.plan.step_seconds), []
     while rest:
@@ -247,13 +247,13 @@ def _ordered(several: Sequence[_Judged], margin: float) -> list[_Judged]:
     return order
 
 
-def _nearest(judged: Sequence[_Judged], margin: float) -> list[_Judged]:
+def _nearest(judged: Sequence[_Judgement], margin: float) -> list[_Judgement]:
     """Tools with a plan, where none suits: those that ask for the least experience first."""
     planned = _ordered([one for one in judged if one.planned], margin)
     return sorted(planned, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
 
 
-def _verdict(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> Verdict:
+def _verdict(one: _Judgement, facts: Situation, order: Sequence[_Judgement]) -> Verdict:
     """The tool in words; `order` has the tools that its time is compared with."""
     tool, plan = one.tool, one.planned
     words = list(one.against)
@@ -266,7 +266,7 @@ def _verdict(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> Verdic
     return Verdict(tool.name, not one.against, "; ".join(words), *told)
 
 
-def _time(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> str:
+def _time(one: _Judgement, facts: Situation, order: Sequence[_Judgement]) -> str:
     """The predicted step, and how far from the quickest of `order` it is."""
     words = f"predicted {seconds(one.plan.step_seconds)} a step as {one.plan.layout}"
     quickest = min(order, key=lambda other: other.plan.step_seconds)
@@ -282,7 +282,7 @@ def _time(one: _Judged, facts: Situation, order: Sequence[_Judged]) -> str:
     return f"{words}, {apart} than {whose}"
 
 
-def _none_suits(near: Sequence[_Judged], facts: Situation) -> str:
+def _none_suits(near: Sequence[_Judgement], facts: Situation) -> str:
     if not near:
         return f"what follows is as {FALLBACK.capitalize()} would plan it; see what speaks against each tool"
     tool = near[0].tool
@@ -292,7 +292,7 @@ def _none_suits(near: Sequence[_Judged], facts: Situation) -> str:
     )
 
 
-def _problems(plans: Mapping[str, Planned | CannotWork]) -> list[Problem]:
+def _problems(plans: Mapping[str, FrameworkPlan | CannotWork]) -> list[Problem]:
     """What each framework met."""
     return [
         replace(problem, what=f"under {row}: {problem.what}")

@@ -39,7 +39,7 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """Values by name, and the loss before and after."""
 
     values: Mapping[str, float]
@@ -49,10 +49,10 @@ class Fitted:
 
 
 #: Logarithms of predicted seconds at the given values, of all rows or of those marked.
-Model = Callable[[Mapping[str, float], "np.ndarray"], "np.ndarray"]
+Predictions = Callable[[Mapping[str, float], "np.ndarray"], "np.ndarray"]
 
 
-def slopes(model: Model, rows: int, priors: Sequence[Prior]) -> tuple[np.ndarray, np.ndarray]:
+def slopes(model: Predictions, rows: int, priors: Sequence[Prior]) -> tuple[np.ndarray, np.ndarray]:
     """Logarithms of the predicted seconds of `rows` rows at the priors' starts, and their derivatives by the logarithm
     of each constant. Fits to several selections of the same rows need them once."""
     import numpy as np
@@ -64,12 +64,12 @@ def slopes(model: Model, rows: int, priors: Sequence[Prior]) -> tuple[np.ndarray
 
 
 def fit(
-    model: Model,
+    model: Predictions,
     measured: np.ndarray,
     weights: np.ndarray,
     priors: Sequence[Prior],
     known_slopes: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Fitted:
+) -> FitResult:
     """The values that make the weighted losses of log(predicted / measured) and the distance from the priors least.
 
     `model(values, rows)` answers the logarithms of the predicted seconds of the rows whose indices are given.
@@ -107,13 +107,13 @@ def fit(
         if accepted % FRESH_EVERY == 0:  # every second time of all rows: what mattered to none may matter now
             table = task.derivatives(theta, r, known if accepted % (2 * FRESH_EVERY) else spoken | np.zeros_like(known))
             known = np.abs(table) > 1e-9
-    return Fitted(task.values(theta), before, now, iteration)
+    return FitResult(task.values(theta), before, now, iteration)
 
 
 class _Task:
     """What is fitted to what, with logarithms of constants as `theta` and residuals in units of the noise."""
 
-    def __init__(self, model: Model, measured: np.ndarray, weights: np.ndarray, priors: Sequence[Prior]) -> None:
+    def __init__(self, model: Predictions, measured: np.ndarray, weights: np.ndarray, priors: Sequence[Prior]) -> None:
         import numpy as np
 
         self.model, self.measured, self.weights = model, measured, weights

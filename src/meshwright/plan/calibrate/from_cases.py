@@ -18,7 +18,16 @@ from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import InputError, MeshwrightError, Problem
-from meshwright.plan.calibrate.fit import Fitted, Model, Prior, balanced_weights, fit, folds, slopes, spread_rows
+from meshwright.plan.calibrate.fit import (
+    FitResult,
+    Predictions,
+    Prior,
+    balanced_weights,
+    fit,
+    folds,
+    slopes,
+    spread_rows,
+)
 from meshwright.plan.cases.predict import Predictor
 from meshwright.plan.cases.read import BadCase, MeasuredCase
 from meshwright.plan.cases.resolve import ResolvedCase, resolve
@@ -154,7 +163,7 @@ def calibrate_rows(
     skipped: Sequence[BadCase] = (),
 ) -> Calibration:
     """`calibrate` of rows that are ready."""
-    keys = held_together(rows)
+    keys = held_out_keys(rows)
     fitter = _fitter(rows, start, keys)
     fitted = fit_profile(rows, start, name, fitter)
     residuals = held_out(rows, start, keys, correct=correct, fitter=fitter)
@@ -200,7 +209,7 @@ class Fitter:
             self.start.seconds(row.run)
         self._logs, self._slopes = slopes(self._model(rows), len(rows), self.priors)
 
-    def fit(self, rows: Sequence[Row]) -> Fitted:
+    def fit(self, rows: Sequence[Row]) -> FitResult:
         """The values for these rows, every source and group with equal weight. Constants that matter to no row stay."""
         import numpy as np
 
@@ -209,7 +218,7 @@ class Fitter:
         measured = np.log([row.seconds for row in rows])
         return fit(self._model(rows), measured, weights, self.priors, (self._logs[places], self._slopes[places]))
 
-    def _model(self, rows: Sequence[Row]) -> Model:
+    def _model(self, rows: Sequence[Row]) -> Predictions:
         import numpy as np
 
         def model(values: Mapping[str, float], chosen: np.ndarray) -> np.ndarray:
@@ -371,7 +380,7 @@ def moves(start: Profile, profile: Profile) -> tuple[Mapping[str, Any], ...]:
     return tuple(sorted(found, key=lambda row: (-abs(row["sigmas"]), row["constant"])))
 
 
-def held_together(rows: Sequence[Row]) -> list[str]:
+def held_out_keys(rows: Sequence[Row]) -> list[str]:
     """What is held out together: groups, or single runs in a regime of too few groups."""
     groups: dict[str, set[str]] = {}
     for row in rows:

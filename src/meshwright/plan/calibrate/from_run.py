@@ -1,4 +1,4 @@
-"""A profile corrected by a run: what its steps and the spans of its trace say about the constants behind its plan.
+"""A profile correct_profile by a run: what its steps and the spans of its trace say about the constants behind its plan.
 
 A run of one layout cannot tell every constant. Constants go in groups (computing, the host, the network, the
 optimizer), each scaled by one factor; the factors are those that explain the measured parts of a step best while
@@ -22,7 +22,7 @@ import numpy as np
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
 from meshwright.plan.calibrate.from_machine import Change, changes
-from meshwright.plan.calibrate.plausible import absurd, in_seconds, unlike
+from meshwright.plan.calibrate.plausible import compared, implausible, in_seconds
 from meshwright.plan.constants.profile import Profile, within
 from meshwright.plan.constants.regime import interval_regime
 from meshwright.plan.cost.cpu import CpuCompute
@@ -95,7 +95,7 @@ GROUPS: Mapping[str, tuple[ConstantGroup, ...]] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """A part of the step: its median in the run, its noise (relative), and what was and is now predicted."""
 
     name: str
@@ -107,12 +107,12 @@ class Part:
 
 @dataclass(frozen=True)
 class RunFit:
-    """The corrected profile, and what it rests on. `interval` is of layouts near the run's."""
+    """The correct_profile profile, and what it rests on. `interval` is of layouts near the run's."""
 
     profile: Profile
     steps: int
     factors: Mapping[str, float]
-    parts: tuple[Part, ...]
+    parts: tuple[StepPart, ...]
     changes: tuple[Change, ...]
     interval: tuple[float, float]
 
@@ -138,7 +138,7 @@ class TrainedRun:
 
 
 def run_profile(run: RunFolder, trained: TrainedRun, start: Profile, name: str) -> RunFit:
-    """`start`, corrected by the run in folder `run`.
+    """`start`, correct_profile by the run in folder `run`.
 
     Raises InputError for a run of fewer than FEWEST_STEPS steps, saying how many there are, for a plan that cannot have
     run on this cluster, and for times that are none or cannot be of it.
@@ -147,23 +147,23 @@ def run_profile(run: RunFolder, trained: TrainedRun, start: Profile, name: str) 
     observed = _observed(run, trained.workload.cluster.device.kind)
     for part, predicted in _parts(trained, start).items():
         measured = statistics.median(observed.get(part, [predicted]))
-        if absurd(measured, predicted):
+        if implausible(measured, predicted):
             file, hint = run.events, in_seconds(measured, predicted)
             if part != "step":
                 file, hint = run.trace, "dur is in microseconds; without the file, steps alone count"
-            raise InputError(Problem(str(file), f"the median {part} took {unlike(measured, predicted)}", hint))
+            raise InputError(Problem(str(file), f"the median {part} took {compared(measured, predicted)}", hint))
     said = f"corrected by {len(observed['step'])} steps of the run {run.path.name}, {trained.layout}"
-    return corrected(trained, observed, start, name, said)
+    return correct_profile(trained, observed, start, name, said)
 
 
-def corrected(
+def correct_profile(
     trained: TrainedRun,
     observed: Mapping[str, Sequence[float]],
     start: Profile,
     name: str,
     said: str = "corrected by a run",
 ) -> RunFit:
-    """`start`, corrected by the seconds of each step ("step") and of those of its parts that are known ("forward",
+    """`start`, correct_profile by the seconds of each step ("step") and of those of its parts that are known ("forward",
     "backward", "optimizer"; sums over the step, the mean of the ranks)."""
     kind = trained.workload.cluster.device.kind
     before = _parts(trained, start)
@@ -185,7 +185,7 @@ def corrected(
         assumed.append("that run was compiled: what this saves is supposed, not measured")
     intervals = {**start.intervals, regime: interval}
     profile = replace(moved, intervals=intervals, assumed=tuple(assumed))
-    parts = tuple(Part(part, middle[part], noise[part], before[part], after[part]) for part in names)
+    parts = tuple(StepPart(part, middle[part], noise[part], before[part], after[part]) for part in names)
     return RunFit(profile, len(observed["step"]), factors, parts, tuple(changes(start, profile)), interval)
 
 

@@ -17,12 +17,12 @@ TOO_FAR = 100.0
 UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9, "hours": 1 / 3600}
 
 
-def absurd(measured: float, predicted: float) -> bool:
+def implausible(measured: float, predicted: float) -> bool:
     """Whether a time is too far from what is predicted to be of the same thing."""
     return not 1 / TOO_FAR <= measured / predicted <= TOO_FAR
 
 
-def unlike(measured: float, predicted: float) -> str:
+def compared(measured: float, predicted: float) -> str:
     """Two times in seconds, in words."""
     return f"{measured:.3g} s, {measured / predicted:.2g} times the {predicted:.3g} s that are predicted"
 
@@ -35,7 +35,9 @@ def in_seconds(measured: float, predicted: float) -> str:
     return "give the seconds of a whole step" + (f": these look like {unit}" if near else "")
 
 
-def believable(cases: Sequence[MeasuredCase], start: Profile, where: str) -> tuple[list[MeasuredCase], list[BadCase]]:
+def plausible_cases(
+    cases: Sequence[MeasuredCase], start: Profile, where: str
+) -> tuple[list[MeasuredCase], list[BadCase]]:
     """Cases that a fit from `start` may look at, and those whose measured time cannot be.
 
     Raises InputError, naming the file `where`, when these are more than half of the cases that can be predicted.
@@ -47,8 +49,8 @@ def believable(cases: Sequence[MeasuredCase], start: Profile, where: str) -> tup
         rows, _ = rows_of([one])
         predicted += len(rows)
         times = [(row.seconds, predictor.seconds(row.run)) for row in rows]
-        if times and absurd(*times[0]):
-            problem = Problem("measured.step_seconds", f"is {unlike(*times[0])}", in_seconds(*times[0]))
+        if times and implausible(*times[0]):
+            problem = Problem("measured.step_seconds", f"is {compared(*times[0])}", in_seconds(*times[0]))
             bad.append(BadCase(one.case.id, (problem,)))
         else:
             good.append(one)

@@ -12,7 +12,7 @@ from meshwright.errors import Problem
 #: Interleaved schedules are replayed action by action; no run comes near this.
 MOST_VIRTUAL_STAGES = 512
 
-Rule = Callable[["CaseFacts"], "Problem | None"]
+Contradiction = Callable[["CaseFacts"], "Problem | None"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def _multiplies(facts: CaseFacts) -> Problem | None:
     return Problem("layout", f"{degrees} is {facts['dp'] * rest}, the cluster has {devices} devices", near)
 
 
-def _divides(where: str, part: Callable[[CaseFacts], int], whole: Callable[[CaseFacts], int], what: str) -> Rule:
+def _divides(
+    where: str, part: Callable[[CaseFacts], int], whole: Callable[[CaseFacts], int], what: str
+) -> Contradiction:
     """A rule that one figure divides another."""
 
     def rule(facts: CaseFacts) -> Problem | None:
@@ -106,7 +108,7 @@ def _spread(facts: CaseFacts) -> int:
     return facts["dp"] * facts["cp"]
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Contradiction, ...] = (
     _multiplies,
     _divides(
         "cluster.devices_per_node",

@@ -27,7 +27,7 @@ ABOUT = ("kind", "group", "source", "trust", "note", "measured")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """What a value may be: "whole", "number", "flag", "word" or "table", and between what bounds."""
 
     name: str
@@ -36,61 +36,61 @@ class Kind:
     needed: bool = False
 
 
-_DEGREE = Kind("whole", high=2**21)
-_RATE = Kind("number", low=1e-3, high=1e9)
-_FLAG, _WORD = Kind("flag"), Kind("word")
+_DEGREE = ValueKind("whole", high=2**21)
+_RATE = ValueKind("number", low=1e-3, high=1e9)
+_FLAG, _WORD = ValueKind("flag"), ValueKind("word")
 
 
-def _needed(high: float) -> Kind:
-    return Kind("whole", high=high, needed=True)
+def _needed(high: float) -> ValueKind:
+    return ValueKind("whole", high=high, needed=True)
 
 
 #: Every key that is read, by section. `name` is allowed and not read.
-KEYS: Mapping[str, Mapping[str, Kind]] = {
+KEYS: Mapping[str, Mapping[str, ValueKind]] = {
     "model": {
         "layers": _needed(4096),
         "hidden": _needed(2**18),
         "heads": _needed(2**14),
-        "kv_heads": Kind("whole", high=2**14),
-        "head_dim": Kind("whole", high=2**14),
+        "kv_heads": ValueKind("whole", high=2**14),
+        "head_dim": ValueKind("whole", high=2**14),
         "ffn": _needed(2**21),
         "vocab": _needed(2**24),
         "seq_len": _needed(2**27),
         "gated": _FLAG,
         "tied": _FLAG,
-        "params_b": Kind("number", low=1e-6, high=1e6),
-        "experts": Kind("whole", low=0, high=2**16),
-        "top_k": Kind("whole", low=0, high=2**16),
-        "expert_ffn": Kind("whole", low=0, high=2**21),
-        "shared_ffn": Kind("whole", low=0, high=2**21),
-        "first_dense_layers": Kind("whole", low=0, high=4096),
-        "moe_every": Kind("whole", high=4096),
-        "imbalance": Kind("number", low=1.0, high=1e3),
-        "q_lora": Kind("whole", low=0, high=2**18),
-        "kv_lora": Kind("whole", low=0, high=2**18),
-        "rope_head_dim": Kind("whole", low=0, high=2**14),
-        "v_head_dim": Kind("whole", low=0, high=2**14),
-        "mtp_layers": Kind("whole", low=0, high=64),
-        "sliding_window": Kind("whole", high=2**27),
+        "params_b": ValueKind("number", low=1e-6, high=1e6),
+        "experts": ValueKind("whole", low=0, high=2**16),
+        "top_k": ValueKind("whole", low=0, high=2**16),
+        "expert_ffn": ValueKind("whole", low=0, high=2**21),
+        "shared_ffn": ValueKind("whole", low=0, high=2**21),
+        "first_dense_layers": ValueKind("whole", low=0, high=4096),
+        "moe_every": ValueKind("whole", high=4096),
+        "imbalance": ValueKind("number", low=1.0, high=1e3),
+        "q_lora": ValueKind("whole", low=0, high=2**18),
+        "kv_lora": ValueKind("whole", low=0, high=2**18),
+        "rope_head_dim": ValueKind("whole", low=0, high=2**14),
+        "v_head_dim": ValueKind("whole", low=0, high=2**14),
+        "mtp_layers": ValueKind("whole", low=0, high=64),
+        "sliding_window": ValueKind("whole", high=2**27),
         "name": _WORD,
     },
     "cluster": {
-        "device": Kind("word", needed=True),
+        "device": ValueKind("word", needed=True),
         "devices": _needed(2**21),
-        "devices_per_node": Kind("whole", high=2**16),
-        "figures": Kind("table"),
+        "devices_per_node": ValueKind("whole", high=2**16),
+        "figures": ValueKind("table"),
     },
     "figures": {
         "memory_gb": _RATE,
         "memory_gbps": _RATE,
-        "tflops": Kind("table"),
-        "measured_tflops": Kind("table"),
+        "tflops": ValueKind("table"),
+        "measured_tflops": ValueKind("table"),
         "measured_memory_gbps": _RATE,
         "intra_gbps": _RATE,
         "inter_gbps": _RATE,
         "all_reduce_gbps": _RATE,
-        "units": Kind("whole", high=2**16),
-        "joined": Kind("whole", high=2**16),
+        "units": ValueKind("whole", high=2**16),
+        "joined": ValueKind("whole", high=2**16),
     },
     "tflops": dict.fromkeys(("fp32", "tf32", "bf16", "fp16", "fp8", "fp4"), _RATE),
     "measured_tflops": dict.fromkeys(("fp32", "tf32", "bf16", "fp16", "fp8", "fp4"), _RATE),
@@ -98,7 +98,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
     "layout": {
         **dict.fromkeys(("dp", "shard", "optimizer_shard", "tp", "pp", "vpp", "cp", "ep"), _DEGREE),
         "sequence_parallel": _FLAG,
-        "micro_batch": Kind("whole", high=2**24),
+        "micro_batch": ValueKind("whole", high=2**24),
         "recompute": _WORD,
         "schedule": _WORD,
         "offload": _FLAG,
@@ -294,7 +294,7 @@ def _table(found: Any, section: str, problems: list[Problem]) -> dict[str, Any]:
     return good
 
 
-def _wrong(value: Any, kind: Kind, where: str) -> Problem | None:
+def _wrong(value: Any, kind: ValueKind, where: str) -> Problem | None:
     """What is wrong with a value, and the nearest that works."""
     if kind.name == "flag":
         return None if isinstance(value, bool) else Problem(where, f"is {_kind_of(value)}", "give true or false")
@@ -312,7 +312,7 @@ def _wrong(value: Any, kind: Kind, where: str) -> Problem | None:
     return None
 
 
-def _clamped(value: float, kind: Kind) -> str:
+def _clamped(value: float, kind: ValueKind) -> str:
     near = kind.low if value != value or value < kind.low else min(value, kind.high)
     return str(round(near)) if kind.name == "whole" else f"{near:g}"
 

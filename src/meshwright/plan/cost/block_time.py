@@ -55,7 +55,7 @@ def block_key(layout: Layout) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class Movement:
+class ParameterSeconds:
     """Seconds of moving parameters between data-parallel ranks, nothing hidden: gathering weights over the ranks of a
     shard group, scattering their gradients over them, and summing gradients over the groups."""
 
@@ -63,8 +63,8 @@ class Movement:
     scatter: float = 0.0
     sum: float = 0.0
 
-    def __add__(self, other: Movement) -> Movement:
-        return Movement(self.gather + other.gather, self.scatter + other.scatter, self.sum + other.sum)
+    def __add__(self, other: ParameterSeconds) -> ParameterSeconds:
+        return ParameterSeconds(self.gather + other.gather, self.scatter + other.scatter, self.sum + other.sum)
 
 
 class BlockTimes:
@@ -84,8 +84,8 @@ class BlockTimes:
         self.offload_speed = constants["cuda.offload.bytes_per_second"]
         self.gradient_bytes = framework.gradient_wire_bytes or BYTES[precision]
         self.gathered_bytes = BYTES[precision]
-        self._exchanges: dict[tuple[object, ...], _Exchanges] = {}
-        self._gathers: dict[tuple[object, ...], Movement] = {}
+        self._exchanges: dict[tuple[object, ...], _ExchangeSeconds] = {}
+        self._gathers: dict[tuple[object, ...], ParameterSeconds] = {}
         self._elements: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def cost(self, layout: Layout, block: Block, given: int) -> BlockCost:
@@ -149,13 +149,13 @@ class BlockTimes:
             wait, room = wait + hidden * self.slows + seconds - hidden, room - hidden
         return wait
 
-    def _exchanges_of(self, layout: Layout, block: Block, given: int) -> _Exchanges:
+    def _exchanges_of(self, layout: Layout, block: Block, given: int) -> _ExchangeSeconds:
         key = (id(block), given, *split_key(layout))
         found = self._exchanges.get(key)
         if found is None:
             sums = tensor_sums(block) if layout.tp > 1 else (0, 0)
             once = self._tensor(layout, given) if layout.tp > 1 else 0.0
-            found = self._exchanges[key] = _Exchanges(
+            found = self._exchanges[key] = _ExchangeSeconds(
                 block,
                 sums,
                 (sums[0] * once, sums[1] * once),
@@ -191,7 +191,7 @@ class BlockTimes:
         size = tokens * BYTES[self.precision] / (layout.tp if layout.sequence_parallel else 1)
         return 2 * self.network.all_to_all(size, self.network.group(layout.ep, layout.tp))
 
-    def _weights(self, layout: Layout, block: Block) -> Movement:
+    def _weights(self, layout: Layout, block: Block) -> ParameterSeconds:
         """A block's sharded weights gathered before a pass, and its gradients reduced. Of experts every ep-th rank
         holds the same."""
         key = (id(block), layout.tp, layout.ep, layout.dp * layout.cp, layout.shard)
@@ -201,12 +201,12 @@ class BlockTimes:
             found = self._gathers[key] = self.movement(layout, others, 1) + self.movement(layout, experts, layout.ep)
         return found
 
-    def movement(self, layout: Layout, elements: float, apart: int) -> Movement:
+    def movement(self, layout: Layout, elements: float, apart: int) -> ParameterSeconds:
         """Moving `elements` of parameters between data-parallel ranks of which every `apart`-th holds the same."""
         data, shard = layout.dp * layout.cp // apart, max(1, layout.shard // apart)
         sharded = self.network.group(shard, layout.tp * apart)
         replicas = self.network.group(data // shard, layout.tp * apart * shard)
-        return Movement(
+        return ParameterSeconds(
             self.network.all_gather(elements * self.gathered_bytes, sharded),
             self.network.reduce_scatter(elements * self.gradient_bytes, sharded),
             self.network.all_reduce(elements / shard * self.gradient_bytes, replicas),
@@ -238,7 +238,7 @@ class BlockTimes:
 
 
 @dataclass(frozen=True)
-class _Exchanges:
+class _ExchangeSeconds:
     """What a micro-batch through a block moves between ranks, nothing hidden. `sums` are those over tensor-parallel
     ranks, forward and backward, and `tensor` their seconds; the block is kept, so that its id stays its own."""
 

@@ -25,7 +25,7 @@ ACCUMULATE_BYTES = {"fp32": 12, "bf16": 18}
 REDUCE_BYTES = {"fp32": 24, "bf16": 26}
 OPTIMIZER_BYTES = 40
 BYTES = {"fp32": 4, "bf16": 2}
-#: Sizes at which the probe times memory-bound chains (bytes of the largest tensor) and the loss (logits at once).
+#: StageElements at which the probe times memory-bound chains (bytes of the largest tensor) and the loss (logits at once).
 CHAIN_BYTES, LOSS_LOGITS = (1 << 20, 1 << 23), (1 << 20, 1 << 22)
 LOSS_ROWS_AT_ONCE = 1024  # nn/loss.py
 #: Starts of a forward that selective recompute takes: it hands every operation, twice, to Python, to hear what is kept.

@@ -12,7 +12,7 @@ from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile, default_profile
 from meshwright.plan.cost.block_time import BlockCost, BlockTimes, block_key
 from meshwright.plan.cost.gpu import BYTES, local_elements
-from meshwright.plan.cost.memory import Counted, MemoryModel, StageMemory
+from meshwright.plan.cost.memory import BlockCounts, MemoryModel, StageMemory
 from meshwright.plan.cost.per_step import PerStepCost, PerStepTimes
 from meshwright.plan.pipeline.actions import TABLE, places
 from meshwright.plan.pipeline.balance import balance_costs
@@ -200,7 +200,7 @@ class Estimator:
         cut, tied = self.stages(layout), layout.tp > 1
         costs, sizes = self._block_costs(layout), self._local_elements(layout)
         shares = self._expert_elements(layout)
-        known: dict[Counted, tuple[float, ...]] = {}
+        known: dict[BlockCounts, tuple[float, ...]] = {}
         rows = []
         for counted in self.memory.counted(cut):
             if counted not in known:
@@ -219,7 +219,7 @@ class Estimator:
         return _Stages(cut, forward, backward, weight, busy, wait, device, elements, slowest, last[0], experts)
 
     def _stage(
-        self, costs: Sequence[BlockCost], sizes: Sequence[float], counted: Counted, tied: bool
+        self, costs: Sequence[BlockCost], sizes: Sequence[float], counted: BlockCounts, tied: bool
     ) -> tuple[float, ...]:
         """Forward, backward and the weights' part of it, waits, the device's own seconds, parameters: of one
         micro-batch through a stage of so many blocks of each kind."""

@@ -95,7 +95,7 @@ def slack_bytes(kind: str, moving_bytes: int, allocated_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Held:
+class StageActivations:
     """Bytes of activations that a rank holds at its worst moment and (`left`) when its first backward has ended, and
     what is added to them by its largest backward (beyond the loss, which is then gone) and by the forward of its loss.
     `repeats`: backwards went before the worst moment, so that gradients are there. `head` is what the head's own
@@ -110,7 +110,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StageElements:
     """Local elements of a rank's parameters: dense, of experts, of its largest block, of matrices of distinct name, of
     the output head."""
 
@@ -122,7 +122,7 @@ class Sizes:
 
 
 #: Kinds of block with how many there are of each.
-Counted = tuple[tuple[int, int], ...]
+BlockCounts = tuple[tuple[int, int], ...]
 
 
 class MemoryModel:
@@ -135,10 +135,10 @@ class MemoryModel:
         self.card, self.framework, self.precision, self.device = card, framework, precision, device
         self.width, self.blocks = WIDTH[precision], BlockMemory(framework, precision, device)
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
-        self._held: dict[tuple[object, ...], tuple[Held, ...]] = {}
-        self._sizes: dict[tuple[object, ...], tuple[Sizes, ...]] = {}
-        self._counts: dict[tuple[int, ...], tuple[Counted, ...]] = {}
-        self._by_rank: dict[tuple[object, ...], tuple[Counted, ...]] = {}
+        self._held: dict[tuple[object, ...], tuple[StageActivations, ...]] = {}
+        self._sizes: dict[tuple[object, ...], tuple[StageElements, ...]] = {}
+        self._counts: dict[tuple[int, ...], tuple[BlockCounts, ...]] = {}
+        self._by_rank: dict[tuple[object, ...], tuple[BlockCounts, ...]] = {}
         self._kinds, self._index = card.kinds
         shared = {first for first, _ in card.tied}
         self._tied = tuple(p for p in card.parameters if p.name in shared)
@@ -168,7 +168,7 @@ class MemoryModel:
             for own, active in ranks
         )
 
-    def _copies(self, layout: Layout, sizes: Sizes, held: Held) -> StageMemory:
+    def _copies(self, layout: Layout, sizes: StageElements, held: StageActivations) -> StageMemory:
         """Weights in the compute precision and whole gradients; the optimizer whole or spread over data parallelism."""
         own, wide, data = self.framework, self.width, layout.dp * layout.cp
         everything = sizes.dense + sizes.expert
@@ -186,11 +186,11 @@ class MemoryModel:
         dummies = wide * sizes.distinct if own.dummy_gradients else 0
         return self._sum(wide * everything, gradient * everything, 0 if layout.offload else optimizer, held, dummies)
 
-    def _copied(self, layout: Layout, sizes: Sizes) -> int:
+    def _copied(self, layout: Layout, sizes: StageElements) -> int:
         """Bytes of the weights that stay gathered, in the compute precision."""
         return self.width * (sizes.dense + sizes.expert) if kept_gathered(layout) else 0
 
-    def _masters(self, layout: Layout, sizes: Sizes, held: Held, micro_batches: int) -> StageMemory:
+    def _masters(self, layout: Layout, sizes: StageElements, held: StageActivations, micro_batches: int) -> StageMemory:
         """fp32 masters and moments, split; beside them a copy in the compute precision of all, or of two blocks at a
         time. The worst of three moments: the loss of the last micro-batch that comes before any backward, the first
         backward after it, and from then on, when every gradient is there: whole, while micro-batches add theirs up."""
@@ -215,7 +215,9 @@ class MemoryModel:
         now = replace(held, activations=activations, working=buffers)
         return self._sum(MASTER_BYTES * own + copies, gradients, optimizer, now)
 
-    def _sum(self, weights: int, gradients: int, optimizer: int, held: Held, passing: int = 0) -> StageMemory:
+    def _sum(
+        self, weights: int, gradients: int, optimizer: int, held: StageActivations, passing: int = 0
+    ) -> StageMemory:
         kind = self.device.kind
         buffers = held.working + passing + (self.framework.workspace_bytes if kind == "cuda" else 0)
         allocated = weights + gradients + optimizer + held.activations + buffers
@@ -229,7 +231,7 @@ class MemoryModel:
             process=PROCESS_BYTES[kind],
         )
 
-    def _sharded(self, layout: Layout, sizes: Sizes, each: int = 1) -> int:
+    def _sharded(self, layout: Layout, sizes: StageElements, each: int = 1) -> int:
         """Bytes, at `each` a parameter, of a rank's part of what is split by `shard`. Experts lie on every ep-th rank
         only, so that there are fewer ranks to split each of them over."""
         ways = max(1, layout.shard * layout.tp // (layout.ep * self.blocks.expert_tp(layout)))
@@ -241,7 +243,7 @@ class MemoryModel:
             self._bytes[key] = tuple(self.blocks.of(block, given, layout) for block, given in self._kinds)
         return self._bytes[key]
 
-    def _stage_held(self, layout: Layout, firsts: tuple[int, ...], micro_batches: int) -> tuple[Held, ...]:
+    def _stage_held(self, layout: Layout, firsts: tuple[int, ...], micro_batches: int) -> tuple[StageActivations, ...]:
         key = (*_block_key(layout), layout.pp, layout.vpp, layout.schedule, firsts, micro_batches)
         if key not in self._held:
             kinds = self._block_bytes(layout)
@@ -249,7 +251,7 @@ class MemoryModel:
             held: Sequence[float] = kept if layout.pp > 1 else [sum(kept)]
             if layout.pp > 1:
                 held = held_bytes(layout.schedule, layout.pp, micro_batches, kept, vpp=layout.vpp)
-            ranks: list[Held] = []
+            ranks: list[StageActivations] = []
             for most, mine in zip(held, self._ranks(layout, firsts), strict=True):
                 blocks = [k for k, _ in mine]
                 loss, working = (max(f(kinds[k]) for k in blocks) for f in (_loss, _working))
@@ -266,7 +268,9 @@ class MemoryModel:
                 gone = kinds[self._index[-1]].loss // 2 if layout.pp == 1 else 0
                 head = 2 * self._entry(layout) - gone if last else 0
                 left = int(most) * (flying - 1) // flying + received if layout.pp > 1 else 0
-                ranks.append(Held(int(most) + received, left, max(0, working - loss) + gathered, rows, repeats, head))
+                ranks.append(
+                    StageActivations(int(most) + received, left, max(0, working - loss) + gathered, rows, repeats, head)
+                )
             self._held[key] = tuple(ranks)
         return self._held[key]
 
@@ -293,7 +297,7 @@ class MemoryModel:
         columns = self.card.blocks[-1].output_elements // max(self.card.units_per_sample, 1) // layout.tp
         return 4 * min(rows, tokens) * columns * (1 + (self.width < 4) + (tokens > rows))
 
-    def _stage_sizes(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[Sizes, ...]:
+    def _stage_sizes(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[StageElements, ...]:
         key = (layout.tp, layout.ep, layout.pp, layout.vpp, layout.schedule, firsts)
         if key not in self._sizes:
             kinds = self._block_bytes(layout)
@@ -311,7 +315,7 @@ class MemoryModel:
                     alias = kinds[first].dense if further else tied if last in blocks else 0
                 distinct = {name: size for k in blocks for name, size in kinds[k].matrices}
                 ranks.append(
-                    Sizes(
+                    StageElements(
                         sum(count * kinds[k].dense for k, count in mine) + alias,
                         sum(count * kinds[k].expert for k, count in mine),
                         max(alias, *(kinds[k].dense + kinds[k].expert for k in blocks)),
@@ -322,14 +326,14 @@ class MemoryModel:
             self._sizes[key] = tuple(ranks)
         return self._sizes[key]
 
-    def counted(self, firsts: tuple[int, ...]) -> tuple[Counted, ...]:
+    def counted(self, firsts: tuple[int, ...]) -> tuple[BlockCounts, ...]:
         """How many blocks of each kind every virtual stage has, the kinds in order."""
         if firsts not in self._counts:
             spans = (self._index[a:b] for a, b in zip(firsts, (*firsts[1:], len(self._index)), strict=True))
             self._counts[firsts] = tuple(tuple(sorted(Counter(span).items())) for span in spans)
         return self._counts[firsts]
 
-    def _ranks(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[Counted, ...]:
+    def _ranks(self, layout: Layout, firsts: tuple[int, ...]) -> tuple[BlockCounts, ...]:
         """The same of every rank."""
         key = (layout.pp, layout.vpp, layout.schedule, firsts)
         if key not in self._by_rank:

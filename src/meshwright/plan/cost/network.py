@@ -15,7 +15,7 @@ from meshwright.plan.constants.profile import Profile
 
 
 @dataclass(frozen=True)
-class Group:
+class CommGroup:
     """`ranks` devices that talk, `near` of them joined by one inner link (a node, or a rack behind one switch)."""
 
     ranks: int
@@ -43,11 +43,11 @@ class Network:
         )
         self.intra_hop, self.inter_hop = self.intra.latency_seconds, self.inter.latency_seconds
 
-    def group(self, ranks: int, stride: int) -> Group:
+    def group(self, ranks: int, stride: int) -> CommGroup:
         """The group of `ranks` devices that lie `stride` apart."""
-        return Group(ranks, max(1, min(ranks, self.domain // stride)))
+        return CommGroup(ranks, max(1, min(ranks, self.domain // stride)))
 
-    def all_reduce(self, size_bytes: float, group: Group) -> float:
+    def all_reduce(self, size_bytes: float, group: CommGroup) -> float:
         """All-reduce of `size_bytes` held by every rank: a ring, or a tree where latency counts for more, or sums made
         in the switch."""
         n = group.ranks
@@ -59,7 +59,7 @@ class Network:
         tree = 2 * self._tree_hops(group) + self.moving(2 * size_bytes, bandwidth)
         return self.start + self.waiting(n) + min(ring, tree)
 
-    def all_gather(self, size_bytes: float, group: Group) -> float:
+    def all_gather(self, size_bytes: float, group: CommGroup) -> float:
         """All-gather into `size_bytes` on every rank: a ring of ranks - 1 steps."""
         n = group.ranks
         if n <= 1 or size_bytes <= 0:
@@ -67,11 +67,11 @@ class Network:
         wire = (n - 1) / n * size_bytes
         return self.start + self.waiting(n) + self._ring_hops(group) + self.moving(wire, self.bandwidth(group))
 
-    def reduce_scatter(self, size_bytes: float, group: Group) -> float:
+    def reduce_scatter(self, size_bytes: float, group: CommGroup) -> float:
         """Reduce-scatter of `size_bytes` held by every rank; the mirror of all-gather."""
         return self.all_gather(size_bytes, group)
 
-    def all_to_all(self, size_bytes: float, group: Group) -> float:
+    def all_to_all(self, size_bytes: float, group: CommGroup) -> float:
         """All-to-all in which every rank holds `size_bytes` and keeps one part: what leaves the inner link goes by the
         rank's own share of the network, beside what stays."""
         n = group.ranks
@@ -89,7 +89,7 @@ class Network:
         rate = min(link.bytes_per_second, link.peer_bytes_per_second or link.bytes_per_second)
         return self.start + hop + self.moving(size_bytes, rate * (self.inter_share if far else self.ring_share))
 
-    def bandwidth(self, group: Group, *, summed: bool = False) -> float:
+    def bandwidth(self, group: CommGroup, *, summed: bool = False) -> float:
         """Bus bandwidth of a large collective; `summed` for all-reduce. Between nodes every rank of the group brings
         its own share of the network, and groups side by side share the node's cards by bringing their own."""
         inside = self._inside(group.near, summed=summed)
@@ -124,12 +124,12 @@ class Network:
             rate *= self.tree_share
         return rate * self.ring_share * (1 - self.few_ranks / near) * (1.0 if summed else self.gather_share)
 
-    def _ring_hops(self, group: Group) -> float:
+    def _ring_hops(self, group: CommGroup) -> float:
         if group.islands == 1:
             return (group.ranks - 1) * self.intra_hop
         return group.islands * self.inter_hop + (group.ranks - group.islands) * self.intra_hop
 
-    def _tree_hops(self, group: Group) -> float:
+    def _tree_hops(self, group: CommGroup) -> float:
         """Chains inside the inner link, a tree between them."""
         between = math.ceil(math.log2(group.islands)) * self.inter_hop if group.islands > 1 else 0.0
         return (group.near - 1) * self.intra_hop + between
@@ -152,19 +152,19 @@ class GlooNetwork(Network):
         latency = link.latency_seconds * self.latency[collective] * hops
         return latency + wire_bytes / (link.bytes_per_second * self.share[collective])
 
-    def all_reduce(self, size_bytes: float, group: Group) -> float:
+    def all_reduce(self, size_bytes: float, group: CommGroup) -> float:
         """A ring: every rank sends 2 (n - 1) / n of the tensor."""
         return self._ring("all_reduce", 2 * size_bytes, group)
 
-    def all_gather(self, size_bytes: float, group: Group) -> float:
+    def all_gather(self, size_bytes: float, group: CommGroup) -> float:
         """All-gather into `size_bytes` on every rank."""
         return self._ring("all_gather", size_bytes, group)
 
-    def reduce_scatter(self, size_bytes: float, group: Group) -> float:
+    def reduce_scatter(self, size_bytes: float, group: CommGroup) -> float:
         """Reduce-scatter of `size_bytes` held by every rank."""
         return self._ring("reduce_scatter", size_bytes, group)
 
-    def all_to_all(self, size_bytes: float, group: Group) -> float:
+    def all_to_all(self, size_bytes: float, group: CommGroup) -> float:
         """As many messages as there are others, one after another."""
         n = group.ranks
         if n <= 1 or size_bytes <= 0:
@@ -175,7 +175,7 @@ class GlooNetwork(Network):
         """One message to a neighbour."""
         return self._seconds("point_to_point", size_bytes, 1, far)
 
-    def _ring(self, collective: str, size_bytes: float, group: Group) -> float:
+    def _ring(self, collective: str, size_bytes: float, group: CommGroup) -> float:
         n = group.ranks
         if n <= 1 or size_bytes <= 0:
             return 0.0

@@ -11,7 +11,7 @@ from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError, Problem
 from meshwright.plan.constants.profile import Profile
 from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.reliability import Outlook, outlook, price_of
+from meshwright.plan.reliability import RunForecast, outlook, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
 from meshwright.plan.rules.query import divisors
@@ -114,7 +114,7 @@ class MixedWorkload:
         """The part of the work that a cluster does: `batch` samples of each step."""
         return self.workload.changed(cluster=cluster, global_batch=batch)
 
-    def chances(self, step_seconds: float, groups: tuple[Cluster, ...]) -> Outlook:
+    def chances(self, step_seconds: float, groups: tuple[Cluster, ...]) -> RunForecast:
         """What failures make of it, with the dollars of every device where all have a price."""
         devices = sum(group.devices for group in groups)
         cluster = replace(self.mixed.slowest, devices=devices, devices_per_node=1)

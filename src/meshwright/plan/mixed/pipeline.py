@@ -75,7 +75,7 @@ class BlockEstimates:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PipelineCut:
     """A pipeline: the stages' groups in order, the first block of each stage, and the step."""
 
     layout: Layout
@@ -95,7 +95,7 @@ class Placed:
 
 def through_stages(work: MixedWorkload) -> MixedChoice | None:
     """The best pipeline through all groups; None where none fits or the framework has no pipeline."""
-    best: Placed | None = None
+    best: PipelineCut | None = None
     enough: set[Layout] = set()  # layouts, less their recompute, that fit with less of it: more only costs time
     for layout, counts in _layouts(work):
         alike = replace(layout, recompute="none")
@@ -108,12 +108,12 @@ def through_stages(work: MixedWorkload) -> MixedChoice | None:
             if best is not None and floor >= best.seconds:
                 enough.add(alike)
                 continue
-            placed = _placed(work, layout, stages)
-            if placed is not None:
+            cut = _best_cut(work, layout, stages)
+            if cut is not None:
                 enough.add(alike)
-            if placed is not None and (best is None or placed.seconds < best.seconds):
-                best = placed
-    return None if best is None else _way(work, best)
+            if cut is not None and (best is None or cut.seconds < best.seconds):
+                best = cut
+    return None if best is None else _choice(work, best)
 
 
 def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
@@ -162,7 +162,7 @@ def _floor(stages: Sequence[BlockEstimates]) -> float:
     return stages[0].micro_batches / rate
 
 
-def _placed(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates, ...]) -> Placed | None:
+def _best_cut(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates, ...]) -> PipelineCut | None:
     """The cut with the least slowest stage among those that fit, by halving between bounds; None where none fits."""
     total = max(stage.total for stage in stages)
     best = _cut(layout, stages, total)
@@ -186,7 +186,7 @@ def _placed(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates, .
     )
     span = span_seconds(layout.schedule, stages[0].micro_batches, forward, backward, transfer)
     apart = max((stage.apart for stage in stages), key=sum)
-    return Placed(layout, stages, best, forward, backward, memory, transfer, span, apart)
+    return PipelineCut(layout, stages, best, forward, backward, memory, transfer, span, apart)
 
 
 def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -211,22 +211,22 @@ def _cut(layout: Layout, stages: tuple[BlockEstimates, ...], cap: float) -> tupl
     return tuple(firsts) if start == count else None
 
 
-def _way(work: MixedWorkload, placed: Placed) -> MixedChoice:
-    layout, request = placed.layout, work.request
-    busiest = max(range(layout.pp), key=lambda s: placed.forward[s] + placed.backward[s])
-    micro_batches = placed.blocks[0].micro_batches
-    busy = micro_batches * (placed.forward[busiest] + placed.backward[busiest])
-    estimator = work.estimator(placed.blocks[busiest].group)
-    waits, update, host = placed.apart
+def _choice(work: MixedWorkload, cut: PipelineCut) -> MixedChoice:
+    layout, request = cut.layout, work.request
+    busiest = max(range(layout.pp), key=lambda s: cut.forward[s] + cut.backward[s])
+    micro_batches = cut.blocks[0].micro_batches
+    busy = micro_batches * (cut.forward[busiest] + cut.backward[busiest])
+    estimator = work.estimator(cut.blocks[busiest].group)
+    waits, update, host = cut.apart
     whole = replace(
         estimator.estimate(layout),
-        first_blocks=placed.firsts,
-        forward_seconds=placed.forward,
-        backward_seconds=placed.backward,
-        transfer_seconds=placed.transfer,
+        first_blocks=cut.firsts,
+        forward_seconds=cut.forward,
+        backward_seconds=cut.backward,
+        transfer_seconds=cut.transfer,
         compute_seconds=busy,
         communication_seconds=waits,
-        bubble_seconds=placed.span - busy,
+        bubble_seconds=cut.span - busy,
         launch_seconds=0.0,
         optimizer_seconds=update,
         other_seconds=host,
@@ -234,24 +234,24 @@ def _way(work: MixedWorkload, placed: Placed) -> MixedChoice:
         weight_seconds=(),
         boundary_seconds=(),
         pipeline_overlap=True,
-        step_seconds=placed.seconds,
-        memory=placed.memory,
+        step_seconds=cut.seconds,
+        memory=cut.memory,
     )
-    chances = work.chances(placed.seconds, work.mixed.groups)
+    chances = work.chances(cut.seconds, work.mixed.groups)
     choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, chances)
-    shares = _shares(work, placed)
+    shares = _shares(work, cut)
     why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
-    predicted = choice.predicted.with_figures(mfu=mfu(work, placed.seconds))
+    predicted = choice.predicted.with_figures(mfu=mfu(work, cut.seconds))
     return MixedChoice("stages", replace(choice, predicted=predicted, why=why), shares)
 
 
-def _shares(work: MixedWorkload, placed: Placed) -> tuple[Share, ...]:
-    edges = (*placed.firsts, len(work.workload.card.blocks))
+def _shares(work: MixedWorkload, cut: PipelineCut) -> tuple[Share, ...]:
+    edges = (*cut.firsts, len(work.workload.card.blocks))
     shares = []
     for group in work.mixed.groups:
-        mine = [place for place, stage in enumerate(placed.blocks) if stage.group is group]
+        mine = [place for place, stage in enumerate(cut.blocks) if stage.group is group]
         blocks = edges[mine[-1] + 1] - edges[mine[0]]
-        each = [placed.forward[s] + placed.backward[s] for s in mine]
+        each = [cut.forward[s] + cut.backward[s] for s in mine]
         why = f"{blocks} of {edges[-1]} blocks for {group.devices / work.mixed.devices:.0%} of the devices, "
         why += f"{max(each):.3g} s a micro-batch"
         shares.append(
@@ -261,8 +261,8 @@ def _shares(work: MixedWorkload, placed: Placed) -> tuple[Share, ...]:
                 first_stage=mine[0],
                 stop_stage=mine[-1] + 1,
                 samples=work.request.global_batch,
-                micro_batch=placed.layout.micro_batch,
-                peak_bytes=max(placed.memory[s].total for s in mine),
+                micro_batch=cut.layout.micro_batch,
+                peak_bytes=max(cut.memory[s].total for s in mine),
                 why=why,
             )
         )

@@ -9,7 +9,7 @@ from meshwright.plan.pipeline.actions import Action
 
 
 @dataclass(frozen=True)
-class Event:
+class ActionSpan:
     """An action with its place and time. `stage` is the virtual stage."""
 
     rank: int
@@ -25,7 +25,7 @@ class Timeline:
     """A replayed schedule: its events in order of start, and its length from the first start to the last stop."""
 
     ranks: int
-    events: tuple[Event, ...]
+    events: tuple[ActionSpan, ...]
     seconds: float
 
     @property
@@ -46,9 +46,9 @@ class Timeline:
             (max(event.stop_seconds for event in row) - row[0].start_seconds for row in self.rows() if row), default=0.0
         )
 
-    def rows(self) -> tuple[tuple[Event, ...], ...]:
+    def rows(self) -> tuple[tuple[ActionSpan, ...], ...]:
         """The events of each rank, in order."""
-        rows: list[list[Event]] = [[] for _ in range(self.ranks)]
+        rows: list[list[ActionSpan]] = [[] for _ in range(self.ranks)]
         for event in self.events:
             rows[event.rank].append(event)
         return tuple(tuple(row) for row in rows)
@@ -77,7 +77,7 @@ def replay(
     done: dict[tuple[str, int, int], float] = {}
     clock = [0.0] * len(orders)
     position = [0] * len(orders)
-    events: list[Event] = []
+    events: list[ActionSpan] = []
     remaining = sum(len(order) for order in orders)
     while remaining:
         before = remaining
@@ -93,7 +93,7 @@ def replay(
                 done[
                     "F" if action.kind == "F" else "W" if action.kind == "W" else "B", action.stage, action.micro_batch
                 ] = clock[rank]
-                events.append(Event(rank, action.stage, action.kind, action.micro_batch, start, stop))
+                events.append(ActionSpan(rank, action.stage, action.kind, action.micro_batch, start, stop))
                 position[rank] += 1
                 remaining -= 1
         if remaining == before:

@@ -134,7 +134,7 @@ class Refusal:
         return "nearest: " + " ".join(f"{key_of(name)}={word(value)}" for name, value in self.change.items())
 
 
-def filled(layout: Layout, count: int, framework: Framework) -> bool:
+def fills_pipeline(layout: Layout, count: int, framework: Framework) -> bool:
     """Whether `count` micro-batches are enough for the layout's schedule, and in whole rounds where it has rounds.
     Under other pipelines than torch's 1F1B runs with any number."""
     if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:

@@ -16,7 +16,7 @@ from meshwright.plan.rules.query import (
     LayoutQuery,
     Refusal,
     divisors,
-    filled,
+    fills_pipeline,
     in_rounds,
     nearest_of,
     not_offered,
@@ -326,11 +326,11 @@ def _batch(q: LayoutQuery) -> Refusal | None:
 def _micro_batches(q: LayoutQuery) -> Refusal | None:
     """A schedule starts with a micro-batch on each stage, or more; an interleaved one runs whole rounds of them."""
     layout, count = q.layout, q.micro_batches
-    if layout.pp <= 1 or not count or layout.schedule not in TABLE or filled(layout, count, q.framework):
+    if layout.pp <= 1 or not count or layout.schedule not in TABLE or fills_pipeline(layout, count, q.framework):
         return None
     share = q.global_batch // layout.dp
     counts = [share // micro for micro in divisors(share)]
-    good = [n for n in counts if filled(layout, n, q.framework)]
+    good = [n for n in counts if fills_pipeline(layout, n, q.framework)]
     if good:
         change: dict[str, Any] = {"micro_batch": share // nearest_of(count, good)}
     elif "gpipe" in q.framework.offers.schedules:

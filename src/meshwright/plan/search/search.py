@@ -12,16 +12,16 @@ from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile
 from meshwright.plan.cost.correct import corrected
 from meshwright.plan.cost.estimate import Estimate, Estimator
-from meshwright.plan.reliability import LEAST_USEFUL, Outlook, outlook
+from meshwright.plan.reliability import LEAST_USEFUL, RunForecast, outlook
 from meshwright.plan.request import OBJECTIVES, PlanRequest
 from meshwright.plan.result import Choice, Plan
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.search.space import Space, family_of
+from meshwright.plan.search.space import Space, degrees_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits
-from meshwright.plan.search.walk import Found, Value, ranked, search, step_seconds
-from meshwright.plan.search.what_if import buys, limit
-from meshwright.plan.search.wording import beaten_by_rule, choice_of, compiles, not_shown, too_large
+from meshwright.plan.search.walk import SearchResult, Value, ranked, search, step_seconds
+from meshwright.plan.search.what_if import limit, what_ifs
+from meshwright.plan.search.wording import choice_of, compiles, outranked, oversized, rejected_by_rules
 from meshwright.plan.workload import Workload
 
 RUNNERS_UP = 5
@@ -29,12 +29,12 @@ FIELDS = tuple(Layout.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Searched:
+class ClusterSearch:
     """One size of the cluster, searched."""
 
     space: Space
     estimator: Estimator
-    found: Found
+    found: SearchResult
 
 
 def make_plan(
@@ -47,7 +47,7 @@ def make_plan(
     suggest: bool = True,
 ) -> Plan:
     """The best layout of `card` on `cluster` for `request`, the runners-up, and what was rejected and why; with
-    `what_if`, what changes would buy; with `suggest`, where none works, the nearest that does.
+    `what_if`, what changes would save; with `suggest`, where none works, the nearest that does.
 
     Raises InputError for a pin that is no field of the Layout, an unknown framework or objective; CannotWork when the
     pins leave no layout or none fits, naming the nearest that does.
@@ -86,9 +86,9 @@ def checked(request: PlanRequest) -> Framework:
     return FRAMEWORKS[request.framework].planned
 
 
-def _searched(space: Space, profile: Profile | None) -> Searched:
+def _searched(space: Space, profile: Profile | None) -> ClusterSearch:
     estimator = Estimator(space.workload, profile)
-    return Searched(space, estimator, search(space, estimator))
+    return ClusterSearch(space, estimator, search(space, estimator))
 
 
 def fewer(cluster: Cluster) -> list[Cluster]:
@@ -110,7 +110,7 @@ def value_of(request: PlanRequest, space: Space) -> Value:
     @cache
     def paid(devices: int, about_seconds: float) -> float:
         part = replace(cluster, devices=devices, devices_per_node=min(devices, cluster.devices_per_node))
-        found = outlook_of(about_seconds, space.workload.changed(cluster=part), request)
+        found = forecast_of(about_seconds, space.workload.changed(cluster=part), request)
         return (devices + found.spare_nodes * part.devices_per_node) / max(found.goodput, LEAST_USEFUL)
 
     def cost(estimate: Estimate) -> float:
@@ -120,10 +120,10 @@ def value_of(request: PlanRequest, space: Space) -> Value:
     return cost
 
 
-def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_if: bool) -> Plan:
+def _plan(working: list[ClusterSearch], whole: ClusterSearch, request: PlanRequest, what_if: bool) -> Plan:
     value = value_of(request, whole.space)
-    place: dict[Layout, Searched] = {estimate.layout: one for one in working for estimate in one.found.fitting}
-    order = ranked([corrected(estimate, place[estimate.layout].estimator) for estimate in _met(working)], value)
+    place: dict[Layout, ClusterSearch] = {estimate.layout: one for one in working for estimate in one.found.fitting}
+    order = ranked([corrected(estimate, place[estimate.layout].estimator) for estimate in _fitting(working)], value)
     quickest = min(order, key=value)
 
     def again(estimate: Estimate) -> Estimate:
@@ -132,23 +132,23 @@ def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_i
         estimator = at.estimator.compiled if compiles(plain, at.estimator, request) else at.estimator
         return corrected(estimator.estimate(layout, exact=_replayed(plain)), estimator)
 
-    best = ranked([again(estimate) for estimate in _varied(order)], value, least=value(again(quickest)))
+    best = ranked([again(estimate) for estimate in _distinct(order)], value, least=value(again(quickest)))
     winner, mine = best[0], place[best[0].layout]
     plain = mine.estimator.estimate(winner.layout)  # what the search compared
-    bought = buys(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
-    chances = outlook_of(winner.step_seconds, mine.space.workload, request)
-    ways = len({family_of(estimate.layout) for estimate in order})
+    changes = what_ifs(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
+    chances = forecast_of(winner.step_seconds, mine.space.workload, request)
+    ways = len({degrees_of(estimate.layout) for estimate in order})
     choices: list[Choice] = []
     for estimate in best:
         at = place[estimate.layout]
         first = None if estimate is winner else winner
-        prospects = chances if first is None else outlook_of(estimate.step_seconds, at.space.workload, request)
+        prospects = chances if first is None else forecast_of(estimate.step_seconds, at.space.workload, request)
         choices.append(choice_of(estimate, first, at.estimator, request, ways, prospects, value))
     cluster, found = mine.space.workload.cluster, whole.found
     rejected = (
-        *beaten_by_rule(whole.space),
-        *too_large(found.missing, cluster),
-        *not_shown(order, [choice.layout for choice in choices], winner, value),
+        *rejected_by_rules(whole.space),
+        *oversized(found.missing, cluster),
+        *outranked(order, [choice.layout for choice in choices], winner, value),
     )
     return Plan(
         chosen=choices[0],
@@ -165,16 +165,16 @@ def _plan(working: list[Searched], whole: Searched, request: PlanRequest, what_i
         framework=request.framework,
         limit=limit(plain, cluster, mine.found, mine.estimator),
         considered=dict(sorted(_total(working + [whole] * (whole not in working)).items())),
-        buys=tuple(replace(b, step_seconds=b.step_seconds * winner.step_seconds / plain.step_seconds) for b in bought),
+        buys=tuple(replace(b, step_seconds=b.step_seconds * winner.step_seconds / plain.step_seconds) for b in changes),
         outlook=chances,
     )
 
 
-def _met(working: list[Searched]) -> list[Estimate]:
+def _fitting(working: list[ClusterSearch]) -> list[Estimate]:
     return [estimate for one in working for estimate in one.found.fitting]
 
 
-def outlook_of(step_seconds: float, workload: Workload, request: PlanRequest) -> Outlook:
+def forecast_of(step_seconds: float, workload: Workload, request: PlanRequest) -> RunForecast:
     """What failures and prices make of a run of such steps."""
     return outlook(
         parameters=workload.card.parameter_elements,
@@ -188,7 +188,7 @@ def outlook_of(step_seconds: float, workload: Workload, request: PlanRequest) ->
     )
 
 
-def _total(several: list[Searched]) -> dict[str, int]:
+def _total(several: list[ClusterSearch]) -> dict[str, int]:
     total: dict[str, int] = {}
     for one in several:
         for name, number in one.found.counts.items():
@@ -201,7 +201,7 @@ def _replayed(estimate: Estimate) -> bool:
     return estimate.micro_batches * estimate.layout.pp * estimate.layout.vpp <= 2_000
 
 
-def _varied(order: list[Estimate]) -> list[Estimate]:
+def _distinct(order: list[Estimate]) -> list[Estimate]:
     """The first, and after it the best of each further set of degrees: runners-up that differ in no more than their
     `shard` say the same thing again and again."""
     shown: dict[tuple[int, ...], Estimate] = {}

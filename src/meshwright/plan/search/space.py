@@ -1,8 +1,8 @@
 """The space of layouts: what the rules allow and the pins leave, generated rather than filtered.
 
-A *frame* fixes the degrees (dp tp pp cp ep, sequence parallelism); a *strand* fixes everything but the micro-batch,
-recompute and offload, on which the rules do not depend once the micro-batch divides a rank's share and fills the
-schedule. A test compares the space with every combination filtered by the rules.
+It is generated in three steps: the degrees (dp tp pp cp ep, sequence parallelism); then base layouts, with all but the
+micro-batch, recompute and offload, on which the rules do not depend once the micro-batch divides a rank's share and
+fills the schedule; then these three. A test compares the space with every combination filtered by the rules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.layout import Layout
 from meshwright.plan.pipeline.actions import TABLE
-from meshwright.plan.rules.query import divisors, filled
+from meshwright.plan.rules.query import divisors, fills_pipeline
 from meshwright.plan.rules.table import allowed
 from meshwright.plan.workload import Workload
 
@@ -70,7 +70,7 @@ class Space:
         return _pinned(self.pins, "offload", [False, True] if self.workload.framework.offers.offload else [False])
 
 
-def family_of(layout: Layout) -> tuple[int, ...]:
+def degrees_of(layout: Layout) -> tuple[int, ...]:
     """The degrees of a layout, by which a search groups what it finds."""
     return layout.dp, layout.shard, layout.tp, layout.pp, layout.cp, layout.ep
 
@@ -83,7 +83,7 @@ def changed(layout: Layout, **changes: Any) -> Layout:
     return replace(layout, **changes)
 
 
-def frames(space: Space) -> Iterator[Layout]:
+def degree_layouts(space: Space) -> Iterator[Layout]:
     """Every (dp, tp, pp, cp, ep, sequence_parallel) whose product is right, smallest degrees first."""
     devices, pins = space.workload.cluster.devices, space.pins
     for tp in _pinned(pins, "tp", _tensor_sizes(space)):
@@ -130,57 +130,57 @@ def _sequence_words(space: Space, tp: int, cp: int) -> list[bool]:
     return [True, False] if space.bounds.sequence_off else [True]
 
 
-def strands(space: Space) -> Iterator[Layout]:
-    """Every layout that the rules allow, less its micro-batch, recompute and offload; at allowed values of those. Of a
-    frame, higher shard degrees come first."""
+def base_layouts(space: Space) -> Iterator[Layout]:
+    """Every layout that the rules allow, less its micro-batch, recompute and offload; at allowed values of those. Of
+    equal degrees, higher shard degrees come first."""
     recompute, offload = space.recomputes()[0], space.offloads()[0]
-    for frame in frames(space):
-        for schedule, vpp in pipelines(space, frame):
-            for shard in reversed(_shards(space, frame)):
-                strand = replace(frame, shard=shard, schedule=schedule, vpp=vpp, recompute=recompute, offload=offload)
-                sizes = micros(space, strand)
-                if sizes and allowed(space.workload.query(replace(strand, micro_batch=sizes[0]))):
-                    yield replace(strand, micro_batch=sizes[0])
+    for degrees in degree_layouts(space):
+        for schedule, vpp in schedules(space, degrees):
+            for shard in reversed(_shards(space, degrees)):
+                base = replace(degrees, shard=shard, schedule=schedule, vpp=vpp, recompute=recompute, offload=offload)
+                sizes = micro_batch_sizes(space, base)
+                if sizes and allowed(space.workload.query(replace(base, micro_batch=sizes[0]))):
+                    yield replace(base, micro_batch=sizes[0])
 
 
-def _shards(space: Space, frame: Layout) -> Sequence[int]:
-    data = frame.dp * frame.cp
+def _shards(space: Space, degrees: Layout) -> Sequence[int]:
+    data = degrees.dp * degrees.cp
     if "shard" in space.pins or not space.offers("shard") or data < 1:
         return _pinned(space.pins, "shard", [1])
     every = divisors(data)
     if not space.bounds.ends_of_shard:
         return every
-    node = max(d for d in every if d == 1 or d * frame.tp <= space.workload.cluster.devices_per_node)
+    node = max(d for d in every if d == 1 or d * degrees.tp <= space.workload.cluster.devices_per_node)
     return sorted({1, node, data})
 
 
-def pipelines(space: Space, frame: Layout) -> list[tuple[str, int]]:
+def schedules(space: Space, degrees: Layout) -> list[tuple[str, int]]:
     """(schedule, vpp) to try, the plainest first."""
     pins = space.pins
     offered = space.workload.framework.offers.schedules
-    if frame.pp <= 1:  # a schedule says nothing here
+    if degrees.pp <= 1:  # a schedule says nothing here
         return [(s, v) for s in _pinned(pins, "schedule", ["1f1b"]) for v in _pinned(pins, "vpp", [1])]
     found = []
     for schedule in _pinned(pins, "schedule", sorted(offered, key=lambda word: word != "1f1b")):
         needs = TABLE.get(schedule)
         if needs is None:
             continue
-        deepest = min(needs.most_vpp, space.bounds.most_vpp, space.workload.facts.blocks // frame.pp)
+        deepest = min(needs.most_vpp, space.bounds.most_vpp, space.workload.facts.blocks // degrees.pp)
         depths = range(needs.least_vpp, deepest + 1) if _may(space, "vpp", needs.least_vpp) else range(0)
         found += [(schedule, vpp) for vpp in _pinned(pins, "vpp", depths)]
     return found
 
 
-def micros(space: Space, strand: Layout) -> list[int]:
-    """Micro-batches that divide a rank's share and fill the strand's schedule, ascending."""
-    if strand.dp < 1 or space.workload.global_batch < 1 or space.workload.global_batch % strand.dp:
+def micro_batch_sizes(space: Space, base: Layout) -> list[int]:
+    """Micro-batches that divide a rank's share and fill the schedule, ascending."""
+    if base.dp < 1 or space.workload.global_batch < 1 or space.workload.global_batch % base.dp:
         return []
-    share = space.workload.global_batch // strand.dp
+    share = space.workload.global_batch // base.dp
     sizes = [m for m in _pinned(space.pins, "micro_batch", divisors(share)) if m >= 1 and share % m == 0]
-    if strand.pp > 1:
-        if strand.schedule not in TABLE:
+    if base.pp > 1:
+        if base.schedule not in TABLE:
             return []
-        sizes = [m for m in sizes if filled(strand, share // m, space.workload.framework)]
+        sizes = [m for m in sizes if fills_pipeline(base, share // m, space.workload.framework)]
         if space.workload.facts.stateful_buffers:
             sizes = [m for m in sizes if m == space.workload.global_batch]
     return sizes
@@ -188,32 +188,37 @@ def micros(space: Space, strand: Layout) -> list[int]:
 
 def layouts(space: Space) -> Iterator[Layout]:
     """Every layout of the space, one by one: what a search without pruning would estimate."""
-    for strand in strands(space):
-        for micro in micros(space, strand):
+    for base in base_layouts(space):
+        for micro in micro_batch_sizes(space, base):
             for offload in space.offloads():
                 for recompute in space.recomputes():
-                    yield replace(strand, micro_batch=micro, offload=offload, recompute=recompute)
+                    yield replace(base, micro_batch=micro, offload=offload, recompute=recompute)
 
 
 def size(space: Space, stop: int = 1_000_000) -> int:
     """How many layouts there are before the rules are asked, `stop` at most."""
     each, total = len(space.offloads()) * len(space.recomputes()), 0
-    for frame in frames(space):
-        pipes = pipelines(space, frame)
-        total += each * len(pipes) * len(_shards(space, frame)) * len(micros(space, replace(frame, schedule="gpipe")))
+    for degrees in degree_layouts(space):
+        pipes = schedules(space, degrees)
+        total += (
+            each
+            * len(pipes)
+            * len(_shards(space, degrees))
+            * len(micro_batch_sizes(space, replace(degrees, schedule="gpipe")))
+        )
         if total >= stop:
             return stop
     return total
 
 
-def with_micro(space: Space, layout: Layout) -> Layout:
+def with_micro_batch(space: Space, layout: Layout) -> Layout:
     """The layout with a schedule, virtual stages and a micro-batch, where they are not pinned, that no rule refuses for
     want of better ones: the largest micro-batch of the schedule that allows most."""
     if layout.dp < 1 or space.workload.global_batch % layout.dp:
         return layout
-    tried = [replace(layout, schedule=schedule, vpp=vpp) for schedule, vpp in pipelines(space, layout)] or [layout]
-    best = max(tried, key=lambda one: max(micros(space, one), default=0))  # the first of equals
-    largest = max(micros(space, best), default=0)
+    tried = [replace(layout, schedule=schedule, vpp=vpp) for schedule, vpp in schedules(space, layout)] or [layout]
+    best = max(tried, key=lambda one: max(micro_batch_sizes(space, one), default=0))  # the first of equals
+    largest = max(micro_batch_sizes(space, best), default=0)
     if largest:
         return replace(best, micro_batch=largest)
     share = max(1, space.workload.global_batch // layout.dp)

@@ -15,13 +15,24 @@ from meshwright.plan.cost.memory import usable_bytes
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.rules.query import key_of, nearest_of, word
 from meshwright.plan.rules.table import refusals
-from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, changed, frames, micros, size, strands, with_micro
-from meshwright.plan.search.walk import TooLarge, complexity, explore, ranked, search
+from meshwright.plan.search.space import (
+    NARROW,
+    USUAL,
+    WHOLE,
+    Space,
+    base_layouts,
+    changed,
+    degree_layouts,
+    micro_batch_sizes,
+    size,
+    with_micro_batch,
+)
+from meshwright.plan.search.walk import OversizedLayout, complexity, explore, ranked, search
 
 DEGREE_PINS = ("dp", "shard", "tp", "pp", "cp", "ep")
 #: Changes of the pins that are planned, the nearest first, before all the pins are let go.
 TRIED = 12
-MOST_STRANDS = 40_000
+MOST_BASE_LAYOUTS = 40_000
 #: Bytes a parameter that no layout spares: a copy to compute with; master and moments where they stay on the devices.
 COMPUTED_BYTES, STATE_BYTES = 2, 12
 #: Sizes of a cluster that are tried between one that is too small and its double.
@@ -65,19 +76,19 @@ def _far(layout: Layout, pins: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _near(space: Space) -> Iterator[Layout]:
-    """Every strand without the pins, with the rest of its fields as near to the pins as the rules let them be."""
+    """Every base layout without the pins, with the rest of its fields as near to the pins as the rules let them be."""
     pins, free = space.pins, replace(space, pins={})
-    if size(free) > MOST_STRANDS:
+    if size(free) > MOST_BASE_LAYOUTS:
         free = replace(free, bounds=replace(USUAL, tensor_across_nodes=True))
     recompute = pins.get("recompute", "none")
     if recompute not in free.recomputes():
         recompute = free.recomputes()[-1]
     offload = pins.get("offload", False) if pins.get("offload", False) in free.offloads() else False
-    for strand in strands(free):
-        micro = strand.micro_batch
+    for base in base_layouts(free):
+        micro = base.micro_batch
         if isinstance(pins.get("micro_batch"), int):
-            micro = nearest_of(pins["micro_batch"], micros(free, strand))
-        yield changed(strand, recompute=recompute, offload=offload, micro_batch=micro)
+            micro = nearest_of(pins["micro_batch"], micro_batch_sizes(free, base))
+        yield changed(base, recompute=recompute, offload=offload, micro_batch=micro)
 
 
 def _distance(asked: Any, found: Any) -> float:
@@ -145,7 +156,7 @@ def _concerned(space: Space, together: Mapping[str, set[str]]) -> list[str]:
 
 
 def _has_layout(space: Space) -> bool:
-    return any(True for _ in strands(replace(space, bounds=WHOLE)))
+    return any(True for _ in base_layouts(replace(space, bounds=WHOLE)))
 
 
 def _reasons(space: Space) -> list[str]:
@@ -161,7 +172,7 @@ def _guess(space: Space) -> Layout:
     rest = max(1, layout.tp * layout.pp * layout.cp)
     if "dp" not in space.pins:
         layout = changed(layout, dp=max(1, space.workload.cluster.devices // rest))
-    return with_micro(space, layout)
+    return with_micro_batch(space, layout)
 
 
 def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
@@ -169,7 +180,7 @@ def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
     free, have = replace(space, pins={}), space.workload.global_batch
     batches = {
         batch
-        for dp in {frame.dp for frame in frames(replace(free, bounds=WHOLE))}
+        for dp in {degrees.dp for degrees in degree_layouts(replace(free, bounds=WHOLE))}
         for batch in (have // dp * dp, -(-have // dp) * dp)
         if batch > 0
     }
@@ -180,7 +191,9 @@ def _nearest_question(space: Space, estimator: Estimator) -> tuple[str, str]:
     return "cluster.devices", "nearest: cluster.devices=1"
 
 
-def why_nothing_fits(space: Space, estimator: Estimator, missing: list[TooLarge], suggest: bool) -> list[Problem]:
+def why_nothing_fits(
+    space: Space, estimator: Estimator, missing: list[OversizedLayout], suggest: bool
+) -> list[Problem]:
     """The layout that misses by least, by how much, and, with `suggest`, the nearest that works: pins dropped, or more
     devices."""
     closest = min(missing, key=lambda e: (e.peak_bytes, str(e.layout)))

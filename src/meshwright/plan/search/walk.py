@@ -23,11 +23,11 @@ from meshwright.plan.search.space import (
     WHOLE,
     Bounds,
     Space,
-    family_of,
+    base_layouts,
+    degrees_of,
     layouts,
-    micros,
+    micro_batch_sizes,
     size,
-    strands,
 )
 
 #: A simpler layout is taken over one predicted to be faster by less than this share. On 68 groups of measured layouts
@@ -37,9 +37,9 @@ TIE = 0.03
 MOST_LAYOUTS = {"whole": 15_000, "usual": 60_000}
 #: A layout whose step must take this many times the best one found so far is not estimated: it would be no runner-up.
 BEATEN = 1.25
-#: How many families are polished after a search within bounds.
-POLISHED = 4
-POLISH = replace(USUAL, name="polish", sequence_off=True)
+#: How many sets of degrees are searched again, more finely, after a search within bounds.
+REFINED = 4
+REFINEMENT = replace(USUAL, name="refinement", sequence_off=True)
 
 Value = Callable[[Estimate], float]
 
@@ -50,7 +50,7 @@ def step_seconds(estimate: Estimate) -> float:
 
 
 @dataclass(frozen=True)
-class TooLarge:
+class OversizedLayout:
     """A layout that does not fit: its peak and what its step would take at least."""
 
     peak_bytes: int
@@ -59,17 +59,17 @@ class TooLarge:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search met.
 
     `counts`: of the layouts in its "space" so many were "estimated" (of these "missed" did not fit), "pruned" by a
-    bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has what is notable of what
-    fits, `missing` the leanest of those sets of which nothing fits, `too_large` all counted that do not fit.
+    bound, "costlier" than one that fits, or "too_large" as a leaner one was. `fitting` has the best of each set of degrees
+    that fits, `missing` the leanest of those sets of which nothing fits, `too_large` all counted that do not fit.
     """
 
     fitting: list[Estimate] = field(default_factory=list)
-    missing: list[TooLarge] = field(default_factory=list)
-    too_large: list[TooLarge] = field(default_factory=list)
+    missing: list[OversizedLayout] = field(default_factory=list)
+    too_large: list[OversizedLayout] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     bounds: Bounds = WHOLE
 
@@ -106,14 +106,14 @@ def ranked(estimates: list[Estimate], value: Value | None = None, least: float =
     return tied + order[len(tied) :]
 
 
-def notable(estimates: Iterable[Estimate]) -> list[Estimate]:
+def best_of_each(estimates: Iterable[Estimate]) -> list[Estimate]:
     """The quickest of each set of degrees, and whatever is within TIE of the quickest of all, which may be simpler."""
-    found, families = sorted(estimates, key=order_key), set()
+    found, degree_sets = sorted(estimates, key=order_key), set()
     kept = []
     for estimate in found:
-        family = family_of(estimate.layout)
-        if family not in families or estimate.step_seconds <= found[0].step_seconds * (1 + TIE):
-            families.add(family)
+        degrees = degrees_of(estimate.layout)
+        if degrees not in degree_sets or estimate.step_seconds <= found[0].step_seconds * (1 + TIE):
+            degree_sets.add(degrees)
             kept.append(estimate)
     return kept
 
@@ -127,9 +127,9 @@ def bounded(space: Space) -> Space:
     return replace(space, bounds=NARROW)
 
 
-def search(space: Space, estimator: Estimator) -> Found:
-    """What works in a space: in bounds where it is large, polished around the best; in the whole where nothing in the
-    bounds fits."""
+def search(space: Space, estimator: Estimator) -> SearchResult:
+    """What works in a space: in bounds where it is large, then more finely around the best; in the whole where nothing in
+    the bounds fits."""
     within = bounded(space)
     found = explore(within, estimator)
     if within.bounds is WHOLE:
@@ -138,14 +138,14 @@ def search(space: Space, estimator: Estimator) -> Found:
         for bounds in (USUAL, replace(USUAL, name="wide", tensor_across_nodes=True, least_tokens=256)):
             further = explore(replace(space, bounds=bounds), estimator)
             if further.fitting:
-                return _polished(space, estimator, further)
+                return _refined(space, estimator, further)
             found = further if further.missing else found
         return found
-    return _polished(space, estimator, found)
+    return _refined(space, estimator, found)
 
 
-def _polished(space: Space, estimator: Estimator, found: Found) -> Found:
-    """The best families again, with every shard degree, schedule and depth of the whole space."""
+def _refined(space: Space, estimator: Estimator, found: SearchResult) -> SearchResult:
+    """The best sets of degrees again, with every shard degree, schedule and depth of the whole space."""
     best = {e.layout: e for e in found.fitting}
     tried: set[tuple[object, ...]] = set()
     seconds = min(e.step_seconds for e in found.fitting)
@@ -154,93 +154,93 @@ def _polished(space: Space, estimator: Estimator, found: Found) -> Found:
         if tuple(degrees.values()) in tried:
             continue
         tried.add(tuple(degrees.values()))
-        finer = replace(space, pins={**degrees, **space.pins}, bounds=POLISH)
+        finer = replace(space, pins={**degrees, **space.pins}, bounds=REFINEMENT)
         near = explore(finer, estimator, beaten=1 + 2 * TIE, known_seconds=seconds)
         seconds = min([seconds, *(e.step_seconds for e in near.fitting)])
         best.update({e.layout: e for e in near.fitting})
         for name, number in near.counts.items():
             found.count(name, number)
-        if len(tried) == POLISHED:
+        if len(tried) == REFINED:
             break
-    found.fitting = notable(best.values())
+    found.fitting = best_of_each(best.values())
     return found
 
 
 def explore(
     space: Space, estimator: Estimator, *, beaten: float = BEATEN, known_seconds: float = float("inf")
-) -> Found:
-    """For each set of degrees the fastest layout that fits (`notable`), or the one that misses by least. What takes
+) -> SearchResult:
+    """For each set of degrees the fastest layout that fits (`best_of_each`), or the one that misses by least. What takes
     `beaten` times the best, or a step that is known to be possible, may be missing."""
     walk = _Walk(space, estimator, beaten, known_seconds)
     order = []
-    for place, strand in enumerate(strands(space)):
-        sizes = micros(space, strand)
-        floor = min(walk.floor(replace(strand, micro_batch=micro)) for micro in sizes)
-        order.append((floor, place, strand, sizes))
-    for _, _, strand, sizes in sorted(order, key=lambda entry: entry[:2]):  # what may be best first: it prunes the rest
-        walk.follow(strand, sizes)
+    for place, base in enumerate(base_layouts(space)):
+        sizes = micro_batch_sizes(space, base)
+        floor = min(walk.floor(replace(base, micro_batch=micro)) for micro in sizes)
+        order.append((floor, place, base, sizes))
+    for _, _, base, sizes in sorted(order, key=lambda entry: entry[:2]):  # what may be best first: it prunes the rest
+        walk.follow(base, sizes)
     return walk.end()
 
 
 class _Walk:
-    """A walk along the strands of a space, with what it has learnt on the way."""
+    """A search through the base layouts of a space, with what it has learnt on the way."""
 
     def __init__(self, space: Space, estimator: Estimator, beaten: float, known_seconds: float) -> None:
         self.space, self.estimator, self.beaten = space, estimator, beaten
         self.room = usable_bytes(space.workload.cluster.device)
-        self.found = Found(bounds=space.bounds)
+        self.found = SearchResult(bounds=space.bounds)
         self.best_seconds = known_seconds
         self.fitting: dict[tuple[int, ...], list[Estimate]] = {}
-        self.quickest: dict[tuple[int, ...], float] = {}  # seconds of each family's best so far
-        self.missing: dict[tuple[int, ...], TooLarge] = {}
+        self.quickest: dict[tuple[int, ...], float] = {}  # seconds of the best of each set of degrees so far
+        self.missing: dict[tuple[int, ...], OversizedLayout] = {}
         self.floors: dict[tuple[object, ...], float] = {}
-        self.cannot: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # (micro-batch, shard) from which kin do not
+        self.cannot: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # (micro-batch, shard) that do not fit
         self.recomputes, self.offloads = space.recomputes(), space.offloads()
-        self.ladder = len(self.recomputes) * len(self.offloads)
+        self.variants = len(self.recomputes) * len(self.offloads)
 
-    def follow(self, strand: Layout, sizes: list[int]) -> None:
-        """Every micro-batch of a strand, ascending, and of each the least recompute and offload that fits."""
-        family = family_of(strand)
+    def follow(self, base: Layout, sizes: list[int]) -> None:
+        """Every micro-batch of a base layout, ascending, and of each the least recompute and offload that fits."""
+        degrees = degrees_of(base)
         for micro in sizes:
-            self.found.count("space", self.ladder)
-            self._climb(replace(strand, micro_batch=micro), family)
+            self.found.count("space", self.variants)
+            self._try_recomputes(replace(base, micro_batch=micro), degrees)
 
-    def _climb(self, strand: Layout, family: tuple[int, ...]) -> None:
-        """A micro-batch, by rungs: without recompute, with more and more of it; then with offload."""
+    def _try_recomputes(self, base: Layout, degrees: tuple[int, ...]) -> None:
+        """A micro-batch without recompute, then with more and more of it; then with offload."""
         tried = pruned = known = 0
         for offload in self.offloads:
-            for rung, recompute in enumerate(self.recomputes):
-                layout = replace(strand, recompute=recompute, offload=offload)
+            for place, recompute in enumerate(self.recomputes):
+                layout = replace(base, recompute=recompute, offload=offload)
                 floor = self.floor(layout)
                 if floor > self.beaten * self.best_seconds:
-                    pruned += len(self.recomputes) - rung
+                    pruned += len(self.recomputes) - place
                     break
                 if self._cannot_fit(layout):
                     known += 1
                     continue
                 peak_bytes = self.estimator.peak_bytes(layout)
                 if peak_bytes <= self.room:
-                    if self._slow(layout, family):
+                    if self._slow(layout, degrees):
                         pruned += 1
                     else:
                         tried += 1
-                        self._keep(self.estimator.estimate(layout), family)
+                        self._keep(self.estimator.estimate(layout), degrees)
                     break
                 tried += 1
-                self._note(TooLarge(peak_bytes, floor, layout), family)
+                self._note(OversizedLayout(peak_bytes, floor, layout), degrees)
             else:
                 continue  # nothing fits without offload, or nothing at all
-            if rung == 0:  # without recompute, or not worth it even so: offload only costs time
+            if place == 0:  # without recompute, or not worth it even so: offload only costs time
                 break
         counts = {"estimated": tried, "pruned": pruned, "too_large": known}
-        for name, number in (*counts.items(), ("costlier", self.ladder - sum(counts.values()))):
+        for name, number in (*counts.items(), ("costlier", self.variants - sum(counts.values()))):
             self.found.count(name, number)
 
     def _cannot_fit(self, layout: Layout) -> bool:
-        """Whether kin with as small a micro-batch and as large a shard, or smaller and larger, cannot fit."""
+        """Whether a comparable layout with as small a micro-batch and as large a shard, or smaller and larger, cannot fit."""
         if layout.pp == 1 and not self._accumulates(layout):
             return False
-        key = _kin(layout)
+        key = _comparable(layout)
         return any(
             micro <= layout.micro_batch and shard >= layout.shard
             for one in {key, (*key[:-1], True)}  # sequence parallelism leaves no more
@@ -250,28 +250,28 @@ class _Walk:
     def _accumulates(self, layout: Layout) -> bool:
         return layout.micro_batches(self.space.workload.global_batch) > 1
 
-    def _slow(self, layout: Layout, family: tuple[int, ...]) -> bool:
+    def _slow(self, layout: Layout, degrees: tuple[int, ...]) -> bool:
         """Whether another layout of the same degrees is quicker than this can be, and by more than a tie."""
-        known = self.quickest.get(family)
+        known = self.quickest.get(degrees)
         return known is not None and self.estimator.least_seconds(layout) > known * (1 + TIE)
 
-    def _keep(self, estimate: Estimate, family: tuple[int, ...]) -> None:
-        self.fitting.setdefault(family, []).append(estimate)
+    def _keep(self, estimate: Estimate, degrees: tuple[int, ...]) -> None:
+        self.fitting.setdefault(degrees, []).append(estimate)
         seconds = estimate.step_seconds
-        self.quickest[family] = min(seconds, self.quickest.get(family, seconds))
+        self.quickest[degrees] = min(seconds, self.quickest.get(degrees, seconds))
         self.best_seconds = min(self.best_seconds, seconds)
 
-    def _note(self, one: TooLarge, family: tuple[int, ...]) -> None:
+    def _note(self, one: OversizedLayout, degrees: tuple[int, ...]) -> None:
         self.found.count("missed")
         layout = one.layout
         # Where gradients are added up all grows with the micro-batch; in a pipeline they may take less with fewer of
         # them, so that there the rest must be too large already.
         if self._accumulates(layout) if layout.pp == 1 else self.estimator.least_bytes(layout) > self.room:
-            self.cannot.setdefault(_kin(layout), []).append((layout.micro_batch, layout.shard))
+            self.cannot.setdefault(_comparable(layout), []).append((layout.micro_batch, layout.shard))
         self.found.too_large.append(one)
-        known = self.missing.get(family)
+        known = self.missing.get(degrees)
         if known is None or one.peak_bytes < known.peak_bytes:
-            self.missing[family] = one
+            self.missing[degrees] = one
 
     def floor(self, layout: Layout) -> float:
         """Seconds that a step takes at least. One micro-batch takes `whole` through all blocks, were nothing sharded
@@ -304,17 +304,17 @@ class _Walk:
             return max(whole, count / layout.pp * whole)
         return max(whole, whole / (1 - (1 - 1 / count) ** layout.pp))
 
-    def end(self) -> Found:
+    def end(self) -> SearchResult:
         found = self.found
-        found.fitting = notable(estimate for several in self.fitting.values() for estimate in several)
-        found.missing = [one for family, one in self.missing.items() if family not in self.fitting]
+        found.fitting = best_of_each(estimate for several in self.fitting.values() for estimate in several)
+        found.missing = [one for degrees, one in self.missing.items() if degrees not in self.fitting]
         return found
 
 
-def _kin(layout: Layout) -> tuple[object, ...]:
+def _comparable(layout: Layout) -> tuple[object, ...]:
     """What layouts share of which one that is too large shows that a larger micro-batch, a smaller shard degree or the
-    lack of sequence parallelism (that last, at the end) is too large as well. Whole weights are kin of nothing sharded:
-    they need no buffers to be gathered in."""
+    lack of sequence parallelism (that last, at the end) is too large as well. Whole weights compare with nothing that is
+    sharded: they need no buffers to be gathered in."""
     return (
         layout.dp,
         layout.tp,

@@ -1,6 +1,6 @@
-"""What a change would buy, and what holds a plan back: more memory, a faster link, more devices, a larger batch.
+"""What a change would save, and what holds a plan back: more memory, a faster link, more devices, a larger batch.
 
-Memory changes nothing but what fits, so what more of it would buy is read off the layouts that the search found too
+Memory changes nothing but what fits, so what more of it would save is read off the layouts that the search found too
 large. The other changes are planned anew: links for the best layouts of this plan, devices and batch within a space
 held to the winner's degrees where the whole one is large.
 """
@@ -13,10 +13,10 @@ from dataclasses import replace
 from meshwright.cluster import GIB, Cluster, Link
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.result import Buys
+from meshwright.plan.result import WhatIf
 from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import USUAL, WHOLE, Space, size
-from meshwright.plan.search.walk import Found, Value, explore, ranked
+from meshwright.plan.search.walk import SearchResult, Value, explore, ranked
 from meshwright.plan.search.wording import parts
 
 #: What saves less than this share of a sample's time, or price, is not worth a line.
@@ -29,8 +29,8 @@ MOST_LAYOUTS = 1_500
 MOST_MEMORY = 2.0
 
 
-def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> tuple[Buys, ...]:
-    """What each change would buy, the most first; only what saves LEAST_SAVED or more."""
+def what_ifs(winner: Estimate, space: Space, estimator: Estimator, found: SearchResult, value: Value) -> tuple[WhatIf, ...]:
+    """What each change would save, the most first; only what saves LEAST_SAVED or more."""
     several = [
         *_memory(winner, space, estimator, found, value),
         *_links(winner, space, estimator, found, value),
@@ -40,7 +40,7 @@ def buys(winner: Estimate, space: Space, estimator: Estimator, found: Found, val
     return tuple(sorted((one for one in several if one.saves >= LEAST_SAVED), key=lambda one: (-one.saves, one.change)))
 
 
-def limit(winner: Estimate, cluster: Cluster, found: Found, estimator: Estimator) -> str:
+def limit(winner: Estimate, cluster: Cluster, found: SearchResult, estimator: Estimator) -> str:
     """The binding constraint in words: memory where better layouts do not fit, else what takes the most of the step."""
     layout, room = winner.layout, usable_bytes(cluster.device)
     least = winner.step_seconds * (1 - LEAST_SAVED)
@@ -67,7 +67,9 @@ def limit(winner: Estimate, cluster: Cluster, found: Found, estimator: Estimator
     return f"{words.get(most, most)}: {shares[most] / winner.step_seconds:.0%} of the step"
 
 
-def _memory(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:
+def _memory(
+    winner: Estimate, space: Space, estimator: Estimator, found: SearchResult, value: Value
+) -> Iterator[WhatIf]:
     """The fastest layout that each further GiB would let in, as long as it is faster."""
     if space.workload.cluster.device.kind == "cpu":
         return  # a process's memory is a share of the machine's: more devices or fewer say it better
@@ -81,7 +83,7 @@ def _memory(winner: Estimate, space: Space, estimator: Estimator, found: Found, 
         best = one.step_seconds * each
         # usable is a share of what there is, so a little more must be there than is missing
         more = -(-(one.peak_bytes - room) * device.memory_bytes // room // GIB)
-        yield Buys(
+        yield WhatIf(
             f"{more} GiB more memory a device",
             one.layout,
             one.step_seconds,
@@ -90,7 +92,7 @@ def _memory(winner: Estimate, space: Space, estimator: Estimator, found: Found, 
         )
 
 
-def _quicker(found: Found, estimator: Estimator, room: int, seconds: float) -> Iterator[Estimate]:
+def _quicker(found: SearchResult, estimator: Estimator, room: int, seconds: float) -> Iterator[Estimate]:
     """Layouts that do not fit whose step is shorter than `seconds`, the nearest to fitting first."""
     near = (one for one in found.too_large if one.least_seconds < seconds and one.peak_bytes <= room * MOST_MEMORY)
     for one in sorted(near, key=lambda one: (one.peak_bytes, str(one.layout))):
@@ -100,7 +102,7 @@ def _quicker(found: Found, estimator: Estimator, room: int, seconds: float) -> I
                 yield estimate
 
 
-def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, value: Value) -> Iterator[Buys]:
+def _links(winner: Estimate, space: Space, estimator: Estimator, found: SearchResult, value: Value) -> Iterator[WhatIf]:
     """Each kind of link twice as fast: what it saves of the step, and so how much a GB/s is worth."""
     cluster = space.workload.cluster
     if cluster.devices == 1:
@@ -116,7 +118,7 @@ def _links(winner: Estimate, space: Space, estimator: Estimator, found: Found, v
         best = ranked([other.estimate(estimate.layout) for estimate in near], value)[0]
         where = "within a node" if which == "intra" else "between nodes"
         same = "the same layout" if best.layout == winner.layout else str(best.layout)
-        yield Buys(
+        yield WhatIf(
             f"{link.bytes_per_second / 1e9:.3g} GB/s more {where}",
             best.layout,
             best.step_seconds,
@@ -130,7 +132,7 @@ def _doubled(link: Link) -> Link:
     return replace(link, **{name: 2 * getattr(link, name) for name in speeds})
 
 
-def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
+def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[WhatIf]:
     """One node more, or one device in a single node of processes; where no layout uses that many, twice as many."""
     cluster = space.workload.cluster
     node = cluster.devices_per_node
@@ -144,12 +146,12 @@ def _devices(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[B
             continue
         share = f"{saved / ideal:.0%} of what as many more could bring" if saved > 0 else "no faster"
         more = devices - cluster.devices
-        change = f"{more} devices more ({more // node} node{'s' if more > node else ''})"
-        yield Buys(change, best.layout, best.step_seconds, saved, f"{best.layout}: {share}")
+        change = f"cluster.devices={devices} ({more // node} node{'s' if more > node else ''} more)"
+        yield WhatIf(change, best.layout, best.step_seconds, saved, f"{best.layout}: {share}")
         return
 
 
-def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[Buys]:
+def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator[WhatIf]:
     """Fewer processes, each with more threads, on the same cores of one machine: the best of all counts."""
     cluster, found = space.workload.cluster, []
     if cluster.nodes > 1 or not cluster.device.units:
@@ -163,18 +165,18 @@ def _processes(winner: Estimate, space: Space, estimator: Estimator) -> Iterator
         return
     seconds, count, threads, best = min(found, key=lambda one: one[:2])
     saved = 1 - seconds / winner.step_seconds
-    change = f"cluster.devices={count} ({threads} threads a process) instead of {cluster.devices}"
-    yield Buys(change, best.layout, seconds, saved, f"{best.layout}: the same cores, fewer processes to wait for")
+    change = f"cluster.devices={count} ({threads} threads a process)"
+    yield WhatIf(change, best.layout, seconds, saved, f"{best.layout}: the same cores, fewer processes to wait for")
 
 
-def _batch(winner: Estimate, space: Space, estimator: Estimator, value: Value) -> Iterator[Buys]:
+def _batch(winner: Estimate, space: Space, estimator: Estimator, value: Value) -> Iterator[WhatIf]:
     """Twice the samples a step: less waiting and idling for each, if the training bears it."""
     larger = space.changed(global_batch=2 * space.workload.global_batch)
     best = _best(larger, winner, estimator, ())
     if best is not None:
         saved = 1 - value(best) / 2 / value(winner)
-        change = f"a batch of {larger.workload.global_batch} instead of {space.workload.global_batch}"
-        yield Buys(
+        change = f"global_batch={larger.workload.global_batch}"
+        yield WhatIf(
             change, best.layout, best.step_seconds, saved, f"for a sample, with {best.layout}; it trains otherwise"
         )
 

@@ -13,13 +13,13 @@ from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.cost.memory import memory_interval, usable_bytes
 from meshwright.plan.pipeline.actions import TABLE
-from meshwright.plan.reliability import LEAST_USEFUL, Outlook
+from meshwright.plan.reliability import LEAST_USEFUL, RunForecast
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Interval, Prediction, Rejected
 from meshwright.plan.rules.query import divisors
 from meshwright.plan.rules.table import refusals
-from meshwright.plan.search.space import Space, with_micro
-from meshwright.plan.search.walk import TIE, TooLarge, Value, step_seconds
+from meshwright.plan.search.space import Space, with_micro_batch
+from meshwright.plan.search.walk import TIE, OversizedLayout, Value, step_seconds
 
 #: What torch.compile makes the first step take longer (bench/speed/train.py: 38 and 45 s on two cores).
 COMPILE_SECONDS = 60.0
@@ -33,7 +33,7 @@ def choice_of(
     estimator: Estimator,
     request: PlanRequest,
     considered: int,
-    chances: Outlook,
+    chances: RunForecast,
     value: Value = step_seconds,
 ) -> Choice:
     """A Choice from an estimate; `winner` is None for the winner itself."""
@@ -94,7 +94,7 @@ def parts(estimate: Estimate) -> dict[str, float]:
     return {name: seconds for name, seconds in estimate.breakdown.items() if seconds or name in ALWAYS_SHOWN}
 
 
-def _prediction(estimate: Estimate, estimator: Estimator, chances: Outlook) -> Prediction:
+def _prediction(estimate: Estimate, estimator: Estimator, chances: RunForecast) -> Prediction:
     workload, seconds = estimator.workload, estimate.step_seconds
     card, cluster = workload.card, workload.cluster
     low, high = time_interval(estimator.profile, workload, estimate.layout)
@@ -168,7 +168,7 @@ def _why_dearer(estimate: Estimate, winner: Estimate, value: Value) -> str:
     return f"{times - 1:.0%} dearer a sample on {estimate.layout.devices} devices, where it is {speed}"
 
 
-def too_large(missing: list[TooLarge], cluster: Cluster) -> list[Rejected]:
+def oversized(missing: list[OversizedLayout], cluster: Cluster) -> list[Rejected]:
     """What does not fit, the nearest miss first; of many, the nearest of each (tp, pp, cp, ep)."""
     room = usable_bytes(cluster.device)
     ordered = sorted(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
@@ -180,14 +180,14 @@ def does_not_fit(peak_bytes: int, room: int) -> str:
     return f"does not fit: needs {needs:.1f} GiB a device at best, {misses:.1f} GiB more than there is room for"
 
 
-Lost = TypeVar("Lost", Estimate, TooLarge)
+Entry = TypeVar("Entry", Estimate, OversizedLayout)
 
 
-def _grouped(ordered: list[Lost]) -> list[tuple[Lost, int]]:
+def _grouped(ordered: list[Entry]) -> list[tuple[Entry, int]]:
     """All of a few; of more, the first of each group with how many it stands for, the last one for all the rest."""
     if len(ordered) <= MOST_REJECTED:
         return [(one, 1) for one in ordered]
-    groups: dict[tuple[int, ...], list[Lost]] = {}
+    groups: dict[tuple[int, ...], list[Entry]] = {}
     for one in ordered:
         layout = one.layout
         groups.setdefault((layout.tp, layout.pp, layout.cp, layout.ep), []).append(one)
@@ -198,7 +198,7 @@ def _grouped(ordered: list[Lost]) -> list[tuple[Lost, int]]:
     return kept
 
 
-def not_shown(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, value: Value) -> list[Rejected]:
+def outranked(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, value: Value) -> list[Rejected]:
     """What fits, is worse, and is no runner-up either."""
     known = {(o.dp, o.tp, o.pp, o.cp, o.ep) for o in shown}
     lost = [e for e in order if (e.layout.dp, e.layout.tp, e.layout.pp, e.layout.cp, e.layout.ep) not in known]
@@ -209,7 +209,7 @@ def not_shown(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, 
     ]
 
 
-def beaten_by_rule(space: Space) -> list[Rejected]:
+def rejected_by_rules(space: Space) -> list[Rejected]:
     """Degrees that divide the devices, one at a time beside data parallelism, and the rule that refuses each."""
     lost: list[Rejected] = []
     devices = space.workload.cluster.devices
@@ -219,7 +219,7 @@ def beaten_by_rule(space: Space) -> list[Rejected]:
             tried.append(replace(Layout(dp=devices // degree), **{name: degree}))  # type: ignore[arg-type]
     tried += [Layout(dp=devices, ep=d) for d in divisors(devices)[1:] if space.workload.facts.experts]
     for layout in tried:
-        layout = with_micro(space, layout)
+        layout = with_micro_batch(space, layout)
         broken = refusals(space.workload.query(layout))
         if broken:
             lost.append(Rejected(layout, broken[0].reason))

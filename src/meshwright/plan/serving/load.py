@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from meshwright.plan.serving.time import PARTS, Seconds, Step, StepModel
+from meshwright.plan.serving.time import PARTS, Step, StepModel, StepSeconds
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Replica:
         self.chunks = math.ceil(prompt_tokens / chunk)
         self._stage = lru_cache(maxsize=4096)(self._stage_seconds)
 
-    def _stage_seconds(self, rows: float, prompt: float) -> Seconds:
+    def _stage_seconds(self, rows: float, prompt: float) -> StepSeconds:
         context = self.prompt + self.output / 2
         sampled = rows + prompt / self.prompt
         return self.model.step(Step(rows, context, prompt, self.prompt / 2, sampled))

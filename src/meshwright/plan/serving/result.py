@@ -29,7 +29,7 @@ BINDING = {
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of a server; None is no wish. Times are means: to the first token, queueing included, and between
+    """What is wanted of a server; None is no goal. Times are means: to the first token, queueing included, and between
     two tokens. Without `requests_per_second` the devices are kept busy."""
 
     prompt_tokens: int = USUAL_PROMPT_TOKENS
@@ -39,15 +39,15 @@ class Target:
     requests_per_second: float | None = None
 
     @property
-    def wishes(self) -> tuple[str, ...]:
+    def goals(self) -> tuple[str, ...]:
         """Keys of what is wanted."""
         keys = ("ttft_seconds", "tpot_seconds", "requests_per_second")
         return tuple(key for key in keys if getattr(self, key) is not None)
 
     def without(self, key: str) -> Target:
-        """The target less one wish."""
-        wishes = {name: None if name == key else getattr(self, name) for name in self.wishes}
-        return Target(self.prompt_tokens, self.output_tokens, **wishes)
+        """The target less one goal."""
+        goals = {name: None if name == key else getattr(self, name) for name in self.goals}
+        return Target(self.prompt_tokens, self.output_tokens, **goals)
 
     def missed(self, ttft_seconds: float, tpot_seconds: float) -> tuple[str, ...]:
         """Keys of the times that are not met."""

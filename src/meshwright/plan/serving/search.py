@@ -11,8 +11,18 @@ from meshwright.errors import CannotWork
 from meshwright.plan.reliability import price_of
 from meshwright.plan.result import Interval
 from meshwright.plan.serving.result import BINDING, ServingChoice, ServingFigures, ServingPlan
+from meshwright.plan.serving.splits import (
+    ENOUGH,
+    ServingOption,
+    ServingQuery,
+    ServingSplit,
+    best_of,
+    check,
+    missed_words,
+    precisions,
+    splits_of,
+)
 from meshwright.plan.serving.suggest import nearest_fit, nearest_target
-from meshwright.plan.serving.ways import ENOUGH, Found, Question, Way, best_of, check, missed_words, precisions, ways_of
 from meshwright.plan.serving.work import parameter_count
 
 RUNNERS_UP = 4
@@ -25,15 +35,15 @@ _SUPPOSED = {
 ALIKE = 0.99
 
 
-def make_serving_plan(question: Question) -> ServingPlan:
+def make_serving_plan(question: ServingQuery) -> ServingPlan:
     """The best way to serve. Raises CannotWork, naming what would work, where none fits or none meets the target."""
     check(question)
     rejected: list[tuple[str, str]] = []
-    ways: list[Way] = []
+    ways: list[ServingSplit] = []
     reduced = False
     for precision in precisions(question):
-        met: list[Found] = []
-        for way in ways_of(question, precision, rejected):
+        met: list[ServingOption] = []
+        for way in splits_of(question, precision, rejected):
             ways.append(way)
             found = best_of(question, way)
             if found is None:
@@ -48,14 +58,16 @@ def make_serving_plan(question: Question) -> ServingPlan:
     raise CannotWork(nearest_target(question, ways) if ways else nearest_fit(question, rejected))
 
 
-def _plan(question: Question, met: list[Found], rejected: list[tuple[str, str]], reduced: bool) -> ServingPlan:
+def _plan(
+    question: ServingQuery, met: list[ServingOption], rejected: list[tuple[str, str]], reduced: bool
+) -> ServingPlan:
     if question.target.requests_per_second is not None:
         ranked = sorted(met, key=lambda one: (one.devices, one.load.tpot_seconds, one.way.devices))
     else:
-        wished = question.target.wishes
-        enough = max(one.rate for one in met) * (ALIKE if wished else ENOUGH)
+        goals = question.target.goals
+        enough = max(one.rate for one in met) * (ALIKE if goals else ENOUGH)
         close = [one for one in met if one.rate >= enough]
-        first = min(close, key=lambda one: (one.way.devices if wished else 0, one.load.tpot_seconds, one.way.devices))
+        first = min(close, key=lambda one: (one.way.devices if goals else 0, one.load.tpot_seconds, one.way.devices))
         ranked = [first, *sorted((one for one in met if one is not first), key=lambda one: -one.rate)]
     chosen = ranked[0]
     cluster = question.cluster_of(chosen.way.model.tp)
@@ -78,7 +90,7 @@ def _plan(question: Question, met: list[Found], rejected: list[tuple[str, str]],
     )
 
 
-def _choice(question: Question, found: Found, why: str) -> ServingChoice:
+def _choice(question: ServingQuery, found: ServingOption, why: str) -> ServingChoice:
     way, load = found.way, found.load
     memory = question.memory(way.model, found.batch)
     kind = way.model.kind
@@ -119,18 +131,18 @@ def _choice(question: Question, found: Found, why: str) -> ServingChoice:
     )
 
 
-def _why(question: Question, found: Found) -> str:
+def _why(question: ServingQuery, found: ServingOption) -> str:
     part = max(BINDING, key=lambda name: found.load.parts[name])
     share = found.load.parts[part] / sum(found.load.parts.values())
     spent = f"{BINDING[part]} takes {share:.0%} of the time of a token"
     if question.target.requests_per_second is None:
-        if question.target.wishes:
+        if question.target.goals:
             return f"the most tokens a second of what meets the target; {spent}"
         return f"within a tenth of the most tokens a second, and of those the quickest to each caller; {spent}"
     return f"the fewest devices that answer {found.rate:g} requests a second in time; {spent}"
 
 
-def _lost(question: Question, found: Found, chosen: Found) -> str:
+def _lost(question: ServingQuery, found: ServingOption, chosen: ServingOption) -> str:
     part = max(BINDING, key=lambda name: found.load.parts[name])
     share = found.load.parts[part] / sum(found.load.parts.values())
     spent = f"{BINDING[part]} takes {share:.0%} of the time of a token"

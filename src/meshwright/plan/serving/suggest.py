@@ -9,14 +9,24 @@ from dataclasses import replace
 from meshwright.errors import Problem
 from meshwright.plan.serving.load import Replica
 from meshwright.plan.serving.result import ServingPins, Target
-from meshwright.plan.serving.ways import Found, Question, Way, at_rate, batches, excess, precisions, rated, ways_of
+from meshwright.plan.serving.splits import (
+    ServingOption,
+    ServingQuery,
+    ServingSplit,
+    at_rate,
+    batches,
+    excess,
+    precisions,
+    rated,
+    splits_of,
+)
 
 #: Devices looked at when a request is too much for those there are.
 MOST_DEVICES = 4096
 _TIMES = ("ttft_seconds", "tpot_seconds")
 
 
-def nearest_fit(question: Question, rejected: list[tuple[str, str]]) -> Problem:
+def nearest_fit(question: ServingQuery, rejected: list[tuple[str, str]]) -> Problem:
     """What to say where no way fits: the closest, and the pin, precision or number of devices that would."""
     what = "no way to serve this fits"
     if rejected:
@@ -30,7 +40,7 @@ def _pinned(pins: ServingPins) -> str:
     return ", ".join(said) or "serve"
 
 
-def _smaller(question: Question) -> str:
+def _smaller(question: ServingQuery) -> str:
     """Fewer pins first, then fewer bits, then more devices; what none of them mends is too large for this engine."""
     pins = question.pins
     for name in ("max_batch", "max_len", "tp", "precision"):
@@ -53,11 +63,11 @@ def _smaller(question: Question) -> str:
     return "a smaller model, or a machine with more memory"
 
 
-def _any(question: Question, precision: str | None = None) -> list[Way]:
-    return list(ways_of(question, precision or question.pins.precision or question.precision, []))
+def _any(question: ServingQuery, precision: str | None = None) -> list[ServingSplit]:
+    return list(splits_of(question, precision or question.pins.precision or question.precision, []))
 
 
-def _most_batch(question: Question) -> int:
+def _most_batch(question: ServingQuery) -> int:
     """The largest batch below the one that is pinned for which there is a way; 1 works."""
     works, fails = 1, question.pins.max_batch or 1
     while fails - works > 1:
@@ -70,26 +80,26 @@ def _most_batch(question: Question) -> int:
     return works
 
 
-def _value(question: Question, way: Way, name: str) -> object:
+def _value(question: ServingQuery, way: ServingSplit, name: str) -> object:
     if name == "max_len":
         return way.memory.longest
     return way.model.tp if name == "tp" else way.model.precision
 
 
-def nearest_target(question: Question, ways: list[Way]) -> Problem:
-    """What to say where ways fit and none meets the target: the wish that is least out of reach, and its value."""
+def nearest_target(question: ServingQuery, ways: list[ServingSplit]) -> Problem:
+    """What to say where ways fit and none meets the target: the goal that is least out of reach, and its value."""
     target = question.target
     offers = list(_offers(question, ways))
     _, near = min(offers, default=(math.inf, "a smaller model, or quicker devices"))
-    wishes = [f"serve.{key}" for key in target.wishes]
+    goals = [f"serve.{key}" for key in target.goals]
     sizes = f"{target.prompt_tokens} tokens in and {target.output_tokens} out"
     return Problem(
-        ", ".join(wishes) or "serve", f"no way to serve requests of {sizes} meets the target", f"nearest: {near}"
+        ", ".join(goals) or "serve", f"no way to serve requests of {sizes} meets the target", f"nearest: {near}"
     )
 
 
-def _offers(question: Question, ways: list[Way]) -> Iterator[tuple[float, str]]:
-    """(factor by which a wish has to give way, the words)."""
+def _offers(question: ServingQuery, ways: list[ServingSplit]) -> Iterator[tuple[float, str]]:
+    """(factor by which a goal has to give way, the words)."""
     target = question.target
     if target.requests_per_second is not None:
         slower = max(_most_rate(question, way) for way in ways)
@@ -106,12 +116,12 @@ def _offers(question: Question, ways: list[Way]) -> Iterator[tuple[float, str]]:
         if found:
             least = min(getattr(one.load, key) for one in found)
             yield least / most, f"serve.{key}={_round(least):g}"
-    if len(target.wishes) > 1:
+    if len(target.goals) > 1:
         yield _all_wishes(question, ways)
 
 
-def _all_wishes(question: Question, ways: list[Way]) -> tuple[float, str]:
-    """Every wish giving way a little: what comes nearest of all ways, at the rate asked for or at half of a way's."""
+def _all_wishes(question: ServingQuery, ways: list[ServingSplit]) -> tuple[float, str]:
+    """Every goal giving way a little: what comes nearest of all ways, at the rate asked for or at half of a way's."""
     target, tried = question.target, []
     for way in ways:
         tried += list(_tries(question, way, target))
@@ -120,22 +130,22 @@ def _all_wishes(question: Question, ways: list[Way]) -> tuple[float, str]:
             calm = at_rate(question, way, min(half * way.most_replicas, target.requests_per_second), way.most_replicas)
             tried += [calm] if calm is not None else []
 
-    def short(one: Found) -> float:
+    def short(one: ServingOption) -> float:
         return excess(target, one) * max(1.0, (target.requests_per_second or 0.0) / one.rate)
 
     best = min(tried, key=short)
     words = []
-    for key in target.wishes:
-        wish = getattr(target, key)
+    for key in target.goals:
+        goal = getattr(target, key)
         if key == "requests_per_second":
-            words.append(f"serve.{key}={wish if best.rate >= wish * 0.9999 else _round(best.rate, down=True):g}")
+            words.append(f"serve.{key}={goal if best.rate >= goal * 0.9999 else _round(best.rate, down=True):g}")
         else:
             got = getattr(best.load, key)
-            words.append(f"serve.{key}={wish if got <= wish else _round(got):g}")
+            words.append(f"serve.{key}={goal if got <= goal else _round(got):g}")
     return 2 * short(best), " ".join(words)
 
 
-def _tries(question: Question, way: Way, target: Target) -> Iterator[Found]:
+def _tries(question: ServingQuery, way: ServingSplit, target: Target) -> Iterator[ServingOption]:
     """What a way can do for `target`, batch by batch."""
     asked = replace(question, target=target)
     if target.requests_per_second is not None:
@@ -144,10 +154,10 @@ def _tries(question: Question, way: Way, target: Target) -> Iterator[Found]:
         return
     for batch in batches(question.pins.max_batch, way.most_batch):
         load = Replica(way.model, target.prompt_tokens, target.output_tokens, batch).closed()
-        yield Found(way, batch, way.most_replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds))
+        yield ServingOption(way, batch, way.most_replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds))
 
 
-def _most_rate(question: Question, way: Way) -> float:
+def _most_rate(question: ServingQuery, way: ServingSplit) -> float:
     """The most requests a second that a way answers in time; 0 where it never does."""
     target = question.target
     capacity = Replica(way.model, target.prompt_tokens, target.output_tokens, way.most_batch).capacity()
@@ -159,7 +169,7 @@ def _most_rate(question: Question, way: Way) -> float:
     return low if low > high * 1e-6 else 0.0
 
 
-def _more_devices(question: Question, ways: list[Way]) -> int | None:
+def _more_devices(question: ServingQuery, ways: list[ServingSplit]) -> int | None:
     """The fewest devices, in whole nodes, that would answer the rate asked for; None where no number does."""
     rate = question.target.requests_per_second
     if not question.server.replicas or rate is None:

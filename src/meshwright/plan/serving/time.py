@@ -104,7 +104,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class StepSeconds:
     """Seconds of a step by what they go to (`PARTS`)."""
 
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -212,7 +212,7 @@ class StepModel:
         """Bytes of keys and values of one token on one rank of one stage; the mean where ranks hold other tokens."""
         return sum(work.cache_elements * count for work, count in self.layers) * self.cache_bytes / self.spread
 
-    def step(self, step: Step) -> Seconds:
+    def step(self, step: Step) -> StepSeconds:
         """One stage's step; `host` and `hops` are left to `decode` and `read`, which know the whole pipeline."""
         parts = dict.fromkeys(PARTS, 0.0)
         together, step = step.rows + step.prompt, self._own(step)
@@ -233,7 +233,7 @@ class StepModel:
         self._product(parts, table, sampled, 1 / self.pp)
         if self.kind == "cpu" and self.precision != "fp32" and step.rows >= 3:
             parts["launch"] += self._c("shape_seconds")
-        return Seconds(parts)
+        return StepSeconds(parts)
 
     def _own(self, step: Step) -> Step:
         """The part of a step that is one rank's: all of it, unless ranks have sequences of their own, a whole prompt

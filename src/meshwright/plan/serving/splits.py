@@ -15,14 +15,14 @@ from meshwright.plan.serving.memory import ServingMemory, serving_memory
 from meshwright.plan.serving.result import ServingPins, Target
 from meshwright.plan.serving.time import WEIGHT_BYTES, Server, StepModel, computes
 
-#: Without any wish, a batch is large enough once it gives this share of the most tokens a second.
+#: Without any goal, a batch is large enough once it gives this share of the most tokens a second.
 ENOUGH = 0.9
 #: Room for a sequence, where each has one slot and nobody says how long it may get.
 LEAST_SLOT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Question:
+class ServingQuery:
     """All that a serving plan is made from. `longest` is the model's own limit of tokens; `cluster_of(tp)` what the
     devices are when `tp` of them work together (on a CPU they share cores and memory)."""
 
@@ -55,7 +55,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Way:
+class ServingSplit:
     """A split and a precision that fit, before a batch is chosen."""
 
     model: StepModel
@@ -73,10 +73,10 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A way with its batch and replicas, and what a replica does then. `missed` are the wishes it does not meet."""
+class ServingOption:
+    """A way with its batch and replicas, and what a replica does then. `missed` are the goals it does not meet."""
 
-    way: Way
+    way: ServingSplit
     batch: int
     replicas: int
     load: Load
@@ -91,7 +91,7 @@ class Found:
         return self.load.requests_per_second * self.replicas
 
 
-def check(question: Question) -> None:
+def check(question: ServingQuery) -> None:
     if question.pins.max_len is not None and question.pins.max_len > question.longest:
         what = f"{question.pins.max_len} is past the {question.longest} tokens that the model does"
         raise CannotWork(Problem("serve.max_len", what, f"nearest: serve.max_len={question.longest}"))
@@ -103,7 +103,7 @@ def check(question: Question) -> None:
         raise CannotWork(Problem("serve.prompt_tokens", what, near))
 
 
-def precisions(question: Question) -> list[str]:
+def precisions(question: ServingQuery) -> list[str]:
     """Those to try, in order: the one asked for alone, or the model's own and then fewer bits."""
     if question.pins.precision is not None:
         return [question.pins.precision]
@@ -118,33 +118,33 @@ def precisions(question: Question) -> list[str]:
     return [question.precision, *sorted(fewer, key=lambda word: -WEIGHT_BYTES[word])]
 
 
-def ways_of(question: Question, precision: str, rejected: list[tuple[str, str]]) -> Iterator[Way]:
+def splits_of(question: ServingQuery, precision: str, rejected: list[tuple[str, str]]) -> Iterator[ServingSplit]:
     """Every split that fits, with the room it leaves; the others go to `rejected`."""
     device = question.cluster_of(1).device
     if precision not in question.server.precisions or not computes(device, precision):
         who = device.name if precision in question.server.precisions else f"the {question.server.name} engine"
         rejected.append((precision, f"{who} has no weights in {precision}"))
         return
-    for tp, pp in _splits(question):
+    for tp, pp in _degrees(question):
         if reason := _indivisible(question, tp):
             rejected.append((f"tp{tp} pp{pp}", reason))
             continue
         for attention_dp in _attention(question, tp):
-            way = _way(question, tp, pp, precision, attention_dp)
+            way = _split(question, tp, pp, precision, attention_dp)
             if way.memory.fits and way.most_batch >= 1:
                 yield way
             else:
                 rejected.append((str(way), _misfit(question, way)))
 
 
-def _attention(question: Question, tp: int) -> tuple[bool, ...]:
+def _attention(question: ServingQuery, tp: int) -> tuple[bool, ...]:
     """Whether ranks split attention's heads, or its sequences while they share the experts."""
     if question.pins.attention_dp is not None:
         return (question.pins.attention_dp,)
     return (False, True) if tp > 1 and question.shape.experts and question.server.spreads_attention else (False,)
 
 
-def _way(question: Question, tp: int, pp: int, precision: str, attention_dp: bool) -> Way:
+def _split(question: ServingQuery, tp: int, pp: int, precision: str, attention_dp: bool) -> ServingSplit:
     cluster, server = question.cluster_of(tp), question.server
     cache = 1.0 if precision in ("fp8", "fp4") and "fp8" in cluster.device.flops else None
     model = StepModel(
@@ -158,17 +158,17 @@ def _way(question: Question, tp: int, pp: int, precision: str, attention_dp: boo
         cache_bytes=cache,
         attention_dp=attention_dp,
     )
-    wished = question.pins.max_batch or server.most_batch
-    most = min(wished, question.memory(model, 1).sequences)
+    goals = question.pins.max_batch or server.most_batch
+    most = min(goals, question.memory(model, 1).sequences)
     memory = question.memory(model, max(1, most))  # what more sequences work in leaves fewer room
     most = min(most, memory.sequences)
     if question.pins.max_batch is not None and most < question.pins.max_batch:
         most = 0
     replicas = max(1, question.devices // (tp * pp)) if server.replicas else 1
-    return Way(model, memory, most, replicas)
+    return ServingSplit(model, memory, most, replicas)
 
 
-def _splits(question: Question) -> list[tuple[int, int]]:
+def _degrees(question: ServingQuery) -> list[tuple[int, int]]:
     pins, devices = question.pins, question.devices
     per_node = question.cluster_of(1).domain if question.server.replicas else devices
     tps = [pins.tp] if pins.tp else [n for n in range(1, min(devices, per_node) + 1) if per_node % n == 0]
@@ -176,7 +176,7 @@ def _splits(question: Question) -> list[tuple[int, int]]:
     return [(tp, pp) for tp in tps for pp in pps if tp * pp <= devices and pp <= question.shape.layers]
 
 
-def _indivisible(question: Question, tp: int) -> str:
+def _indivisible(question: ServingQuery, tp: int) -> str:
     """Why heads cannot be split `tp` ways; empty where they can."""
     shape = question.shape
     if shape.heads % tp:
@@ -186,7 +186,7 @@ def _indivisible(question: Question, tp: int) -> str:
     return f"{shape.kv_heads} key heads do not divide by {tp}"
 
 
-def _misfit(question: Question, way: Way) -> str:
+def _misfit(question: ServingQuery, way: ServingSplit) -> str:
     memory = way.memory
     if not memory.fits:
         return f"needs {memory.needed / GIB:.1f} GiB a device, {memory.usable / GIB:.1f} may be filled"
@@ -196,23 +196,25 @@ def _misfit(question: Question, way: Way) -> str:
     return "no room for one sequence beside the weights"
 
 
-def best_of(question: Question, way: Way) -> Found | None:
+def best_of(question: ServingQuery, way: ServingSplit) -> ServingOption | None:
     """The batch and replicas with which a way does best; what misses the target is told so."""
     rate = question.target.requests_per_second
     return _busy(question, way) if rate is None else rated(question, way, rate, way.most_replicas)
 
 
-def _busy(question: Question, way: Way) -> Found:
+def _busy(question: ServingQuery, way: ServingSplit) -> ServingOption:
     """No rate: all devices kept busy, the batch for the most tokens within the times wanted."""
     target, options = question.target, []
     for batch in batches(question.pins.max_batch, way.most_batch):
         load = Replica(way.model, target.prompt_tokens, target.output_tokens, batch).closed()
-        options.append(Found(way, batch, way.most_replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds)))
+        options.append(
+            ServingOption(way, batch, way.most_replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds))
+        )
     met = [one for one in options if not one.missed]
     if not met:
         return min(options, key=lambda one: (excess(target, one), one.batch))
     best = max(one.rate for one in met)
-    enough = best * (1.0 if target.wishes else ENOUGH)
+    enough = best * (1.0 if target.goals else ENOUGH)
     return min((one for one in met if one.rate >= enough), key=lambda one: one.batch)
 
 
@@ -223,7 +225,7 @@ def batches(pinned: int | None, most: int) -> list[int]:
     return sorted({*(step for step in steps if step <= most), most})
 
 
-def rated(question: Question, way: Way, rate: float, most_replicas: int) -> Found | None:
+def rated(question: ServingQuery, way: ServingSplit, rate: float, most_replicas: int) -> ServingOption | None:
     """The fewest replicas that meet the target at `rate`; the most there are where none do; None past any capacity."""
     low, high = 1, most_replicas
     best = at_rate(question, way, rate, high)
@@ -243,22 +245,24 @@ def rated(question: Question, way: Way, rate: float, most_replicas: int) -> Foun
     return best
 
 
-def at_rate(question: Question, way: Way, rate: float, replicas: int, batch: int | None = None) -> Found | None:
+def at_rate(
+    question: ServingQuery, way: ServingSplit, rate: float, replicas: int, batch: int | None = None
+) -> ServingOption | None:
     target = question.target
     batch = batch or way.most_batch
     load = Replica(way.model, target.prompt_tokens, target.output_tokens, batch).open(rate / replicas)
     if load is None:
         return None
-    return Found(way, batch, replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds))
+    return ServingOption(way, batch, replicas, load, target.missed(load.ttft_seconds, load.tpot_seconds))
 
 
-def excess(target: Target, found: Found) -> float:
+def excess(target: Target, found: ServingOption) -> float:
     """By how much the times wanted are missed: the largest ratio."""
     pairs = ((found.load.ttft_seconds, target.ttft_seconds), (found.load.tpot_seconds, target.tpot_seconds))
     return max([1.0, *(value / most for value, most in pairs if most is not None)])
 
 
-def missed_words(target: Target, found: Found) -> str:
+def missed_words(target: Target, found: ServingOption) -> str:
     words = {
         "ttft_seconds": f"first token after {found.load.ttft_seconds:.3g} s",
         "tpot_seconds": f"{found.load.tpot_seconds:.3g} s a token",
