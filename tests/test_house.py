@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,23 +21,34 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "meshwright"
 PACKAGE = "meshwright"
 
-#: Every top-level module and package by its floor. A floor imports only floors below it.
+#: Every room (a top-level module or package, and those inside plan/) by its floor. A floor imports only floors below it.
 FLOORS: dict[str, int] = {
     # words
-    **dict.fromkeys(("errors", "env", "job", "jobfile", "jobcheck", "jobfill", "cluster", "card", "layout", "run"), 0),
-    "families.card": 0,
+    **dict.fromkeys(("errors", "env", "job", "cluster", "card", "layout", "run", "families.card"), 0),
     # thinking and starting
     **dict.fromkeys(("plan", "report", "launch"), 1),
     # matter
-    **dict.fromkeys(("nn", "tasks", "data", "parallel", "checkpoint", "trace", "probe"), 2),
-    "families.module": 2,
+    **dict.fromkeys(("nn", "tasks", "data", "parallel", "checkpoint", "trace", "probe", "families.module"), 2),
     # work
     **dict.fromkeys(("train", "engine"), 3),
     # outer loops
     **dict.fromkeys(("verify", "rehearse", "serve"), 4),
     # the top: what a person types
-    **dict.fromkeys(("planning", "planning_exact", "planning_serving", "planning_write"), 5),
-    **dict.fromkeys(("parser", "verbs", "completion", "commands", "cli", "__main__"), 5),
+    **dict.fromkeys(("verbs",), 5),
+    **dict.fromkeys(("cli",), 6),
+    **dict.fromkeys(("__main__",), 7),
+}
+#: The rooms inside plan/ by their floors there.
+PLAN_FLOORS: dict[str, int] = {
+    **dict.fromkeys(("plan.pipeline", "plan.reliability"), 0),
+    **dict.fromkeys(("plan.rules", "plan.request"), 1),
+    "plan.workload": 2,
+    "plan.constants": 3,
+    **dict.fromkeys(("plan.cost", "plan.advice"), 4),
+    **dict.fromkeys(("plan.result", "plan.cases"), 5),
+    **dict.fromkeys(("plan.search", "plan.serving", "plan.calibrate"), 6),
+    "plan.mixed": 7,
+    "plan": 8,
 }
 TORCH_FROM_FLOOR = 2
 
@@ -50,8 +61,8 @@ SIBLINGS = {
     ("tasks", "nn"),
     ("families.module", "nn"),
 }
-#: Inside these floors modules may see each other: words make sentences, and the top is one staircase.
-OPEN_FLOORS = {0, 5}
+#: On this floor modules may see each other: words make sentences.
+OPEN_FLOORS = {0}
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLING_CALLS = {"torch.load", "torch.save"}
@@ -82,7 +93,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def module_name(path: Path) -> str:
-    """ "plan.rules" for src/meshwright/plan/rules.py, "plan" for its __init__.py, "" for the root's."""
+    """ "plan.rules" for src/meshwright/plan/rules/table.py, "plan" for its __init__.py, "" for the root's."""
     parts = path.relative_to(SOURCE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -123,6 +134,11 @@ def component(module: str) -> str:
     return parts[0]
 
 
+def room_of_plan(module: str) -> str:
+    """What PLAN_FLOORS knows a module of plan/ as: its package there, or the file itself."""
+    return ".".join(module.split(".")[:2])
+
+
 def allowed(source: str, target: str) -> bool:
     if source == target:
         return True
@@ -136,6 +152,7 @@ OUR_EDGES = [Edge(edge.source, edge.target[1:], edge.place) for edge in ALL_EDGE
 
 def test_every_module_has_a_floor() -> None:
     unknown = {component(module) for module in MODULES if module} - set(FLOORS)
+    unknown |= {room_of_plan(module) for module in MODULES if component(module) == "plan"} - set(PLAN_FLOORS)
     assert not unknown, f"give these a floor in FLOORS (and in docs/architecture.md): {sorted(unknown)}"
 
 
@@ -147,6 +164,54 @@ def test_imports_go_down() -> None:
         if edge.target and edge.source and not allowed(component(edge.source), component(edge.target))
     ]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_imports_inside_plan_go_down() -> None:
+    wrong = [
+        f"{edge.place}: {source} (floor {PLAN_FLOORS[source]}) imports {target} (floor {PLAN_FLOORS[target]})"
+        for edge in OUR_EDGES
+        for source, target in [(room_of_plan(edge.source), room_of_plan(edge.target))]
+        if source in PLAN_FLOORS and target in PLAN_FLOORS
+        if source != target and PLAN_FLOORS[target] >= PLAN_FLOORS[source]
+    ]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def drawn(page: str, heading: str) -> dict[str, set[str]]:
+    """The diagram under a heading of a page: lines "room -> the rooms it imports"."""
+    block = re.search(rf"^#+ {heading}$.*?^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block is not None, f"docs/architecture.md has no diagram under '{heading}'"
+    lines = [line.partition("->") for line in block[1].splitlines() if line.strip()]
+    return {room.split()[-1]: set(targets.split()) for room, _, targets in lines}
+
+
+def imported(room: Callable[[str], str], rooms: Iterable[str]) -> dict[str, set[str]]:
+    """Each of `rooms` and the others of them that its modules import."""
+    found: dict[str, set[str]] = {one: set() for one in rooms}
+    for edge in OUR_EDGES:
+        source, target = room(edge.source), room(edge.target)
+        if source in found and target in found and source != target:
+            found[source].add(target)
+    return found
+
+
+def test_the_diagrams_of_the_rooms_are_the_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert drawn(page, "Rooms") == imported(component, set(FLOORS) - {"__main__"})
+    plan = {one.removeprefix("plan."): {two.removeprefix("plan.") for two in targets}
+            for one, targets in imported(room_of_plan, set(PLAN_FLOORS) - {"plan"}).items()}  # fmt: skip
+    assert drawn(page, "Rooms of plan") == plan
+
+
+def test_a_wrong_diagram_would_be_found() -> None:
+    page = "# Rooms\nsome words\n```text\n1  plan -> cluster card\n0  card ->\n```\n"
+    assert drawn(page, "Rooms") == {"plan": {"cluster", "card"}, "card": set()}
+
+
+def test_every_room_has_a_line_in_the_architecture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = {str(path.parent.relative_to(SOURCE)) for path in SOURCE.rglob("__init__.py")} - {".", "families/llama"}
+    assert [package for package in sorted(packages) if f"`{package}/`" not in page] == []
 
 
 def test_the_root_imports_nothing_of_ours() -> None:

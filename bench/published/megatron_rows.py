@@ -20,8 +20,8 @@ from pathlib import Path
 from meshwright.cluster import named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
-from meshwright.plan.cost.memory import MemoryModel, StageMemory
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.cost import MemoryModel, StageMemory
+from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.workload import Workload
 
 MIB = 2**20

@@ -35,9 +35,9 @@ from meshwright.plan.calibrate.from_cases import (
     pair_intervals,
     rows_of,
 )
-from meshwright.plan.cases.predict import Predictor
-from meshwright.plan.cases.read import measured_cases
-from meshwright.plan.constants.profile import DATASHEET, DEFAULT_FILE, Profile, default_profile
+from meshwright.plan.cases import Predictor, measured_cases
+from meshwright.plan.constants import DATASHEET, Profile, default_profile
+from meshwright.plan.constants.profile import DEFAULT_FILE
 from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost.memory import memory_interval
 from meshwright.plan.search.walk import TIE, complexity

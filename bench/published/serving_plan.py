@@ -23,10 +23,11 @@ from typing import Any
 from meshwright.cluster import Cluster, available_cores, named_cluster, this_machine
 from meshwright.errors import MeshwrightError
 from meshwright.families.decoder_shape import DecoderShape
-from meshwright.plan.constants.profile import Profile, default_profile
+from meshwright.plan.constants import Profile, default_profile
+from meshwright.plan.serving import SERVERS
 from meshwright.plan.serving.load import Load, Replica
 from meshwright.plan.serving.memory import serving_memory
-from meshwright.plan.serving.time import SERVERS, StepModel
+from meshwright.plan.serving.time import StepModel
 
 _LLAMA4 = DecoderShape(48, 5120, 40, 8, 128, 16384, 202048, experts=16, top_k=1, expert_ffn=8192, shared_ffn=8192)
 _DEEPSEEK = DecoderShape(

@@ -12,8 +12,9 @@ from bench.runs import Measured, card_of, estimate, median_seconds, table
 from bench.runs.models import MODELS
 from meshwright.plan.calibrate.fit import Prior, fit
 from meshwright.plan.calibrate.from_cases import weighted_quantile
+from meshwright.plan.constants import Profile, default_profile
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
-from meshwright.plan.constants.profile import DEFAULT_FILE, Profile, default_profile
+from meshwright.plan.constants.profile import DEFAULT_FILE
 
 #: Intervals are stated for 90 %, and kept wider than what was found: four models are few (the demo's is a fifth).
 TAILS, WIDER = (0.05, 0.95), 1.2

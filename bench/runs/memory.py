@@ -4,7 +4,7 @@
     python -m bench.runs.memory --only tp pp     cases whose name has one of these words
     python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula against rehearsal alone
 
-Columns: the formula (plan/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by the
+Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by the
 same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
 torch's profiler, on a GPU (`--gpu`) torch.cuda.max_memory_allocated.
 """

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from meshwright.layout import RECOMPUTE, Layout
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.rules import FRAMEWORKS
 from tests.worlds import GLOBAL_BATCH, Case, Distance, compare, train_cases, train_one
 
 TOLERANCE = 1e-5

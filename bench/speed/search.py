@@ -27,8 +27,9 @@ from meshwright.families.llama.card import LlamaShape
 from meshwright.job import Job
 from meshwright.plan import FRAMEWORKS, PlanRequest, Workload, make_plan
 from meshwright.plan.cases.resolve import style_of
-from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.search.space import Space, layouts
+from meshwright.plan.cost import Estimator
+from meshwright.plan.search import Space
+from meshwright.plan.search.space import layouts
 from meshwright.plan.search.walk import explore
 
 LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)

@@ -15,8 +15,9 @@ import torch
 
 from meshwright.cluster import available_cores, cpu_cluster
 from meshwright.errors import CannotWork
-from meshwright.plan.calibrate.from_machine import INTERVAL, disturbances, machine_profile
-from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.calibrate import machine_profile
+from meshwright.plan.calibrate.from_machine import INTERVAL, disturbances
+from meshwright.plan.constants import DATASHEET
 from meshwright.probe import machine, parts
 
 probe = import_module("meshwright.probe.machine")

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from meshwright.errors import InputError
 from meshwright.families.decoder import DecoderShape
 from meshwright.layout import SCHEDULES, Layout
-from meshwright.plan.pipeline.actions import TABLE, problem
+from meshwright.plan.pipeline import TABLE
+from meshwright.plan.pipeline.actions import problem
 from meshwright.report.exports import EXPORTERS, Export, export
 from meshwright.report.planfolder import RECORD, plan_files, write_plan
 from meshwright.report.training_words import Recipe

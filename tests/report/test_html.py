@@ -16,7 +16,7 @@ import pytest
 from meshwright.errors import InputError
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Interval, Plan, Prediction, Rejected
-from meshwright.plan.cost.memory import StageMemory
+from meshwright.plan.cost import StageMemory
 from meshwright.report.html import write_report
 from meshwright.run import RunFolder
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.layout import Layout
-from meshwright.plan.cost.estimate import Estimator
+from meshwright.plan.cost import Estimator
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Interval, Plan, Prediction, Rejected, Share, WhatIf
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import LayoutQuery, ModelFacts, Refusal
-from meshwright.plan.rules.table import RULES, refusals
-from meshwright.plan.search.search import make_plan
+from meshwright.plan.rules import FRAMEWORKS, RULES, Framework, LayoutQuery, ModelFacts, Refusal, refusals
+from meshwright.plan.search import make_plan
 from meshwright.plan.workload import Workload
 
 __all__ = [
     "FRAMEWORKS",
     "RULES",
-    "WhatIf",
     "Choice",
     "Framework",
     "Interval",
@@ -29,6 +26,7 @@ __all__ = [
     "Refusal",
     "Rejected",
     "Share",
+    "WhatIf",
     "Workload",
     "balance",
     "make_plan",

@@ -9,7 +9,7 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
-from meshwright.plan.cost.memory import StageMemory
+from meshwright.plan.cost import StageMemory
 from meshwright.plan.pipeline.actions import actions, fewer, places
 from meshwright.plan.pipeline.replay import Timeline, replay
 from meshwright.plan.reliability import RunForecast

@@ -9,8 +9,7 @@ from typing import Any
 from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import LayoutQuery, ModelFacts
+from meshwright.plan.rules import FRAMEWORKS, Framework, LayoutQuery, ModelFacts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from meshwright.errors import InputError, Problem
 from meshwright.job import Job, job_to_toml
 from meshwright.layout import Layout, coordinates
 from meshwright.plan import Choice
-from meshwright.plan.cost.memory import usable_bytes
+from meshwright.plan.cost import usable_bytes
 from meshwright.rehearse.peak import Peak
 
 if TYPE_CHECKING:

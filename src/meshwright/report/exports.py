@@ -14,8 +14,8 @@ from typing import Any
 
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
-from meshwright.plan.pipeline.actions import TABLE
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.pipeline import TABLE
+from meshwright.plan.rules import FRAMEWORKS
 from meshwright.report.training_words import Recipe, deepspeed_training, megatron_training, titan_training
 
 #: Layout.schedule -> torchtitan's word (torch.distributed.pipelining's class), where it has one.
@@ -419,7 +419,7 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-#: By the name of the framework (plan/framework.py).
+#: By the name of the framework (plan/rules/frameworks.py).
 EXPORTERS: dict[str, Callable[[Plan, Recipe], Export]] = {
     "torchtitan": torchtitan,
     "megatron-lm": megatron,

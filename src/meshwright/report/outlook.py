@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshwright.plan import Plan
-from meshwright.plan.advice.tools import Advice
+from meshwright.plan.advice import Advice
 
 WHAT_IFS_SHOWN = 3
 #: Failures are not spoken of where fewer than this are expected, or, in a run without an end, cost less than this.

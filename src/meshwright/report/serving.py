@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshwright.plan.serving.result import BINDING, ServingPlan
+from meshwright.plan.serving import ServingPlan
+from meshwright.plan.serving.result import BINDING
 
 if TYPE_CHECKING:
     from rich.console import Console

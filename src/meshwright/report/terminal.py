@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meshwright.plan import Plan
-from meshwright.report.outlook import what_if_lines, cost_line, duration, failure_line, share_lines
+from meshwright.report.outlook import cost_line, duration, failure_line, share_lines, what_if_lines
 from meshwright.report.timeline import MOST_MICRO_BATCHES, text_rows
 
 if TYPE_CHECKING:

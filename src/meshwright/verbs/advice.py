@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from meshwright.card import Card
     from meshwright.cluster import Cluster
     from meshwright.job import Job
-    from meshwright.plan.advice.strategies import DataVolume, FrameworkPlan
-    from meshwright.plan.advice.tools import Advice
+    from meshwright.plan.advice import Advice, DataVolume, FrameworkPlan
 
 #: Of data that nobody has read yet: bytes of text that a token stands for (about as many in English, by a tokenizer of
 #: tens of thousands), bytes of a token's number at most, and the digits, images of 8 x 8 numbers.
@@ -34,7 +33,7 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
 
     The job is planned under each framework that could run it. Raises CannotWork where none of them has a layout.
     """
-    from meshwright.plan.advice.tools import advise, frameworks, situation
+    from meshwright.plan.advice import advise, frameworks, situation
 
     sound = read_job(job, overrides, data_must_exist=False, also=plan)
     card, cluster = each(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
@@ -53,7 +52,7 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
 def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> FrameworkPlan | CannotWork:
     """The best layout under a framework, or why there is none. `card` is the job's own."""
     from meshwright.plan import make_plan
-    from meshwright.plan.advice.strategies import FrameworkPlan
+    from meshwright.plan.advice import FrameworkPlan
 
     if job.model.module is None:  # a traced module has one card for all
         card = card_of_job(job, style_of(framework, job.train.precision))
@@ -77,7 +76,7 @@ def _untrained(job: Job) -> str:
 
 def _reading(job: Job, card: Card) -> DataVolume:
     """What a run of the job reads, as far as it can be told without reading any of it."""
-    from meshwright.plan.advice.strategies import DataVolume
+    from meshwright.plan.advice import DataVolume
 
     tokens = card.unit == "tokens"
     source, size = job.data.source, None

@@ -14,7 +14,7 @@ from meshwright.verbs.plan import profile_of
 from meshwright.verbs.start import card_of_job, cluster_of_job
 
 if TYPE_CHECKING:
-    from meshwright.plan.constants.profile import Profile
+    from meshwright.plan.constants import Profile
 
 #: How long `calibrate` measures a machine, unless told.
 MEASURED_SECONDS = 30.0
@@ -64,7 +64,7 @@ def calibrate(
 def _profile_target(path: Path, source: Path | None) -> Path:
     """The file that a profile for `path` is written to, links followed. Raises InputError where that would destroy what
     it is made from, or a file that is no profile."""
-    from meshwright.plan.constants.profile import load_profile
+    from meshwright.plan.constants import load_profile
 
     target, hint = Path(os.path.realpath(path)), "name another file"
     if not target.parent.is_dir():
@@ -87,9 +87,9 @@ def _profile_target(path: Path, source: Path | None) -> Path:
 
 
 def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
-    from meshwright.plan.calibrate.from_cases import calibrate as fit
+    from meshwright.plan.calibrate import calibrate as fit
     from meshwright.plan.calibrate.plausible import plausible_cases
-    from meshwright.plan.cases.read import measured_cases
+    from meshwright.plan.cases import measured_cases
 
     cases, bad = measured_cases(source)
     good, implausible = plausible_cases(cases, start, str(source))
@@ -104,7 +104,8 @@ def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, 
     """The machine measured; "raw" holds the figures themselves, "busy" what other work did to them, in words."""
     from meshwright import probe
     from meshwright.cluster import cpu_cluster, this_machine
-    from meshwright.plan.calibrate.from_machine import changes, disturbances, machine_profile
+    from meshwright.plan.calibrate import machine_profile
+    from meshwright.plan.calibrate.from_machine import changes, disturbances
 
     raw = probe.machine(seconds)
     cluster = cpu_cluster() if raw["kind"] == "cpu" else this_machine()
@@ -119,7 +120,7 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
     from meshwright.families import read_config
     from meshwright.job import load_job
     from meshwright.plan import Plan, Workload
-    from meshwright.plan.calibrate.from_run import TrainedRun, run_profile
+    from meshwright.plan.calibrate import TrainedRun, run_profile
     from meshwright.run import RunFolder
 
     run = RunFolder(folder)

@@ -12,7 +12,7 @@ from meshwright.verbs.start import card_of_job, cluster_of_job, each, groups_of_
 if TYPE_CHECKING:
     from meshwright.job import Job
     from meshwright.plan import Plan, PlanRequest
-    from meshwright.plan.constants.profile import Profile
+    from meshwright.plan.constants import Profile
 
 
 def plan(
@@ -33,7 +33,7 @@ def plan(
     constants = None if profile is None else profile_of(profile)
     request, style = request_of_job(sound, framework, objective), style_of(framework, sound.train.precision)
     if sound.cluster.groups:
-        from meshwright.plan.mixed.ways import make_mixed_plan
+        from meshwright.plan.mixed import make_mixed_plan
 
         card, mixed = each(lambda: card_of_job(sound, style), lambda: groups_of_job(sound))
         return make_mixed_plan(card, mixed, request, constants)
@@ -72,7 +72,7 @@ def request_of_job(job: Job, framework: str, objective: str) -> PlanRequest:
 
 def profile_of(profile: str | Path | None = None, *, datasheet: bool = False) -> Profile:
     """The constants to predict with: a file's, the data sheets', or those that are shipped."""
-    from meshwright.plan.constants.profile import DATASHEET, default_profile, load_profile
+    from meshwright.plan.constants import DATASHEET, default_profile, load_profile
 
     if datasheet and profile is not None:
         raise InputError(Problem("command line", "--datasheet uses nothing fitted", "leave out --profile"))

@@ -17,7 +17,6 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """An answer for each line of a file of cases, in order: {id, step_seconds, peak_allocated_gib, peak_reserved_gib,
     breakdown} or {id, error}. Raises InputError where the file or the profile cannot be read."""
-    from meshwright.plan.cases.predict import predictions
-    from meshwright.plan.cases.read import read_cases
+    from meshwright.plan.cases import predictions, read_cases
 
     return predictions(read_cases(cases), profile_of(profile, datasheet=datasheet))

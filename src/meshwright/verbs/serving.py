@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from meshwright.families.decoder_shape import DecoderShape
     from meshwright.families.llama.card import LlamaShape
     from meshwright.job import Job
-    from meshwright.plan.serving.result import ServingPins, ServingPlan, Target
+    from meshwright.plan.serving import ServingPins, ServingPlan, Target
 
 #: Tokens of a sequence where a model's config does not say.
 USUAL_POSITIONS = 4096
@@ -41,9 +41,7 @@ def serving_plan(
     The target is the job's [serve] section. Needs no data and no weights. Raises CannotWork, with the nearest that
     works, where nothing fits or nothing meets the target.
     """
-    from meshwright.plan.serving.search import make_serving_plan
-    from meshwright.plan.serving.splits import ServingQuery
-    from meshwright.plan.serving.time import SERVERS
+    from meshwright.plan.serving import SERVERS, ServingQuery, make_serving_plan
 
     sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
     cluster = cluster_of_job(sound)
@@ -81,11 +79,8 @@ def settle(folder: Path, settings: Any) -> Settled:
     the nearest that does, before a weight is read.
     """
     from meshwright.families import read_config
-    from meshwright.plan.constants.profile import default_profile
-    from meshwright.plan.serving.result import Target
-    from meshwright.plan.serving.search import make_serving_plan
-    from meshwright.plan.serving.splits import ServingQuery
-    from meshwright.plan.serving.time import SERVERS
+    from meshwright.plan.constants import default_profile
+    from meshwright.plan.serving import SERVERS, ServingQuery, Target, make_serving_plan
 
     shape, precision, longest = _model_of_config(read_config(folder / "config.json"), str(folder / "config.json"))
     machine = _this_machine(free=True)
@@ -130,7 +125,8 @@ def _said(plan: ServingPlan) -> str:
 
 def _target(serve: Any, longest: int) -> Target:
     """The target of a [serve] section; lengths that nobody says are usual ones, shorter where the model is."""
-    from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS, Target
+    from meshwright.plan.serving import Target
+    from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS
 
     room = min(longest, serve.max_len or longest)
     output = serve.output_tokens or max(1, min(USUAL_OUTPUT_TOKENS, (room - (serve.prompt_tokens or 0)) // 4))
@@ -139,7 +135,7 @@ def _target(serve: Any, longest: int) -> Target:
 
 
 def _pins(serve: Any) -> ServingPins:
-    from meshwright.plan.serving.result import ServingPins
+    from meshwright.plan.serving import ServingPins
 
     precision = None if serve.precision == "auto" else serve.precision
     return ServingPins(tp=serve.tp, max_batch=serve.max_batch, max_len=serve.max_len, precision=precision)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from meshwright.card import Card
     from meshwright.cluster import Cluster
     from meshwright.job import Job
-    from meshwright.plan.mixed.cluster import MixedCluster
+    from meshwright.plan.mixed import MixedCluster
 
 
 def read_job(
@@ -108,7 +108,7 @@ def cluster_of_job(job: Job) -> Cluster:
 def groups_of_job(job: Job) -> MixedCluster:
     """The groups of different devices that the job names."""
     from meshwright.cluster import named_cluster
-    from meshwright.plan.mixed.cluster import MixedCluster
+    from meshwright.plan.mixed import MixedCluster
 
     with placed(job):
         named = [named_cluster(group.named, group.devices, group.devices_per_node) for group in job.cluster.groups]

@@ -17,9 +17,10 @@ from meshwright.cluster import named_cluster
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.job import SMALL_JOB, Job, load_job
 from meshwright.layout import Layout
-from meshwright.plan.advice.strategies import DataVolume, FrameworkPlan, Situation
-from meshwright.plan.advice.tools import EXPERIENCE, TOOLS, Advice, Verdict, advise, frameworks
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.advice import Advice, DataVolume, FrameworkPlan, advise, frameworks
+from meshwright.plan.advice.strategies import Situation
+from meshwright.plan.advice.tools import EXPERIENCE, TOOLS, Verdict
+from meshwright.plan.rules import FRAMEWORKS
 
 TITAN, MEGATRON = "PyTorch FSDP2 (torchtitan)", "Megatron-LM, Megatron Bridge"
 READING = DataVolume("corpus/", "tokens", 2**20, 1000, 3_400_000_000, 4, 4)

@@ -13,19 +13,13 @@ import pytest
 
 from meshwright.cli.main import main
 from meshwright.errors import InputError
+from meshwright.plan.calibrate import calibrate
 from meshwright.plan.calibrate.fit import spread_rows
-from meshwright.plan.calibrate.from_cases import (
-    Calibration,
-    calibrate,
-    conformal,
-    pair_intervals,
-    rows_of,
-    weighted_quantile,
-)
-from meshwright.plan.cases.predict import Predictor
-from meshwright.plan.cases.read import MeasuredCase, measured_of
-from meshwright.plan.constants.profile import DATASHEET, load_profile
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.calibrate.from_cases import Calibration, conformal, pair_intervals, rows_of, weighted_quantile
+from meshwright.plan.cases import MeasuredCase, Predictor
+from meshwright.plan.cases.read import measured_of
+from meshwright.plan.constants import DATASHEET, load_profile
+from meshwright.plan.rules import FRAMEWORKS
 
 #: What the made-up machine is: a GPU whose products, memory and starts are slower than the data sheets' constants say.
 FACTORS = {"product": 0.8, "memory": 0.8, "launch": 1.5}

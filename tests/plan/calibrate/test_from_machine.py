@@ -13,15 +13,9 @@ from meshwright.card import AttentionShape, Block
 from meshwright.cli.main import main
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.layout import Layout
-from meshwright.plan.calibrate.from_machine import (
-    INTERVAL,
-    LAYER_OPERATIONS,
-    MORE_ADDING,
-    changes,
-    disturbances,
-    machine_profile,
-)
-from meshwright.plan.constants.profile import DATASHEET, Profile, load_profile
+from meshwright.plan.calibrate import machine_profile
+from meshwright.plan.calibrate.from_machine import INTERVAL, LAYER_OPERATIONS, MORE_ADDING, changes, disturbances
+from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.plan.cost.cpu import GATHER_BYTES, CpuCompute
 from meshwright.plan.cost.network import CommGroup, GlooNetwork
 

@@ -15,8 +15,9 @@ from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.calibrate.from_run import GROUPS, TrainedRun, _parts, run_profile
-from meshwright.plan.constants.profile import DATASHEET, Profile, load_profile
+from meshwright.plan.calibrate import TrainedRun, run_profile
+from meshwright.plan.calibrate.from_run import GROUPS, _parts
+from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.plan.workload import Workload
 from meshwright.run import RunFolder
 

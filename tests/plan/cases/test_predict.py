@@ -11,10 +11,11 @@ import pytest
 from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import PlanRequest, make_plan
-from meshwright.plan.cases.predict import Predictor, predictions
-from meshwright.plan.cases.read import ABOUT, Case, case_of, read_cases
+from meshwright.plan.cases import Predictor, predictions, read_cases
+from meshwright.plan.cases.read import ABOUT, Case, case_of
 from meshwright.plan.cases.resolve import shape_of
-from meshwright.plan.constants.profile import DATASHEET, DATASHEET_INTERVALS
+from meshwright.plan.constants import DATASHEET
+from meshwright.plan.constants.profile import DATASHEET_INTERVALS
 
 LINE: dict[str, Any] = {
     "id": "a",

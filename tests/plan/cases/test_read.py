@@ -12,17 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
+from meshwright.plan.cases import BadCase, read_cases
 from meshwright.plan.cases.read import (
     ABOUT,
     KEYS,
     LARGEST_LINE_BYTES,
-    BadCase,
     Case,
     case_of,
     measured_of,
     nearest_word,
     parse_line,
-    read_cases,
 )
 
 LINE: dict[str, Any] = {

@@ -10,19 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
+from meshwright.plan.constants import DATASHEET, Profile, default_profile, load_profile
 from meshwright.plan.constants.correction import SCALES, Correction
 from meshwright.plan.constants.gpu import CONSTANTS
-from meshwright.plan.constants.profile import (
-    DATASHEET,
-    DEFAULT_FILE,
-    Profile,
-    bounds,
-    constant,
-    default_profile,
-    dump,
-    load_profile,
-    within,
-)
+from meshwright.plan.constants.profile import DEFAULT_FILE, bounds, constant, dump, within
 
 NAMES = [row.name for row in CONSTANTS]
 

@@ -11,9 +11,9 @@ from meshwright.card import AttentionShape, Block, Parameter, Product
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.constants import DATASHEET
+from meshwright.plan.cost import Estimator
 from meshwright.plan.cost.cpu import CHAIN_BYTES, CpuCompute, operations
-from meshwright.plan.cost.estimate import Estimator
 from meshwright.plan.cost.network import CommGroup, GlooNetwork
 from meshwright.plan.workload import Workload
 

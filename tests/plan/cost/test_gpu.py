@@ -13,9 +13,9 @@ from meshwright.cluster import named_cluster
 from meshwright.errors import InputError
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost.gpu import BlockSeconds, Compute, local_elements
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.rules import FRAMEWORKS
 
 H100 = named_cluster("h100-sxm-80gb", 8).device
 A100 = named_cluster("a100-sxm-80gb", 8).device

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Link, named_cluster
-from meshwright.plan.constants.profile import DATASHEET
+from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost.network import CommGroup, Network, network
 
 BASE = named_cluster("h100-sxm-80gb", 512)

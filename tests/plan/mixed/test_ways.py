@@ -14,10 +14,11 @@ from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.mixed.cluster import MixedCluster, MixedWorkload
+from meshwright.plan.cost import usable_bytes
+from meshwright.plan.mixed import MixedCluster, make_mixed_plan
+from meshwright.plan.mixed.cluster import MixedWorkload
 from meshwright.plan.mixed.pipeline import through_stages
-from meshwright.plan.mixed.ways import by_samples, make_mixed_plan
+from meshwright.plan.mixed.ways import by_samples
 from meshwright.plan.search.walk import TIE
 from meshwright.plan.workload import Workload
 from meshwright.report.outlook import cost_line

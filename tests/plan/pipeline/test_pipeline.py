@@ -11,11 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.layout import SCHEDULES
-from meshwright.plan.pipeline import length
-from meshwright.plan.pipeline.actions import TABLE, Action, actions, fewer, places, problem
-from meshwright.plan.pipeline.balance import balance_costs
-from meshwright.plan.pipeline.in_flight import held_bytes, in_flight
-from meshwright.plan.pipeline.length import span_seconds
+from meshwright.plan.pipeline import TABLE, balance_costs, held_bytes, length, span_seconds
+from meshwright.plan.pipeline.actions import Action, actions, fewer, places, problem
+from meshwright.plan.pipeline.in_flight import in_flight
 from meshwright.plan.pipeline.replay import replay
 
 seconds = st.floats(0.1, 10.0)

@@ -7,7 +7,8 @@ import pytest
 from meshwright.errors import InputError
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
 from meshwright.plan.cost.gpu import FLASH_SHARE, FUSED_STARTS
-from meshwright.plan.rules.frameworks import FRAMEWORKS, framework
+from meshwright.plan.rules import FRAMEWORKS
+from meshwright.plan.rules.frameworks import framework
 
 
 def test_every_row_uses_words_that_are_known() -> None:

@@ -12,7 +12,7 @@ from meshwright.card import Block, Card, Parameter
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan import FRAMEWORKS, LayoutQuery, ModelFacts
-from meshwright.plan.rules.table import RULES, refusals
+from meshwright.plan.rules import RULES, refusals
 
 LLAMA = ModelFacts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
 PLAIN = ModelFacts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))

@@ -16,10 +16,10 @@ from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import LayoutQuery, ModelFacts, Plan, PlanRequest, balance, make_plan, refusals
+from meshwright.plan.constants import default_profile
 from meshwright.plan.constants.correction import Correction
-from meshwright.plan.constants.profile import default_profile
 from meshwright.plan.constants.regime import correction_regime, features
-from meshwright.plan.cost.memory import usable_bytes
+from meshwright.plan.cost import usable_bytes
 from meshwright.plan.search.walk import TIE
 from meshwright.plan.workload import Workload
 

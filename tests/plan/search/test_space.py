@@ -16,7 +16,8 @@ from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
 from meshwright.plan import FRAMEWORKS, Workload, refusals
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, layouts, size, with_micro_batch
+from meshwright.plan.search import Space
+from meshwright.plan.search.space import NARROW, USUAL, WHOLE, layouts, size, with_micro_batch
 
 MODEL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
 EXPERTS = Experts(count=4, top_k=1, ffn=96)

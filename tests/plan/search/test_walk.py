@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import FRAMEWORKS, Workload
-from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.search.space import NARROW, WHOLE, Space, degrees_of, layouts
+from meshwright.plan.cost import Estimator, usable_bytes
+from meshwright.plan.search import Space
+from meshwright.plan.search.space import NARROW, WHOLE, degrees_of, layouts
 from meshwright.plan.search.walk import BEATEN, TIE, SearchResult, every, explore, ranked, search
 
 MODEL = card(LlamaShape(layers=6, hidden=256, heads=8, kv_heads=4, head_dim=32, ffn=512, vocab=1024), 128)

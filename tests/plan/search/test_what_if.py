@@ -10,7 +10,7 @@ from meshwright import cluster as machine
 from meshwright.cluster import GIB, Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.constants.profile import default_profile
+from meshwright.plan.constants import default_profile
 from meshwright.plan.search.walk import TIE
 
 MODEL = card(LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=5504, vocab=32000), 2048)

@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork
 from meshwright.families.decoder_shape import DecoderShape
-from meshwright.plan.constants.profile import DATASHEET, Profile
+from meshwright.plan.constants import DATASHEET, Profile
+from meshwright.plan.serving import SERVERS, ServingPins, ServingPlan, ServingQuery, Target, make_serving_plan
 from meshwright.plan.serving.load import Replica
 from meshwright.plan.serving.memory import serving_memory
-from meshwright.plan.serving.result import ServingPins, ServingPlan, Target
-from meshwright.plan.serving.search import make_serving_plan
-from meshwright.plan.serving.splits import ServingQuery
-from meshwright.plan.serving.time import SERVERS, Server, Step, StepModel
+from meshwright.plan.serving.time import Server, Step, StepModel
 from meshwright.plan.serving.work import parameter_count
 
 LLAMA_8B = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256)
@@ -399,7 +397,7 @@ def test_the_json_is_plain_and_whole() -> None:
 
 
 def test_every_constant_has_a_source_and_saving_keeps_it(tmp_path) -> None:
-    from meshwright.plan.constants.profile import load_profile
+    from meshwright.plan.constants import load_profile
     from meshwright.plan.constants.serving import SERVING_CONSTANTS
 
     assert all(row.source and row.unit and row.value > 0 for row in SERVING_CONSTANTS)

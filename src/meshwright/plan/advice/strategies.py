@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from meshwright.cluster import Cluster
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.layout import Layout
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.rules import FRAMEWORKS
 
 EXPERIENCE = ("new", "some", "expert")
 #: Bytes a parameter that mixed-precision AdamW keeps: fp32 master and two moments, a gradient, a copy to compute with.

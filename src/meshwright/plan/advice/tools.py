@@ -26,8 +26,8 @@ from meshwright.plan.advice.strategies import (
     Situation,
     seconds,
 )
-from meshwright.plan.constants.profile import default_profile
-from meshwright.plan.rules.frameworks import FRAMEWORKS
+from meshwright.plan.constants import default_profile
+from meshwright.plan.rules import FRAMEWORKS
 
 #: The framework whose plan the strategies are told of where no tool with a row runs at all.
 FALLBACK = "meshwright"

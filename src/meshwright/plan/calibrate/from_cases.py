@@ -28,12 +28,12 @@ from meshwright.plan.calibrate.fit import (
     slopes,
     spread_rows,
 )
-from meshwright.plan.cases.predict import Predictor
-from meshwright.plan.cases.read import BadCase, MeasuredCase
+from meshwright.plan.cases import BadCase, MeasuredCase, Predictor
 from meshwright.plan.cases.resolve import ResolvedCase, resolve
+from meshwright.plan.constants import Profile
 from meshwright.plan.constants.correction import MOST_POINTS, Correction, learn
 from meshwright.plan.constants.gpu import CONSTANTS
-from meshwright.plan.constants.profile import Profile, bounds
+from meshwright.plan.constants.profile import bounds
 from meshwright.plan.constants.regime import correction_regime, features, interval_regime
 
 if TYPE_CHECKING:

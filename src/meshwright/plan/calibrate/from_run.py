@@ -23,11 +23,12 @@ from meshwright.errors import InputError, Problem
 from meshwright.layout import Layout
 from meshwright.plan.calibrate.from_machine import Change, changes
 from meshwright.plan.calibrate.plausible import compared, implausible, in_seconds
-from meshwright.plan.constants.profile import Profile, within
+from meshwright.plan.constants import Profile
+from meshwright.plan.constants.profile import within
 from meshwright.plan.constants.regime import interval_regime
+from meshwright.plan.cost import Estimator
 from meshwright.plan.cost.cpu import CpuCompute
-from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.rules.table import refusals
+from meshwright.plan.rules import refusals
 from meshwright.plan.workload import Workload
 from meshwright.run import RunFolder
 

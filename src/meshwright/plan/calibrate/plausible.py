@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from meshwright.errors import InputError, Problem
 from meshwright.plan.calibrate.from_cases import rows_of
-from meshwright.plan.cases.predict import Predictor
-from meshwright.plan.cases.read import BadCase, MeasuredCase
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.cases import BadCase, MeasuredCase, Predictor
+from meshwright.plan.constants import Profile
 
 #: So many times longer or shorter than predicted a measured time cannot be.
 TOO_FAR = 100.0

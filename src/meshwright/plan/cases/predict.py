@@ -9,9 +9,9 @@ from typing import Any
 from meshwright.errors import MeshwrightError
 from meshwright.plan.cases.read import BadCase, Case
 from meshwright.plan.cases.resolve import ResolvedCase, resolve
-from meshwright.plan.constants.profile import Profile, default_profile
+from meshwright.plan.constants import Profile, default_profile
 from meshwright.plan.constants.regime import correction_factor, time_interval
-from meshwright.plan.cost.estimate import Estimate, Estimator
+from meshwright.plan.cost import Estimate, Estimator
 
 GIB = 2**30
 

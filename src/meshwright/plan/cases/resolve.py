@@ -16,10 +16,10 @@ from meshwright.families import own_card
 from meshwright.families.decoder import DecoderShape, card, parameters
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.cases.read import Case, nearest_word
-from meshwright.plan.constants.profile import DATASHEET
-from meshwright.plan.cost.memory import MemoryModel, usable_bytes
+from meshwright.plan.constants import DATASHEET
+from meshwright.plan.cost import MemoryModel, usable_bytes
 from meshwright.plan.pipeline.actions import problem
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.workload import Workload
 
 GB = 1e9

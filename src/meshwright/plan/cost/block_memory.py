@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from meshwright.card import Block, Parameter, Saved
 from meshwright.cluster import Device
 from meshwright.layout import AXIS_RULES, Layout
-from meshwright.plan.rules.frameworks import Framework
+from meshwright.plan.rules import Framework
 
 #: Bytes of an element between products, by the precision that products run in.
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}

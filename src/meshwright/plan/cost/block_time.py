@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from meshwright.card import Block
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.constants import Profile
 from meshwright.plan.cost.block_memory import BlockMemory
 from meshwright.plan.cost.cpu import CpuCompute
 from meshwright.plan.cost.gpu import BYTES, Compute, axis_split, local_elements, split_key

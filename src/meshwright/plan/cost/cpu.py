@@ -12,9 +12,9 @@ import math
 from meshwright.card import AttentionShape, Block
 from meshwright.cluster import Device
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import DATASHEET, Profile
+from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.cost.gpu import BlockSeconds, Compute, kept_share, local_elements, split_product
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules import FRAMEWORKS, Framework
 
 #: Queries that our blocked attention takes at once (nn/blocked.py), and the length up to which it keeps probabilities.
 QUERIES_AT_ONCE, KEPT_LENGTH = 128, 512

@@ -9,14 +9,14 @@ from functools import cached_property
 
 from meshwright.card import Block
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import Profile, default_profile
+from meshwright.plan.constants import Profile, default_profile
 from meshwright.plan.cost.block_time import BlockCost, BlockTimes, block_key
 from meshwright.plan.cost.gpu import BYTES, local_elements
 from meshwright.plan.cost.memory import BlockCounts, MemoryModel, StageMemory
 from meshwright.plan.cost.per_step import PerStepCost, PerStepTimes
-from meshwright.plan.pipeline.actions import TABLE, places
-from meshwright.plan.pipeline.balance import balance_costs
-from meshwright.plan.pipeline.length import least_span, replayed_seconds, span_seconds
+from meshwright.plan.pipeline import TABLE, balance_costs, span_seconds
+from meshwright.plan.pipeline.actions import places
+from meshwright.plan.pipeline.length import least_span, replayed_seconds
 from meshwright.plan.workload import Workload
 
 

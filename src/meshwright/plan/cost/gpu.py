@@ -16,9 +16,9 @@ from meshwright.card import AttentionShape, Block, Parameter, Product
 from meshwright.cluster import Device
 from meshwright.errors import InputError, Problem
 from meshwright.layout import AXIS_RULES, Layout
-from meshwright.plan.constants.profile import DATASHEET, Profile
+from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.cost.block_memory import local_size
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules import FRAMEWORKS, Framework
 
 #: Bytes of one activation by compute precision: fp8 and fp4 are what products read, activations stay in bf16.
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}

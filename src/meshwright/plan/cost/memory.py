@@ -22,8 +22,9 @@ from dataclasses import dataclass, fields, replace
 from meshwright.cluster import Device
 from meshwright.layout import Layout
 from meshwright.plan.cost.block_memory import WIDTH, BlockBytes, BlockMemory, local_size
+from meshwright.plan.pipeline import held_bytes
 from meshwright.plan.pipeline.actions import places
-from meshwright.plan.pipeline.in_flight import held_bytes, in_flight
+from meshwright.plan.pipeline.in_flight import in_flight
 from meshwright.plan.rules.frameworks import kept_gathered
 from meshwright.plan.workload import Workload
 

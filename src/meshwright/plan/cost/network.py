@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from meshwright.cluster import Cluster
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.constants import Profile
 
 
 @dataclass(frozen=True)

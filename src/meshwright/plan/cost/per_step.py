@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from meshwright.layout import Layout
 from meshwright.plan.cost.block_time import BlockTimes
 from meshwright.plan.cost.cpu import CpuCompute
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import kept_gathered
 
 

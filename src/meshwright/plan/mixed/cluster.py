@@ -9,13 +9,14 @@ from typing import Any
 
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError, Problem
-from meshwright.plan.constants.profile import Profile
-from meshwright.plan.cost.estimate import Estimator
+from meshwright.plan.constants import Profile
+from meshwright.plan.cost import Estimator
 from meshwright.plan.reliability import RunForecast, outlook, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.search.space import NARROW, Space
+from meshwright.plan.search import Space
+from meshwright.plan.search.space import NARROW
 from meshwright.plan.workload import Workload
 
 MOST_GROUPS = 4

@@ -9,13 +9,14 @@ from itertools import permutations
 
 from meshwright.cluster import Cluster
 from meshwright.layout import Layout
-from meshwright.plan.cost.memory import StageMemory, slack_bytes, usable_bytes
+from meshwright.plan.cost import StageMemory, usable_bytes
+from meshwright.plan.cost.memory import slack_bytes
 from meshwright.plan.cost.per_step import PerStepCost
 from meshwright.plan.mixed.cluster import MixedChoice, MixedWorkload, mfu
-from meshwright.plan.pipeline.length import span_seconds
+from meshwright.plan.pipeline import span_seconds
 from meshwright.plan.result import Share
+from meshwright.plan.rules import allowed
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.rules.table import allowed
 from meshwright.plan.search.wording import choice_of
 
 HALVINGS = 40

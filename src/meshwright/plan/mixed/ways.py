@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.plan.constants.profile import Profile
-from meshwright.plan.cost.estimate import Estimate
+from meshwright.plan.constants import Profile
+from meshwright.plan.cost import Estimate
 from meshwright.plan.mixed.cluster import MixedChoice, MixedCluster, MixedWorkload, mfu
 from meshwright.plan.mixed.pipeline import through_stages
 from meshwright.plan.reliability import price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Plan, Rejected, Share
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.search.search import checked, make_plan
+from meshwright.plan.search import make_plan
+from meshwright.plan.search.search import checked
 from meshwright.plan.search.walk import explore, ranked
 from meshwright.plan.search.wording import choice_of
 from meshwright.plan.workload import Workload

@@ -1,1 +1,7 @@
-"""X."""
+"""What a layout may not be: a table of rules, and what they are asked, of a model and of the framework that runs it."""
+
+from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules.query import LayoutQuery, ModelFacts, Refusal
+from meshwright.plan.rules.table import RULES, allowed, refusals
+
+__all__ = ["FRAMEWORKS", "RULES", "Framework", "LayoutQuery", "ModelFacts", "Refusal", "allowed", "refusals"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshwright.card import Card
 from meshwright.layout import AXIS_RULES, Layout
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
 
 #: What a field of the Layout asks for, in words.

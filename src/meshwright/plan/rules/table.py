@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshwright.layout import RECOMPUTE, Layout
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import DIMENSIONS
 from meshwright.plan.rules.query import (
     ASKS_FOR,

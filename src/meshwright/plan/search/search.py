@@ -9,13 +9,13 @@ from meshwright.card import Card
 from meshwright.cluster import Cluster
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.constants import Profile
+from meshwright.plan.cost import Estimate, Estimator
 from meshwright.plan.cost.correct import corrected
-from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.reliability import LEAST_USEFUL, RunForecast, outlook
 from meshwright.plan.request import OBJECTIVES, PlanRequest
 from meshwright.plan.result import Choice, Plan
-from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
+from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import Space, degrees_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.layout import Layout
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.pipeline import TABLE
+from meshwright.plan.rules import allowed
 from meshwright.plan.rules.query import divisors, fills_pipeline
-from meshwright.plan.rules.table import allowed
 from meshwright.plan.workload import Workload
 
 DEGREES = ("dp", "shard", "tp", "pp", "cp", "ep")

@@ -10,11 +10,10 @@ from typing import Any
 from meshwright.cluster import GIB, Cluster
 from meshwright.errors import Problem
 from meshwright.layout import Layout
-from meshwright.plan.cost.estimate import Estimator
-from meshwright.plan.cost.memory import usable_bytes
+from meshwright.plan.cost import Estimator, usable_bytes
 from meshwright.plan.request import PlanRequest
+from meshwright.plan.rules import refusals
 from meshwright.plan.rules.query import key_of, nearest_of, word
-from meshwright.plan.rules.table import refusals
 from meshwright.plan.search.space import (
     NARROW,
     USUAL,

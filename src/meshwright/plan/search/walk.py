@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from meshwright.layout import Layout
-from meshwright.plan.cost.estimate import Estimate, Estimator
-from meshwright.plan.cost.memory import usable_bytes
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.cost import Estimate, Estimator, usable_bytes
+from meshwright.plan.pipeline import TABLE
 from meshwright.plan.search.space import (
     DEGREES,
     NARROW,

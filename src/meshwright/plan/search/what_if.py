@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from meshwright.cluster import GIB, Cluster, Link
-from meshwright.plan.cost.estimate import Estimate, Estimator
-from meshwright.plan.cost.memory import usable_bytes
+from meshwright.plan.cost import Estimate, Estimator, usable_bytes
 from meshwright.plan.result import WhatIf
 from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import USUAL, WHOLE, Space, size
@@ -29,7 +28,9 @@ MOST_LAYOUTS = 1_500
 MOST_MEMORY = 2.0
 
 
-def what_ifs(winner: Estimate, space: Space, estimator: Estimator, found: SearchResult, value: Value) -> tuple[WhatIf, ...]:
+def what_ifs(
+    winner: Estimate, space: Space, estimator: Estimator, found: SearchResult, value: Value
+) -> tuple[WhatIf, ...]:
     """What each change would save, the most first; only what saves LEAST_SAVED or more."""
     several = [
         *_memory(winner, space, estimator, found, value),

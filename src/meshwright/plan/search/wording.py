@@ -10,14 +10,14 @@ from typing import TypeVar
 from meshwright.cluster import GIB, Cluster, Device
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.constants.regime import time_interval
-from meshwright.plan.cost.estimate import Estimate, Estimator
-from meshwright.plan.cost.memory import memory_interval, usable_bytes
-from meshwright.plan.pipeline.actions import TABLE
+from meshwright.plan.cost import Estimate, Estimator, usable_bytes
+from meshwright.plan.cost.memory import memory_interval
+from meshwright.plan.pipeline import TABLE
 from meshwright.plan.reliability import LEAST_USEFUL, RunForecast
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Interval, Prediction, Rejected
+from meshwright.plan.rules import refusals
 from meshwright.plan.rules.query import divisors
-from meshwright.plan.rules.table import refusals
 from meshwright.plan.search.space import Space, with_micro_batch
 from meshwright.plan.search.walk import TIE, OversizedLayout, Value, step_seconds
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from meshwright.cluster import GIB, Cluster
 from meshwright.errors import CannotWork, Problem
 from meshwright.families.decoder_shape import DecoderShape
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.constants import Profile
 from meshwright.plan.serving.load import Load, Replica
 from meshwright.plan.serving.memory import ServingMemory, serving_memory
 from meshwright.plan.serving.result import ServingPins, Target

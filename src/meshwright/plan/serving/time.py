@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from meshwright.cluster import CPU_MEMORY_BYTES_PER_SECOND, Cluster, Device
 from meshwright.families.decoder_shape import DecoderShape
-from meshwright.plan.constants.profile import Profile
+from meshwright.plan.constants import Profile
 from meshwright.plan.cost.network import network
 from meshwright.plan.serving.work import LayerWork, Matrix, layer_work
 
