@@ -18,7 +18,7 @@ from typing import Any
 
 from meshwright import launch
 from meshwright.launch import Context
-from meshwright.layout import Layout
+from meshwright.layout import Execution, Layout
 
 STEPS = 20
 SEQ_LEN = 16
@@ -152,16 +152,8 @@ def train_one(case: Case, rank: int, store_path: Path, folder: Path, steps: int 
     with start(case.layout, rank, store_path, timeout_seconds=120) as mesh:
         with torch.device("meta"):
             module = build(shape)
-        applied = apply(
-            case.layout,
-            module,
-            mesh,
-            axes={parameter.name: parameter.axes for parameter in paper.parameters},
-            stages=even_stages([block.name for block in paper.blocks], case.layout.pp),
-            tied=paper.tied,
-            precision=case.precision,
-            compiled=case.compiled,
-        )
+        stages = even_stages([block.name for block in paper.blocks], case.layout.pp)
+        applied = apply(Execution(case.layout, stages, case.precision, case.compiled), paper, module, mesh)
         applied.fill(initial_values(0, module.init_rule))
         trainer = Trainer(job(steps), paper, applied, mesh, tasks.get("language-model"), RandomTokens(shape.vocab))
         record = recorder(str(folder), applied, mesh)
@@ -169,10 +161,10 @@ def train_one(case: Case, rank: int, store_path: Path, folder: Path, steps: int 
     return Trained([result.loss for result in results], [result.grad_norm for result in results], folder)
 
 
-def even_stages(names: Sequence[str], stages: int) -> list[list[str]]:
+def even_stages(names: Sequence[str], stages: int) -> tuple[tuple[str, ...], ...]:
     """Blocks cut into contiguous stages of about equal number."""
     cuts = [index * len(names) // stages for index in range(stages + 1)]
-    return [list(names[a:b]) for a, b in itertools.pairwise(cuts)]
+    return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(cuts))
 
 
 def work(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from bench.runs.models import MODELS, Mixer
 from meshwright import tasks
 from meshwright.job import Job
 from meshwright.launch import Context
-from meshwright.layout import Layout, coordinates
+from meshwright.layout import Execution, Layout, coordinates
 from meshwright.parallel import Mesh, apply
 from meshwright.parallel.mesh import _ends
 from meshwright.train.loop import Clock, Trainer
@@ -87,15 +87,8 @@ class Runner:
     def __init__(self, model: str, made: Model, asked: Mapping[str, Any], world: World) -> None:
         job, layout = job_of(model), Layout(**asked["layout"])
         mesh = world.mesh(layout)
-        applied = apply(
-            layout,
-            made.module,
-            mesh,
-            axes={parameter.name: parameter.axes for parameter in made.card.parameters},
-            stages=asked["stages"],
-            tied=made.card.tied,
-            precision=asked["precision"],
-        )
+        stages = tuple(tuple(stage) for stage in asked["stages"])
+        applied = apply(Execution(layout, stages, asked["precision"]), made.card, made.module, mesh)
         made.fill(applied)
         vocab = None if job.model.module else job.model.vocab
         self.trainer = Trainer(job, made.card, applied, mesh, tasks.get(job.task.name), RandomBatches(model, vocab))

@@ -9,8 +9,8 @@ RECOMPUTE = ("none", "selective", "full")
 #: Orders of work of a pipeline (`plan/pipeline/actions.py`); which of them a framework runs, `plan/rules/frameworks.py` says.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev")
 
-#: Logical axis of a parameter's dimension -> mesh axis that splits it. `None` is never split by tensor parallelism.
-#: This one table says how every built-in parameter is split; `meshwright plan --layout-table` prints it.
+#: Logical axis of a parameter's dimension -> mesh axis that splits it (None: none does). `placement.py` works from it,
+#: and `meshwright plan --layout-table` prints it.
 AXIS_RULES: dict[str, str | None] = {
     "vocab": "tp",  # token embedding and output head
     "heads": "tp",  # query heads x head_dim
@@ -23,6 +23,11 @@ AXIS_RULES: dict[str, str | None] = {
     "positions": None,  # learned positions
     "head_dim": None,  # per-head norms
 }
+
+
+def split_dimension(axes: tuple[str | None, ...]) -> int | None:
+    """The dimension of a parameter with these logical axes that tensor parallelism splits, None for none."""
+    return next((dim for dim, axis in enumerate(axes) if axis is not None and AXIS_RULES[axis] == "tp"), None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,16 @@ class Layout:
         if self.offload:
             words.append("offload")
         return " ".join([*(words or ["1 device"]), f"micro{self.micro_batch}"])
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run: its layout, the names of each pipeline stage's blocks, the precision, whether compiled."""
+
+    layout: Layout
+    stages: tuple[tuple[str, ...], ...]
+    precision: str
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,13 +160,3 @@ class Box:
     @staticmethod
     def whole(shape: tuple[int, ...]) -> Box:
         return Box(tuple(shape), (0,) * len(shape), tuple(shape))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A Box with its bookkeeping: `replicas` ranks of the world hold exactly this box, and one of them is `owner`."""
-
-    name: str
-    box: Box
-    replicas: int
-    owner: bool

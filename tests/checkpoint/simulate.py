@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from meshwright.checkpoint import ModelFolder, Writer
-from meshwright.layout import Box, Layout, Piece, coordinates
+from meshwright.layout import Box, Layout, coordinates
+from meshwright.placement import Placement
 
-Held = dict[str, tuple[Piece, torch.Tensor]]
+Held = dict[str, tuple[Placement, torch.Tensor]]
 
 
-def held(tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece], *, fill: bool = True) -> Held:
+def held(tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, Placement], *, fill: bool = True) -> Held:
     """Local tensors of `pieces`: copies of the global tensors' boxes, or (not `fill`) something else to be loaded."""
     result = {}
     for name, piece in pieces.items():
@@ -25,10 +26,10 @@ def held(tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece], *, fi
     return result
 
 
-def world_pieces(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Piece]]:
+def world_pieces(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Placement]]:
     """For each rank, the pieces of a made-up sharding: stage by order of names, tp along the last dimension of
     matrices, shards along the first; parts may be empty."""
-    world: list[dict[str, Piece]] = []
+    world: list[dict[str, Placement]] = []
     for rank in range(layout.devices):
         here = coordinates(layout, rank)
         pieces = {}
@@ -44,13 +45,13 @@ def world_pieces(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[
                 box = box.split(0, layout.shard, here.shard)
             copies = layout.replicate * (1 if split_tp else layout.tp) * (1 if split_shard else layout.shard)
             owner = here.replicate == 0 and (split_tp or here.tp == 0) and (split_shard or here.shard == 0)
-            pieces[name] = Piece(name, box, copies, owner)
+            pieces[name] = Placement(name, box, copies, owner)
         world.append(pieces)
     return world
 
 
-def whole_pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
-    return {name: Piece(name, Box.whole(shape), 1, True) for name, shape in shapes.items()}
+def whole_pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
+    return {name: Placement(name, Box.whole(shape), 1, True) for name, shape in shapes.items()}
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -84,7 +85,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException | 
 def save_world(
     root: Path,
     step: int,
-    world: list[dict[str, Piece]],
+    world: list[dict[str, Placement]],
     tensors: Mapping[str, torch.Tensor],
     *,
     meta: Mapping[str, Any] | None = None,

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from meshwright.checkpoint import ModelFolder, read_model_folder
 from meshwright.errors import InputError
-from meshwright.layout import Layout, Piece
+from meshwright.layout import Layout
+from meshwright.placement import Placement
 from tests.checkpoint.pickles import assert_no_pickles
 from tests.checkpoint.simulate import held, save_world, shapes_of, whole_pieces, world_pieces
 
@@ -71,7 +72,7 @@ def test_folder_of_transformers_fills_any_layout(tmp_path: Path, shard_bytes: st
             assert torch.equal(got[name][1], expected)
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Piece, torch.Tensor]]:
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Placement, torch.Tensor]]:
     """Saves a single file; returns what to fill, by the same names."""
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")

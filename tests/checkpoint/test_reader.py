@@ -15,7 +15,8 @@ from meshwright.checkpoint import latest, load, read_manifest, read_side_file, v
 from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES
 from meshwright.checkpoint.model_folder import ModelFolder
 from meshwright.errors import InputError
-from meshwright.layout import Box, Layout, Piece
+from meshwright.layout import Box, Layout
+from meshwright.placement import Placement
 from tests.checkpoint.simulate import example_tensors, held, save_world, shapes_of, whole_pieces, world_pieces
 
 
@@ -44,10 +45,10 @@ def test_any_split_loads_into_any_other(
     shape, saved, wanted, dtype = case
     root = tmp_path_factory.mktemp("checkpoints")
     tensors = {"w": (torch.randn(shape) * 100).to(dtype), "optimizer.w": (torch.randn(shape) * 100).to(dtype)}
-    world = [{name: Piece(name, box, 1, True) for name in tensors} for box in grid(shape, saved)]
+    world = [{name: Placement(name, box, 1, True) for name in tensors} for box in grid(shape, saved)]
     save_world(root, 1, world, tensors)
     for box in grid(shape, wanted):
-        pieces = {name: Piece(name, box, 1, True) for name in tensors}
+        pieces = {name: Placement(name, box, 1, True) for name in tensors}
         got = held(tensors, pieces, fill=False)
         load(root / "step-1", got)
         for name, (_, expected) in held(tensors, pieces).items():
@@ -63,14 +64,14 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "step-1"
 
 
-def everything() -> dict[str, tuple[Piece, torch.Tensor]]:
+def everything() -> dict[str, tuple[Placement, torch.Tensor]]:
     tensors = example_tensors()
     return held(tensors, whole_pieces(shapes_of(tensors)), fill=False)
 
 
 def test_parameters_that_need_gradients_and_views_are_filled_in_place(saved: Path) -> None:
     expected = example_tensors()["blocks.embed.weight"]
-    piece = Piece("blocks.embed.weight", Box.whole((10, 6)), 1, True)
+    piece = Placement("blocks.embed.weight", Box.whole((10, 6)), 1, True)
     parameter = torch.nn.Parameter(torch.zeros(10, 6))
     load(saved, {"blocks.embed.weight": (piece, parameter)})
     assert torch.equal(parameter, expected) and parameter.requires_grad
@@ -80,13 +81,13 @@ def test_parameters_that_need_gradients_and_views_are_filled_in_place(saved: Pat
 
 
 def test_dtype_changes_only_when_asked_for(saved: Path) -> None:
-    piece = Piece("blocks.embed.weight", Box.whole((10, 6)), 1, True)
+    piece = Placement("blocks.embed.weight", Box.whole((10, 6)), 1, True)
     half = torch.zeros(10, 6, dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"'blocks.embed.weight' is F32, wanted BF16"):
         load(saved, {"blocks.embed.weight": (piece, half)})
     load(saved, {"blocks.embed.weight": (piece, half)}, cast=True)
     assert torch.equal(half, example_tensors()["blocks.embed.weight"].to(torch.bfloat16))
-    count = Piece("blocks.1.count", Box.whole(()), 1, True)
+    count = Placement("blocks.1.count", Box.whole(()), 1, True)
     with pytest.raises(InputError, match="I64"):
         load(saved, {"blocks.1.count": (count, torch.zeros(()))}, cast=True)
 
@@ -95,7 +96,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_named_and_nothing_is_filled
     wanted = everything()
     wanted["blocks.embed.weigth"] = wanted.pop("blocks.embed.weight")
     wanted["blocks.0.norm.weight"] = (
-        Piece("blocks.0.norm.weight", Box.whole((7,)), 1, True),
+        Placement("blocks.0.norm.weight", Box.whole((7,)), 1, True),
         torch.zeros(7, dtype=torch.bfloat16),
     )
     with pytest.raises(InputError) as caught:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from meshwright.checkpoint import ModelFolder, Writer, latest, load, read_manifest, read_side_file, verify_digests
 from meshwright.errors import RunFailed
-from meshwright.layout import Box, Layout, Piece
+from meshwright.layout import Box, Layout
+from meshwright.placement import Placement
 from tests.checkpoint.pickles import assert_no_pickles
 from tests.checkpoint.simulate import (
     example_tensors,
@@ -102,7 +103,7 @@ def save_single(writer: Writer, step: int, tensors: dict[str, torch.Tensor]) -> 
 def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path) -> None:
     writer = single(tmp_path)
     weight = torch.arange(300_000, dtype=torch.float32)
-    piece = Piece("w", Box.whole((300_000,)), 1, True)
+    piece = Placement("w", Box.whole((300_000,)), 1, True)
     writer.save(1, {"w": (piece, weight)}, {}, {}, ModelFolder({"w": "w"}))
     weight.zero_()
     writer.wait()
@@ -272,7 +273,7 @@ def test_a_box_written_twice_or_by_nobody_fails_the_save(
 
     def one(rank: int) -> None:
         writer = Writer(tmp_path, rank, 2, timeout_seconds=60)
-        entry = (Piece("w", boxes[rank], 1, owners[rank]), torch.zeros(boxes[rank].shape))
+        entry = (Placement("w", boxes[rank], 1, owners[rank]), torch.zeros(boxes[rank].shape))
         writer.save(1, {"w": entry}, {}, {}, ModelFolder({"w": "w"}))
         writer.wait()
 
@@ -283,7 +284,7 @@ def test_a_box_written_twice_or_by_nobody_fails_the_save(
 
 def test_mistakes_of_the_caller_are_said_at_once(tmp_path: Path) -> None:
     writer = single(tmp_path)
-    piece = Piece("w", Box.whole((2,)), 1, True)
+    piece = Placement("w", Box.whole((2,)), 1, True)
     with pytest.raises(ValueError, match="its piece"):
         writer.save(1, {"w": (piece, torch.zeros(3))}, {}, {}, ModelFolder({"w": "w"}))
     with pytest.raises(ValueError, match="in the model and in the state"):

@@ -14,7 +14,8 @@ from meshwright.checkpoint import read_model_folder
 from meshwright.engine import Engine
 from meshwright.families.llama.card import hf_names, parameters
 from meshwright.families.llama.module import build
-from meshwright.layout import Box, Piece
+from meshwright.layout import Box
+from meshwright.placement import Placement
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,7 +79,7 @@ def test_equals_the_plain_module_without_a_cache(llama: Path) -> None:
     module = build(shape)
     names = hf_names(shape)
     held = dict(module.named_parameters())
-    wanted = {p.name: (Piece(p.name, Box.whole(p.shape), 1, True), held[p.name]) for p in parameters(shape)}
+    wanted = {p.name: (Placement(p.name, Box.whole(p.shape), 1, True), held[p.name]) for p in parameters(shape)}
     read_model_folder(llama, names, wanted)
     for prompt, completion in zip(batch, ours, strict=True):
         ids = list(prompt)

@@ -60,18 +60,18 @@ class Case:
 
 def rehearse_here(case: Case, folder: Path, ranks: Iterable[int]) -> list[Peak]:
     """Some ranks, in this process."""
-    from meshwright.rehearse.work import part_of, rehearsed
+    from meshwright.rehearse.work import rehearsed, tracked_run
 
-    part = part_of(case.question(folder))
-    return [rehearsed(part, rank) for rank in ranks]
+    run = tracked_run(case.question(folder))
+    return [rehearsed(run, rank) for rank in ranks]
 
 
 def measure_here(case: Case, folder: Path) -> list[Peak]:
     """A case of one rank, run for real in this process."""
-    from meshwright.rehearse.work import measured, part_of
+    from meshwright.rehearse.work import measured, tracked_run
 
     with tempfile.TemporaryDirectory() as store:
-        peaks = measured(part_of(case.question(folder)), 0, Path(store, "store"), steps=2)
+        peaks = measured(tracked_run(case.question(folder)), 0, Path(store, "store"), steps=2)
     return [min(peaks, key=lambda peak: peak.total)]
 
 

@@ -31,7 +31,7 @@ MANY = [
 
 def distances(layout: Layout, precision: str, folder: Path) -> dict[int, float]:
     """Formula over rehearsal, less one, of the first rank of each stage."""
-    from meshwright.rehearse.work import part_of, rehearsed
+    from meshwright.rehearse.work import rehearsed, tracked_run
 
     job = Job(
         model=MODEL,
@@ -43,9 +43,9 @@ def distances(layout: Layout, precision: str, folder: Path) -> dict[int, float]:
     chosen = verbs.plan(job).chosen
     path = folder / "job.toml"
     path.write_text(job_to_toml(job))
-    part = part_of(question(path, chosen, "cuda"))
+    run = tracked_run(question(path, chosen, "cuda"))
     column = layout.devices // layout.pp
-    found = {stage: rehearsed(part, stage * column).total for stage in range(layout.pp)}
+    found = {stage: rehearsed(run, stage * column).total for stage in range(layout.pp)}
     return {stage: chosen.memory[stage].allocated / total - 1 for stage, total in found.items()}
 
 

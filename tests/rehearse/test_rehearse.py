@@ -72,11 +72,11 @@ def test_rehearsed_is_what_was_measured_in_every_layout(tmp_path: Path) -> None:
 def test_a_long_step_from_two_short_ones(schedule: str, tmp_path: Path) -> None:
     """A step of eight micro-batches rehearsed whole holds what is extrapolated from fewer."""
     from meshwright.rehearse.stage import rehearsed_moments
-    from meshwright.rehearse.work import part_of
+    from meshwright.rehearse.work import tracked_run
 
-    part = part_of(Case(Layout(pp=2, schedule=schedule, micro_batch=1), "bf16", global_batch=8).question(tmp_path))
-    fewer, more = (rehearsed_moments(part.with_micro_batches(count), 0) for count in (3, 4))
-    whole = max(rehearsed_moments(part, 0).values(), key=lambda peak: peak.total)
+    run = tracked_run(Case(Layout(pp=2, schedule=schedule, micro_batch=1), "bf16", global_batch=8).question(tmp_path))
+    fewer, more = (rehearsed_moments(run.with_micro_batches(count), 0) for count in (3, 4))
+    whole = max(rehearsed_moments(run, 0).values(), key=lambda peak: peak.total)
     assert extrapolated(fewer, more, 4) == whole
 
 

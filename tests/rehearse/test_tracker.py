@@ -20,11 +20,11 @@ RNG_STATE_BYTES = 5056  # a checkpointed block keeps the state of the generator,
 def test_it_finds_what_the_allocator_gave_out(recompute: str, states: int, tmp_path: Path) -> None:
     """Two real runs: one followed by the tracker, one without it, of which torch's profiler saw every allocation."""
     from meshwright.rehearse.stage import allocated
-    from meshwright.rehearse.work import part_of
+    from meshwright.rehearse.work import tracked_run
 
     case = Case(Layout(micro_batch=4, recompute=recompute))
     (tracked,) = measure_here(case, tmp_path)
-    given = allocated(part_of(case.question(tmp_path)), 0, tmp_path / "store")
+    given = allocated(tracked_run(case.question(tmp_path)), 0, tmp_path / "store")
     assert 0 <= given - tracked.total <= 64 + states * RNG_STATE_BYTES
 
 

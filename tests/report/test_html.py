@@ -30,18 +30,18 @@ def choice(layout: Layout, why: str = "", stages: tuple[tuple[str, ...], ...] = 
     memory = StageMemory(2**29, 2**29, 2**30, 2**29, 2**29)
     each = len(stages)
     return Choice(
-        layout,
-        "bf16",
-        False,
-        4,
-        stages,
-        predicted,
-        (memory,) * each,
-        (0.1,) * each,
-        (0.2,) * each,
-        0.01,
-        "compute",
-        why,
+        layout=layout,
+        stages=stages,
+        precision="bf16",
+        compiled=False,
+        micro_batches=4,
+        predicted=predicted,
+        memory=(memory,) * each,
+        forward_seconds=(0.1,) * each,
+        backward_seconds=(0.2,) * each,
+        transfer_seconds=0.01,
+        binding="compute",
+        why=why,
     )
 
 

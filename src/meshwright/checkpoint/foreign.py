@@ -14,7 +14,8 @@ from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
 from meshwright.checkpoint.reader import may_fill
 from meshwright.checkpoint.tensors import Slot, element_view, from_bytes, parse_header, slices
 from meshwright.errors import InputError, Problem
-from meshwright.layout import Box, Piece
+from meshwright.layout import Box
+from meshwright.placement import Placement
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +26,7 @@ MAX_SHARDS = 10_000
 def read_model_folder(
     folder: Path,
     names: Mapping[str, str],
-    wanted: Mapping[str, tuple[Piece, torch.Tensor]],
+    wanted: Mapping[str, tuple[Placement, torch.Tensor]],
     *,
     ignored: Sequence[str] = (),
 ) -> None:
@@ -48,23 +49,23 @@ def read_model_folder(
     for file_name, (file, _, _) in found.items():
         if file_name not in names.values() and not any(fnmatch.fnmatchcase(file_name, p) for p in ignored):
             problems.append(Problem(str(folder / file), f"holds tensor {file_name!r}, which this model does not have"))
-    for name, (piece, local) in wanted.items():
-        if tuple(local.shape) != piece.box.shape:
-            raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {piece.box.shape}")
+    for name, (placement, local) in wanted.items():
+        if tuple(local.shape) != placement.box.shape:
+            raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {placement.box.shape}")
         file, slot, _ = found.get(names[name], ("", None, None))
         if slot is None:
             continue
-        if slot.shape != piece.box.global_shape:
-            what = f"tensor {names[name]!r} has shape {list(slot.shape)}, wanted {list(piece.box.global_shape)}"
+        if slot.shape != placement.box.global_shape:
+            what = f"tensor {names[name]!r} has shape {list(slot.shape)}, wanted {list(placement.box.global_shape)}"
             problems.append(Problem(str(folder / file), what))
         elif not may_fill(slot.dtype, local.dtype, cast=True):
             what = f"tensor {names[name]!r} is {slot.dtype}, which does not turn into {local.dtype}"
             problems.append(Problem(str(folder / file), what))
     if problems:
         raise InputError(problems)
-    for name, (piece, local) in wanted.items():
+    for name, (placement, local) in wanted.items():
         _, slot, data = found[names[name]]
-        part = element_view(data, slot)[slices(piece.box, Box.whole(slot.shape))]
+        part = element_view(data, slot)[slices(placement.box, Box.whole(slot.shape))]
         with torch.no_grad():
             local.detach().copy_(from_bytes(part, slot.dtype))
 

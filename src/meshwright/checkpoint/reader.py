@@ -15,20 +15,20 @@ from meshwright.checkpoint.files import map_file, read_capped
 from meshwright.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.tensors import CODES, DTYPES, Slot, element_view, from_bytes, slices
 from meshwright.errors import InputError, Problem
-from meshwright.layout import Piece
+from meshwright.placement import Placement
 
 SIDE_FILE_CAP_BYTES = 256 << 20
 
 
 def load(
     folder: Path,
-    wanted: Mapping[str, tuple[Piece, torch.Tensor]],
+    wanted: Mapping[str, tuple[Placement, torch.Tensor]],
     *,
     verify: bool = True,
     cast: bool = False,
     complete: Collection[str] | None = None,
 ) -> None:
-    """Fills each local tensor of `wanted` (shape piece.box.shape, any device) from the checkpoint `folder`.
+    """Fills each local tensor of `wanted` (shape placement.box.shape, any device) from the checkpoint `folder`.
 
     Only the parts of files that overlap the wanted boxes are read. With `verify`, the digest of every piece read is
     checked before its bytes are used. The stored dtype must be the tensor's unless `cast` allows a change between
@@ -46,17 +46,17 @@ def load(
     if problems:
         raise InputError(problems)
     files = _Files(folder, manifest)
-    for name, (piece, local) in wanted.items():
+    for name, (placement, local) in wanted.items():
         tensor = manifest.tensors[name]
         for stored in tensor.pieces:
             box = stored.box(tensor.global_shape)
-            overlap = box.intersect(piece.box)
+            overlap = box.intersect(placement.box)
             if overlap is None:
                 continue
             elements = files.elements(name, tensor, stored, verify)
             part = from_bytes(elements[slices(overlap, box)], tensor.dtype)
             with torch.no_grad():
-                local.detach()[slices(overlap, piece.box)].copy_(part)
+                local.detach()[slices(overlap, placement.box)].copy_(part)
 
 
 def read_side_file(folder: Path, name: str) -> bytes:
@@ -141,19 +141,19 @@ def _check_file(folder: Path, path: str, manifest: Manifest, data: Any) -> None:
 
 
 def _mismatches(
-    folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[Piece, torch.Tensor]], cast: bool
+    folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[Placement, torch.Tensor]], cast: bool
 ) -> Iterable[Problem]:
-    for name, (piece, local) in wanted.items():
-        if tuple(local.shape) != piece.box.shape:
-            raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {piece.box.shape}")
+    for name, (placement, local) in wanted.items():
+        if tuple(local.shape) != placement.box.shape:
+            raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {placement.box.shape}")
         tensor = manifest.tensors.get(name)
         if tensor is None:
             yield Problem(str(folder), f"has no tensor {name!r}{_close(name, manifest.tensors)}")
             continue
-        if tensor.global_shape != piece.box.global_shape:
+        if tensor.global_shape != placement.box.global_shape:
             yield Problem(
                 str(folder),
-                f"tensor {name!r} has shape {list(tensor.global_shape)}, wanted {list(piece.box.global_shape)}",
+                f"tensor {name!r} has shape {list(tensor.global_shape)}, wanted {list(placement.box.global_shape)}",
             )
         if not may_fill(tensor.dtype, local.dtype, cast):
             yield Problem(

@@ -29,11 +29,12 @@ from meshwright.checkpoint.meeting import Meeting
 from meshwright.checkpoint.model_folder import ModelFolder, plan_files
 from meshwright.checkpoint.tensors import CODES, DTYPES, build_header, cover_fault, runs, to_bytes
 from meshwright.errors import MeshwrightError, Problem, RunFailed
-from meshwright.layout import Box, Layout, Piece
+from meshwright.layout import Box, Layout
+from meshwright.placement import Placement
 
 log = logging.getLogger(__name__)
 
-Pieces = Mapping[str, tuple[Piece, torch.Tensor]]
+Parts = Mapping[str, tuple[Placement, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, step: int, model: Pieces, state: Pieces, meta: Mapping[str, Any], model_files: ModelFolder) -> None:
+    def save(self, step: int, model: Parts, state: Parts, meta: Mapping[str, Any], model_files: ModelFolder) -> None:
         """Saves `model` (into the Hugging Face folder `model/`) and `state` (into `state/`) as checkpoint `step`.
 
-        Both map names to the piece this rank holds and its local tensor of shape piece.box.shape; only owned pieces
-        are written, and every element of every tensor must have exactly one owner in the world. The names of `model`
+        Both map names to a placement and this rank's local tensor of shape placement.box.shape; only what it owns is
+        written, and every element of every tensor must have exactly one owner in the world. The names of `model`
         are those of `model_files.names`, and differ from those of `state`. `meta` is JSON, and `meta` and
         `model_files` count on rank 0 (the others' are not written).
 
@@ -127,9 +128,9 @@ class Writer:
         if error is not None:
             raise error
 
-    def _stage(self, key: str, piece: Piece, tensor: torch.Tensor) -> _Staged:
-        if tuple(tensor.shape) != piece.box.shape:
-            raise ValueError(f"{key}: the tensor has shape {tuple(tensor.shape)}, its piece {piece.box.shape}")
+    def _stage(self, key: str, placement: Placement, tensor: torch.Tensor) -> _Staged:
+        if tuple(tensor.shape) != placement.box.shape:
+            raise ValueError(f"{key}: the tensor has shape {tuple(tensor.shape)}, its piece {placement.box.shape}")
         if tensor.dtype not in CODES:
             raise ValueError(f"{key}: {tensor.dtype} cannot be saved as safetensors")
         source = tensor.detach()
@@ -142,7 +143,7 @@ class Writer:
             buffer.copy_(source, non_blocking=True)
         else:
             buffer = source.contiguous()
-        return _Staged(piece.box, CODES[tensor.dtype], to_bytes(buffer))
+        return _Staged(placement.box, CODES[tensor.dtype], to_bytes(buffer))
 
     def _run(self, save: _Save) -> None:
         """The background thread: whatever goes wrong is told to the other ranks and kept for the next call."""

@@ -15,8 +15,9 @@ from meshwright import checkpoint
 from meshwright.checkpoint.files import parse_json, read_capped
 from meshwright.engine.ranks import Ranks
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.families.llama.card import LlamaShape, hf_names, parameters, shape_from_hf
-from meshwright.layout import AXIS_RULES, Box, Piece
+from meshwright.families.llama.card import LlamaShape, card, hf_names, shape_from_hf
+from meshwright.layout import Layout, coordinates
+from meshwright.placement import placements
 
 log = logging.getLogger("meshwright")
 
@@ -105,21 +106,17 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
 
 
 def read_weights(model: ModelFolder, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
-    """This rank's slices by our names, cut as `layout.AXIS_RULES` says; a short last part of a vocabulary is padded."""
-    wanted: dict[str, tuple[Piece, Tensor]] = {}
-    for parameter in parameters(model.shape):
-        box = Box.whole(parameter.shape)
-        for dim, axis in enumerate(parameter.axes):
-            if axis is not None and AXIS_RULES[axis] == "tp":
-                box = box.split(dim, ranks.world, ranks.rank)
-        piece = Piece(parameter.name, box, replicas=1, owner=True)
-        wanted[parameter.name] = (piece, torch.empty(box.shape, dtype=dtype))
+    """This rank's slices by our names, cut as the placement table says; a short last part of a vocabulary is padded."""
+    model_card, layout = card(model.shape, model.longest), Layout(tp=ranks.world)
+    rows = placements(model_card, layout, coordinates(layout, ranks.rank))
+    wanted = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
     ignored = (*_COMPUTED, _TIED_ALIAS) if model.shape.tied else _COMPUTED
     checkpoint.read_model_folder(model.folder, hf_names(model.shape), wanted, ignored=ignored)
-    rows = -(-model.shape.vocab // ranks.world)
+    part = -(-model.shape.vocab // ranks.world)
     out = {}
-    for name, (_, tensor) in wanted.items():
-        if name in ("blocks.embed.weight", "blocks.head.out.weight") and tensor.shape[0] < rows:
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
-        out[name] = tensor.to(device)
+    for parameter in model_card.parameters:
+        tensor = wanted[parameter.name][1]
+        if parameter.axes[0] == "vocab" and tensor.shape[0] < part:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, part - tensor.shape[0]))
+        out[parameter.name] = tensor.to(device)
     return out

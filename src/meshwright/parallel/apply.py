@@ -1,9 +1,9 @@
-"""`apply`: a plain module and a Layout become this rank's part, ready to train."""
+"""`apply`: a plain module and its Execution become this rank's part, ready to train."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from meshwright.layout import Box, Layout, Piece
+from meshwright.card import Card
+from meshwright.layout import Box, Execution
 from meshwright.nn import Split
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.tensor import Region, TensorSplit, split_module
+from meshwright.parallel.tensor import Region, split_module
+from meshwright.placement import Placement, placements, tensor_split
 
 #: Gives the values of a parameter's box: (name, box) -> tensor of box.shape.
 Source = Callable[[str, Box], Tensor]
@@ -39,15 +41,12 @@ _KEPT = {
 class Applied:
     """This rank's part of a model.
 
-    `pieces` says what it holds of each parameter; `local(name)` is that part as a plain tensor sharing storage with
-    the parameter. `partial` names parameters whose gradients must be summed over tensor-parallel ranks, `tied_ends`
-    the one whose gradient must be summed over the first and last stage. `output` is how the output is split.
+    `placements` has a row for each parameter, by its name in the module; `local(name)` is what the rank holds of it, as
+    a plain tensor sharing storage with the parameter. `output` is how the output is split.
     """
 
     module: nn.Module
-    pieces: Mapping[str, Piece]
-    partial: frozenset[str]
-    tied_ends: str | None
+    placements: Mapping[str, Placement]
     output: Split | None
 
     def local(self, name: str) -> Tensor:
@@ -64,9 +63,9 @@ class Applied:
     @torch.no_grad()
     def fill(self, source: Source, buffers: Mapping[str, Tensor] | None = None) -> None:
         """Sets every parameter from `source`, and buffers by name or by their module's own `reset_buffers`."""
-        for name, piece in self.pieces.items():
-            if piece.box.elements:
-                self.local(name).copy_(source(piece.name, piece.box))
+        for name, placement in self.placements.items():
+            if placement.box.elements:
+                self.local(name).copy_(source(placement.name, placement.box))
         for child in self.module.modules():
             reset = getattr(child, "reset_buffers", None)
             if callable(reset):
@@ -95,43 +94,45 @@ class Stage(nn.Module):
 
 
 def apply(
-    layout: Layout,
+    execution: Execution,
+    card: Card,
     module: nn.Module,
     mesh: Mesh,
     *,
-    axes: Mapping[str, tuple[str | None, ...]],
-    stages: Sequence[Sequence[str]],
-    tied: Sequence[tuple[str, str]] = (),
-    precision: str = "fp32",
-    compiled: bool = False,
     allocating: AbstractContextManager[object] | None = None,
 ) -> Applied:
-    """Turns `module`, built on the meta device, into this rank's part of `layout` on the mesh's device, unfilled.
+    """Turns `module`, built on the meta device, into this rank's part of it on the mesh's device, unfilled.
 
-    `axes` is the parameter table, `stages` the block names of every pipeline stage, `tied` pairs of names that share
-    a tensor. Order matters: cut into a stage, slice for tensor parallelism, recompute, compile, shard. What takes
-    memory happens within `allocating`: a rehearsal gives a mode there whose tensors are fake.
+    A plan's Choice is an Execution; `card` is of the same model. Order matters: cut into a stage, slice for tensor
+    parallelism, recompute, compile, shard. What takes memory happens within `allocating`: a rehearsal gives a mode
+    there whose tensors are fake.
     """
-    if layout.pp > 1:
+    layout = execution.layout
+    stage = execution.stages[mesh.at.pp] if layout.pp > 1 else None
+    if stage is not None:
         blocks = dict(module.blocks.named_children())  # type: ignore[union-attr]
-        module = Stage({name: blocks[name] for name in stages[mesh.at.pp]})
-    axes = {**axes, **{alias: axes[name] for name, alias in tied}}
-    split = _split(layout, module, mesh, axes)
-    tied_ends = _tie(module, tied, layout, mesh)
+        module = Stage({name: blocks[name] for name in stage})
+    output = None
+    if layout.tp > 1:
+        region = Region(Split(mesh.tp_group, mesh.at.tp, layout.tp), layout.sequence_parallel)
+        output = split_module(module, tensor_split(card), region)
+    _tie(module, card)
     blocks = _blocks(module)
     if layout.recompute != "none":
         for block in blocks.values():
             if any(True for _ in block.parameters()):
                 block.forward = _recomputing(block.forward, layout.recompute)
-    if compiled:
+    if execution.compiled:
         for block in blocks.values():
             block.compile(dynamic=False)
-    _shard(layout, module, blocks, mesh, precision, one_group={name for pair in tied for name in pair})
+    _shard(execution, module, blocks, mesh, one_group={name for pair in card.tied for name in pair})
     with allocating or nullcontext():
         module.to_empty(device=mesh.device)
         _settle_storage(module)
-    pieces = _pieces(layout, module, mesh, split.boxes, tied_ends, {alias: name for name, alias in tied})
-    return Applied(module, pieces, split.partial, tied_ends, split.output)
+    rows = placements(card, layout, mesh.at, stage)
+    held = {name: tuple(_local(parameter).shape) for name, parameter in module.named_parameters()}
+    assert held == {name: row.box.shape for name, row in rows.items()}, (held, rows)
+    return Applied(module, rows, output)
 
 
 def _settle_storage(module: nn.Module) -> None:
@@ -143,27 +144,13 @@ def _settle_storage(module: nn.Module) -> None:
             child.reshard()
 
 
-def _split(layout: Layout, module: nn.Module, mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]]) -> TensorSplit:
-    if layout.tp == 1:
-        boxes = {name: Box.whole(tuple(p.shape)) for name, p in module.named_parameters(remove_duplicate=False)}
-        return TensorSplit(boxes, frozenset(), None)
-    region = Region(Split(mesh.tp_group, mesh.at.tp, layout.tp), layout.sequence_parallel)
-    return split_module(module, axes, region)
-
-
-def _tie(module: nn.Module, tied: Sequence[tuple[str, str]], layout: Layout, mesh: Mesh) -> str | None:
-    """Makes tied parameters one again after slicing. Where the two live on different stages, returns the name that
-    this stage holds, so that the caller sums its gradient over both ends."""
+def _tie(module: nn.Module, card: Card) -> None:
+    """Makes tied parameters of this stage one again after slicing."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for original, alias in tied:
+    for original, alias in card.tied:
         if {original, alias} <= names:
-            path, _, leaf = original.rpartition(".")
-            parameter = getattr(module.get_submodule(path), leaf)
             path, _, leaf = alias.rpartition(".")
-            setattr(module.get_submodule(path), leaf, parameter)
-        elif mesh.ends is not None and names & {original, alias}:
-            return original if original in names else alias
-    return None
+            setattr(module.get_submodule(path), leaf, module.get_parameter(original))
 
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
@@ -190,12 +177,7 @@ def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def _shard(
-    layout: Layout,
-    module: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    mesh: Mesh,
-    precision: str,
-    one_group: set[str],
+    execution: Execution, module: nn.Module, blocks: Mapping[str, nn.Module], mesh: Mesh, one_group: set[str]
 ) -> None:
     """FSDP2 carries every kind of data parallelism: replicated is a shard degree of one.
 
@@ -205,43 +187,14 @@ def _shard(
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
         "mesh": mesh.data,
-        "mp_policy": bf16 if precision == "bf16" else MixedPrecisionPolicy(),
-        "reshard_after_forward": layout.shard > 1 and layout.pp == 1,
+        "mp_policy": bf16 if execution.precision == "bf16" else MixedPrecisionPolicy(),
+        "reshard_after_forward": execution.layout.shard > 1 and execution.layout.pp == 1,
     }
     for name, block in blocks.items():
         holds_tied = any(f"blocks.{name}.{inner}" in one_group for inner, _ in block.named_parameters())
         if block is not module and not holds_tied and any(True for _ in block.parameters()):
             fully_shard(block, **options)
     fully_shard(module, **options)
-
-
-def _pieces(
-    layout: Layout,
-    module: nn.Module,
-    mesh: Mesh,
-    boxes: Mapping[str, Box],
-    tied_ends: str | None,
-    aliases: Mapping[str, str],
-) -> dict[str, Piece]:
-    """The box of each parameter after both splits, how many ranks hold it, and which of them owns it.
-
-    Owners are spread: parameter k of the module belongs to replica k modulo the number of replicas.
-    """
-    pieces = {}
-    for index, (name, parameter) in enumerate(module.named_parameters()):
-        box = boxes[name]
-        over_tp = layout.tp if box.shape == box.global_shape else 1
-        sharded = box.split(0, layout.shard, mesh.at.shard) if box.shape else box
-        assert tuple(_local(parameter).shape) == sharded.shape, (name, tuple(_local(parameter).shape), sharded.shape)
-        ends = 2 if name == tied_ends else 1
-        replicas = layout.replicate * over_tp * ends
-        mine = mesh.at.replicate * over_tp + (mesh.at.tp if over_tp > 1 else 0)
-        owner = index % (layout.replicate * over_tp) == mine
-        if name == tied_ends:
-            # The first stage's copy is the one that is written down.
-            owner = owner and mesh.first_stage
-        pieces[name] = Piece(aliases.get(name, name), sharded, replicas, owner)
-    return pieces
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshwright.layout import AXIS_RULES, Box
+from meshwright.layout import Box
 from meshwright.nn import Split
+from meshwright.placement import regions
 
 SEQUENCE_DIM = 1
 
@@ -106,96 +107,51 @@ def vocabulary_lookup(weight: Tensor, ids: Tensor, region: Region) -> Tensor:
     return region.leave(found.masked_fill(elsewhere[..., None], 0.0))
 
 
-@dataclass(frozen=True)
-class TensorSplit:
-    """What `split_module` did: each parameter's box, the parameters whose gradients are partial sums over the
-    tensor-parallel ranks, and whether the module's output is split along its last dimension."""
-
-    boxes: dict[str, Box]
-    partial: frozenset[str]
-    output: Split | None
+def _lookup(embedding: Any, region: Region) -> None:
+    embedding.forward = lambda x, **_: vocabulary_lookup(embedding.weight, x, region)
 
 
-def split_dim(axes: tuple[str | None, ...]) -> int | None:
-    """The dimension that AXIS_RULES gives to tensor parallelism, or None."""
-    for dim, axis in enumerate(axes):
-        if axis is not None and AXIS_RULES[axis] == "tp":
-            return dim
-    return None
+def _columns(layer: Any, region: Region) -> None:
+    forward = layer.forward
+    layer.forward = lambda x, *args, **kwargs: forward(region.enter(x), *args, **kwargs)
 
 
-def split_module(module: nn.Module, axes: Mapping[str, tuple[str | None, ...]], region: Region) -> TensorSplit:
+def _rows(linear: Any, region: Region) -> None:
+    linear.__class__, linear.region = RowLinear, region
+
+
+#: What a layer does with its part of a weight, by the dimension that is split.
+USES: dict[tuple[type[nn.Module], int], Callable[[Any, Region], None]] = {
+    (nn.Embedding, 0): _lookup,  # ids of other ranks' rows give zeros; the parts are summed
+    (nn.Linear, 0): _columns,  # some of the outputs, from the whole input
+    (nn.Linear, 1): _rows,  # all outputs, from some of the inputs; the parts are summed
+}
+
+
+def split_module(module: nn.Module, dims: Mapping[str, int], region: Region) -> Split | None:
     """Turns `module` (on any device, meta included) into this rank's slice, in place.
 
-    `axes` names the logical axes of each parameter. Linear and Embedding weights may be split; what else has a split
-    axis raises ValueError.
+    `dims` is `placement.tensor_split` of its card. Returns how the module's output is split along its last dimension,
+    None where it is whole. Raises ValueError for a layer that is not in USES.
     """
-    split = region.split
-    boxes: dict[str, Box] = {}
-    inside: set[str] = set()
-    output: Split | None = None
-    parents = dict(module.named_modules())
-    opened: dict[str, bool] = {}
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-        box = Box.whole(tuple(parameter.shape))
-        dim = split_dim(axes[name]) if name in axes else None
-        boxes[name] = box if dim is None else box.split(dim, split.parts, split.index)
-    for path, child in list(parents.items()):
-        weight = f"{path}.weight"
-        dim = split_dim(axes[weight]) if weight in axes else None
+    output, opening = None, regions(dims)
+    for path, child in list(module.named_modules()):
+        if path in opening:
+            _columns(child, region)
+        dim = dims.get(f"{path}.weight")
         if dim is None:
             continue
-        _slice(child, boxes, path)
-        parent = path.rpartition(".")[0]
-        if isinstance(child, nn.Embedding):
-            child.forward = _lookup(child, region)  # type: ignore[method-assign]
-        elif not isinstance(child, nn.Linear):
-            raise ValueError(f"{weight}: only Linear and Embedding weights can be split, not {type(child).__name__}'s")
-        elif dim == 1:
-            child.__class__ = RowLinear
-            child.region = region  # type: ignore[assignment]
-        elif _closes_inside(parents[parent], parent, axes):
-            if not opened.get(parent):
-                opened[parent] = True
-                parents[parent].forward = _entering(parents[parent].forward, region)
-                inside |= {f"{parent}.{inner}" for inner, _ in parents[parent].named_parameters()}
-        else:
-            child.forward = _entering(child.forward, region)  # type: ignore[method-assign]
-            output = split
-    partial = set()
-    for name in boxes:
-        path = name.rpartition(".")[0]
-        unsplit = boxes[name].shape == boxes[name].global_shape
-        after_region = isinstance(parents[path], RowLinear)
-        if unsplit and (region.sequence_parallel or (name in inside and not after_region)):
-            partial.add(name)
-    return TensorSplit(boxes, frozenset(partial), output)
-
-
-def _closes_inside(parent: nn.Module, path: str, axes: Mapping[str, tuple[str | None, ...]]) -> bool:
-    """Whether a direct child of `parent` is split by its input, so that the region ends inside."""
-    return any(
-        isinstance(child, nn.Linear) and split_dim(axes.get(f"{path}.{name}.weight", ())) == 1
-        for name, child in parent.named_children()
-    )
-
-
-def _slice(child: nn.Module, boxes: Mapping[str, Box], path: str) -> None:
-    for name, parameter in list(child.named_parameters(recurse=False)):
-        shape = boxes[f"{path}.{name}"].shape
-        if tuple(parameter.shape) != shape:
-            setattr(child, name, nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad))
-
-
-def _entering(forward: Callable[..., Tensor], region: Region) -> Callable[..., Tensor]:
-    def opened(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return forward(region.enter(x), *args, **kwargs)
-
-    return opened
-
-
-def _lookup(embedding: nn.Embedding, region: Region) -> Callable[..., Tensor]:
-    def looked_up(x: Tensor, **_: Any) -> Tensor:
-        return vocabulary_lookup(embedding.weight, x, region)
-
-    return looked_up
+        use = next((use for (layer, at), use in USES.items() if isinstance(child, layer) and at == dim), None)
+        if use is None:
+            raise ValueError(f"{path}.weight: dimension {dim} of a {type(child).__name__}'s weight cannot be split")
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if f"{path}.{name}" in dims:
+                whole = Box.whole(tuple(parameter.shape))
+                shape = whole.split(dims[f"{path}.{name}"], region.split.parts, region.split.index).shape
+                setattr(child, name, nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad))
+        if use is _columns:
+            if path.rpartition(".")[0] in opening:
+                continue  # the region is entered as one
+            output = region.split
+        use(child, region)
+    return output

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshwright.errors import InputError, Problem
-from meshwright.layout import Layout
+from meshwright.layout import Execution, Layout
 from meshwright.plan.cost import StageMemory
 from meshwright.plan.pipeline.actions import actions, fewer, places
 from meshwright.plan.pipeline.replay import Timeline, replay
@@ -54,8 +54,8 @@ class Prediction:
         return replace(self, intervals=scaled, **figures)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True)
+class Choice(Execution):
     """A layout that works, with its prediction. Tuples have an entry a (virtual) stage, `memory` one a rank of the
     pipeline; pipeline seconds are of a micro-batch, transfers by boundary between virtual stages (or one for all), and
     `overlapped` says whether these run beside the work.
@@ -64,11 +64,7 @@ class Choice:
     margin of error.
     """
 
-    layout: Layout
-    precision: str
-    compiled: bool
     micro_batches: int
-    stages: tuple[tuple[str, ...], ...]
     predicted: Prediction
     memory: tuple[StageMemory, ...]
     forward_seconds: tuple[float, ...]

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright import tasks
-from meshwright.layout import Box, Layout
+from meshwright.layout import Box, Execution, Layout
 from meshwright.parallel import Mesh, apply, stand_in, start
 from meshwright.rehearse import device
 from meshwright.rehearse.peak import Peak, extrapolated
@@ -31,44 +31,46 @@ from meshwright.train.model import Model, model_of_job
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is run: a job with the layout, stages and precision of its plan, on devices of a `kind` (cpu, cuda)."""
+class TrackedRun:
+    """What is run under a tracker: a job as its plan says, on devices of a `kind` (cpu, cuda)."""
 
     job: Any
-    layout: Layout
-    stages: Sequence[Sequence[str]]
-    precision: str
+    execution: Execution
     kind: str
 
-    def with_micro_batches(self, count: int) -> Part:
+    @property
+    def layout(self) -> Layout:
+        return self.execution.layout
+
+    def with_micro_batches(self, count: int) -> TrackedRun:
         """The same with fewer or more micro-batches a step."""
         train = self.job.train.model_copy(update={"global_batch": count * self.layout.dp * self.layout.micro_batch})
         return dataclasses.replace(self, job=self.job.model_copy(update={"train": train}))
 
 
-def rehearsed(part: Part, rank: int) -> Peak:
+def rehearsed(run: TrackedRun, rank: int) -> Peak:
     """The peak of `rank`, of any world, on this process's CPU under fake tensors; nothing is computed.
 
     A step of many micro-batches is extrapolated from shorter ones.
     """
-    count = part.layout.micro_batches(part.job.train.global_batch)
-    short = _in_stride(part)
+    count = run.layout.micro_batches(run.job.train.global_batch)
+    short = _in_stride(run)
     if count <= short + 1:
-        return _worst(rehearsed_moments(part, rank))
-    if part.layout.pp == 1:  # nothing but the batch grows
-        return _with_batch(part, _worst(rehearsed_moments(part.with_micro_batches(short), rank)), short, count)
-    fewer, more = (rehearsed_moments(part.with_micro_batches(some), rank) for some in (short, short + 1))
+        return _worst(rehearsed_moments(run, rank))
+    if run.layout.pp == 1:  # nothing but the batch grows
+        return _with_batch(run, _worst(rehearsed_moments(run.with_micro_batches(short), rank)), short, count)
+    fewer, more = (rehearsed_moments(run.with_micro_batches(some), rank) for some in (short, short + 1))
     return extrapolated(fewer, more, count - short - 1)
 
 
-def _with_batch(part: Part, peak: Peak, fewer: int, more: int) -> Peak:
+def _with_batch(run: TrackedRun, peak: Peak, fewer: int, more: int) -> Peak:
     """The peak of a step of `more` micro-batches, from that of `fewer`: the batch alone is larger."""
-    block = device.rounding(part.kind)
-    data = MadeUp(part.job, model_of_job(part.job, None).module)
+    block = device.rounding(run.kind)
+    data = MadeUp(run.job, model_of_job(run.job, None).module)
 
     def held(count: int) -> int:
         with torch.device("meta"):
-            share = data.batch(1, 0, count * part.layout.micro_batch)
+            share = data.batch(1, 0, count * run.layout.micro_batch)
         return sum(-(-tensor.nbytes // block) * block for tensor in share.values())
 
     extra = held(more) - held(fewer)
@@ -76,21 +78,21 @@ def _with_batch(part: Part, peak: Peak, fewer: int, more: int) -> Peak:
     return dataclasses.replace(peak, total=peak.total + extra, parts=parts)
 
 
-def _in_stride(part: Part) -> int:
+def _in_stride(run: TrackedRun) -> int:
     """Micro-batches of a step from which on every further one adds the same bytes at each moment.
 
     Without a pipeline the first makes the gradients, the last reduces them, and one lies between. 1F1B must come to
     its steady state, and on gloo, whose sends keep what they sent, through the whole of its end as well.
     """
-    pp = part.layout.pp
-    return max(3, 2 * pp - 1 if part.kind == "cpu" else pp + 1)
+    pp = run.layout.pp
+    return max(3, 2 * pp - 1 if run.kind == "cpu" else pp + 1)
 
 
-def measured(part: Part, rank: int, store_path: Path, steps: int) -> list[Peak]:
+def measured(run: TrackedRun, rank: int, store_path: Path, steps: int) -> list[Peak]:
     """The peak of each of `steps` real steps of this rank, all ranks of the layout taking part."""
-    tracker = Tracker(rounding=device.rounding(part.kind))
-    with start(part.layout, rank, store_path) as mesh:
-        trainer = _trainer(part, mesh, lambda: tracker, fake=False)
+    tracker = Tracker(rounding=device.rounding(run.kind))
+    with start(run.layout, rank, store_path) as mesh:
+        trainer = _trainer(run, mesh, lambda: tracker, fake=False)
         _watched(tracker, trainer)
         peaks = []
         for step in range(1, steps + 1):
@@ -101,7 +103,7 @@ def measured(part: Part, rank: int, store_path: Path, steps: int) -> list[Peak]:
     return peaks
 
 
-def allocated(part: Part, rank: int, store_path: Path, steps: int = 2) -> int:
+def allocated(run: TrackedRun, rank: int, store_path: Path, steps: int = 2) -> int:
     """The most that the allocator itself had given out in a real run of `steps` steps, with no tracker there:
     torch.cuda's figure on a GPU, on a CPU the sum of what the profiler saw allocated and freed in this thread."""
     gc.collect()  # what an earlier run left would be given back within this one
@@ -109,8 +111,8 @@ def allocated(part: Part, rank: int, store_path: Path, steps: int = 2) -> int:
         torch.cuda.reset_peak_memory_stats()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        with start(part.layout, rank, store_path) as mesh:
-            trainer = _trainer(part, mesh, nullcontext, fake=False)
+        with start(run.layout, rank, store_path) as mesh:
+            trainer = _trainer(run, mesh, nullcontext, fake=False)
             for step in range(1, steps + 1):
                 trainer.step(step)
             if mesh.device.type == "cuda":
@@ -124,10 +126,10 @@ def _worst(peaks: Mapping[Any, Peak]) -> Peak:
     return max(peaks.values(), key=lambda peak: peak.total)
 
 
-def rehearsed_moments(part: Part, rank: int) -> dict[tuple[str, str], Peak]:
+def rehearsed_moments(run: TrackedRun, rank: int) -> dict[tuple[str, str], Peak]:
     """The worst of each moment (phase, block) of one step of `rank`, rehearsed whole."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = Tracker(rounding=device.rounding(part.kind), inside=device.inside(part.kind), made_up=True)
+    tracker = Tracker(rounding=device.rounding(run.kind), inside=device.inside(run.kind), made_up=True)
 
     @contextmanager
     def modes() -> Iterator[None]:
@@ -137,9 +139,9 @@ def rehearsed_moments(part: Part, rank: int) -> dict[tuple[str, str], Peak]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what torch says of fake tensors is no matter of the user's
-        mesh = stack.enter_context(stand_in(part.layout, rank))
-        stack.enter_context(device.holding_sent(part.kind))
-        trainer = _trainer(part, mesh, modes, fake=True)
+        mesh = stack.enter_context(stand_in(run.layout, rank))
+        stack.enter_context(device.holding_sent(run.kind))
+        trainer = _trainer(run, mesh, modes, fake=True)
         _watched(tracker, trainer)
         tracker.forget()
         with modes():
@@ -147,29 +149,20 @@ def rehearsed_moments(part: Part, rank: int) -> dict[tuple[str, str], Peak]:
         return tracker.peaks()
 
 
-def _trainer(part: Part, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) -> Trainer:
+def _trainer(run: TrackedRun, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) -> Trainer:
     """The Trainer of a rank. `modes` is entered where memory is taken."""
-    layout, model = part.layout, model_of_job(part.job, None)
-    task = tasks.get(part.job.task.name)
-    data = MadeUp(part.job, model.module)
-    outline = _outline(part, mesh, model, task, data) if layout.pp > 1 and fake else None
+    model = model_of_job(run.job, None)
+    task = tasks.get(run.job.task.name)
+    data = MadeUp(run.job, model.module)
+    outline = _outline(run, mesh, model, task, data) if run.layout.pp > 1 and fake else None
     if fake:
-        device.stand_in_kernels(model.module, part.kind)
-    applied = apply(
-        layout,
-        model.module,
-        mesh,
-        axes={parameter.name: parameter.axes for parameter in model.card.parameters},
-        stages=part.stages,
-        tied=model.card.tied,
-        precision=part.precision,
-        allocating=modes(),
-    )
+        device.stand_in_kernels(model.module, run.kind)
+    applied = apply(run.execution, model.card, model.module, mesh, allocating=modes())
     with modes():
         applied.fill(
             _constant, {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in applied.module.named_buffers()}
         )
-        return Trainer(part.job, model.card, applied, mesh, task, data, outline)
+        return Trainer(run.job, model.card, applied, mesh, task, data, outline)
 
 
 def _watched(tracker: Tracker, trainer: Trainer) -> None:
@@ -203,26 +196,26 @@ class MadeUp:
         return {"inputs": inputs, "targets": torch.zeros(count, dtype=torch.int64)}
 
 
-def _outline(part: Part, mesh: Mesh, model: Model, task: Any, data: MadeUp) -> tuple[Tensor, Tensor]:
+def _outline(run: TrackedRun, mesh: Mesh, model: Model, task: Any, data: MadeUp) -> tuple[Tensor, Tensor]:
     """Shapes, on the meta device, of what this rank's stage is given and hands on, from a run of the whole module."""
-    layout = part.layout
+    layout = run.layout
     blocks = dict(model.module.to("meta").blocks.named_children())  # type: ignore[union-attr]
     x, inputs = task.inputs(data.batch(1, 0, layout.micro_batch), "meta")
     ends = [x]
-    for stage in part.stages:
+    for stage in run.execution.stages:
         with torch.no_grad():
             for name in stage:
                 x = blocks[name](x, **inputs)
         ends.append(x)
-    return _cut(part, ends[mesh.at.pp]), _cut(part, ends[mesh.at.pp + 1])
+    return _cut(run, ends[mesh.at.pp]), _cut(run, ends[mesh.at.pp + 1])
 
 
-def _cut(part: Part, whole: Tensor) -> Tensor:
+def _cut(run: TrackedRun, whole: Tensor) -> Tensor:
     """One rank's part of what passes between stages, in the precision of the arithmetic."""
     if not whole.is_floating_point():
         return whole
     shape = list(whole.shape)
-    if part.layout.sequence_parallel:
-        shape[1] //= part.layout.tp
-    dtype = torch.bfloat16 if part.precision == "bf16" else whole.dtype
+    if run.layout.sequence_parallel:
+        shape[1] //= run.layout.tp
+    dtype = torch.bfloat16 if run.execution.precision == "bf16" else whole.dtype
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from meshwright.errors import CannotWork, Problem
 from meshwright.job import load_job
 from meshwright.launch import Context
-from meshwright.layout import Layout
-from meshwright.rehearse.stage import Part, allocated, measured, rehearsed
+from meshwright.layout import Execution, Layout
+from meshwright.rehearse.stage import TrackedRun, allocated, measured, rehearsed
 
 
 def rehearse(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any]]:
@@ -22,9 +22,9 @@ def rehearse(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any
     Raises CannotWork for a model whose shapes depend on the values of its input.
     """
     torch.set_num_threads(1)
-    part = part_of(payload)
+    run = tracked_run(payload)
     try:
-        return [rehearsed(part, rank).as_dict() for rank in payload["ranks"]]
+        return [rehearsed(run, rank).as_dict() for rank in payload["ranks"]]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         what = f"cannot be rehearsed: a shape in it depends on values ({error})"
         raise CannotWork(Problem("model", what, "leave out --exact: the formula needs no rehearsal")) from error
@@ -41,15 +41,17 @@ def measure(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any]
     torch.set_flush_denormal(True)
     answers = []
     for number, question in enumerate(payload["questions"]):
-        part, store = part_of(question), context.store_path.with_name(f"store-{number}")
-        answer = min(measured(part, context.rank, store, payload["steps"]), key=lambda peak: peak.total).as_dict()
+        run, store = tracked_run(question), context.store_path.with_name(f"store-{number}")
+        answer = min(measured(run, context.rank, store, payload["steps"]), key=lambda peak: peak.total).as_dict()
         if payload.get("allocator"):
             again = store.with_name(f"{store.name}-allocator")
-            answer["allocator_bytes"] = allocated(part, context.rank, again)
+            answer["allocator_bytes"] = allocated(run, context.rank, again)
         answers.append(answer)
     return answers
 
 
-def part_of(payload: Mapping[str, Any]) -> Part:
+def tracked_run(payload: Mapping[str, Any]) -> TrackedRun:
+    """The inverse of `ask.question`; nothing is compiled."""
     job = load_job(Path(payload["job"]), data_must_exist=False)
-    return Part(job, Layout(**payload["layout"]), payload["stages"], payload["precision"], payload["kind"])
+    stages = tuple(tuple(stage) for stage in payload["stages"])
+    return TrackedRun(job, Execution(Layout(**payload["layout"]), stages, payload["precision"]), payload["kind"])

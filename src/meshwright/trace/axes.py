@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.layout import AXIS_RULES
+from meshwright.layout import AXIS_RULES, split_dimension
 from meshwright.trace.factory import users_code
 
 Axes = dict[str, tuple[str | None, ...]]
@@ -38,11 +38,6 @@ def parameter_axes(module: nn.Module) -> Axes | None:
     if problems:
         raise InputError(problems)
     return axes
-
-
-def split_dimension(axes: tuple[str | None, ...]) -> int | None:
-    """The dimension that tensor parallelism splits, None if none is."""
-    return next((dim for dim, axis in enumerate(axes) if axis is not None and AXIS_RULES[axis] == "tp"), None)
 
 
 def _where(name: str) -> str:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from meshwright.card import AttentionShape, Product, Saved
-from meshwright.trace.axes import split_dimension
+from meshwright.layout import split_dimension
 
 #: Operations that only pick rows of a table: they touch what they return, not the whole table.
 PICKS = ("embedding", "gather", "index", "index_select", "take", "slice_scatter")

@@ -188,7 +188,7 @@ class Trainer:
         """One collective for all that the ranks must agree on; each rank's peak memory has a slot of its own."""
         values = torch.zeros(4 + self.layout.devices, dtype=torch.float64)
         values[0], values[1] = self._loss_share()
-        values[2] = squared_norm(self.optimizer, self.applied.pieces)
+        values[2] = squared_norm(self.optimizer, self.applied.placements)
         values[3] = float(self.stop_asked)
         values[4 + self.mesh.rank] = peak_bytes(self.mesh.device)
         loss_sum, counted, squared, stop, *peaks = self.mesh.sum_over_world(values.to(self.mesh.device)).tolist()

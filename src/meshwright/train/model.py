@@ -57,7 +57,7 @@ def model_of_job(job: Any, eos_id: int | None) -> Model:
     def fill(applied: Applied) -> None:
         applied.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
-            wanted = {piece.name: (piece, applied.local(name)) for name, piece in applied.pieces.items()}
+            wanted = {row.name: (row, applied.local(name)) for name, row in applied.placements.items()}
             ignored = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if shape.tied else [])]
             read_model_folder(Path(job.model.hf), names, wanted, ignored=ignored)
 

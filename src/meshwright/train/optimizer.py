@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.layout import Piece
 from meshwright.parallel import Applied, Mesh
+from meshwright.placement import Placement
 
 
 def learning_rate(step: int, train: Any) -> float:
@@ -38,12 +39,12 @@ class Optimizer:
         self.parameters = {
             name: applied.local(name).detach()
             for name, parameter in applied.module.named_parameters()
-            if parameter.requires_grad and applied.pieces[name].box.elements
+            if parameter.requires_grad and applied.placements[name].box.elements
         }
         decays: list[Tensor] = []
         stays: list[Tensor] = []
         for name, local in self.parameters.items():
-            (decays if len(applied.pieces[name].box.global_shape) >= 2 else stays).append(local)
+            (decays if len(applied.placements[name].box.global_shape) >= 2 else stays).append(local)
         groups = [{"params": decays, "weight_decay": train.weight_decay}, {"params": stays, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -85,13 +86,13 @@ class Optimizer:
         """Every tensor of the state: moments and counts of updates."""
         return [value for state in self._adamw.state.values() for value in state.values()]
 
-    def state(self) -> dict[str, tuple[Piece, Tensor]]:
+    def state(self) -> dict[str, tuple[Placement, Tensor]]:
         """The moments by name, for a checkpoint to write or fill."""
         entries = {}
         for name, local in self.parameters.items():
-            piece = self._applied.pieces[name]
+            row = self._applied.placements[name]
             for moment in ("exp_avg", "exp_avg_sq"):
-                entry = Piece(f"{moment}.{piece.name}", piece.box, piece.replicas, piece.owner)
+                entry = dataclasses.replace(row, name=f"{moment}.{row.name}")
                 entries[entry.name] = (entry, self._adamw.state[local][moment])
         return entries
 
@@ -103,12 +104,11 @@ class Optimizer:
 
 def complete_gradients(applied: Applied, optimizer: Optimizer, mesh: Mesh) -> None:
     """Sums what is still partial: over tensor-parallel ranks, and over the two ends that share a tied weight."""
-    partial = [local.grad for name, local in optimizer.parameters.items() if name in applied.partial]
-    _all_reduce_together([gradient for gradient in partial if gradient is not None], mesh.tp_group)
-    if applied.tied_ends in optimizer.parameters:
-        gradient = optimizer.parameters[applied.tied_ends].grad
-        assert gradient is not None and mesh.ends is not None
-        dist.all_reduce(gradient, group=mesh.ends)
+    gradients = [(applied.placements[name], gradient) for name, gradient in optimizer.named_gradients().items()]
+    _all_reduce_together([gradient for row, gradient in gradients if "tp" in row.partial], mesh.tp_group)
+    for row, gradient in sorted(gradients, key=lambda pair: pair[0].name):
+        if "ends" in row.partial:
+            dist.all_reduce(gradient, group=mesh.ends)
 
 
 def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -120,11 +120,11 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> Non
         tensor.copy_(part.view_as(tensor))
 
 
-def squared_norm(optimizer: Optimizer, pieces: Mapping[str, Piece]) -> float:
+def squared_norm(optimizer: Optimizer, placements: Mapping[str, Placement]) -> float:
     """This rank's share of the squared gradient norm: summed over all ranks, every element counts once."""
     names = list(optimizer.parameters)
     if not names:
         return 0.0
     norms = torch._foreach_norm(optimizer.gradients())
-    weights = torch.tensor([1.0 / pieces[name].replicas for name in names], dtype=torch.float64)
+    weights = torch.tensor([1.0 / placements[name].replicas for name in names], dtype=torch.float64)
     return float((torch.stack(norms).double().cpu().square() * weights).sum())

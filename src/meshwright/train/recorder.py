@@ -26,10 +26,10 @@ def recorder(folder: str | None, applied: Applied, mesh: Mesh) -> Record | None:
     def record(step: int, gradients: Mapping[str, Tensor], correction: float) -> None:
         tensors, boxes = {}, {}
         for name, gradient in gradients.items():
-            piece = applied.pieces[name]
-            if piece.owner:
-                tensors[piece.name] = (gradient * correction).to("cpu", torch.float32).contiguous()
-                boxes[piece.name] = {"start": piece.box.start, "global_shape": piece.box.global_shape}
+            row = applied.placements[name]
+            if row.owner:
+                tensors[row.name] = (gradient * correction).to("cpu", torch.float32).contiguous()
+                boxes[row.name] = {"start": row.box.start, "global_shape": row.box.global_shape}
         place = root / f"step-{step}"
         place.mkdir(parents=True, exist_ok=True)
         save_file(tensors, place / f"rank-{mesh.rank}.safetensors", metadata={"boxes": json.dumps(boxes)})

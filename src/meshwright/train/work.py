@@ -15,8 +15,8 @@ from meshwright import checkpoint, data, tasks
 from meshwright.errors import InputError, Problem
 from meshwright.job import load_job
 from meshwright.launch import Context
-from meshwright.layout import Piece
 from meshwright.parallel import Mesh, apply, start
+from meshwright.placement import Placement
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, Trainer
@@ -52,16 +52,7 @@ class Session:
         self.task = tasks.get(job.task.name)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
         chosen = plan.chosen
-        applied = apply(
-            chosen.layout,
-            self.model.module,
-            mesh,
-            axes={parameter.name: parameter.axes for parameter in self.model.card.parameters},
-            stages=chosen.stages,
-            tied=self.model.card.tied,
-            precision=chosen.precision,
-            compiled=chosen.compiled,
-        )
+        applied = apply(chosen, self.model.card, self.model.module, mesh)
         self.model.fill(applied)
         view = DataView(self.manifest, job)
         self.trainer = Trainer(job, self.model.card, applied, mesh, self.task, view)
@@ -142,9 +133,9 @@ class Session:
         self.writer.save(step, self._weights(), self.trainer.optimizer.state(), meta, folder)
         self._event("checkpoint", step=step, seconds=clock.tick())
 
-    def _weights(self) -> dict[str, tuple[Piece, Tensor]]:
+    def _weights(self) -> dict[str, tuple[Placement, Tensor]]:
         applied = self.trainer.applied
-        return {piece.name: (piece, applied.local(name).detach()) for name, piece in applied.pieces.items()}
+        return {row.name: (row, applied.local(name).detach()) for name, row in applied.placements.items()}
 
     def _restore(self) -> int:
         """Loads the newest committed checkpoint; returns its step, 0 where there is none."""
