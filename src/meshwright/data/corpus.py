@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import numpy as np
 from meshwright.data.sources import Document, Source
 from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from meshwright.errors import InputError, Problem
+from meshwright.families import vocab_of_folder
 
 if TYPE_CHECKING:
     from meshwright.job.sections import ModelSection
@@ -166,13 +166,8 @@ def refuse_too_short(tokens: int, seq_len: int) -> None:
 def model_vocab(model: ModelSection) -> int | None:
     """Rows of the model's embedding as its job section says: vocab, or a Hugging Face folder's, or an argument."""
     if model.hf is not None:
-        path = Path(model.hf) / "config.json"
-        try:
-            vocab = json.loads(path.read_bytes()).get("vocab_size")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(Problem(str(path), f"cannot be read: {error}")) from error
-    else:
-        vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
+        return vocab_of_folder(Path(model.hf))
+    vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
     return vocab if isinstance(vocab, int) else None
 
 

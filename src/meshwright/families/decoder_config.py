@@ -33,6 +33,9 @@ NUMBERS: Mapping[str, float] = {
     "rope_theta": 10000.0,
 }
 
+#: Element types by torch's names -> ours.
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def kind_of(config: Mapping[str, Any], where: str) -> str | None:
     """The `model_type`, None where the config has none. Raises InputError where it is no text."""
@@ -40,6 +43,11 @@ def kind_of(config: Mapping[str, Any], where: str) -> str | None:
     if kind is None or isinstance(kind, str):
         return kind
     raise InputError(Problem(where, f"model_type must be text, found {shown(kind)}", 'such as "llama"'))
+
+
+def precision_of(config: Mapping[str, Any]) -> str:
+    """Our word for the element type that a config names for its weights, fp32 where it names none that we know."""
+    return PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
 
 
 def shown(value: Any) -> str:
@@ -54,7 +62,8 @@ def shown(value: Any) -> str:
 class ConfigReader:
     """Reads a config key by key. A key that holds null is taken for absent, but for flags, where null is false.
 
-    A wrong value is noted in `problems`, and its place is taken by one that can be reckoned with; `settle` raises.
+    A wrong value is noted in `problems`, which `raise_problems` raises, and its place is taken by one that can be
+    reckoned with.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -62,7 +71,7 @@ class ConfigReader:
         self.problems: list[Problem] = []
         self._keys: dict[str, str] = {}
 
-    def settle(self) -> None:
+    def raise_problems(self) -> None:
         """Raises InputError with all that was noted."""
         if self.problems:
             raise InputError(self.problems)

@@ -1,7 +1,7 @@
 """The decoder that a Hugging Face `config.json` describes: one row for each kind of model that is known.
 
-A row says under which keys the sizes are, and what the kind computes whatever its config says. It is only about shapes
-and counts: what decides numbers alone (rotary scaling, norm epsilon, activation) is not read.
+A row says under which keys the sizes are, and what the kind computes whatever its config says. `numbers_of` reads what
+changes no size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families.decoder import DecoderShape
-from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, Facts, kind_of, shown
+from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, Facts, kind_of, precision_of, shown
 
 Config = Mapping[str, Any]
+
+#: Tokens of a sequence where a config does not say.
+USUAL_POSITIONS = 4096
 
 #: Sizes of a shape -> the keys that kinds of model keep them under, the usual one first.
 SIZES: dict[str, tuple[str, ...]] = {
@@ -44,7 +47,7 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
     Raises InputError for a kind that is not known, a value that is missing or not what it must be, sizes that
     contradict each other, or a feature that a shape does not have.
     """
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else dict(config)
+    config = _text_part(config)
     name = kind_of(config, where)
     if name not in KINDS:
         what = f"model_type {shown(name)} is not a decoder that we know"
@@ -59,8 +62,27 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
     reader.of_no_size()
     shared_width = not kind.head_dim and not facts.get("kv_lora")
     reader.agree(facts, shared_width=shared_width, rotary=kind.rotary)
-    reader.settle()
+    reader.raise_problems()
     return DecoderShape(**facts)
+
+
+def numbers_of(config: Config) -> tuple[str, int, float, Config | None, float]:
+    """What changes no size, of a config that `shape_from_hf_config` took: precision of the saved weights, most tokens
+    of a sequence, base and scaling of the rotary positions, epsilon of the norms; usual ones where it says none."""
+    quantized, longest = config.get("quantization_config"), config.get("max_position_embeddings")
+    fp8 = isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
+    text = _text_part(config)
+    eps = float(text.get("rms_norm_eps") or text.get("layer_norm_epsilon") or 1e-5)
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or text.get("rope_theta") or 10000.0)
+    scaled = rope and rope.get("rope_type", rope.get("type")) != "default"
+    precision = "fp8" if fp8 else precision_of(config)
+    return precision, longest if isinstance(longest, int) else USUAL_POSITIONS, theta, rope if scaled else None, eps
+
+
+def _text_part(config: Config) -> dict[str, Any]:
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else dict(config)
 
 
 def _window(config: ConfigReader, sizes: Facts) -> Facts:

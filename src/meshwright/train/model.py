@@ -58,8 +58,7 @@ def model_of_job(job: Any, eos_id: int | None) -> Model:
         applied.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
             wanted = {piece.name: (piece, applied.local(name)) for name, piece in applied.pieces.items()}
-            ignored = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if shape.tied else [])]
-            read_model_folder(Path(job.model.hf), names, wanted, ignored=ignored)
+            read_model_folder(Path(job.model.hf), names, wanted, ignored=llama.ignored_tensors(shape))
 
     config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
     generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()
