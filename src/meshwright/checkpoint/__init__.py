@@ -10,7 +10,7 @@ from meshwright.checkpoint.folder import latest
 from meshwright.checkpoint.foreign import read_model_folder
 from meshwright.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.model_folder import ModelFolder
-from meshwright.checkpoint.reader import load, read_side_file, verify_digests
+from meshwright.checkpoint.reader import load
 from meshwright.checkpoint.writer import Writer
 
 __all__ = [
@@ -24,6 +24,4 @@ __all__ = [
     "load",
     "read_manifest",
     "read_model_folder",
-    "read_side_file",
-    "verify_digests",
 ]
