@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from meshwright.checkpoint.files import map_file
-from meshwright.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest
+from meshwright.checkpoint.manifest import CheckpointManifest, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.tensors import CODES, DTYPES, Slot, element_view, from_bytes, slices
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Piece
@@ -49,7 +49,7 @@ def load(folder: Path, wanted: Mapping[str, tuple[Piece, torch.Tensor]]) -> None
 class _Files:
     """A checkpoint's files, mapped on first use, the digest of each file's header checked then."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._mapped: dict[str, Any] = {}
 
@@ -74,7 +74,7 @@ class _Files:
         return elements
 
 
-def _check_file(folder: Path, path: str, manifest: Manifest, data: Any) -> None:
+def _check_file(folder: Path, path: str, manifest: CheckpointManifest, data: Any) -> None:
     file = manifest.files[path]
     if len(data) != file.bytes:
         raise InputError(Problem(str(folder / path), f"is {len(data)} bytes, its manifest says {file.bytes}"))
@@ -90,7 +90,7 @@ def _check_file(folder: Path, path: str, manifest: Manifest, data: Any) -> None:
 
 
 def _mismatches(
-    folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[Piece, torch.Tensor]]
+    folder: Path, manifest: CheckpointManifest, wanted: Mapping[str, tuple[Piece, torch.Tensor]]
 ) -> Iterable[Problem]:
     for name, (piece, local) in wanted.items():
         if tuple(local.shape) != piece.box.shape:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright import tasks
+from meshwright.job import Job
 from meshwright.layout import Box, Layout
 from meshwright.parallel import Mesh, apply, stand_in, start
 from meshwright.rehearse import device
@@ -34,7 +35,7 @@ from meshwright.train.model import Model, model_of_job
 class Part:
     """What is run: a job with the layout, stages and precision of its plan, on devices of a `kind` (cpu, cuda)."""
 
-    job: Any
+    job: Job
     layout: Layout
     stages: Sequence[Sequence[str]]
     precision: str
@@ -64,7 +65,7 @@ def rehearsed(part: Part, rank: int) -> Peak:
 def _with_batch(part: Part, peak: Peak, fewer: int, more: int) -> Peak:
     """The peak of a step of `more` micro-batches, from that of `fewer`: the batch alone is larger."""
     block = device.rounding(part.kind)
-    data = MadeUp(part.job, model_of_job(part.job, None).module)
+    data = ZeroBatches(part.job, model_of_job(part.job, None).module)
 
     def held(count: int) -> int:
         with torch.device("meta"):
@@ -151,7 +152,7 @@ def _trainer(part: Part, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) ->
     """The Trainer of a rank. `modes` is entered where memory is taken."""
     layout, model = part.layout, model_of_job(part.job, None)
     task = tasks.get(part.job.task.name)
-    data = MadeUp(part.job, model.module)
+    data = ZeroBatches(part.job, model.module)
     outline = _outline(part, mesh, model, task, data) if layout.pp > 1 and fake else None
     if fake:
         device.stand_in_kernels(model.module, part.kind)
@@ -175,7 +176,7 @@ def _trainer(part: Part, mesh: Mesh, modes: Callable[[], Any], *, fake: bool) ->
 def _watched(tracker: Tracker, trainer: Trainer) -> None:
     """Tells the tracker what the trainer holds, and has it told where in a step it is."""
     follow(tracker, trainer.applied.module, trainer.mesh.last_stage)
-    tracker.mark("optimizer", trainer.optimizer.held())
+    tracker.mark("optimizer", trainer.optimizer.state_tensors())
     trainer.spans = Parts(tracker)  # type: ignore[assignment]
 
 
@@ -183,10 +184,10 @@ def _constant(name: str, box: Box) -> Tensor:
     return torch.full(box.shape, 0.01)
 
 
-class MadeUp:
+class ZeroBatches:
     """Batches of the job's shape whose values are all zero."""
 
-    def __init__(self, job: Any, module: nn.Module) -> None:
+    def __init__(self, job: Job, module: nn.Module) -> None:
         self._length = job.data.seq_len or 1
         self._sample: Tensor | None = None
         if job.task.name != "language-model":
@@ -203,7 +204,7 @@ class MadeUp:
         return {"inputs": inputs, "targets": torch.zeros(count, dtype=torch.int64)}
 
 
-def _outline(part: Part, mesh: Mesh, model: Model, task: Any, data: MadeUp) -> tuple[Tensor, Tensor]:
+def _outline(part: Part, mesh: Mesh, model: Model, task: tasks.Task, data: ZeroBatches) -> tuple[Tensor, Tensor]:
     """Shapes, on the meta device, of what this rank's stage is given and hands on, from a run of the whole module."""
     layout = part.layout
     blocks = dict(model.module.to("meta").blocks.named_children())  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright.card import Card, Saved
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families import decoder
-from meshwright.families.decoder_config import ConfigReader, kind_of, shown
+from meshwright.families.decoder_config import ConfigReader, kind_of, show
 from meshwright.families.decoder_shape import DecoderShape
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
     kind = kind_of(config, where)
     if kind not in ARCHITECTURES:
         known = "known: " + ", ".join(ARCHITECTURES)
-        raise InputError(Problem(where, f"model_type {shown(kind)} is not one of ours", known))
+        raise InputError(Problem(where, f"model_type {show(kind)} is not one of ours", known))
     reader = ConfigReader(config, where)
     if config.get("hidden_act", "silu") != "silu":
-        reader.refuse(f"hidden_act {shown(config['hidden_act'])} is not supported", "supported: silu")
+        reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
     if reader.flag("mlp_bias"):
         reader.refuse("mlp_bias is not supported", "supported: mlp_bias false")
     sizes = reader.sizes()
@@ -123,7 +123,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
         "bos_id": _token_ids(reader, "bos_token_id", several=False),
         "eos_id": _token_ids(reader, "eos_token_id", several=True),
     }
-    reader.agree(sizes)
+    reader.note_contradictions(sizes)
     reader.raise_problems()
     return LlamaShape(**sizes, **more)
 
@@ -136,7 +136,7 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
     if several and isinstance(value, list):
         return tuple(reader.items(key, int))
     what = "a token id or a list of them" if several else "a token id"
-    reader.refuse(f"{key} must be {what}, found {shown(value)}", "leave it out")
+    reader.refuse(f"{key} must be {what}, found {show(value)}", "leave it out")
     return None
 
 
@@ -163,7 +163,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         hint = nearest_name(str(kind)[:60], ROPE_TYPES) if isinstance(kind, str) else "known: " + ", ".join(ROPE_TYPES)
-        raise InputError(Problem(where, f"rope_type {shown(kind)} is not supported", hint))
+        raise InputError(Problem(where, f"rope_type {show(kind)} is not supported", hint))
     if kind == "default":
         return None
     if scaling.get("factor") is None:
