@@ -40,7 +40,7 @@ FOURFOLD: Mapping[str, Any] = dict(PLAIN, ffn=52, vocab=100)
 #: Qwen3's features: tied embeddings and norms of queries and keys.
 TIED: Mapping[str, Any] = dict(PLAIN, tied=True, qk_norm=True, hf_type="qwen3")
 #: Qwen2's: biases on queries, keys and values.
-BIASED: Mapping[str, Any] = dict(PLAIN, attention_bias=True, hf_type="qwen2")
+BIASED: Mapping[str, Any] = dict(PLAIN, bias_of=("qkv",), hf_type="qwen2")
 SHAPES = {
     "plain": PLAIN,
     "fourfold": FOURFOLD,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.checkpoint import latest, load, read_manifest, read_side_file, verify_digests
+from meshwright.checkpoint import latest, load, read_manifest
 from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES
 from meshwright.checkpoint.model_folder import ModelFolder
 from meshwright.errors import InputError
@@ -80,19 +80,14 @@ def test_parameters_that_need_gradients_and_views_are_filled_in_place(saved: Pat
     assert torch.equal(transposed, expected)
 
 
-def test_dtype_changes_only_when_asked_for(saved: Path) -> None:
+def test_another_dtype_is_refused(saved: Path) -> None:
     piece = Placement("blocks.embed.weight", Box.whole((10, 6)), 1, True)
     half = torch.zeros(10, 6, dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"'blocks.embed.weight' is F32, wanted BF16"):
         load(saved, {"blocks.embed.weight": (piece, half)})
-    load(saved, {"blocks.embed.weight": (piece, half)}, cast=True)
-    assert torch.equal(half, example_tensors()["blocks.embed.weight"].to(torch.bfloat16))
-    count = Placement("blocks.1.count", Box.whole(()), 1, True)
-    with pytest.raises(InputError, match="I64"):
-        load(saved, {"blocks.1.count": (count, torch.zeros(()))}, cast=True)
 
 
-def test_missing_extra_and_misshapen_tensors_are_all_named_and_nothing_is_filled(saved: Path) -> None:
+def test_missing_and_misshapen_tensors_are_all_named_and_nothing_is_filled(saved: Path) -> None:
     wanted = everything()
     wanted["blocks.embed.weigth"] = wanted.pop("blocks.embed.weight")
     wanted["blocks.0.norm.weight"] = (
@@ -100,12 +95,11 @@ def test_missing_extra_and_misshapen_tensors_are_all_named_and_nothing_is_filled
         torch.zeros(7, dtype=torch.bfloat16),
     )
     with pytest.raises(InputError) as caught:
-        load(saved, wanted, complete=wanted.keys())
+        load(saved, wanted)
     text = str(caught.value)
     assert "no tensor 'blocks.embed.weigth' (nearest: 'blocks.embed.weight')" in text
     assert "'blocks.0.norm.weight' has shape [6], wanted [7]" in text
-    assert "holds tensor 'blocks.embed.weight', which is not wanted" in text
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.problems) == 2
     assert torch.all(wanted["blocks.0.attn.q.weight"][1] == 7)
 
 
@@ -118,24 +112,14 @@ def test_flipped_byte_is_refused_naming_file_and_tensor(saved: Path, part: str) 
     with pytest.raises(InputError) as caught:
         load(saved, everything())
     assert str(path) in str(caught.value) and "the bytes of tensor '" in str(caught.value)
-    with pytest.raises(InputError, match=path.name):
-        verify_digests(saved)
-    load(saved, everything(), verify=False)  # asked for: reads what is there
 
 
-def test_changed_header_and_side_file_are_refused(saved: Path) -> None:
+def test_a_changed_header_is_refused(saved: Path) -> None:
     model = saved / "model" / "model.safetensors"
     original = model.read_bytes()
     model.write_bytes(original.replace(b"hf.blocks.embed", b"hf.blocks.embex"))
     with pytest.raises(InputError, match=r"model\.safetensors: its header does not have the manifest's digest"):
         load(saved, everything())
-    model.write_bytes(original)
-    assert read_side_file(saved, "config.json") == b'{"a": 1}'
-    (saved / "model" / "config.json").write_bytes(b'{"a": 2}')
-    with pytest.raises(InputError, match=r"config\.json: it does not have the manifest's digest"):
-        read_side_file(saved, "config.json")
-    with pytest.raises(InputError, match=r"known: config\.json"):
-        read_side_file(saved, "../manifest.json")
 
 
 def test_short_missing_and_linked_files_are_refused(saved: Path, tmp_path: Path) -> None:

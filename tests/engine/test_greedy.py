@@ -12,7 +12,8 @@ from torch import Tensor
 
 from meshwright.checkpoint import read_model_folder
 from meshwright.engine import Engine
-from meshwright.families.llama.card import hf_names, parameters
+from meshwright.families.decoder import parameters
+from meshwright.families.llama.card import hf_names
 from meshwright.families.llama.module import build
 from meshwright.layout import Box
 from meshwright.placement import Placement

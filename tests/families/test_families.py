@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,25 @@ def test_a_layer_keeps_what_autograd_keeps(length: int, kv_heads: int, precision
         if saved.on in ("", "cpu", f"cpu {precision}") and saved.module != "loss"
     ]
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == sum(said)
+
+
+def test_a_config_says_shape_precision_and_numbers_of_any_decoder(tmp_path: Path) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    more = {"rope_parameters": {"rope_theta": 5e5, **scaling}, "rms_norm_eps": 1e-5}
+    for kind, longest, bias_of in (("qwen2", 64, ("qkv",)), ("phi3", 4096, ())):
+        config = {**CONFIG, **more, "model_type": kind, "dtype": "bfloat16"}
+        if kind == "phi3":
+            del config["max_position_embeddings"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = families.config_of_folder(tmp_path)
+        assert (read.precision, read.longest, read.rope_theta, read.norm_eps) == ("bf16", longest, 5e5, 1e-5)
+        assert read.rope_scaling == scaling and read.shape.bias_of == bias_of
+        assert read.shape in {read.shape}, "a shape with a table of scaling can be a key"
+    with pytest.raises(InputError, match="'phi3' is not one of ours"):
+        families.config_of_folder(tmp_path, ours=True)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="not a regular file"):
+        families.config_of_folder(tmp_path)

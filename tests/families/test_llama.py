@@ -11,7 +11,8 @@ import torch
 
 from meshwright import families
 from meshwright.errors import InputError
-from meshwright.families.llama.card import LlamaShape, card, hf_config, hf_names, parameters, shape_from_hf
+from meshwright.families.decoder import parameters
+from meshwright.families.llama.card import LlamaShape, card, hf_config, hf_names, shape_from_hf
 from meshwright.families.llama.module import build
 from meshwright.job import Job
 
@@ -231,9 +232,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Any, content: str) -> N
 
 
 def test_first_values_follow_the_rule() -> None:
-    module = build(
-        LlamaShape(layers=8, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=16, attention_bias=True)
-    )
+    module = build(LlamaShape(layers=8, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=16, bias_of=("qkv",)))
     rules = {name: module.init_rule(name) for name, _ in module.named_parameters()}
     assert rules["blocks.0.attn.q.weight"] == ("normal", 0.02)
     assert rules["blocks.0.attn.o.weight"] == rules["blocks.7.ffn.down.weight"] == ("normal", 0.02 / 4)

@@ -13,7 +13,6 @@ from meshwright.cluster import named_cluster
 from meshwright.plan.reliability import (
     Reliability,
     best_interval,
-    daly_seconds,
     goodput,
     outlook,
     spare_nodes,
@@ -70,6 +69,14 @@ def test_without_a_write_in_the_background_it_is_dalys_complete_model() -> None:
     wall = mtbf * math.exp(restart / mtbf) * math.expm1((interval + stall) / mtbf) / interval
     ours = goodput(interval, stall_seconds=stall, durable_seconds=0.0, restart_seconds=restart, mtbf_seconds=mtbf)
     assert ours == pytest.approx(1 / wall)
+
+
+def daly_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
+    """Daly's higher-order interval (2006, equation 37): mtbf where a stall takes twice that or more."""
+    if stall_seconds >= 2 * mtbf_seconds:
+        return mtbf_seconds
+    x = stall_seconds / (2 * mtbf_seconds)
+    return young_seconds(stall_seconds, mtbf_seconds) * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds
 
 
 @given(stall=st.floats(0.1, 300), hours=st.floats(1, 1000))

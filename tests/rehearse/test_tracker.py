@@ -32,22 +32,22 @@ def test_a_storage_counts_once_from_birth_to_death() -> None:
     with Tracker() as tracker:
         a = torch.zeros(256)
         views = [a[:10], a.view(16, 16), a.detach()]
-        assert tracker.current_bytes == 1024
+        assert tracker._current == 1024
         b = a + 1
         del a
-        assert tracker.current_bytes == 2048
+        assert tracker._current == 2048
         views.clear()
-        assert tracker.current_bytes == 1024
+        assert tracker._current == 1024
         b.untyped_storage().resize_(0)
-        assert tracker.current_bytes == 0
+        assert tracker._current == 0
         b.untyped_storage().resize_(512)
-    assert (tracker.current_bytes, tracker.peak().total) == (512, 2048)
+    assert (tracker._current, tracker.peak().total) == (512, 2048)
 
 
 def test_sizes_are_rounded_as_the_allocator_rounds() -> None:
     with Tracker(rounding=512) as tracker:
         kept = [torch.zeros(1), torch.zeros(129)]
-    assert tracker.current_bytes == 512 + 1024 and kept
+    assert tracker._current == 512 + 1024 and kept
 
 
 def test_what_lives_on_is_told_from_what_does_not() -> None:
@@ -68,7 +68,7 @@ def test_what_lives_on_is_told_from_what_does_not() -> None:
     assert [peak.parts[name] for name in CATEGORIES] == [400, 0, 0, 404, 4000]
     backward = tracker.peaks()["backward", "0"]
     assert backward.parts["weights"] == backward.parts["gradients"] == 400
-    assert tracker.current_bytes == 800
+    assert tracker._current == 800
 
 
 def test_forgetting_keeps_what_is_held() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from meshwright import tasks
 from meshwright.errors import CannotWork, InputError
 from meshwright.nn import Split
-from meshwright.tasks import Measured
+from meshwright.tasks import Totals
 
 
 def test_an_unknown_task_names_the_nearest() -> None:
@@ -43,17 +43,17 @@ def test_a_language_model_reads_ids_and_positions_and_counts_what_is_not_padding
 
 def test_bits_per_byte_follows_from_loss_units_and_bytes() -> None:
     task = tasks.get("language-model")
-    metrics = task.metrics(math.log(2) * 4, Measured(units=100, text_bytes=200))
+    metrics = task.metrics(math.log(2) * 4, Totals(units=100, text_bytes=200))
     assert metrics["bits_per_byte"] == pytest.approx(2.0) and metrics["perplexity"] == pytest.approx(16.0)
-    assert "bits_per_byte" not in task.metrics(1.0, Measured(units=100))
-    assert math.isfinite(task.metrics(1e9, Measured(units=1))["perplexity"])
+    assert "bits_per_byte" not in task.metrics(1.0, Totals(units=100))
+    assert math.isfinite(task.metrics(1e9, Totals(units=1))["perplexity"])
 
 
 def test_a_uniform_model_of_bytes_costs_eight_bits() -> None:
     task = tasks.get("language-model")
     targets = torch.arange(256)[None]
     loss = task.loss_sum(torch.zeros(1, 256, 256), targets).item() / task.count(targets)
-    assert task.metrics(loss, Measured(units=256, text_bytes=256))["bits_per_byte"] == pytest.approx(8.0)
+    assert task.metrics(loss, Totals(units=256, text_bytes=256))["bits_per_byte"] == pytest.approx(8.0)
 
 
 def test_classification_sums_loss_and_counts_hits_but_for_padding() -> None:
@@ -68,7 +68,7 @@ def test_classification_sums_loss_and_counts_hits_but_for_padding() -> None:
     assert loss.item() == pytest.approx(F.cross_entropy(logits[:3].float(), targets[:3], reduction="sum").item())
     extras = task.extras(logits, targets)
     assert extras == {"correct": 2.0}
-    assert task.metrics(0.0, Measured(units=3, sums=extras)) == {"accuracy": pytest.approx(2 / 3)}
-    assert task.metrics(0.0, Measured(units=0, sums={"correct": 0.0})) == {}
+    assert task.metrics(0.0, Totals(units=3, sums=extras)) == {"accuracy": pytest.approx(2 / 3)}
+    assert task.metrics(0.0, Totals(units=0, sums={"correct": 0.0})) == {}
     with pytest.raises(CannotWork, match=r"layout.tp.*nearest: layout.tp = 1"):
         task.loss_sum(logits, targets, Split(group=None, index=0, parts=2))

@@ -17,7 +17,8 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from meshwright.errors import CannotWork, InputError
-from meshwright.families.llama.card import hf_names, parameters, shape_from_hf
+from meshwright.families.decoder import parameters
+from meshwright.families.llama.card import hf_names, shape_from_hf
 from meshwright.job import SMALL_JOB
 from meshwright.job.sections import ServeSection
 from meshwright.verbs.serving import serving_plan, settle

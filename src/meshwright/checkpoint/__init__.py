@@ -8,13 +8,13 @@ read_model_folder   fills local tensors from a Hugging Face folder of somebody e
 
 from meshwright.checkpoint.folder import latest
 from meshwright.checkpoint.foreign import read_model_folder
-from meshwright.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor, read_manifest
+from meshwright.checkpoint.manifest import CheckpointManifest, StoredFile, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.model_folder import ModelFolder
-from meshwright.checkpoint.reader import load, read_side_file, verify_digests
+from meshwright.checkpoint.reader import load
 from meshwright.checkpoint.writer import Writer
 
 __all__ = [
-    "Manifest",
+    "CheckpointManifest",
     "ModelFolder",
     "StoredFile",
     "StoredPiece",
@@ -24,6 +24,4 @@ __all__ = [
     "load",
     "read_manifest",
     "read_model_folder",
-    "read_side_file",
-    "verify_digests",
 ]

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from meshwright.checkpoint.files import sync_folder
-from meshwright.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest
 from meshwright.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ def step_folder(root: Path, step: int, state: str = "", nonce: str = "") -> Path
     return root / (f"step-{step}.{state}-{nonce}" if state else f"step-{step}")
 
 
-def committed(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[int, InputError]]]:
+def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]], list[tuple[int, InputError]]]:
     """Committed checkpoints, oldest commit first; and the steps whose manifest was changed since, with why."""
     found: dict[int, Path] = {}
     for step, state, folder in _scan(root):
         if state in ("", "replaced") and (folder / MANIFEST_NAME).exists() and (state == "" or step not in found):
             found[step] = folder
-    sound: list[tuple[Path, Manifest]] = []
+    sound: list[tuple[Path, CheckpointManifest]] = []
     damaged: list[tuple[int, InputError]] = []
     for step, folder in found.items():
         try:
@@ -52,7 +52,7 @@ def latest(root: Path) -> Path | None:
     count. InputError if a checkpoint that may be newer was changed after its commit: it is not passed over silently;
     remove its folder to go on from the one before. An older one that was changed is only warned of.
     """
-    sound, damaged = committed(Path(root))
+    sound, damaged = committed_folders(Path(root))
     newest_step = sound[-1][1].step if sound else -1
     for step, error in damaged:
         if step > newest_step:
@@ -88,7 +88,7 @@ def commit_folder(root: Path, step: int, nonce: str) -> Path:
 
 def prune(root: Path, keep: int, nonce: str) -> None:
     """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to look at."""
-    for folder, manifest in committed(root)[0][:-keep]:
+    for folder, manifest in committed_folders(root)[0][:-keep]:
         # Renamed first: a kill in the middle of deleting must not leave something that looks committed.
         doomed = step_folder(root, manifest.step, "removed", nonce)
         folder.rename(doomed)

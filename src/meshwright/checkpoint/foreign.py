@@ -11,8 +11,7 @@ import torch
 
 from meshwright.checkpoint.files import FILE_NAME, map_file, parse_json, read_capped
 from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
-from meshwright.checkpoint.reader import may_fill
-from meshwright.checkpoint.tensors import Slot, element_view, from_bytes, parse_header, slices
+from meshwright.checkpoint.tensors import DTYPES, Slot, element_view, from_bytes, parse_header, slices
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Box
 from meshwright.placement import Placement
@@ -58,7 +57,7 @@ def read_model_folder(
         if slot.shape != placement.box.global_shape:
             what = f"tensor {names[name]!r} has shape {list(slot.shape)}, wanted {list(placement.box.global_shape)}"
             problems.append(Problem(str(folder / file), what))
-        elif not may_fill(slot.dtype, local.dtype, cast=True):
+        elif not _may_fill(DTYPES[slot.dtype], local.dtype):
             what = f"tensor {names[name]!r} is {slot.dtype}, which does not turn into {local.dtype}"
             problems.append(Problem(str(folder / file), what))
     if problems:
@@ -68,6 +67,10 @@ def read_model_folder(
         part = element_view(data, slot)[slices(placement.box, Box.whole(slot.shape))]
         with torch.no_grad():
             local.detach().copy_(from_bytes(part, slot.dtype))
+
+
+def _may_fill(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
 def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:

@@ -68,7 +68,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """A committed checkpoint. `sequence` counts commits of a run: after a rewind a lower step can be the newer one.
 
     `parent` is the step of the checkpoint that this one was trained on from (None at the start of a run); `layout` and
@@ -85,7 +85,7 @@ class Manifest:
     files: Mapping[str, StoredFile]
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: CheckpointManifest) -> bytes:
     """The bytes of manifest.json."""
     record = {
         "version": VERSION,
@@ -122,7 +122,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint folder, trusted only after its digest, its schema and the files' sizes agree.
 
     InputError, naming the file and the tensor, for a folder that is no committed checkpoint or that was changed since.
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def decode_manifest(data: bytes, where: str) -> Manifest:
+def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     """Checks digest, then schema, of the bytes of a manifest.json; `where` is its path for the messages."""
     line = _FIRST_LINE.match(data)
     if line is None:
@@ -175,7 +175,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         name: _decode_tensor(name, entry, files, _Reader(f"{where}: tensor {name[:200]!r}"))
         for name, entry in top.get(record, "tensors", dict).items()
     }
-    return Manifest(
+    return CheckpointManifest(
         step=top.count(record, "step"),
         sequence=top.count(record, "sequence"),
         parent=parent,

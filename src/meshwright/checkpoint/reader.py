@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from meshwright.checkpoint.files import map_file, read_capped
-from meshwright.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest
+from meshwright.checkpoint.files import map_file
+from meshwright.checkpoint.manifest import CheckpointManifest, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.tensors import CODES, DTYPES, Slot, element_view, from_bytes, slices
 from meshwright.errors import InputError, Problem
 from meshwright.placement import Placement
 
-SIDE_FILE_CAP_BYTES = 256 << 20
 
-
-def load(
-    folder: Path,
-    wanted: Mapping[str, tuple[Placement, torch.Tensor]],
-    *,
-    verify: bool = True,
-    cast: bool = False,
-    complete: Collection[str] | None = None,
-) -> None:
+def load(folder: Path, wanted: Mapping[str, tuple[Placement, torch.Tensor]]) -> None:
     """Fills each local tensor of `wanted` (shape placement.box.shape, any device) from the checkpoint `folder`.
 
-    Only the parts of files that overlap the wanted boxes are read. With `verify`, the digest of every piece read is
-    checked before its bytes are used. The stored dtype must be the tensor's unless `cast` allows a change between
-    floating-point types. `complete` lists every name there should be in the whole world: others are an error.
+    Only the parts of files that overlap the wanted boxes are read, and the digest of every piece read is checked before
+    its bytes are used.
 
     Raises InputError, naming file and tensor, for a checkpoint that is not committed, was changed, or lacks a tensor,
     or where shape or dtype differ; all such tensors are listed, and nothing is filled then.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems = list(_mismatches(folder, manifest, wanted, cast))
-    if complete is not None:
-        for name in sorted(set(manifest.tensors) - set(complete)):
-            problems.append(Problem(str(folder), f"holds tensor {name!r}, which is not wanted{_close(name, complete)}"))
+    problems = list(_mismatches(folder, manifest, wanted))
     if problems:
         raise InputError(problems)
     files = _Files(folder, manifest)
@@ -53,53 +40,16 @@ def load(
             overlap = box.intersect(placement.box)
             if overlap is None:
                 continue
-            elements = files.elements(name, tensor, stored, verify)
+            elements = files.elements(name, tensor, stored)
             part = from_bytes(elements[slices(overlap, box)], tensor.dtype)
             with torch.no_grad():
                 local.detach()[slices(overlap, placement.box)].copy_(part)
 
 
-def read_side_file(folder: Path, name: str) -> bytes:
-    """A file beside the weights (`config.json`, `tokenizer.json`, `module.json`), its digest checked before use.
-
-    Raises InputError if the checkpoint has no such file or it was changed.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    path = f"model/{name}"
-    if path not in manifest.files:
-        known = [known.removeprefix("model/") for known in manifest.files if not known.endswith(".safetensors")]
-        raise InputError(Problem(str(folder), f"has no file {name!r} in model/", "known: " + ", ".join(sorted(known))))
-    data = read_capped(folder / path, SIDE_FILE_CAP_BYTES)
-    _check_file(folder, path, manifest, data)
-    return data
-
-
-def verify_digests(folder: Path) -> None:
-    """Reads a whole checkpoint and compares every digest; InputError listing each file and tensor that differs."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    problems: list[Problem] = []
-    files = _Files(folder, manifest)
-    for path in manifest.files:
-        try:
-            files.open(path)
-        except InputError as error:
-            problems.extend(error.problems)
-    for name, tensor in manifest.tensors.items() if not problems else ():
-        for stored in tensor.pieces:
-            try:
-                files.elements(name, tensor, stored, verify=True)
-            except InputError as error:
-                problems.extend(error.problems)
-    if problems:
-        raise InputError(problems)
-
-
 class _Files:
     """A checkpoint's files, mapped on first use, the digest of each file's header checked then."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._mapped: dict[str, Any] = {}
 
@@ -110,22 +60,21 @@ class _Files:
             self._mapped[path] = data
         return self._mapped[path]
 
-    def elements(self, name: str, tensor: StoredTensor, stored: StoredPiece, verify: bool) -> np.ndarray:
+    def elements(self, name: str, tensor: StoredTensor, stored: StoredPiece) -> np.ndarray:
         """A piece's bytes, shape [*stored.shape, bytes of an element]."""
         container = stored.container(tensor.global_shape)
         view = element_view(self.open(stored.file), Slot(tensor.dtype, container.shape, stored.offset))
         elements = view[slices(stored.box(tensor.global_shape), container)]
-        if verify:
-            # The copy that is hashed is the copy that is used: the file may be changed between two reads.
-            elements = np.array(elements, order="C", copy=True)
-            if hashlib.sha256(elements.reshape(-1).data).hexdigest() != stored.sha256:
-                where = str(self.folder / stored.file)
-                what = f"the bytes of tensor {name!r} (from {list(stored.start)}) do not have the manifest's digest"
-                raise InputError(Problem(where, what, "the file was changed or damaged; use another checkpoint"))
+        # The copy that is hashed is the copy that is used: the file may be changed between two reads.
+        elements = np.array(elements, order="C", copy=True)
+        if hashlib.sha256(elements.reshape(-1).data).hexdigest() != stored.sha256:
+            where = str(self.folder / stored.file)
+            what = f"the bytes of tensor {name!r} (from {list(stored.start)}) do not have the manifest's digest"
+            raise InputError(Problem(where, what, "the file was changed or damaged; use another checkpoint"))
         return elements
 
 
-def _check_file(folder: Path, path: str, manifest: Manifest, data: Any) -> None:
+def _check_file(folder: Path, path: str, manifest: CheckpointManifest, data: Any) -> None:
     file = manifest.files[path]
     if len(data) != file.bytes:
         raise InputError(Problem(str(folder / path), f"is {len(data)} bytes, its manifest says {file.bytes}"))
@@ -141,7 +90,7 @@ def _check_file(folder: Path, path: str, manifest: Manifest, data: Any) -> None:
 
 
 def _mismatches(
-    folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[Placement, torch.Tensor]], cast: bool
+    folder: Path, manifest: CheckpointManifest, wanted: Mapping[str, tuple[Placement, torch.Tensor]]
 ) -> Iterable[Problem]:
     for name, (placement, local) in wanted.items():
         if tuple(local.shape) != placement.box.shape:
@@ -155,15 +104,10 @@ def _mismatches(
                 str(folder),
                 f"tensor {name!r} has shape {list(tensor.global_shape)}, wanted {list(placement.box.global_shape)}",
             )
-        if not may_fill(tensor.dtype, local.dtype, cast):
+        if DTYPES[tensor.dtype] != local.dtype:
             yield Problem(
                 str(folder), f"tensor {name!r} is {tensor.dtype}, wanted {CODES.get(local.dtype, local.dtype)}"
             )
-
-
-def may_fill(stored: str, wanted: torch.dtype, cast: bool) -> bool:
-    """Whether a stored tensor may go into one of dtype `wanted`: the same, or with `cast` both floating point."""
-    return DTYPES[stored] == wanted or (cast and DTYPES[stored].is_floating_point and wanted.is_floating_point)
 
 
 def _close(name: str, known: Iterable[str]) -> str:

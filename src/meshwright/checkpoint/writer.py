@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from meshwright.checkpoint.files import dump_json, replace_file, sync_folder, write_at, write_durably
-from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed, prune
+from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed_folders, prune
 from meshwright.checkpoint.manifest import (
     MANIFEST_NAME,
-    Manifest,
+    CheckpointManifest,
     StoredFile,
     StoredPiece,
     StoredTensor,
     encode_manifest,
 )
-from meshwright.checkpoint.meeting import Meeting
 from meshwright.checkpoint.model_folder import ModelFolder, plan_files
+from meshwright.checkpoint.rendezvous import Rendezvous
 from meshwright.checkpoint.tensors import CODES, DTYPES, build_header, cover_fault, runs, to_bytes
 from meshwright.errors import MeshwrightError, Problem, RunFailed
 from meshwright.layout import Box, Layout
@@ -38,7 +38,7 @@ Parts = Mapping[str, tuple[Placement, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class _Staged:
+class _HostBox:
     """A box this rank owns, as host bytes that nobody else changes. `bytes` is flat and may be empty."""
 
     box: Box
@@ -52,8 +52,8 @@ class _Save:
 
     step: int
     parent: int | None
-    model: Mapping[str, _Staged]
-    state: Mapping[str, _Staged]
+    model: Mapping[str, _HostBox]
+    state: Mapping[str, _HostBox]
     meta: Mapping[str, Any]
     model_files: ModelFolder
 
@@ -128,7 +128,7 @@ class Writer:
         if error is not None:
             raise error
 
-    def _stage(self, key: str, placement: Placement, tensor: torch.Tensor) -> _Staged:
+    def _stage(self, key: str, placement: Placement, tensor: torch.Tensor) -> _HostBox:
         if tuple(tensor.shape) != placement.box.shape:
             raise ValueError(f"{key}: the tensor has shape {tuple(tensor.shape)}, its piece {placement.box.shape}")
         if tensor.dtype not in CODES:
@@ -143,16 +143,16 @@ class Writer:
             buffer.copy_(source, non_blocking=True)
         else:
             buffer = source.contiguous()
-        return _Staged(placement.box, CODES[tensor.dtype], to_bytes(buffer))
+        return _HostBox(placement.box, CODES[tensor.dtype], to_bytes(buffer))
 
     def _run(self, save: _Save) -> None:
         """The background thread: whatever goes wrong is told to the other ranks and kept for the next call."""
         try:
-            meeting = Meeting(self.root, save.step, self.rank, self.world, self.timeout_seconds)
+            rendezvous = Rendezvous(self.root, save.step, self.rank, self.world, self.timeout_seconds)
             try:
-                _write(save, meeting, self.keep, self.layout)
+                _write(save, rendezvous, self.keep, self.layout)
             except Exception as error:
-                _tell_others(meeting, error)
+                _tell_others(rendezvous, error)
                 raise
         except MeshwrightError as error:
             self._error = error
@@ -163,50 +163,50 @@ class Writer:
             self._error = failed
 
 
-def _tell_others(meeting: Meeting, error: Exception) -> None:
+def _tell_others(rendezvous: Rendezvous, error: Exception) -> None:
     """Leaves this rank's error for the others, so that they need not wait until the time is up."""
     try:
-        if meeting.rank == 0 and meeting.nonce:
-            meeting.end(error=_words(error))
-        elif meeting.nonce and meeting.partial.is_dir():
-            meeting.report({"error": _words(error)})
+        if rendezvous.rank == 0 and rendezvous.nonce:
+            rendezvous.end(error=_words(error))
+        elif rendezvous.nonce and rendezvous.partial.is_dir():
+            rendezvous.report({"error": _words(error)})
     except OSError as second:  # a full disk takes this file no more than the others
-        log.warning("rank %d could not tell the others that its save failed: %s", meeting.rank, second)
+        log.warning("rank %d could not tell the others that its save failed: %s", rendezvous.rank, second)
 
 
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, MeshwrightError | OSError) else f"{type(error).__name__}: {error}"
 
 
-def _write(save: _Save, meeting: Meeting, keep: int, layout: Mapping[str, Any]) -> None:
+def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, Any]) -> None:
     """One rank's part of a save, from finding the others to the commit."""
     tensors = {name: [staged.dtype, list(staged.box.global_shape)] for name, staged in save.model.items()}
     files: dict[str, StoredFile] = {}
-    if meeting.rank == 0:
-        clear_leftovers(meeting.root)
-        meeting.begin()
-        meeting.say_hello(tensors)
-        places, files = _prepare_model(save, meeting)
-        meeting.publish_plan(places)
+    if rendezvous.rank == 0:
+        clear_leftovers(rendezvous.root)
+        rendezvous.begin()
+        rendezvous.say_hello(tensors)
+        places, files = _prepare_model(save, rendezvous)
+        rendezvous.publish_plan(places)
     else:
-        places = meeting.await_plan(tensors)
-    pieces = _write_model(save, meeting.partial, places)
-    state_pieces, state_files = _write_state(save, meeting.partial, meeting.rank)
+        places = rendezvous.await_plan(tensors)
+    pieces = _write_model(save, rendezvous.partial, places)
+    state_pieces, state_files = _write_state(save, rendezvous.partial, rendezvous.rank)
     record = {name: _piece_record(piece, staged) for name, (piece, staged) in (pieces | state_pieces).items()}
-    meeting.report({"pieces": record, "files": {path: vars(file) for path, file in state_files.items()}})
-    if meeting.rank == 0:
-        parts = meeting.gather_parts()
-        _commit(save, meeting, parts, files, layout)
-        prune(meeting.root, keep, meeting.nonce)
-        meeting.end()
+    rendezvous.report({"pieces": record, "files": {path: vars(file) for path, file in state_files.items()}})
+    if rendezvous.rank == 0:
+        parts = rendezvous.gather_parts()
+        _commit(save, rendezvous, parts, files, layout)
+        prune(rendezvous.root, keep, rendezvous.nonce)
+        rendezvous.end()
     else:
-        meeting.await_end()
+        rendezvous.await_end()
 
 
-def _prepare_model(save: _Save, meeting: Meeting) -> tuple[dict[str, Any], dict[str, StoredFile]]:
+def _prepare_model(save: _Save, rendezvous: Rendezvous) -> tuple[dict[str, Any], dict[str, StoredFile]]:
     """Rank 0: makes the model's files at their full size, headers written, and the files beside them."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for rank, hello in enumerate(meeting.gather_hellos()):
+    for rank, hello in enumerate(rendezvous.gather_hellos()):
         for name, (dtype, shape) in hello.items():
             if shapes.setdefault(name, (dtype, tuple(shape))) != (dtype, tuple(shape)):
                 raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
@@ -218,7 +218,7 @@ def _prepare_model(save: _Save, meeting: Meeting) -> tuple[dict[str, Any], dict[
     planned, places, index = plan_files(save.model_files, shapes)
     files = {}
     for path, weight_file in planned.items():
-        with open(meeting.partial / path, "wb") as stream:
+        with open(rendezvous.partial / path, "wb") as stream:
             stream.write(weight_file.header)
             stream.truncate(weight_file.total_bytes)
             stream.flush()
@@ -228,12 +228,12 @@ def _prepare_model(save: _Save, meeting: Meeting) -> tuple[dict[str, Any], dict[
     if index is not None:
         beside["model.safetensors.index.json"] = index
     for name, data in beside.items():
-        write_durably(meeting.partial / "model" / name, data)
+        write_durably(rendezvous.partial / "model" / name, data)
         files[f"model/{name}"] = _stored(data, len(data))
     return {name: [path, slot.offset] for name, (path, slot) in places.items()}, files
 
 
-def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[str, tuple[StoredPiece, _Staged]]:
+def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[str, tuple[StoredPiece, _HostBox]]:
     """Writes this rank's boxes of the model at their place in the shared files."""
     pieces = {}
     with ExitStack() as stack:
@@ -255,7 +255,7 @@ def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[
 
 def _write_state(
     save: _Save, partial: Path, rank: int
-) -> tuple[dict[str, tuple[StoredPiece, _Staged]], dict[str, StoredFile]]:
+) -> tuple[dict[str, tuple[StoredPiece, _HostBox]], dict[str, StoredFile]]:
     """Writes this rank's pieces of the training state into its own file (no file if it owns none)."""
     if not save.state:
         return {}, {}
@@ -272,7 +272,7 @@ def _write_state(
 
 
 def _commit(
-    save: _Save, meeting: Meeting, parts: list[Any], files: dict[str, StoredFile], layout: Mapping[str, Any]
+    save: _Save, rendezvous: Rendezvous, parts: list[Any], files: dict[str, StoredFile], layout: Mapping[str, Any]
 ) -> None:
     """Rank 0: joins the parts into the manifest, writes it last and gives the folder its name."""
     found: dict[str, tuple[str, tuple[int, ...], list[StoredPiece]]] = {}
@@ -290,31 +290,31 @@ def _commit(
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
-    sequence = max((manifest.sequence for _, manifest in committed(meeting.root)[0]), default=-1) + 1
-    manifest = Manifest(
+    sequence = max((manifest.sequence for _, manifest in committed_folders(rendezvous.root)[0]), default=-1) + 1
+    manifest = CheckpointManifest(
         step=save.step,
         sequence=sequence,
         parent=save.parent,
-        world=meeting.world,
+        world=rendezvous.world,
         layout=layout,
         meta=save.meta,
         tensors={name: StoredTensor(dtype, shape, tuple(pieces)) for name, (dtype, shape, pieces) in found.items()},
         files=files,
     )
     for part in ("model", "state"):
-        sync_folder(meeting.partial / part)
-    replace_file(meeting.partial / MANIFEST_NAME, encode_manifest(manifest), durable=True)
-    commit_folder(meeting.root, save.step, meeting.nonce)
+        sync_folder(rendezvous.partial / part)
+    replace_file(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest), durable=True)
+    commit_folder(rendezvous.root, save.step, rendezvous.nonce)
 
 
 def _stored(digested: bytes, total_bytes: int) -> StoredFile:
     return StoredFile(total_bytes, len(digested), hashlib.sha256(digested).hexdigest())
 
 
-def _stored_piece(path: str, offset: int, staged: _Staged) -> StoredPiece:
+def _stored_piece(path: str, offset: int, staged: _HostBox) -> StoredPiece:
     digest = hashlib.sha256(staged.bytes.data).hexdigest()
     return StoredPiece(path, offset, staged.box.start, staged.box.shape, digest)
 
 
-def _piece_record(piece: StoredPiece, staged: _Staged) -> dict[str, Any]:
+def _piece_record(piece: StoredPiece, staged: _HostBox) -> dict[str, Any]:
     return vars(piece) | {"dtype": staged.dtype, "global_shape": list(staged.box.global_shape)}

@@ -1,7 +1,8 @@
 """Data: indexed once, then any batch of any step on any layout. Imports no torch."""
 
+from meshwright.data.batch import Batch
 from meshwright.data.bigram import bigram_bits_per_byte
 from meshwright.data.manifest import Manifest, Survey, build_manifest, survey
 from meshwright.data.tokenizer import Tokenizer
 
-__all__ = ["Manifest", "Survey", "Tokenizer", "bigram_bits_per_byte", "build_manifest", "survey"]
+__all__ = ["Batch", "Manifest", "Survey", "Tokenizer", "bigram_bits_per_byte", "build_manifest", "survey"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from meshwright.data.sources import Document, Source
+from meshwright.data.sources import Document, TextSource
 from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from meshwright.errors import InputError, Problem
+from meshwright.families import vocab_of_folder
 
 if TYPE_CHECKING:
     from meshwright.job.sections import ModelSection
@@ -46,7 +46,7 @@ class Scan:
         return _hash(text)[0] < self.held_out_below
 
 
-def scan(source: Source, held_out: float) -> Scan:
+def scan(source: TextSource, held_out: float) -> Scan:
     """Read every document once. Broken records are counted and the first ones described, not raised."""
     seen: set[tuple[int, int]] = set()
     documents = size = empty = undecodable = broken = 0
@@ -74,13 +74,13 @@ def scan(source: Source, held_out: float) -> Scan:
     return Scan(documents, size, empty, undecodable, documents - len(seen), broken, tuple(problems), below)
 
 
-def broken_records(found: Scan, source: Source) -> tuple[Problem, ...]:
+def broken_records(found: Scan, source: TextSource) -> tuple[Problem, ...]:
     """The first broken records, and how many more there are."""
     more = found.broken - len(found.problems)
     return (*found.problems, Problem(source.name, f"{more} more broken records")) if more else found.problems
 
 
-def refuse_broken(found: Scan, source: Source) -> None:
+def refuse_broken(found: Scan, source: TextSource) -> None:
     """Raise InputError if a record is broken or there is no text at all."""
     if found.broken:
         raise InputError(broken_records(found, source))
@@ -89,7 +89,7 @@ def refuse_broken(found: Scan, source: Source) -> None:
         raise InputError(Problem("data.source", what, 'nearest: data.source = "stdlib"'))
 
 
-def make_tokenizer(name: str, vocab: int | None, source: Source, found: Scan) -> Tokenizer:
+def make_tokenizer(name: str, vocab: int | None, source: TextSource, found: Scan) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names; "bpe" is trained on what is not held out.
 
     vocab: rows of the model's embedding, None where the model does not say. Raises InputError where they do not fit.
@@ -108,7 +108,7 @@ def make_tokenizer(name: str, vocab: int | None, source: Source, found: Scan) ->
     return tokenizer
 
 
-class _Split:
+class _SplitWriter:
     """Running totals of one split, and its files where there is a folder."""
 
     def __init__(self, name: str, folder: Path | None, files: ExitStack) -> None:
@@ -132,14 +132,14 @@ class _Split:
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
 
 
-def pack(source: Source, found: Scan, tokenizer: Tokenizer, folder: Path | None) -> dict[str, dict[str, int]]:
+def pack(source: TextSource, found: Scan, tokenizer: Tokenizer, folder: Path | None) -> dict[str, dict[str, int]]:
     """Encode every document and append it to the files of its split in `folder` (None: only count).
 
     Writes SPLIT.tokens.bin (each document followed by the end token) and SPLIT.documents.bin. Returns the totals.
     """
     kind = token_type(tokenizer.vocab)
     with ExitStack() as files:
-        train, held_out = (_Split(name, folder, files) for name in ("train", "held_out"))
+        train, held_out = (_SplitWriter(name, folder, files) for name in ("train", "held_out"))
         for texts in _batches(_texts(source)):
             for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
                 (held_out if found.is_held_out(text) else train).add(text, ids, tokenizer.eos, kind)
@@ -166,17 +166,12 @@ def refuse_too_short(tokens: int, seq_len: int) -> None:
 def model_vocab(model: ModelSection) -> int | None:
     """Rows of the model's embedding as its job section says: vocab, or a Hugging Face folder's, or an argument."""
     if model.hf is not None:
-        path = Path(model.hf) / "config.json"
-        try:
-            vocab = json.loads(path.read_bytes()).get("vocab_size")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(Problem(str(path), f"cannot be read: {error}")) from error
-    else:
-        vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
+        return vocab_of_folder(Path(model.hf))
+    vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
     return vocab if isinstance(vocab, int) else None
 
 
-def _texts(source: Source) -> Iterator[str]:
+def _texts(source: TextSource) -> Iterator[str]:
     """The documents that are kept: readable and not empty."""
     for found in source.documents():
         if isinstance(found, Document) and found.text.strip():

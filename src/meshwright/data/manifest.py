@@ -20,7 +20,7 @@ import numpy as np
 from meshwright.data import corpus, digits
 from meshwright.data.batch import Batch, Rows, Samples, TokenWindows
 from meshwright.data.order import batch_samples
-from meshwright.data.sources import Source, open_source
+from meshwright.data.sources import TextSource, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
 from meshwright.run import sync_folder, write_atomic
@@ -173,7 +173,7 @@ def survey(job: Job) -> Survey:
 
 
 def _index(
-    job: Job, source: Source, found: corpus.Scan, folder: Path | None
+    job: Job, source: TextSource, found: corpus.Scan, folder: Path | None
 ) -> tuple[Tokenizer, dict[str, dict[str, int]]]:
     """The tokenizer and the totals by split, the token files written to `folder` if there is one."""
     corpus.refuse_broken(found, source)
@@ -282,7 +282,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         raise InputError(problems)
 
 
-def _source_if_there(job: Job) -> Source | None:
+def _source_if_there(job: Job) -> TextSource | None:
     """The source again, or None if it has gone: a run can go on from its manifest alone."""
     try:
         return open_source(job.data.source, job.data.text_key)

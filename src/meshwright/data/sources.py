@@ -38,18 +38,18 @@ class Unreadable:
     broken: bool
 
 
-Reading = Iterator[Document | Unreadable]
-Reader = Callable[[BinaryIO, str], Reading]
+Documents = Iterator[Document | Unreadable]
+Reader = Callable[[BinaryIO, str], Documents]
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Files in a fixed order, each with its name for messages and the reader of its documents."""
 
     name: str
     files: tuple[tuple[str, Path, Reader], ...]
 
-    def documents(self) -> Reading:
+    def documents(self) -> Documents:
         """Every document, and every place that should have held one. Raises InputError if a file cannot be opened."""
         for name, path, reader in self.files:
             try:
@@ -65,8 +65,8 @@ class Source:
         return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
 
 
-def open_source(source: str, text_key: str) -> Source:
-    """The Source that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text.
+def open_source(source: str, text_key: str) -> TextSource:
+    """The TextSource that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text.
 
     Raises InputError for what is missing, has no reader, or cannot be indexed (a pipe, a socket, an address).
     """
@@ -89,7 +89,7 @@ def open_source(source: str, text_key: str) -> Source:
         near = "nearest: a .txt file (documents divided by blank lines), a .jsonl file, or a folder of text files"
         raise InputError(Problem("data.source", f"no reader for {path.name!r}", near))
     reader = _records(text_key) if path.suffix == ".jsonl" else _paragraphs
-    return Source(path.name, ((path.name, path, reader),))
+    return TextSource(path.name, ((path.name, path, reader),))
 
 
 def _not_indexable(source: str, what: str) -> InputError:
@@ -97,14 +97,14 @@ def _not_indexable(source: str, what: str) -> InputError:
     return InputError(Problem("data.source", why, "save it to a file first"))
 
 
-def _standard_library() -> Source:
+def _standard_library() -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
     found = _walk(root, skip=NOT_LIBRARY)
     files = tuple((name, path, _whole) for name, path in found if path.suffix == ".py" and path.stem[:5] != "test_")
-    return Source("stdlib", files)
+    return TextSource("stdlib", files)
 
 
-def _folder(root: Path, text_key: str) -> Source:
+def _folder(root: Path, text_key: str) -> TextSource:
     files = tuple((name, path, _records(text_key) if path.suffix == ".jsonl" else _whole) for name, path in _walk(root))
     if not files:
         raise InputError(
@@ -113,7 +113,7 @@ def _folder(root: Path, text_key: str) -> Source:
     for _, path, _ in files:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _not_indexable(str(path), "a pipe, a socket or a device")
-    return Source(root.name, files)
+    return TextSource(root.name, files)
 
 
 def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
@@ -126,7 +126,7 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def _whole(file: BinaryIO, name: str) -> Reading:
+def _whole(file: BinaryIO, name: str) -> Documents:
     """The file is one document (cut where it is longer than DOCUMENT_BYTES)."""
     part, rest, last = 0, b"", False
     while not last:
@@ -139,7 +139,7 @@ def _whole(file: BinaryIO, name: str) -> Reading:
             yield _decoded(content, f"{name} (part {part})" if part > 1 else name)
 
 
-def _paragraphs(file: BinaryIO, name: str) -> Reading:
+def _paragraphs(file: BinaryIO, name: str) -> Documents:
     """Documents are divided by blank lines."""
     kept: list[bytes] = []
     size, first = 0, 1
@@ -162,7 +162,7 @@ def _paragraphs(file: BinaryIO, name: str) -> Reading:
 def _records(text_key: str) -> Reader:
     """One JSON object a line, its text under `text_key`."""
 
-    def read(file: BinaryIO, name: str) -> Reading:
+    def read(file: BinaryIO, name: str) -> Documents:
         too_long = 0
         for number, chunk, whole in _chunks(file, RECORD_BYTES):
             where = f"{name}:{number}"

@@ -90,9 +90,9 @@ class Tokenizer:
         encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
         """Text of each array of ids; special tokens are text here, since no document holds one."""

@@ -189,7 +189,7 @@ class Engine:
 
 def _room(model: ModelFolder, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
     """Tokens a request may have. Raises InputError for a `max_len` past what the model was made for."""
-    longest = model.longest
+    longest = model.shape.longest
     if max_len is not None:
         if max_len > longest:
             window = model.shape.sliding_window

@@ -11,20 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright import checkpoint
-from meshwright.checkpoint.files import parse_json, read_capped
+from meshwright import checkpoint, families
 from meshwright.engine.ranks import Ranks
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.families.llama.card import LlamaShape, card, hf_names, shape_from_hf
+from meshwright.families.decoder_config import precision_of
+from meshwright.families.llama.card import LlamaShape, card, hf_names, ignored_tensors, shape_from_hf
 from meshwright.layout import Layout, coordinates
 from meshwright.placement import placements
 
 log = logging.getLogger("meshwright")
-
-_CONFIG_CAP_BYTES = 16 << 20
-#: Tensors that some writers add: frequencies that are computed, and the alias of tied embeddings.
-_COMPUTED = ("*.rotary_emb.inv_freq",)
-_TIED_ALIAS = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,6 @@ class ModelFolder:
     shape: LlamaShape
     precision: torch.dtype
     eos_ids: frozenset[int]
-
-    @property
-    def longest(self) -> int:
-        """Tokens a sequence may have: the model's positions, or its sliding window where that is shorter.
-
-        Inside its window a model with sliding-window attention is an ordinary one; past it the engine does not go.
-        """
-        window = self.shape.sliding_window
-        return min(self.shape.max_positions, window) if window else self.shape.max_positions
 
 
 def find_model(folder: Path) -> Path:
@@ -73,26 +59,18 @@ def find_model(folder: Path) -> Path:
 
 def read_config(folder: Path) -> ModelFolder:
     """What `config.json` and `generation_config.json` say. Only data is read: code that they name is never run."""
-    config = _read_json(folder / "config.json")
+    config = families.read_config(folder / "config.json")
     if "auto_map" in config:
         log.warning("%s names code of its own (auto_map); it is not run", folder / "config.json")
     shape = shape_from_hf(config, where=str(folder / "config.json"))
     eos: Any = shape.eos_id
     if (folder / "generation_config.json").exists():
-        eos = _read_json(folder / "generation_config.json").get("eos_token_id", eos)
+        eos = families.read_config(folder / "generation_config.json").get("eos_token_id", eos)
     ids = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
     if any(type(id) is not int for id in ids):
         raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
-    word = config.get("dtype") or config.get("torch_dtype")
-    precision = torch.bfloat16 if word == "bfloat16" else torch.float32
+    precision = torch.bfloat16 if precision_of(config) == "bf16" else torch.float32
     return ModelFolder(folder, shape, precision, frozenset(ids))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    record = parse_json(read_capped(path, _CONFIG_CAP_BYTES, follow_links=True), str(path))
-    if not isinstance(record, dict):
-        raise InputError(Problem(str(path), "is not a JSON object"))
-    return record
 
 
 def check_split(shape: LlamaShape, ranks: Ranks) -> None:
@@ -107,10 +85,10 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
 
 def read_weights(model: ModelFolder, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
     """This rank's slices by our names, cut as the placement table says; a short last part of a vocabulary is padded."""
-    model_card, layout = card(model.shape, model.longest), Layout(tp=ranks.world)
+    model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
     rows = placements(model_card, layout, coordinates(layout, ranks.rank))
     wanted = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
-    ignored = (*_COMPUTED, _TIED_ALIAS) if model.shape.tied else _COMPUTED
+    ignored = ignored_tensors(model.shape)
     checkpoint.read_model_folder(model.folder, hf_names(model.shape), wanted, ignored=ignored)
     part = -(-model.shape.vocab // ranks.world)
     out = {}

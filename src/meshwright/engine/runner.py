@@ -90,7 +90,7 @@ class Decoder:
             q, k, v = (weights[f"{at}attn.{name}.{kind}"].float() for name in "qkv")
             return torch.cat((self._turned(q) * (1.0 if shape.qk_norm else scale), self._turned(k), v))
 
-        bias = qkv("bias").to(self.dtype) if shape.attention_bias else None
+        bias = qkv("bias").to(self.dtype) if shape.bias("qkv") else None
         head_norm = None
         if shape.qk_norm:
             q, k = (weights[f"{at}attn.{name}_norm.weight"][self._turn].float() for name in "qk")

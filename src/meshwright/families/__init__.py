@@ -1,73 +1,114 @@
 """Model families: each a folder of two files, the card (no torch) and the module.
 
-`shape_of_job` reads the shape of a job's model, from its `[model]` table or from a Hugging Face folder. `card_of_job`
-knows more models than that: decoders that are planned and not trained (decoder.py) have a card and no module.
+`config_of_job` and `card_of_job` say what a job's model is, from its `[model]` table or its Hugging Face folder. More
+models have a card than a module: decoders that are planned and not trained (decoder.py).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshwright.card import Card
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.families.decoder_config import kind_of
+from meshwright.families import decoder, decoder_hf
+from meshwright.families.decoder_config import kind_of, precision_of
 from meshwright.families.decoder_shape import DecoderShape
 from meshwright.families.llama import card as llama
 
+if TYPE_CHECKING:
+    from meshwright.job import Job
+
+CONFIG_NAME = "config.json"
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
 
+#: Fields of a DecoderShape that our modules follow; in every other one they compute the default.
+_COMPUTED = {
+    *("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window"),
+    *("bias_of", "hf_type"),
+}
 
-def card_of_job(job: Any, style: str = "plain") -> Card:
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a config.json or a job's [model] table says of a model. `shape` is a LlamaShape where the model is of a
+    family of ours, `precision` that of the weights as they are saved, `longest` the most tokens of a sequence."""
+
+    shape: DecoderShape
+    precision: str
+    longest: int
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    norm_eps: float
+
+
+def config_of_job(job: Job, *, ours: bool = False) -> ModelConfig:
+    """The config of a job with `model.family` or `model.hf`; `ours`: only of a family of ours.
+
+    Raises InputError where the folder or lengths are wrong, or the kind of model is not known.
+    """
+    if job.model.hf is None:  # a checkpoint's model is written in fp32
+        return _of_llama(llama.shape_from_job(job.model, job.data.seq_len or 1), "fp32")
+    config = config_of_folder(Path(job.model.hf), ours=ours)
+    if isinstance(config.shape, llama.LlamaShape) and (job.data.seq_len or 1) > config.longest:
+        limit = "positions" if config.longest == config.shape.max_positions else "tokens of the sliding window"
+        what = f"{job.data.seq_len} is more than the {config.longest} {limit} of the model in {job.model.hf}"
+        raise InputError(Problem("data.seq_len", what, f"nearest: data.seq_len={config.longest}"))
+    return config
+
+
+def config_of_folder(folder: Path, *, ours: bool = False) -> ModelConfig:
+    """The config of a Hugging Face folder; `ours`: only of a family of ours. Raises InputError, as `read_config`, and
+    where the kind of model is not known or its config contradicts itself."""
+    config, where = read_config(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
+    if ours or config.get("model_type") in llama.ARCHITECTURES:
+        return _of_llama(llama.shape_from_hf(config, where), precision_of(config))
+    shape = decoder_hf.shape_from_hf_config(config, where)
+    return ModelConfig(shape, *decoder_hf.numbers_of(config))
+
+
+def _of_llama(shape: llama.LlamaShape, precision: str) -> ModelConfig:
+    return ModelConfig(shape, precision, shape.longest, shape.rope_theta, shape.rope_scaling, shape.norm_eps)
+
+
+def shape_of_job(job: Job) -> llama.LlamaShape:
+    """The shape of a job with `model.family`, or `model.hf` of a family of ours. Raises InputError as config_of_job."""
+    shape = config_of_job(job, ours=True).shape
+    assert isinstance(shape, llama.LlamaShape)
+    return shape
+
+
+def card_of_job(job: Job, style: str = "plain") -> Card:
     """The card of a job with `model.family` or `model.hf`, of a family of ours or of any decoder that can be planned.
 
     `style` says who computes it (decoder_saved.py): another framework keeps other activations of the same model.
-    Raises InputError where the folder or lengths are wrong, or the kind of model is not known.
+    Raises InputError as `config_of_job`.
     """
-    seq_len = job.data.seq_len or 1
-    if job.model.hf is not None:
-        path = Path(job.model.hf) / "config.json"
-        config = read_config(path)
-        if config.get("model_type") not in llama.ARCHITECTURES:
-            from meshwright.families import decoder, decoder_hf
-
-            return decoder.card(decoder_hf.shape_from_hf_config(config, str(path)), seq_len, style)
-    shape = shape_of_job(job)
-    if style == "plain":
+    shape, seq_len = config_of_job(job).shape, job.data.seq_len or 1
+    if style == "plain" and isinstance(shape, llama.LlamaShape):
         return llama.card(shape, seq_len)
-    from meshwright.families import decoder
-
-    return decoder.card(_as_decoder(shape), seq_len, style)
-
-
-#: What a LlamaShape and a DecoderShape both say.
-_SHARED = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
-
-
-def _as_decoder(shape: llama.LlamaShape) -> DecoderShape:
-    biases = (*(("qkv",) if shape.attention_bias else ()), *(("out",) if shape.output_bias else ()))
-    same = {name: getattr(shape, name) for name in _SHARED}
-    return DecoderShape(**same, bias_of=biases, hf_type=shape.hf_type)
+    return decoder.card(shape, seq_len, style)
 
 
 def own_card(shape: DecoderShape, seq_len: int) -> Card | None:
     """The card of our own model of that shape, which says what our modules keep; None where we have no such model."""
-    bias = "qkv" in shape.bias_of
     kind = shape.hf_type or ("qwen3" if shape.qk_norm else "llama")
-    same = {name: getattr(shape, name) for name in _SHARED}
-    ours = llama.LlamaShape(**same, attention_bias=bias, hf_type=kind)
-    return llama.card(ours, seq_len) if _as_decoder(ours) == replace(shape, hf_type=kind) else None
+    usual = all(
+        field.name in _COMPUTED or getattr(shape, field.name) == field.default for field in fields(DecoderShape)
+    )
+    if not usual or shape.bias_of not in ((), llama.biases(kind, True)):
+        return None
+    return llama.card(llama.LlamaShape(**{**vars(shape), "hf_type": kind}), seq_len)
 
 
-def require_trainable(job: Any) -> None:
+def require_trainable(job: Job) -> None:
     """Raises CannotWork where a job's model has a card and no module: it can be planned, for others to train."""
     if job.model.module is not None or job.model.hf is None:
         return
-    from meshwright.families import decoder_hf
-
-    path = Path(job.model.hf) / "config.json"
+    path = Path(job.model.hf) / CONFIG_NAME
     kind = read_config(path).get("model_type")
     if kind not in llama.ARCHITECTURES and kind in decoder_hf.KINDS:
         what = f"{path} is a {kind}, which can be planned and not trained"
@@ -75,25 +116,17 @@ def require_trainable(job: Any) -> None:
         raise CannotWork(Problem("model.hf", what, hint))
 
 
-def shape_of_job(job: Any) -> llama.LlamaShape:
-    """The shape of a job with `model.family` or `model.hf`. Raises InputError where the folder or lengths are wrong."""
-    if job.model.hf is None:
-        return llama.shape_from_job(job.model, job.data.seq_len or 1)
-    path = Path(job.model.hf) / "config.json"
-    shape = llama.shape_from_hf(read_config(path), str(path))
-    window = shape.sliding_window or shape.max_positions
-    longest = min(window, shape.max_positions)
-    if (job.data.seq_len or 1) > longest:
-        # Within its window a model with sliding-window attention is an ordinary one; past it ours would be another.
-        limit = "positions" if longest == shape.max_positions else "tokens of the sliding window"
-        what = f"{job.data.seq_len} is more than the {longest} {limit} of the model in {job.model.hf}"
-        raise InputError(Problem("data.seq_len", what, f"nearest: data.seq_len={longest}"))
-    return shape
+def vocab_of_folder(folder: Path) -> int | None:
+    """Rows of the embedding of the model in a Hugging Face folder, None where its config does not say."""
+    vocab = read_config(folder / CONFIG_NAME).get("vocab_size")
+    return vocab if isinstance(vocab, int) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises InputError where it cannot be read as one, or its `model_type` is no text."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError("it is not a regular file")
         with open(path, "rb") as file:
             text = file.read(_CONFIG_BYTES + 1)
         content = json.loads(text) if len(text) <= _CONFIG_BYTES else None

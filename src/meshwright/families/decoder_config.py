@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem
 
-Facts = dict[str, Any]
+ShapeFields = dict[str, Any]
 
 #: As in a job: the largest size and number, and the most layers.
 LARGEST_SIZE = 2**31 - 1
@@ -33,16 +33,24 @@ NUMBERS: Mapping[str, float] = {
     "rope_theta": 10000.0,
 }
 
+#: Element types by torch's names -> ours.
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def kind_of(config: Mapping[str, Any], where: str) -> str | None:
     """The `model_type`, None where the config has none. Raises InputError where it is no text."""
     kind = config.get("model_type")
     if kind is None or isinstance(kind, str):
         return kind
-    raise InputError(Problem(where, f"model_type must be text, found {shown(kind)}", 'such as "llama"'))
+    raise InputError(Problem(where, f"model_type must be text, found {show(kind)}", 'such as "llama"'))
 
 
-def shown(value: Any) -> str:
+def precision_of(config: Mapping[str, Any]) -> str:
+    """Our word for the element type that a config names for its weights, fp32 where it names none that we know."""
+    return PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
+
+
+def show(value: Any) -> str:
     """A value for a message, cut to a readable length."""
     try:
         text = repr(value)
@@ -54,7 +62,8 @@ def shown(value: Any) -> str:
 class ConfigReader:
     """Reads a config key by key. A key that holds null is taken for absent, but for flags, where null is false.
 
-    A wrong value is noted in `problems`, and its place is taken by one that can be reckoned with; `settle` raises.
+    A wrong value is noted in `problems`, which `raise_problems` raises, and its place is taken by one that can be
+    reckoned with.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -62,7 +71,7 @@ class ConfigReader:
         self.problems: list[Problem] = []
         self._keys: dict[str, str] = {}
 
-    def settle(self) -> None:
+    def raise_problems(self) -> None:
         """Raises InputError with all that was noted."""
         if self.problems:
             raise InputError(self.problems)
@@ -88,7 +97,7 @@ class ConfigReader:
         if whole and value <= most and (key is None or value >= least):
             return value
         sort = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
-        found = ", and is not there" if value is None else f", found {shown(value)}"
+        found = ", and is not there" if value is None else f", found {show(value)}"
         what = f"{self._keys[field]} must be {f'at most {most}' if whole and value > most else sort}{found}"
         hints = [_nearest_size(value, least, most)]
         if key is not None and otherwise is not None and f"nearest: {otherwise}" not in hints:
@@ -107,7 +116,7 @@ class ConfigReader:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and least <= value <= most:
             return float(value)
         span = f"from {least:g} to {most:g}" if least else f"above 0, at most {most:g}"
-        found = f", found {shown(value)}" if value is not None else ", and is not there"
+        found = f", found {show(value)}" if value is not None else ", and is not there"
         self.refuse(f"{key} must be a number {span}{found}", f"such as {usual:g}")
         return usual
 
@@ -118,7 +127,7 @@ class ConfigReader:
             return bool(value)
         word = str(value).lower() if isinstance(value, str) and value.lower() in ("true", "false") else ""
         hint = f"nearest: {word}, without quotes" if word else f"leave it out for {str(otherwise).lower()}"
-        self.refuse(f"{key} must be true or false, found {shown(value)}", hint)
+        self.refuse(f"{key} must be true or false, found {show(value)}", hint)
         return otherwise
 
     def table(self, key: str) -> Mapping[str, Any]:
@@ -126,7 +135,7 @@ class ConfigReader:
         value = self.config.get(key)
         if value is None or isinstance(value, Mapping):
             return value or {}
-        self.refuse(f"{key} must be an object, found {shown(value)}", "leave it out")
+        self.refuse(f"{key} must be an object, found {show(value)}", "leave it out")
         return {}
 
     def items(self, key: str, of: type, field: str = "") -> list[Any]:
@@ -138,7 +147,7 @@ class ConfigReader:
         if isinstance(value, list) and all(type(item) is of for item in value):
             return value
         words = {str: "texts", int: "whole numbers"}[of]
-        self.refuse(f"{key} must be a list of {words}, found {shown(value)}", "leave it out")
+        self.refuse(f"{key} must be a list of {words}, found {show(value)}", "leave it out")
         return []
 
     def sizes(
@@ -149,13 +158,13 @@ class ConfigReader:
         ffn_of_hidden: int = 0,
         head_dim: int = 0,
         rotary: bool = True,
-    ) -> Facts:
+    ) -> ShapeFields:
         """The sizes that every decoder has. The feed-forward width is under the key `ffn`, else `ffn_of_hidden` times
         the model's; a head's is `head_dim` where the config does not say, and where that is 0 its part of the model's.
         `rotary`: positions turn whole heads, in pairs.
         """
         limits = {"layers": MOST_LAYERS}
-        facts: Facts = {
+        facts: ShapeFields = {
             field: self.size(field, *names, most=limits.get(field, LARGEST_SIZE)) for field, names in keys.items()
         }
         heads, hidden = facts["heads"], facts["hidden"]
@@ -165,7 +174,7 @@ class ConfigReader:
         facts["ffn"] = self.size("ffn", ffn, otherwise=ffn_of_hidden * hidden or None)
         return facts
 
-    def of_no_size(self) -> None:
+    def check_numbers(self) -> None:
         """Checks what a shape does not have and others read: epsilons, rotary positions, the longest sequence."""
         for key, usual in NUMBERS.items():
             self.number(key, usual)
@@ -174,7 +183,7 @@ class ConfigReader:
         if self.has("max_position_embeddings"):
             self.size("positions", "max_position_embeddings")
 
-    def agree(self, facts: Facts, *, shared_width: bool = True, rotary: bool = True) -> None:
+    def note_contradictions(self, facts: ShapeFields, *, shared_width: bool = True, rotary: bool = True) -> None:
         """Notes where sizes of one shape contradict each other: those of `facts`, by the words of DecoderShape.
 
         `shared_width`: without a head_dim of its own, each head has its part of the model's width. `rotary`: positions
@@ -185,7 +194,7 @@ class ConfigReader:
         for what, nearest in self._contradictions(facts, shared_width and not self.has("head_dim"), rotary):
             self.refuse(what, nearest)
 
-    def _contradictions(self, facts: Facts, divided: bool, rotary: bool) -> Iterator[tuple[str, str]]:
+    def _contradictions(self, facts: ShapeFields, divided: bool, rotary: bool) -> Iterator[tuple[str, str]]:
         key = self._keys
         heads, kv_heads, hidden = facts["heads"], facts["kv_heads"], facts["hidden"]
         if heads % kv_heads:

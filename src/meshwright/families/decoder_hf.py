@@ -1,7 +1,7 @@
 """The decoder that a Hugging Face `config.json` describes: one row for each kind of model that is known.
 
-A row says under which keys the sizes are, and what the kind computes whatever its config says. It is only about shapes
-and counts: what decides numbers alone (rotary scaling, norm epsilon, activation) is not read.
+A row says under which keys the sizes are, and what the kind computes whatever its config says. `numbers_of` reads what
+changes no size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families.decoder import DecoderShape
-from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, Facts, kind_of, shown
+from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, ShapeFields, kind_of, precision_of, show
 
 Config = Mapping[str, Any]
+
+#: Tokens of a sequence where a config does not say.
+USUAL_POSITIONS = 4096
 
 #: Sizes of a shape -> the keys that kinds of model keep them under, the usual one first.
 SIZES: dict[str, tuple[str, ...]] = {
@@ -26,11 +29,11 @@ SIZES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelType:
     """A `model_type`: facts that hold for all of it, and `more`, what follows from a config."""
 
-    facts: Facts = field(default_factory=dict)
-    more: Callable[[ConfigReader, Facts], Facts] = lambda config, sizes: {}
+    facts: ShapeFields = field(default_factory=dict)
+    more: Callable[[ConfigReader, ShapeFields], ShapeFields] = lambda config, sizes: {}
     tied: bool = False  # where the config does not say
     ffn: str = "intermediate_size"  # the key of ffn
     ffn_of_hidden: int = 0  # ffn = this x hidden where the config does not say
@@ -44,10 +47,10 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
     Raises InputError for a kind that is not known, a value that is missing or not what it must be, sizes that
     contradict each other, or a feature that a shape does not have.
     """
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else dict(config)
+    config = _text_part(config)
     name = kind_of(config, where)
     if name not in KINDS:
-        what = f"model_type {shown(name)} is not a decoder that we know"
+        what = f"model_type {show(name)} is not a decoder that we know"
         close = nearest_name(str(name)[:60], list(KINDS))
         raise InputError(Problem(where, what, f"{close}; known: {', '.join(KINDS)}"))
     kind, reader = KINDS[name], ConfigReader(config, where)
@@ -56,38 +59,57 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
     )
     sizes["tied"] = reader.flag("tie_word_embeddings", otherwise=kind.tied)
     facts = {**sizes, **kind.facts, **kind.more(reader, sizes), "hf_type": name}
-    reader.of_no_size()
+    reader.check_numbers()
     shared_width = not kind.head_dim and not facts.get("kv_lora")
-    reader.agree(facts, shared_width=shared_width, rotary=kind.rotary)
-    reader.settle()
+    reader.note_contradictions(facts, shared_width=shared_width, rotary=kind.rotary)
+    reader.raise_problems()
     return DecoderShape(**facts)
 
 
-def _window(config: ConfigReader, sizes: Facts) -> Facts:
+def numbers_of(config: Config) -> tuple[str, int, float, Config | None, float]:
+    """What changes no size, of a config that `shape_from_hf_config` took: precision of the saved weights, most tokens
+    of a sequence, base and scaling of the rotary positions, epsilon of the norms; usual ones where it says none."""
+    quantized, longest = config.get("quantization_config"), config.get("max_position_embeddings")
+    fp8 = isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
+    text = _text_part(config)
+    eps = float(text.get("rms_norm_eps") or text.get("layer_norm_epsilon") or 1e-5)
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or text.get("rope_theta") or 10000.0)
+    scaled = rope and rope.get("rope_type", rope.get("type")) != "default"
+    precision = "fp8" if fp8 else precision_of(config)
+    return precision, longest if isinstance(longest, int) else USUAL_POSITIONS, theta, rope if scaled else None, eps
+
+
+def _text_part(config: Config) -> dict[str, Any]:
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else dict(config)
+
+
+def _window(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     """A sliding window, where every layer has it."""
     everywhere = set(config.items("layer_types", str)) <= {"sliding_attention"}
     used = config.flag("use_sliding_window", otherwise=True) and everywhere and config.has("sliding_window")
     return {"sliding_window": config.size("sliding_window") if used else None}
 
 
-def _llama(config: ConfigReader, sizes: Facts) -> Facts:
+def _llama(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     attention, ffn = config.flag("attention_bias"), config.flag("mlp_bias")
     return {"bias_of": (*(("qkv", "out") if attention else ()), *(("ffn",) if ffn else ()))}
 
 
-def _qwen2_moe(config: ConfigReader, sizes: Facts) -> Facts:
+def _qwen2_moe(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     facts = _experts(config, "num_experts", "moe_intermediate_size")
     facts["shared_ffn"] = config.size("shared_ffn", "shared_expert_intermediate_size", otherwise=0, least=0)
     biases = ("qkv",) if config.flag("qkv_bias", otherwise=True) else ()
     return {**facts, **_every(config), "shared_gate": True, "bias_of": biases}
 
 
-def _qwen3_moe(config: ConfigReader, sizes: Facts) -> Facts:
+def _qwen3_moe(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     count = "num_experts" if config.has("num_experts") else "num_local_experts"
     return {**_experts(config, count, "moe_intermediate_size"), **_every(config), **_llama(config, sizes)}
 
 
-def _experts(config: ConfigReader, count: str, width: str) -> Facts:
+def _experts(config: ConfigReader, count: str, width: str) -> ShapeFields:
     return {
         "experts": config.size("experts", count),
         "top_k": config.size("top_k", "num_experts_per_tok"),
@@ -95,23 +117,24 @@ def _experts(config: ConfigReader, count: str, width: str) -> Facts:
     }
 
 
-def _every(config: ConfigReader) -> Facts:
+def _every(config: ConfigReader) -> ShapeFields:
     """Qwen's rule: every `decoder_sparse_step`-th layer, less those named. Only a head of dense layers is a shape."""
     dense = sorted(config.items("mlp_only_layers", int, field="first_dense_layers"))
     step = config.size("moe_every", "decoder_sparse_step", otherwise=1)
     if dense != list(range(len(dense))):
-        what = f"mlp_only_layers {shown(dense)} is not supported: dense layers come first, in one row from 0 on"
-        config.refuse(what, f"nearest: {shown(list(range(len(set(dense)))))}")
+        what = f"mlp_only_layers {show(dense)} is not supported: dense layers come first, in one row from 0 on"
+        config.refuse(what, f"nearest: {show(list(range(len(set(dense)))))}")
     elif dense and step != 1:
         what = f"decoder_sparse_step {step} is not supported beside mlp_only_layers"
         config.refuse(what, "nearest: decoder_sparse_step=1")
     return {"first_dense_layers": len(dense), "moe_every": step}
 
 
-def _deepseek(config: ConfigReader, sizes: Facts) -> Facts:
+def _deepseek(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     """Latent attention (head_dim is what has no rotary positions) and, past the first layers, a mixture."""
-    config.agree(sizes, shared_width=False, rotary=False)  # before kv_heads is set to what latent attention has
-    facts: Facts = {
+    # Before kv_heads is set to what latent attention has.
+    config.note_contradictions(sizes, shared_width=False, rotary=False)
+    facts: ShapeFields = {
         "q_lora": config.size("q_lora", "q_lora_rank", otherwise=0, least=0),
         "kv_lora": config.size("kv_lora", "kv_lora_rank"),
         "head_dim": config.size("head_dim", "qk_nope_head_dim"),
@@ -130,16 +153,16 @@ def _deepseek(config: ConfigReader, sizes: Facts) -> Facts:
     return facts
 
 
-def _mixtral(config: ConfigReader, sizes: Facts) -> Facts:
+def _mixtral(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     facts = _experts(config, "num_local_experts", "intermediate_size")
     return {**facts, **_window(config, sizes)}
 
 
-def _positions(key: str) -> Callable[[ConfigReader, Facts], Facts]:
+def _positions(key: str) -> Callable[[ConfigReader, ShapeFields], ShapeFields]:
     return lambda config, sizes: {"learned_positions": config.size("learned_positions", key)}
 
 
-def _opt(config: ConfigReader, sizes: Facts) -> Facts:
+def _opt(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     norm = "layer" if config.flag("layer_norm_elementwise_affine", otherwise=True) else "bare"
     final_norm = config.flag("do_layer_norm_before", otherwise=True) and not config.flag("_remove_final_layer_norm")
     return {
@@ -151,7 +174,7 @@ def _opt(config: ConfigReader, sizes: Facts) -> Facts:
     }
 
 
-def _falcon(config: ConfigReader, sizes: Facts) -> Facts:
+def _falcon(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     """Falcon 40B and later have groups of heads and two norms, 7B one key and one norm, the first ones neither."""
     biases = config.flag("bias")
     if config.flag("new_decoder_architecture"):
@@ -163,24 +186,24 @@ def _falcon(config: ConfigReader, sizes: Facts) -> Facts:
     return {"kv_heads": kv_heads, "norms": norms, "biases": biases}
 
 
-def _gpt_bigcode(config: ConfigReader, sizes: Facts) -> Facts:
+def _gpt_bigcode(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     return {
         "learned_positions": config.size("learned_positions", "n_positions"),
         "kv_heads": 1 if config.flag("multi_query", otherwise=True) else sizes["heads"],
     }
 
 
-def _mpt(config: ConfigReader, sizes: Facts) -> Facts:
+def _mpt(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     ratio = config.number("expansion_ratio", 4.0, least=1.0, most=max(1, LARGEST_SIZE // sizes["hidden"]))
     return {"ffn": int(ratio) * sizes["hidden"]}
 
 
-def _gpt_neox(config: ConfigReader, sizes: Facts) -> Facts:
+def _gpt_neox(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     biases = config.flag("attention_bias", otherwise=True)
     return {"bias_of": () if biases else ("ffn",), "biases": biases}
 
 
-def _gemma3(config: ConfigReader, sizes: Facts) -> Facts:
+def _gemma3(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     return {**_llama(config, sizes), "qk_norm": "head"}
 
 
@@ -189,83 +212,83 @@ def _refuse(config: ConfigReader, flag: str) -> None:
         config.refuse(f"{flag} is not supported", f"supported: {flag} false")
 
 
-def _phi(config: ConfigReader, sizes: Facts) -> Facts:
+def _phi(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     _refuse(config, "qk_layernorm")
     return {}
 
 
-def _stablelm(config: ConfigReader, sizes: Facts) -> Facts:
+def _stablelm(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     _refuse(config, "qk_layernorm")
     parallel = config.flag("use_parallel_residual")
     return {"norms": 1 if parallel else 2, "bias_of": ("qkv",) if config.flag("use_qkv_bias") else ()}
 
 
-def _cohere(config: ConfigReader, sizes: Facts) -> Facts:
+def _cohere(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     _refuse(config, "use_qk_norm")
     return _llama(config, sizes)
 
 
-def _starcoder2(config: ConfigReader, sizes: Facts) -> Facts:
+def _starcoder2(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     return {"biases": config.flag("use_bias", otherwise=True), **_window(config, sizes)}
 
 
-def _olmoe(config: ConfigReader, sizes: Facts) -> Facts:
+def _olmoe(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     facts = _experts(config, "num_experts", "intermediate_size")
     return {**facts, **_llama(config, sizes)}
 
 
-def _gpt_oss(config: ConfigReader, sizes: Facts) -> Facts:
+def _gpt_oss(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     facts = _experts(config, "num_local_experts", "intermediate_size")
     return {**facts, "bias_of": ("qkv", "out", "ffn", "router")}
 
 
 _GPT = {"gated": False, "biases": True, "norm": "layer"}
 #: `model_type` -> how to read it. The order is that of the list in the error.
-KINDS: dict[str, Kind] = {
-    "llama": Kind(more=_llama),
-    "mistral": Kind(more=_window),
-    "qwen2": Kind({"bias_of": ("qkv",)}, _window),
-    "qwen3": Kind({"qk_norm": "head"}, lambda c, s: {**_window(c, s), **_llama(c, s)}),
-    "mixtral": Kind(more=_mixtral),
-    "qwen2_moe": Kind(more=_qwen2_moe),
-    "qwen3_moe": Kind({"qk_norm": "head"}, _qwen3_moe),
-    "deepseek_v2": Kind(more=_deepseek),
-    "deepseek_v3": Kind(more=_deepseek),
-    "gpt2": Kind(_GPT, _positions("n_positions"), tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
-    "gpt_neox": Kind({"gated": False, "norm": "layer"}, _gpt_neox, rotary=False),
-    "gpt_neo": Kind(
+KINDS: dict[str, ModelType] = {
+    "llama": ModelType(more=_llama),
+    "mistral": ModelType(more=_window),
+    "qwen2": ModelType({"bias_of": ("qkv",)}, _window),
+    "qwen3": ModelType({"qk_norm": "head"}, lambda c, s: {**_window(c, s), **_llama(c, s)}),
+    "mixtral": ModelType(more=_mixtral),
+    "qwen2_moe": ModelType(more=_qwen2_moe),
+    "qwen3_moe": ModelType({"qk_norm": "head"}, _qwen3_moe),
+    "deepseek_v2": ModelType(more=_deepseek),
+    "deepseek_v3": ModelType(more=_deepseek),
+    "gpt2": ModelType(_GPT, _positions("n_positions"), tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
+    "gpt_neox": ModelType({"gated": False, "norm": "layer"}, _gpt_neox, rotary=False),
+    "gpt_neo": ModelType(
         {**_GPT, "biases": False, "bias_of": ("out", "ffn")},
         _positions("max_position_embeddings"),
         tied=True,
         ffn_of_hidden=4,
         rotary=False,
     ),
-    "gptj": Kind(
+    "gptj": ModelType(
         {"gated": False, "norm": "layer", "norms": 1, "bias_of": ("ffn", "head")},
         ffn="n_inner",
         ffn_of_hidden=4,
         rotary=False,
     ),
-    "gpt_bigcode": Kind(_GPT, _gpt_bigcode, tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
-    "gpt_oss": Kind({"sinks": True}, _gpt_oss),
-    "opt": Kind({"gated": False}, _opt, tied=True, ffn="ffn_dim", rotary=False),
-    "falcon": Kind(
+    "gpt_bigcode": ModelType(_GPT, _gpt_bigcode, tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
+    "gpt_oss": ModelType({"sinks": True}, _gpt_oss),
+    "opt": ModelType({"gated": False}, _opt, tied=True, ffn="ffn_dim", rotary=False),
+    "falcon": ModelType(
         {"gated": False, "norm": "layer"}, _falcon, tied=True, ffn="ffn_hidden_size", ffn_of_hidden=4, rotary=False
     ),
-    "gemma": Kind(more=_llama, tied=True, head_dim=256),
-    "gemma2": Kind({"norms": 4}, _llama, tied=True, head_dim=256),
-    "gemma3_text": Kind({"norms": 4}, _gemma3, tied=True, head_dim=256),
-    "gemma3": Kind({"norms": 4}, _gemma3, tied=True, head_dim=256),
-    "phi": Kind({**_GPT, "norms": 1, "bias_of": ("head",)}, _phi, rotary=False),
-    "phi3": Kind(more=_window),
-    "mpt": Kind({"gated": False, "norm": "layer_nobias"}, _mpt, tied=True, ffn_of_hidden=4, rotary=False),
-    "bloom": Kind({**_GPT, "embedding_norm": True}, tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
-    "olmo": Kind({"norm": "bare"}, _llama),
-    "olmo2": Kind({"qk_norm": "full"}, _llama),
-    "olmoe": Kind({"qk_norm": "full"}, _olmoe),
-    "starcoder2": Kind({"gated": False, "norm": "layer"}, _starcoder2, tied=True),
-    "stablelm": Kind({"norm": "layer"}, _stablelm, rotary=False),
-    "granite": Kind(more=_llama),
-    "cohere": Kind({"norm": "layer_nobias", "norms": 1}, _cohere, tied=True),
-    "nemotron": Kind({"gated": False, "norm": "layer"}, _llama, rotary=False),
+    "gemma": ModelType(more=_llama, tied=True, head_dim=256),
+    "gemma2": ModelType({"norms": 4}, _llama, tied=True, head_dim=256),
+    "gemma3_text": ModelType({"norms": 4}, _gemma3, tied=True, head_dim=256),
+    "gemma3": ModelType({"norms": 4}, _gemma3, tied=True, head_dim=256),
+    "phi": ModelType({**_GPT, "norms": 1, "bias_of": ("head",)}, _phi, rotary=False),
+    "phi3": ModelType(more=_window),
+    "mpt": ModelType({"gated": False, "norm": "layer_nobias"}, _mpt, tied=True, ffn_of_hidden=4, rotary=False),
+    "bloom": ModelType({**_GPT, "embedding_norm": True}, tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
+    "olmo": ModelType({"norm": "bare"}, _llama),
+    "olmo2": ModelType({"qk_norm": "full"}, _llama),
+    "olmoe": ModelType({"qk_norm": "full"}, _olmoe),
+    "starcoder2": ModelType({"gated": False, "norm": "layer"}, _starcoder2, tied=True),
+    "stablelm": ModelType({"norm": "layer"}, _stablelm, rotary=False),
+    "granite": ModelType(more=_llama),
+    "cohere": ModelType({"norm": "layer_nobias", "norms": 1}, _cohere, tied=True),
+    "nemotron": ModelType({"gated": False, "norm": "layer"}, _llama, rotary=False),
 }

@@ -148,25 +148,25 @@ def _latent(shape: DecoderShape, t: int, style: Style) -> list[Saved]:
     ]
 
 
-def _feed_forward(name: str, width: int, t: int, gated: bool, style: Style, split: str = "tp") -> list[Saved]:
+def _feed_forward(name: str, width: int, t: int, gated: bool, style: Style) -> list[Saved]:
     if not gated:
         return [
-            Saved(f"{name} up", t * width, split),
-            Saved(f"{name} activation", t * width, split, selective=not style.megatron, module="product"),
+            Saved(f"{name} up", t * width, "tp"),
+            Saved(f"{name} activation", t * width, "tp", selective=not style.megatron, module="product"),
         ]
     if style.megatron:  # one kernel from gate and up to their product
         return [
-            Saved(f"{name} gate and up", 2 * t * width, split),
-            Saved(f"{name} activation", t * width, split, module="product"),
+            Saved(f"{name} gate and up", 2 * t * width, "tp"),
+            Saved(f"{name} activation", t * width, "tp", module="product"),
         ]
     if style.titan:
         return [
-            Saved(f"{name} gate", t * width, split),
-            Saved(f"{name} up, silu and product", 3 * t * width, split, selective=True),
+            Saved(f"{name} gate", t * width, "tp"),
+            Saved(f"{name} up, silu and product", 3 * t * width, "tp", selective=True),
         ]
     return [
-        Saved(f"{name} gate and up", 2 * t * width, split),
-        Saved(f"{name} silu and product", 2 * t * width, split, selective=True),
+        Saved(f"{name} gate and up", 2 * t * width, "tp"),
+        Saved(f"{name} silu and product", 2 * t * width, "tp", selective=True),
     ]
 
 

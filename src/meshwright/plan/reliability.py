@@ -135,14 +135,6 @@ def young_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
     return math.sqrt(2 * stall_seconds * mtbf_seconds)
 
 
-def daly_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
-    """Daly's higher-order interval (2006, equation 37): mtbf where a stall takes twice that or more."""
-    if stall_seconds >= 2 * mtbf_seconds:
-        return mtbf_seconds
-    x = stall_seconds / (2 * mtbf_seconds)
-    return young_seconds(stall_seconds, mtbf_seconds) * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds
-
-
 def best_interval(*, stall_seconds: float, durable_seconds: float, mtbf_seconds: float, least_seconds: float) -> float:
     """Seconds of work between checkpoints with the highest goodput, at least `least_seconds`. Infinite where nothing
     ever fails. Raises ValueError unless `stall_seconds` and `least_seconds` are above zero."""

@@ -54,17 +54,6 @@ class Speeds:
     seconds: float
     problems: tuple[Problem, ...] = ()
 
-    def best_flops(self, device: str, precision: str, threads: int) -> float:
-        """The best rate among the shapes; 0.0 where none was measured."""
-        return max(
-            (
-                p.flops_per_second
-                for p in self.products
-                if (p.device, p.precision, p.threads) == (device, precision, threads)
-            ),
-            default=0.0,
-        )
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; the keys of `memory_read_bytes_per_second` become text."""
         fields = asdict(self)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright import tasks
+from meshwright.job import Job
 from meshwright.layout import Box, Execution, Layout
 from meshwright.parallel import Mesh, apply, stand_in, start
 from meshwright.rehearse import device
@@ -34,7 +35,7 @@ from meshwright.train.model import Model, model_of_job
 class TrackedRun:
     """What is run under a tracker: a job as its plan says, on devices of a `kind` (cpu, cuda)."""
 
-    job: Any
+    job: Job
     execution: Execution
     kind: str
 
@@ -66,7 +67,7 @@ def rehearsed(run: TrackedRun, rank: int) -> Peak:
 def _with_batch(run: TrackedRun, peak: Peak, fewer: int, more: int) -> Peak:
     """The peak of a step of `more` micro-batches, from that of `fewer`: the batch alone is larger."""
     block = device.rounding(run.kind)
-    data = MadeUp(run.job, model_of_job(run.job, None).module)
+    data = ZeroBatches(run.job, model_of_job(run.job, None).module)
 
     def held(count: int) -> int:
         with torch.device("meta"):
@@ -153,7 +154,7 @@ def _trainer(run: TrackedRun, mesh: Mesh, modes: Callable[[], Any], *, fake: boo
     """The Trainer of a rank. `modes` is entered where memory is taken."""
     model = model_of_job(run.job, None)
     task = tasks.get(run.job.task.name)
-    data = MadeUp(run.job, model.module)
+    data = ZeroBatches(run.job, model.module)
     outline = _outline(run, mesh, model, task, data) if run.layout.pp > 1 and fake else None
     if fake:
         device.stand_in_kernels(model.module, run.kind)
@@ -168,7 +169,7 @@ def _trainer(run: TrackedRun, mesh: Mesh, modes: Callable[[], Any], *, fake: boo
 def _watched(tracker: Tracker, trainer: Trainer) -> None:
     """Tells the tracker what the trainer holds, and has it told where in a step it is."""
     follow(tracker, trainer.applied.module, trainer.mesh.last_stage)
-    tracker.mark("optimizer", trainer.optimizer.held())
+    tracker.mark("optimizer", trainer.optimizer.state_tensors())
     trainer.spans = Parts(tracker)  # type: ignore[assignment]
 
 
@@ -176,10 +177,10 @@ def _constant(name: str, box: Box) -> Tensor:
     return torch.full(box.shape, 0.01)
 
 
-class MadeUp:
+class ZeroBatches:
     """Batches of the job's shape whose values are all zero."""
 
-    def __init__(self, job: Any, module: nn.Module) -> None:
+    def __init__(self, job: Job, module: nn.Module) -> None:
         self._length = job.data.seq_len or 1
         self._sample: Tensor | None = None
         if job.task.name != "language-model":
@@ -196,7 +197,7 @@ class MadeUp:
         return {"inputs": inputs, "targets": torch.zeros(count, dtype=torch.int64)}
 
 
-def _outline(run: TrackedRun, mesh: Mesh, model: Model, task: Any, data: MadeUp) -> tuple[Tensor, Tensor]:
+def _outline(run: TrackedRun, mesh: Mesh, model: Model, task: tasks.Task, data: ZeroBatches) -> tuple[Tensor, Tensor]:
     """Shapes, on the meta device, of what this rank's stage is given and hands on, from a run of the whole module."""
     layout = run.layout
     blocks = dict(model.module.to("meta").blocks.named_children())  # type: ignore[union-attr]

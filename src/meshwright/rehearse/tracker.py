@@ -82,10 +82,6 @@ class Tracker(TorchDispatchMode):
             self._note(self._inside(func, args))
         return result
 
-    @property
-    def current_bytes(self) -> int:
-        return self._current
-
     def enter(self, phase: str, block: str = "", *, another: bool = False) -> None:
         """Says what happens from now on. `another`: a new pass, though the phase is the same."""
         self._at = (phase, block)

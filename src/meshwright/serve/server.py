@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import uvicorn
@@ -29,35 +29,13 @@ from meshwright.serve.workers import channel
 from meshwright.serve.workers.chat import ChatTemplate, Renderer, read_chat_template
 from meshwright.serve.workers.served import ServedModel
 
+if TYPE_CHECKING:
+    from meshwright.job.sections import ServeSection
+
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0
 MAX_CONNECTIONS = 1024
-
-
-class ServeConfig(Protocol):
-    """The [serve] section of a job."""
-
-    @property
-    def host(self) -> str: ...
-
-    @property
-    def http_port(self) -> int: ...
-
-    @property
-    def grpc_port(self) -> int: ...
-
-    @property
-    def max_batch(self) -> int: ...
-
-    @property
-    def max_len(self) -> int | None: ...
-
-    @property
-    def token_file(self) -> Path | str | None: ...
-
-    @property
-    def tp(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +123,7 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def engine_processes(
-    folder: Path, config: ServeConfig, precision: str, private: Path
+    folder: Path, config: ServeSection, precision: str, private: Path
 ) -> AsyncIterator[tuple[ServedModel, launch.Started]]:
     """The engine's ranks, started and connected; ended on the way out. Raises what opening the model raises."""
     connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
@@ -166,7 +144,7 @@ async def engine_processes(
         "max_len": config.max_len,
         "precision": precision,
     }
-    started = launch.local("meshwright.serve.workers.worker:run", payload, config.tp, private)
+    started = launch.local("meshwright.serve.workers.worker:run", payload, config.tp or 1, private)
     try:
         ended = asyncio.create_task(_ended(started))
         either: set[asyncio.Future[Any]] = {connected, ended}
@@ -202,7 +180,7 @@ async def _ended(started: launch.Started) -> None:
 
 async def serve(
     folder: Path,
-    config: ServeConfig,
+    config: ServeSection,
     precision: str,
     ready_file: Path | None,
     template: ChatTemplate,
@@ -253,7 +231,7 @@ def announce(addresses: Addresses, ready_file: Path | None) -> None:
 
 def main(
     folder: Path | str,
-    serve_config: ServeConfig,
+    serve_config: ServeSection,
     ready_file: Path | str | None = None,
     *,
     precision: str = "auto",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.tasks.classification import Classification
 from meshwright.tasks.language_model import LanguageModel
-from meshwright.tasks.task import Measured, Task
+from meshwright.tasks.task import Task, Totals
 
-__all__ = ["TASKS", "Measured", "Task", "get"]
+__all__ = ["TASKS", "Task", "Totals", "get"]
 
 #: Every task by the name that `task.name` of a job says.
 TASKS: dict[str, Task] = {task.name: task for task in (LanguageModel(), Classification())}

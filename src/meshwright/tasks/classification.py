@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meshwright.errors import CannotWork, Problem
-from meshwright.tasks.task import IGNORED, Measured, count_targets
+from meshwright.nn import Split
+from meshwright.tasks.task import IGNORED, Totals, count_targets
 
 
 class Classification:
@@ -26,7 +27,7 @@ class Classification:
     def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
         return torch.as_tensor(batch["targets"]).to(device)
 
-    def loss_sum(self, output: Tensor, targets: Tensor, split: Any = None) -> Tensor:
+    def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         if split is not None:
             raise CannotWork(Problem("layout.tp", "a classifier's outputs are not split", "nearest: layout.tp = 1"))
         return F.cross_entropy(output.float(), targets, ignore_index=IGNORED, reduction="sum")
@@ -38,6 +39,6 @@ class Classification:
         """correct: counted samples whose largest logit is the target's."""
         return {"correct": float(((output.argmax(dim=-1) == targets) & (targets != IGNORED)).sum())}
 
-    def metrics(self, loss_per_unit: float, measured: Measured) -> dict[str, float]:
+    def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
         """accuracy, a fraction of the counted samples."""
-        return {"accuracy": measured.sums["correct"] / measured.units} if measured.units else {}
+        return {"accuracy": totals.sums["correct"] / totals.units} if totals.units else {}

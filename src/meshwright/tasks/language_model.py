@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.nn import cross_entropy_sum
-from meshwright.tasks.task import Measured, count_targets
+from meshwright.nn import Split, cross_entropy_sum
+from meshwright.tasks.task import Totals, count_targets
 
 
 class LanguageModel:
@@ -27,7 +27,7 @@ class LanguageModel:
     def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
         return torch.as_tensor(batch["targets"]).to(device)
 
-    def loss_sum(self, output: Tensor, targets: Tensor, split: Any = None) -> Tensor:
+    def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         return cross_entropy_sum(output, targets, split)
 
     def count(self, targets: Tensor) -> int:
@@ -36,9 +36,9 @@ class LanguageModel:
     def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
         return {}
 
-    def metrics(self, loss_per_unit: float, measured: Measured) -> dict[str, float]:
+    def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
         """perplexity, and bits_per_byte = loss sum / ln 2 / bytes of text where those are known."""
         metrics = {"perplexity": math.exp(min(loss_per_unit, 700.0))}
-        if measured.text_bytes:
-            metrics["bits_per_byte"] = loss_per_unit * measured.units / math.log(2) / measured.text_bytes
+        if totals.text_bytes:
+            metrics["bits_per_byte"] = loss_per_unit * totals.units / math.log(2) / totals.text_bytes
         return metrics

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from meshwright.nn import Split
+
 #: Target that is not counted, as in torch's cross_entropy.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Sums over a measurement, from which metrics follow: counted units, bytes of text they stand for, and extras."""
+class Totals:
+    """Sums over held-out batches, from which metrics follow: counted units, the bytes of their text, and extras."""
 
     units: int
     text_bytes: int = 0
@@ -38,7 +40,7 @@ class Task(Protocol):
         """int64, IGNORED where nothing is counted."""
         ...
 
-    def loss_sum(self, output: Tensor, targets: Tensor, split: Any = None) -> Tensor:
+    def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         """fp32 scalar: the loss summed over counted targets. `split`: an nn.Split when classes are split over ranks."""
         ...
 
@@ -47,10 +49,10 @@ class Task(Protocol):
         ...
 
     def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
-        """Further sums for `Measured.sums`, from unsplit outputs; {} if the task has none."""
+        """Further sums for `Totals.sums`, from unsplit outputs; {} if the task has none."""
         ...
 
-    def metrics(self, loss_per_unit: float, measured: Measured) -> dict[str, float]:
+    def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
         """What a person reads beside the loss."""
         ...
 

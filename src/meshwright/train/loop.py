@@ -1,4 +1,4 @@
-"""The training loop: batch, forward and backward, complete the gradients, clip, step; said again every step."""
+"""The training loop. Every step: batch, forward and backward, complete the gradients, clip, update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from meshwright.card import Card
 from meshwright.errors import Problem, RunFailed
 from meshwright.layout import Layout
 from meshwright.parallel import Applied, Mesh, Pipeline
-from meshwright.tasks import Measured, Task
+from meshwright.tasks import Task, Totals
 from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate, squared_norm
 from meshwright.train.spans import Spans
+
+if TYPE_CHECKING:
+    from meshwright.job import Job
 
 #: Called with (step, {name: gradient}) after the gradients are complete and before they are clipped.
 Record = Callable[[int, Mapping[str, Tensor], float], None]
@@ -45,7 +48,7 @@ class Trainer:
 
     def __init__(
         self,
-        job: Any,
+        job: Job,
         card: Card,
         applied: Applied,
         mesh: Mesh,
@@ -123,14 +126,13 @@ class Trainer:
         return self._held_out_metrics(text_bytes, extras)
 
     def _held_out_metrics(self, text_bytes: int, extras: Mapping[str, float]) -> dict[str, float]:
-        speaks = self.mesh.last_stage and self.mesh.at.tp == 0
-        mine = [*self._loss_share(), *(value * speaks for value in extras.values())]
+        mine = [*self._loss_share(), *(value * self._contributes for value in extras.values())]
         sums = torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)
         loss_sum, counted, *totals = self.mesh.sum_over_world(sums).tolist()
         if not counted:
             return {}
-        measured = Measured(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
-        return {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, measured)}
+        sizes = Totals(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
+        return {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, sizes)}
 
     def _share(self, source: Callable[..., Any], step: int) -> Any:
         """This data-parallel rank's contiguous share of global batch `step`."""
@@ -179,10 +181,15 @@ class Trainer:
         self._loss_sum.zero_()
         self._counted = 0
 
+    @property
+    def _contributes(self) -> bool:
+        """Whether this rank adds to the world's sums: on the last stage, and of tensor-parallel ranks, which know the
+        same, one."""
+        return self.mesh.last_stage and self.mesh.at.tp == 0
+
     def _loss_share(self) -> tuple[float, float]:
-        """Loss sum and count that this rank adds to the world's; of tensor-parallel ranks, which know the same, one."""
-        speaks = self.mesh.last_stage and self.mesh.at.tp == 0
-        return (float(self._loss_sum), float(self._counted)) if speaks else (0.0, 0.0)
+        """Loss sum and count that this rank adds to the world's."""
+        return (float(self._loss_sum), float(self._counted)) if self._contributes else (0.0, 0.0)
 
     def _agree(self) -> tuple[float, float, float, float, bool]:
         """One collective for all that the ranks must agree on; each rank's peak memory has a slot of its own."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from meshwright.families.llama.module import build
 from meshwright.layout import Box
 from meshwright.parallel import Applied
 from meshwright.trace import card_of_job, factory_of_job
+
+if TYPE_CHECKING:
+    from meshwright.job import Job
 
 _ELEMENTS_AT_ONCE = 1 << 18
 
@@ -40,7 +43,7 @@ class Model:
         return ModelFolder(names=dict(self.names), side_files={**self.side_files, **more_files})
 
 
-def model_of_job(job: Any, eos_id: int | None) -> Model:
+def model_of_job(job: Job, eos_id: int | None) -> Model:
     """Reads the job; nothing is allocated but, for a custom module, its own CPU copy.
 
     Raises InputError for a folder or factory that cannot be used.
@@ -58,16 +61,15 @@ def model_of_job(job: Any, eos_id: int | None) -> Model:
         applied.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
             wanted = {row.name: (row, applied.local(name)) for name, row in applied.placements.items()}
-            ignored = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if shape.tied else [])]
-            read_model_folder(Path(job.model.hf), names, wanted, ignored=ignored)
+            read_model_folder(Path(job.model.hf), names, wanted, ignored=llama.ignored_tensors(shape))
 
     config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
     generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()
     side_files = {"config.json": config, "generation_config.json": generation}
-    return Model(llama.card(shape, job.data.seq_len), module, fill, names, side_files)
+    return Model(llama.card(shape, job.data.seq_len or 1), module, fill, names, side_files)
 
 
-def _custom(job: Any) -> Model:
+def _custom(job: Job) -> Model:
     factory = factory_of_job(job)
     torch.manual_seed(job.train.seed)
     whole = factory()

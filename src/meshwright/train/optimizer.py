@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,11 @@ from torch import Tensor
 from meshwright.parallel import Applied, Mesh
 from meshwright.placement import Placement
 
+if TYPE_CHECKING:
+    from meshwright.job.sections import TrainSection
 
-def learning_rate(step: int, train: Any) -> float:
+
+def learning_rate(step: int, train: TrainSection) -> float:
     """The rate of `step` (from 1): linear warm-up, then cosine, WSD (arXiv 2405.18392) or constant."""
     peak, floor = train.lr, train.lr * train.min_lr_ratio
     warmup: int = train.warmup_steps
@@ -34,7 +37,7 @@ def learning_rate(step: int, train: Any) -> float:
 class Optimizer:
     """AdamW on the plain local tensors of `applied`. Weights of two or more dimensions decay, vectors do not."""
 
-    def __init__(self, applied: Applied, train: Any) -> None:
+    def __init__(self, applied: Applied, train: TrainSection) -> None:
         self._applied = applied
         self.parameters = {
             name: applied.local(name).detach()
@@ -49,7 +52,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=train.lr,
-            betas=tuple(train.betas),
+            betas=train.betas,
             eps=train.eps,
             fused=True,
         )
@@ -82,7 +85,7 @@ class Optimizer:
             local.grad = None
         self._applied.module.zero_grad(set_to_none=True)
 
-    def held(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Every tensor of the state: moments and counts of updates."""
         return [value for state in self._adamw.state.values() for value in state.values()]
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from meshwright import checkpoint, data, tasks
 from meshwright.errors import InputError, Problem
-from meshwright.job import load_job
+from meshwright.job import Job, load_job
 from meshwright.launch import Context
 from meshwright.parallel import Mesh, apply, start
 from meshwright.placement import Placement
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
-from meshwright.train.loop import Clock, Trainer
+from meshwright.train.loop import Clock, Record, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.recorder import recorder
 from meshwright.train.spans import merge
@@ -45,9 +45,9 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
 class Session:
     """A run in one process: the trainer with its data, events and checkpoints."""
 
-    def __init__(self, job: Any, plan: Plan, run: RunFolder, mesh: Mesh, *, resume: bool) -> None:
+    def __init__(self, job: Job, plan: Plan, run: RunFolder, mesh: Mesh, *, resume: bool) -> None:
         self.job, self.plan, self.run, self.mesh = job, plan, run, mesh
-        self.record: Any = None
+        self.record: Record | None = None
         self.manifest = data.Manifest.open(run.manifest)
         self.task = tasks.get(job.task.name)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
@@ -105,7 +105,7 @@ class Session:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0
 
-    def _say_step(self, step: int, result: Any, seconds: float) -> None:
+    def _say_step(self, step: int, result: StepResult, seconds: float) -> None:
         predicted = self.plan.chosen.predicted.step_seconds.mid
         self._event(
             "step",
@@ -155,13 +155,13 @@ class Session:
 class DataView:
     """The manifest as the trainer asks for it: shares of a training or a held-out batch. Steps count from 1."""
 
-    def __init__(self, manifest: data.Manifest, job: Any) -> None:
+    def __init__(self, manifest: data.Manifest, job: Job) -> None:
         self._manifest, self._train = manifest, job.train
         self.held_out_samples = manifest.held_out_samples
         self.held_out_bytes = manifest.held_out_bytes
 
-    def batch(self, step: int, start: int, stop: int) -> Any:
+    def batch(self, step: int, start: int, stop: int) -> data.Batch:
         return self._manifest.batch(self._train.seed, step - 1, self._train.global_batch, start, stop)
 
-    def held_out(self, index: int, start: int, stop: int) -> Any:
+    def held_out(self, index: int, start: int, stop: int) -> data.Batch:
         return self._manifest.held_out(index * self._train.global_batch + start, stop - start)

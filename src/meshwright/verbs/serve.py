@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meshwright.verbs.serving import settle
-
-if TYPE_CHECKING:
-    pass
 
 
 def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:

@@ -6,11 +6,11 @@ For named devices any engine with paged caches is planned for; for this machine 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from meshwright.errors import CannotWork, Problem
 from meshwright.verbs.plan import profile_of
@@ -18,15 +18,10 @@ from meshwright.verbs.start import cluster_of_job, placed, read_job
 
 if TYPE_CHECKING:
     from meshwright.cluster import Cluster, Device
-    from meshwright.families.decoder_shape import DecoderShape
-    from meshwright.families.llama.card import LlamaShape
+    from meshwright.families import ModelConfig
     from meshwright.job import Job
+    from meshwright.job.sections import ServeSection
     from meshwright.plan.serving import ServingPins, ServingPlan, Target
-
-#: Tokens of a sequence where a model's config does not say.
-USUAL_POSITIONS = 4096
-
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def serving_plan(
@@ -46,18 +41,18 @@ def serving_plan(
     sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
     cluster = cluster_of_job(sound)
     with placed(sound):
-        shape, precision, longest = _model_of_job(sound)
+        model = _model_of_job(sound)
         named = sound.cluster.named is not None
         question = ServingQuery(
-            shape,
+            model.shape,
             (lambda _: cluster) if named else _this_machine(),
             cluster.devices,
             SERVERS["paged" if named else "meshwright"],
             profile_of(profile, datasheet=datasheet),
-            _target(sound.serve, longest),
+            _target(sound.serve, model.longest),
             _pins(sound.serve),
-            _kept(precision, cluster.device, ours=not named),
-            longest,
+            _kept(model.precision, cluster.device, ours=not named),
+            model.longest,
         )
         return make_serving_plan(question)
 
@@ -66,34 +61,34 @@ def serving_plan(
 class Settled:
     """Settings of `serve` with nothing left open, the plan they come from, and what a person should be told."""
 
-    settings: Any
+    settings: ServeSection
     precision: str
     plan: ServingPlan
     said: str
 
 
-def settle(folder: Path, settings: Any) -> Settled:
+def settle(folder: Path, settings: ServeSection) -> Settled:
     """What `serve` leaves open, planned for the model in `folder` and the memory that is free on this machine now.
 
     A target that cannot be met is said and served as well as can be; a model that does not fit raises CannotWork with
     the nearest that does, before a weight is read.
     """
-    from meshwright.families import read_config
+    from meshwright.families import config_of_folder
     from meshwright.plan.constants import default_profile
     from meshwright.plan.serving import SERVERS, ServingQuery, Target, make_serving_plan
 
-    shape, precision, longest = _model_of_config(read_config(folder / "config.json"), str(folder / "config.json"))
+    model = config_of_folder(folder, ours=True)
     machine = _this_machine(free=True)
     question = ServingQuery(
-        shape,
+        model.shape,
         machine,
         max(machine(1).devices, settings.tp or 1, _cores(machine(1))),
         SERVERS["meshwright"],
         default_profile(),
-        _target(settings, longest),
+        _target(settings, model.longest),
         _pins(settings),
-        _kept(precision, machine(1).device, ours=True),
-        longest,
+        _kept(model.precision, machine(1).device, ours=True),
+        model.longest,
     )
     missed = ""
     try:
@@ -123,7 +118,7 @@ def _said(plan: ServingPlan) -> str:
     )
 
 
-def _target(serve: Any, longest: int) -> Target:
+def _target(serve: ServeSection, longest: int) -> Target:
     """The target of a [serve] section; lengths that nobody says are usual ones, shorter where the model is."""
     from meshwright.plan.serving import Target
     from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS
@@ -134,46 +129,24 @@ def _target(serve: Any, longest: int) -> Target:
     return Target(prompt, output, serve.ttft_seconds, serve.tpot_seconds, serve.requests_per_second)
 
 
-def _pins(serve: Any) -> ServingPins:
+def _pins(serve: ServeSection) -> ServingPins:
     from meshwright.plan.serving import ServingPins
 
     precision = None if serve.precision == "auto" else serve.precision
     return ServingPins(tp=serve.tp, max_batch=serve.max_batch, max_len=serve.max_len, precision=precision)
 
 
-def _model_of_job(job: Job) -> tuple[DecoderShape, str, int]:
-    """(shape, precision of the weights as they are saved, most tokens of a sequence). A folder may hold any decoder
-    that can be planned where devices are named; on this machine, one that our engine serves."""
+def _model_of_job(job: Job) -> ModelConfig:
+    """What is served. A folder may hold any decoder that can be planned where devices are named; on this machine, one
+    that our engine serves."""
+    from meshwright.families import config_of_folder, config_of_job
+
     if job.model.module is not None:
         what = "a module of yours cannot be served: the engine decodes the built-in families"
         raise CannotWork(Problem("model.module", what, 'nearest: family = "llama", or hf = "folder"'))
     if job.model.hf is not None:
-        from meshwright.families import read_config
-
-        path = Path(job.model.hf) / "config.json"
-        return _model_of_config(read_config(path), str(path), any_decoder=job.cluster.named is not None)
-    from meshwright.families.llama.card import shape_from_job
-
-    shape = shape_from_job(job.model, job.data.seq_len or 1)
-    return _decoder(shape), "fp32", shape.max_positions  # a checkpoint's model is written in fp32
-
-
-def _model_of_config(
-    config: Mapping[str, Any], where: str, *, any_decoder: bool = False
-) -> tuple[DecoderShape, str, int]:
-    from meshwright.families.llama.card import ARCHITECTURES, shape_from_hf
-
-    precision = _PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
-    if any_decoder and config.get("model_type") not in ARCHITECTURES:
-        from meshwright.families.decoder_hf import shape_from_hf_config
-
-        quantized = config.get("quantization_config")
-        if isinstance(quantized, dict) and quantized.get("quant_method") == "fp8":
-            precision = "fp8"
-        longest = config.get("max_position_embeddings")
-        return shape_from_hf_config(config, where), precision, longest if isinstance(longest, int) else USUAL_POSITIONS
-    shape = shape_from_hf(config, where)
-    return _decoder(shape), precision, min(shape.max_positions, shape.sliding_window or shape.max_positions)
+        return config_of_folder(Path(job.model.hf), ours=job.cluster.named is None)
+    return config_of_job(job)
 
 
 def _kept(precision: str, device: Device, *, ours: bool) -> str:
@@ -184,13 +157,6 @@ def _kept(precision: str, device: Device, *, ours: bool) -> str:
     if precision == "fp32":
         precision = "bf16"  # masters are kept in fp32
     return next(word for word in (precision, "bf16", "fp16", "fp32") if word in device.flops)
-
-
-def _decoder(shape: LlamaShape) -> DecoderShape:
-    from meshwright.families.decoder_shape import DecoderShape
-
-    same = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window")
-    return DecoderShape(**{name: getattr(shape, name) for name in same}, hf_type=shape.hf_type)
 
 
 def _this_machine(*, free: bool = False) -> Callable[[int], Cluster]:

@@ -58,7 +58,7 @@ def small_job(job: Job, layout: Layout) -> Job:
         "norm_eps": shape.norm_eps,
         "tied_embeddings": shape.tied,
         "qk_norm": shape.qk_norm,
-        "attention_bias": shape.attention_bias,
+        "attention_bias": shape.bias("qkv"),
     }
     seq_len = min(job.data.seq_len or SEQ_LEN, SEQ_LEN)
     sections["data"] |= {"seq_len": max(seq_len - seq_len % layout.tp, layout.tp)}

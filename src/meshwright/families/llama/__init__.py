@@ -1,1 +1,1 @@
-"""Llama and its kin: Mistral, Qwen2 and Qwen3."""
+"""Llama, Mistral, Qwen2 and Qwen3."""

@@ -1,14 +1,19 @@
-"""Llama, Mistral, Qwen2 and Qwen3 on paper: shape, Hugging Face config and names, parameter table, Card."""
+"""Llama, Mistral, Qwen2 and Qwen3 on paper: shape, Hugging Face config and names, Card."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from meshwright.card import AttentionShape, Block, Card, Parameter, Product, Saved
+from meshwright.card import Card, Saved
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.families.decoder_config import ConfigReader, kind_of, shown
+from meshwright.families import decoder
+from meshwright.families.decoder_config import ConfigReader, kind_of, show
+from meshwright.families.decoder_shape import DecoderShape
+
+if TYPE_CHECKING:
+    from meshwright.job.sections import ModelSection
 
 #: Hugging Face `model_type` -> architecture name that `transformers` looks up.
 ARCHITECTURES = {
@@ -33,36 +38,39 @@ ROPE_NUMBERS: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """Every number that makes one model of the family. Sizes are element counts; `ffn` is the gated width."""
+class LlamaShape(DecoderShape):
+    """A decoder that we train and serve: its sizes, and the numbers that change no size.
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
+    A bias is on all of attention's products or on none; Qwen2 has none on the output (`biases`).
+    """
+
     max_positions: int = 2048
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     norm_eps: float = 1e-5
-    tied: bool = False
-    qk_norm: bool = False
-    attention_bias: bool = False
-    sliding_window: int | None = None
     hf_type: str = "llama"
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
 
     @property
-    def output_bias(self) -> bool:
-        """Whether the attention's output projection has a bias too: where the rest has one, but for Qwen2."""
-        return self.attention_bias and self.hf_type != "qwen2"
+    def longest(self) -> int:
+        """Tokens a sequence may have: the positions, or the sliding window where that is shorter.
+
+        Within its window a model with sliding-window attention is an ordinary one; past it ours would be another.
+        """
+        return min(self.max_positions, self.sliding_window or self.max_positions)
 
 
-def shape_from_job(model: Any, seq_len: int) -> LlamaShape:
+def biases(hf_type: str, attention_bias: bool) -> tuple[str, ...]:
+    """`bias_of` of a model of ours, with and without biases."""
+    return () if not attention_bias else ("qkv",) if hf_type == "qwen2" else ("qkv", "out")
+
+
+def shape_from_job(model: ModelSection, seq_len: int) -> LlamaShape:
     """The shape a job's `[model]` section names. `seq_len` becomes the longest position."""
+    assert model.layers and model.hidden and model.heads and model.ffn and model.vocab, (
+        "a Job of a family has its sizes"
+    )
     # transformers refuses a Llama whose hidden is no multiple of its heads; its Mistral is the same model without that.
     plain = "mistral" if model.hidden % model.heads else "llama"
     hf_type = "qwen3" if model.qk_norm else "qwen2" if model.attention_bias else plain
@@ -80,7 +88,7 @@ def shape_from_job(model: Any, seq_len: int) -> LlamaShape:
         norm_eps=model.norm_eps,
         tied=model.tied_embeddings,
         qk_norm=model.qk_norm,
-        attention_bias=model.attention_bias,
+        bias_of=biases(hf_type, model.attention_bias),
         hf_type=hf_type,
     )
 
@@ -93,10 +101,10 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
     kind = kind_of(config, where)
     if kind not in ARCHITECTURES:
         known = "known: " + ", ".join(ARCHITECTURES)
-        raise InputError(Problem(where, f"model_type {shown(kind)} is not one of ours", known))
+        raise InputError(Problem(where, f"model_type {show(kind)} is not one of ours", known))
     reader = ConfigReader(config, where)
     if config.get("hidden_act", "silu") != "silu":
-        reader.refuse(f"hidden_act {shown(config['hidden_act'])} is not supported", "supported: silu")
+        reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
     if reader.flag("mlp_bias"):
         reader.refuse("mlp_bias is not supported", "supported: mlp_bias false")
     sizes = reader.sizes()
@@ -109,14 +117,14 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
         "norm_eps": reader.number("rms_norm_eps", 1e-6),
         "tied": reader.flag("tie_word_embeddings"),
         "qk_norm": kind == "qwen3",
-        "attention_bias": reader.flag("attention_bias") or kind == "qwen2",
+        "bias_of": biases(kind, reader.flag("attention_bias") or kind == "qwen2"),
         "sliding_window": reader.size("sliding_window") if sliding else None,
         "hf_type": kind,
         "bos_id": _token_ids(reader, "bos_token_id", several=False),
         "eos_id": _token_ids(reader, "eos_token_id", several=True),
     }
-    reader.agree(sizes)
-    reader.settle()
+    reader.note_contradictions(sizes)
+    reader.raise_problems()
     return LlamaShape(**sizes, **more)
 
 
@@ -128,7 +136,7 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
     if several and isinstance(value, list):
         return tuple(reader.items(key, int))
     what = "a token id or a list of them" if several else "a token id"
-    reader.refuse(f"{key} must be {what}, found {shown(value)}", "leave it out")
+    reader.refuse(f"{key} must be {what}, found {show(value)}", "leave it out")
     return None
 
 
@@ -155,7 +163,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         hint = nearest_name(str(kind)[:60], ROPE_TYPES) if isinstance(kind, str) else "known: " + ", ".join(ROPE_TYPES)
-        raise InputError(Problem(where, f"rope_type {shown(kind)} is not supported", hint))
+        raise InputError(Problem(where, f"rope_type {show(kind)} is not supported", hint))
     if kind == "default":
         return None
     if scaling.get("factor") is None:
@@ -167,7 +175,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
     if needed and not reader.problems and low >= high:
         reader.refuse(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}", f"such as {high / 4:g}")
     reader.flag("truncate", otherwise=True)
-    reader.settle()
+    reader.raise_problems()
     return {**scaling, "rope_type": kind}
 
 
@@ -195,7 +203,7 @@ def hf_config(shape: LlamaShape) -> dict[str, Any]:
         "eos_token_id": list(shape.eos_id) if isinstance(shape.eos_id, tuple) else shape.eos_id,
     }
     if shape.hf_type in ("llama", "qwen3"):
-        config["attention_bias"] = shape.attention_bias
+        config["attention_bias"] = shape.bias("qkv")
     if shape.hf_type == "llama":
         config["mlp_bias"] = False
     if shape.hf_type == "mistral":
@@ -217,7 +225,7 @@ def hf_names(shape: LlamaShape) -> dict[str, str]:
         **{f"ffn.{p}.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
     }
     names = {}
-    for parameter in parameters(shape):
+    for parameter in decoder.parameters(shape):
         _, block, rest = parameter.name.split(".", 2)
         if block == "embed":
             names[parameter.name] = "model.embed_tokens.weight"
@@ -228,38 +236,10 @@ def hf_names(shape: LlamaShape) -> dict[str, str]:
     return names
 
 
-def layer_parameters(shape: LlamaShape, layer: int) -> tuple[Parameter, ...]:
-    """Parameters of one layer, in module order."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    at, hidden = f"blocks.{layer}.", shape.hidden
-    table = [Parameter(at + "attn_norm.weight", (hidden,), ("embed",))]
-    for name, rows, axis in (("q", q, "heads"), ("k", kv, "kv_heads"), ("v", kv, "kv_heads")):
-        table.append(Parameter(f"{at}attn.{name}.weight", (rows, hidden), (axis, "embed")))
-        if shape.attention_bias:
-            table.append(Parameter(f"{at}attn.{name}.bias", (rows,), (axis,)))
-    table.append(Parameter(at + "attn.o.weight", (hidden, q), ("embed", "heads")))
-    if shape.output_bias:
-        table.append(Parameter(at + "attn.o.bias", (hidden,), ("embed",)))
-    if shape.qk_norm:
-        table += [Parameter(f"{at}attn.{n}.weight", (shape.head_dim,), ("head_dim",)) for n in ("q_norm", "k_norm")]
-    table += [
-        Parameter(at + "ffn_norm.weight", (hidden,), ("embed",)),
-        Parameter(at + "ffn.gate.weight", (shape.ffn, hidden), ("ffn", "embed")),
-        Parameter(at + "ffn.up.weight", (shape.ffn, hidden), ("ffn", "embed")),
-        Parameter(at + "ffn.down.weight", (hidden, shape.ffn), ("embed", "ffn")),
-    ]
-    return tuple(table)
-
-
-def parameters(shape: LlamaShape) -> tuple[Parameter, ...]:
-    """All parameters, in module order; a tied output head is not listed twice."""
-    table = [Parameter("blocks.embed.weight", (shape.vocab, shape.hidden), ("vocab", "embed"))]
-    for layer in range(shape.layers):
-        table += layer_parameters(shape, layer)
-    table.append(Parameter("blocks.head.norm.weight", (shape.hidden,), ("embed",)))
-    if not shape.tied:
-        table.append(Parameter("blocks.head.out.weight", (shape.vocab, shape.hidden), ("vocab", "embed")))
-    return tuple(table)
+def ignored_tensors(shape: LlamaShape) -> tuple[str, ...]:
+    """Patterns of tensors that some writers add to a folder and no model needs: frequencies, which are computed, and
+    the alias of a tied embedding."""
+    return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if shape.tied else ()))
 
 
 def _norm_saved(name: str, t: int, h: int) -> tuple[Saved, ...]:
@@ -317,56 +297,14 @@ def kept_probabilities(t: int) -> int:
 
 
 def card(shape: LlamaShape, seq_len: int) -> Card:
-    """The Card for sequences of `seq_len` tokens. Saved activations follow `module.py` operation by operation."""
-    t, h, ffn = seq_len, shape.hidden, shape.ffn
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    by_block: dict[str, list[Parameter]] = {}
-    for parameter in parameters(shape):
-        by_block.setdefault(parameter.name.split(".")[1], []).append(parameter)
-
-    embed = Block("embed", "embedding", tuple(by_block["embed"]), output_elements=t * h, elementwise_elements=2 * t * h)
-    layer_products = (
-        Product("attn.q", t, h, q, "heads"),
-        Product("attn.k", t, h, kv, "kv_heads"),
-        Product("attn.v", t, h, kv, "kv_heads"),
-        Product("attn.o", t, q, h, "heads"),
-        Product("ffn.gate", t, h, ffn, "ffn"),
-        Product("ffn.up", t, h, ffn, "ffn"),
-        Product("ffn.down", t, ffn, h, "ffn"),
+    """The Card for sequences of `seq_len` tokens, at most `shape.longest`: a decoder's, but that its saved activations
+    follow `module.py` operation by operation."""
+    t = seq_len
+    head = (
+        *_norm_saved("norm", t, shape.hidden),
+        Saved("out input", t * shape.hidden, selective=True),
+        Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
     )
-    layer_saved = _layer_saved(shape, t)
-    layer_elementwise = 8 * t * h + 4 * t * (q + kv) + 6 * t * ffn
-    layers = tuple(
-        Block(
-            str(index),
-            "layer",
-            tuple(by_block[str(index)]),
-            products=layer_products,
-            attention=AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, t),
-            saved=layer_saved,
-            output_elements=t * h,
-            elementwise_elements=layer_elementwise,
-        )
-        for index in range(shape.layers)
-    )
-    head = Block(
-        "head",
-        "head",
-        tuple(by_block["head"]),
-        products=(Product("head.out", t, h, shape.vocab, "vocab"),),
-        saved=(
-            *_norm_saved("norm", t, h),
-            Saved("out input", t * h, selective=True),
-            Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
-        ),
-        output_elements=t * shape.vocab,
-        elementwise_elements=4 * t * h + 6 * t * shape.vocab,
-    )
-    return Card(
-        name=f"{shape.hf_type} {shape.layers}x{shape.hidden}",
-        blocks=(embed, *layers, head),
-        unit="tokens",
-        units_per_sample=t,
-        tied=(("blocks.embed.weight", "blocks.head.out.weight"),) if shape.tied else (),
-        splittable=frozenset({"pp", "tp"}),
-    )
+    saved = {"embedding": (), "layer": _layer_saved(shape, t), "head": head}
+    paper = decoder.card(replace(shape, sliding_window=None), t)
+    return replace(paper, blocks=tuple(replace(block, saved=saved[block.kind]) for block in paper.blocks))

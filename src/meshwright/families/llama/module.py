@@ -21,10 +21,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = shape.head_dim
         wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q = nn.Linear(shape.hidden, wide, bias=shape.attention_bias)
-        self.k = nn.Linear(shape.hidden, narrow, bias=shape.attention_bias)
-        self.v = nn.Linear(shape.hidden, narrow, bias=shape.attention_bias)
-        self.o = nn.Linear(wide, shape.hidden, bias=shape.output_bias)
+        self.q = nn.Linear(shape.hidden, wide, bias=shape.bias("qkv"))
+        self.k = nn.Linear(shape.hidden, narrow, bias=shape.bias("qkv"))
+        self.v = nn.Linear(shape.hidden, narrow, bias=shape.bias("qkv"))
+        self.o = nn.Linear(wide, shape.hidden, bias=shape.bias("out"))
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_positions)

@@ -38,14 +38,6 @@ class Timeline:
         """Idle share of ranks x seconds, 0 to 1."""
         return 1.0 - sum(self.busy_seconds) / (self.ranks * self.seconds) if self.seconds > 0 else 0.0
 
-    @property
-    def chained_seconds(self) -> float:
-        """What a step adds where the next one follows with no barrier between: the longest that a rank is taken, from
-        its first start to its last stop. ZB-H2 and ZB-V have no bubble in this sense alone (Qi et al. 2024)."""
-        return max(
-            (max(event.stop_seconds for event in row) - row[0].start_seconds for row in self.rows() if row), default=0.0
-        )
-
     def rows(self) -> tuple[tuple[ActionSpan, ...], ...]:
         """The events of each rank, in order."""
         rows: list[list[ActionSpan]] = [[] for _ in range(self.ranks)]

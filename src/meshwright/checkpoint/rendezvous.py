@@ -1,7 +1,7 @@
 """How the ranks of one save find each other: small JSON files in a shared folder, no collectives.
 
 A background thread must not use the training's process group, and a file left by a run that was killed must not be
-taken for a living rank's. So everyone proves to be alive by repeating something just made up:
+taken for a living rank's. So each rank proves that it is alive by repeating a word that was drawn for this save:
 
     .saving/begin.json     rank 0: {nonce, step, world}          the nonce is new for every save
     .saving/hello-K.json   rank K: {nonce, id, tensors}          repeats the nonce; the id is new for every save
@@ -30,7 +30,7 @@ _SHORTEST_WAIT_SECONDS = 0.002
 _LONGEST_WAIT_SECONDS = 0.1
 
 
-class Meeting:
+class Rendezvous:
     """One rank's side of one save. Every wait ends after `timeout_seconds` with RunFailed naming who is missing."""
 
     def __init__(self, root: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
