@@ -70,7 +70,7 @@ def _explain(options: argparse.Namespace) -> None:
     rows = verbs.explain(options.job, overrides, keys)
     if options.json:
         return _print_json(rows)
-    from meshwright.job.file import toml_value
+    from meshwright.files import toml_value
 
     shown = [
         (row["key"], "-" if row["value"] is None else toml_value(row["value"]), row["origin"], row["meaning"])

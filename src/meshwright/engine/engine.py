@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from meshwright.cluster import available_memory_bytes
 from meshwright.engine.cache import bytes_per_token
 from meshwright.engine.folder import ModelFolder, check_split, find_model, read_config, read_weights
 from meshwright.engine.ranks import Context, Ranks, join, leave
@@ -209,4 +209,4 @@ def _room(model: ModelFolder, ranks: Ranks, max_batch: int, max_len: int | None,
 def _free_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory_bytes()

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshwright.divisors import nearest_divisor
 from meshwright.errors import Problem, nearest_name
-from meshwright.job.file import nearest_file, toml_value
+from meshwright.files import toml_value
+from meshwright.job.file import nearest_file
 
 #: Keys that hold a path, and the words that are not one.
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -181,18 +183,13 @@ def _shape(good: Sections, bad: set[str]) -> Found:
     hidden, heads, kv_heads = model.get("hidden"), model.get("heads"), model.get("kv_heads")
     head_dim = model.get("head_dim")
     if hidden and heads and head_dim is None and "model.head_dim" not in bad:
-        near = sorted(_divisors(hidden), key=lambda n: abs(n - heads))[0]
+        near = nearest_divisor(hidden, heads)
         yield "model.heads", f"{heads} does not divide hidden = {hidden}", f"nearest: {near}, or give head_dim"
     if head_dim is not None and head_dim % 2:
         yield "model.head_dim", f"must be even for rotary positions, not {head_dim}", f"nearest: {head_dim + 1}"
     if heads and kv_heads and heads % kv_heads:
-        near = sorted(_divisors(heads), key=lambda n: abs(n - kv_heads))[0]
+        near = nearest_divisor(heads, kv_heads)
         yield "model.kv_heads", f"{kv_heads} does not divide heads = {heads}", f"nearest: {near}"
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return small + [number // n for n in small]
 
 
 def _module(good: Sections, bad: set[str]) -> Found:

@@ -20,8 +20,8 @@ from typing import Any
 
 from meshwright import env
 from meshwright.errors import InputError, MeshwrightError, Problem
+from meshwright.files import write_atomic
 from meshwright.launch.messages import Context, error_to_dict
-from meshwright.run import write_atomic
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from meshwright.files import write_atomic
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
 from meshwright.report.charts import (
@@ -28,7 +29,7 @@ from meshwright.report.charts import (
 from meshwright.report.facts import PLAIN_FIELDS, Facts, is_number, read_facts
 from meshwright.report.outlook import plan_lines
 from meshwright.report.timeline import KIND_WORDS, MOST_MICRO_BATCHES
-from meshwright.run import RunFolder, write_atomic
+from meshwright.run import RunFolder
 
 TEMPLATE = "page.html.jinja"
 HELD_OUT_LOSS = "held_out_loss"  # of a line of kind "eval"; what else it holds is a metric

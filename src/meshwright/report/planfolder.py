@@ -13,12 +13,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import write_atomic
 from meshwright.plan import Plan
 from meshwright.report.exports import EXPORTERS, export
 from meshwright.report.html import plan_page
 from meshwright.report.timeline import MOST_IN_TRACE, chrome_trace, timeline_svg
 from meshwright.report.training_words import Recipe
-from meshwright.run import write_atomic
 
 #: Names what was written here, with its digest (or digests: what was there, and what was about to be), so that the next
 #: time nothing else is overwritten.

@@ -5,7 +5,6 @@ For named devices any engine with paged caches is planned for; for this machine 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -199,9 +198,9 @@ def _decoder(shape: LlamaShape) -> DecoderShape:
 
 def _this_machine(*, free: bool = False) -> Callable[[int], Cluster]:
     """What `tp` processes of ours have each; with `free`, of the memory that nothing else takes now."""
-    from meshwright.cluster import this_machine
+    from meshwright.cluster import available_memory_bytes, this_machine
 
-    left = _free_bytes() if free else None
+    left = available_memory_bytes() if free else None
 
     @cache
     def of(tp: int) -> Cluster:
@@ -217,17 +216,3 @@ def _cores(cluster: Cluster) -> int:
     from meshwright.cluster import available_cores
 
     return available_cores() if cluster.device.kind == "cpu" else cluster.devices
-
-
-def _free_bytes() -> int | None:
-    """Memory that a new process may take: what the system can give without swapping, the container's rest if less."""
-    found = []
-    system = Path("/proc/meminfo")
-    if system.exists():
-        found += [int(line.split()[1]) * 1024 for line in system.read_text().splitlines() if "MemAvailable" in line]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(max(0, int(text) - int(used.read_text())))
-    return min(found, default=None)

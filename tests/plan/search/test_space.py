@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Device, Link
+from meshwright.divisors import divisors
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
 from meshwright.plan import FRAMEWORKS, Facts, refusals
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import NARROW, USUAL, WHOLE, Space, layouts, size, with_micro
 
 MODEL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)

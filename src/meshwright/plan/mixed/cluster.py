@@ -9,6 +9,7 @@ from typing import Any
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster, Device, Link
+from meshwright.divisors import divisors
 from meshwright.errors import InputError, Problem
 from meshwright.plan.constants.profile import Profile
 from meshwright.plan.cost.estimate import Estimator
@@ -16,7 +17,7 @@ from meshwright.plan.reliability import Outlook, outlook, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
 from meshwright.plan.rules.frameworks import Framework
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import Facts
 from meshwright.plan.search.space import NARROW, Space
 
 MOST_GROUPS = 4

@@ -8,13 +8,14 @@ from functools import cached_property
 from itertools import permutations
 
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.layout import Layout
 from meshwright.plan.cost.memory import StageMemory, slack_bytes, usable_bytes
 from meshwright.plan.cost.per_step import Once
 from meshwright.plan.mixed.cluster import Asked, Way, mfu
 from meshwright.plan.pipeline.length import span_seconds
 from meshwright.plan.result import Share
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import Facts
 from meshwright.plan.rules.table import allowed
 from meshwright.plan.search.wording import choice_of
 

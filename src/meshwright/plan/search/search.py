@@ -7,6 +7,7 @@ from functools import cache
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.layout import Layout
 from meshwright.plan.constants.profile import Profile
@@ -16,7 +17,7 @@ from meshwright.plan.reliability import LEAST_USEFUL, Outlook, outlook
 from meshwright.plan.request import OBJECTIVES, PlanRequest
 from meshwright.plan.result import Choice, Plan
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import Facts, divisors
+from meshwright.plan.rules.query import Facts
 from meshwright.plan.search.space import Space, family_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits
 from meshwright.plan.search.walk import Found, Value, ranked, search, step_seconds

@@ -13,10 +13,11 @@ from typing import Any
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.layout import Layout
 from meshwright.plan.pipeline.actions import TABLE
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import Facts, Question, divisors, filled
+from meshwright.plan.rules.query import Facts, Question, filled
 from meshwright.plan.rules.table import allowed
 
 DEGREES = ("dp", "shard", "tp", "pp", "cp", "ep")

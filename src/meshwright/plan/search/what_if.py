@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from meshwright.cluster import GIB, Cluster, Link
+from meshwright.divisors import divisors
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.cost.memory import usable_bytes
 from meshwright.plan.result import Buys
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import USUAL, WHOLE, Space, size
 from meshwright.plan.search.walk import Found, Value, explore, ranked
 from meshwright.plan.search.wording import parts

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from meshwright.cluster import GIB, Cluster
+from meshwright.divisors import divisors
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.cost.corrected import factors
 from meshwright.plan.cost.estimate import Estimate, Estimator
@@ -16,7 +17,6 @@ from meshwright.plan.pipeline.actions import TABLE
 from meshwright.plan.reliability import LEAST_USEFUL, Outlook
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Interval, Prediction, Rejected
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.rules.table import refusals
 from meshwright.plan.search.space import Space, with_micro
 from meshwright.plan.search.walk import TIE, TooLarge, Value, step_seconds
