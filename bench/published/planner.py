@@ -1,8 +1,8 @@
 """Scores the planner on published measurements, beside the best that others have stated.
 
-    python bench/published/planner.py --data ../shared/published            the table (a few minutes)
-    python bench/published/planner.py --data ../shared/published --json     the same for machines
-    python bench/published/planner.py --data ../shared/published --write-default     fits and writes the shipped profile first
+    python bench/published/planner.py --data ../shared/published                    the table (a few minutes)
+    python bench/published/planner.py --data ../shared/published --json             the same for machines
+    python bench/published/planner.py --data ../shared/published --write-default    fits the shipped profile first
 
 Rows scored are never rows fitted. "datasheet" is fitted to nothing; "default" is one set of constants for all sources,
 and each row is predicted by a fit that has not seen its model in any source; "own rows" is fitted to a source's other
@@ -255,7 +255,7 @@ def memory_of_megatron(data: Path) -> dict[str, Any] | None:
     """Peak memory of Megatron-LM's regression runs, of the models that have a card; None without their table."""
     if not (data / "megatron_memory.csv").is_file():
         return None
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is found however this was started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `bench` is found however this was started
     from bench.published.megatron_rows import errors
 
     return {name: _errors(found) for name, found in errors(data).items()}

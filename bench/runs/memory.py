@@ -2,10 +2,10 @@
 
     python -m bench.runs.memory                  every case, each rank's worst, on this machine's CPU
     python -m bench.runs.memory --only tp pp     cases whose name has one of these words
-    python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula against rehearsal alone
+    python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula and rehearsal alone
 
-Columns: the formula (plan/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by the
-same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
+Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by
+the same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
 torch's profiler, on a GPU (`--gpu`) torch.cuda.max_memory_allocated.
 """
 
@@ -32,7 +32,7 @@ from meshwright.rehearse.ask import question
 
 LLAMA = {"family": "llama", "layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": 2048}
 TIED = {**LLAMA, "tied_embeddings": True}
-EXAMPLES = str(Path(__file__).resolve().parents[1] / "examples")
+EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 DIGITS = {"module": "digits:build", "module_folder": EXAMPLES, "arguments": {"width": 32, "depth": 4}}
 LLAMA_8B = {
     "family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256,
@@ -153,7 +153,7 @@ def _rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             path = Path(folder, f"job-{index}.toml")
             path.write_text(job_to_toml(case.job))
             questions.append(question(path, choice, kind))
-        # What gloo's own threads give back the CPU's profiler does not see, so only a process alone is asked.
+        # What gloo's own threads give back the CPU's profiler does not see, so only a process alone is measured.
         payload = {"questions": questions, "steps": 3, "allocator": ranks == 1}
         environment = {"OMP_NUM_THREADS": "1", **({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
         with launch.local("meshwright.rehearse.work:measure", payload, ranks, folder, env=environment) as started:
