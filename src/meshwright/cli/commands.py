@@ -15,7 +15,7 @@ from meshwright.errors import InputError, Problem
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshwright.launch import Started
+    from meshwright.launch import LocalProcesses
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
@@ -232,7 +232,7 @@ def _say_measured(found: Mapping[str, Any]) -> None:
 def _train(options: argparse.Namespace) -> None:
     again = verbs.resume_command(options.job, options.overrides, options.run)
 
-    def watch(folder: RunFolder, plan: Plan, started: Started) -> None:
+    def watch(folder: RunFolder, plan: Plan, started: LocalProcesses) -> None:
         from meshwright.report import terminal
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C

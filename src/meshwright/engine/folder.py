@@ -27,7 +27,7 @@ _TIED_ALIAS = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class ModelFolder:
+class EngineModel:
     """A Hugging Face folder as the engine reads it. `precision` is the element type that its config names."""
 
     folder: Path
@@ -70,7 +70,7 @@ def find_model(folder: Path) -> Path:
     raise InputError(Problem(str(folder), what, "name a run, a checkpoint, or a Hugging Face folder"))
 
 
-def read_config(folder: Path) -> ModelFolder:
+def read_config(folder: Path) -> EngineModel:
     """What `config.json` and `generation_config.json` say. Only data is read: code that they name is never run."""
     config = _read_json(folder / "config.json")
     if "auto_map" in config:
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> ModelFolder:
         raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
     word = config.get("dtype") or config.get("torch_dtype")
     precision = torch.bfloat16 if word == "bfloat16" else torch.float32
-    return ModelFolder(folder, shape, precision, frozenset(ids))
+    return EngineModel(folder, shape, precision, frozenset(ids))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
             )
 
 
-def read_weights(model: ModelFolder, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
+def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
     """This rank's slices by our names, cut as `layout.AXIS_RULES` says; a short last part of a vocabulary is padded."""
     wanted: dict[str, tuple[Piece, Tensor]] = {}
     for parameter in parameters(model.shape):

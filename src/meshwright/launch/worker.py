@@ -66,12 +66,12 @@ def main() -> int:
         print("meshwright.launch.worker is started by `meshwright`, not by hand", file=sys.stderr)
         return 2
     end_with_parent(me.parent)
-    order = json.loads((me.folder / "order.json").read_bytes())
+    spec = json.loads((me.folder / "spec.json").read_bytes())
     context = Context(rank=me.rank, world=me.world, store_path=me.folder / "store")
     status = 0
     answer: dict[str, Any]
     try:
-        result = resolve(order["function"])(order["payload"], context)
+        result = resolve(spec["function"])(spec["payload"], context)
         answer = {"result": json.dumps(result, allow_nan=True)}
     except MeshwrightError as error:
         traceback.print_exc()

@@ -14,7 +14,7 @@ from meshwright.verbs.start import cluster_of_job, place, placed, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
-    from meshwright.launch import Started
+    from meshwright.launch import LocalProcesses
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
@@ -39,7 +39,7 @@ def train(
     run: str | Path | None = None,
     resume: bool = False,
     profile: str | Path | None = None,
-    watch: Callable[[RunFolder, Plan, Started], None] | None = None,
+    watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a job into its run folder and writes its report: {"run", "step", "loss", ..., "report"}.
 
