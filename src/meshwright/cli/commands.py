@@ -1,4 +1,4 @@
-"""What each verb does on the command line: calls its function in verbs.py, shows the result. stdout is the result."""
+"""What each verb does on the command line: calls its function in `verbs`, shows the result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshwright import verbs
+from meshwright.cli.output import say
 from meshwright.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _console() -> Console:
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # a reader that leaves is cli.py's matter, as for any other output
+            raise BrokenPipeError  # main.py ends in order when a reader leaves, as for any other output
 
     screen = Screen(highlight=False)
     # A terminal that says it has no columns (COLUMNS=0, some job queues) would get nothing at all.
@@ -89,16 +90,16 @@ def _plan(options: argparse.Namespace) -> None:
         for axis, mesh_axis in table.items():
             print(f"{axis:<10} {mesh_axis or '-'}")
         return
-    _refuse_unread(options)
+    _check_flags(options)
     if options.serving:
         return _plan_serving(options)
     if options.advice:
         return _advise(options)
     words = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
-    asked = {name: word for name, word in words.items() if word is not None}
+    given = {name: word for name, word in words.items() if word is not None}
     if options.exact or options.ranks is not None:
-        return _plan_exact(options, asked)
-    plan = verbs.plan(options.job, options.overrides, **asked)
+        return _plan_exact(options, given)
+    plan = verbs.plan(options.job, options.overrides, **given)
     _write(plan, options)
     if options.json:
         return _print_json(plan.as_dict())
@@ -107,8 +108,8 @@ def _plan(options: argparse.Namespace) -> None:
     terminal.show_plan(plan, _console())
 
 
-#: Ways of asking for a plan -> flags that they do not read, by their names among the options.
-UNREAD: Mapping[str, Mapping[str, str]] = {
+#: Kinds of plan -> flags that they do not read, by their names among the options.
+UNREAD_FLAGS: Mapping[str, Mapping[str, str]] = {
     "serving": {
         "advice": "--advice",
         "exact": "--exact",
@@ -128,23 +129,23 @@ UNREAD: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def _refuse_unread(options: argparse.Namespace) -> None:
-    """Raises InputError for flags that the way of asking would pass over without a word."""
-    for way, unread in UNREAD.items():
-        said = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
-        if getattr(options, way) and said:
-            what = f"--{way} does not read {', '.join(said)}"
-            raise InputError(Problem("command line", what, f"leave out {', '.join(said)}, or --{way}"))
+def _check_flags(options: argparse.Namespace) -> None:
+    """Raises InputError for flags that the kind of plan would ignore."""
+    for kind, unread in UNREAD_FLAGS.items():
+        given = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
+        if getattr(options, kind) and given:
+            what = f"--{kind} does not read {', '.join(given)}"
+            raise InputError(Problem("command line", what, f"leave out {', '.join(given)}, or --{kind}"))
 
 
 def _write(plan: Plan, options: argparse.Namespace) -> None:
     if options.write is not None:
         for path in verbs.write_plan(plan, options.job, options.overrides, options.write):
-            _say(f"wrote {path}")
+            say(f"wrote {path}")
 
 
-def _plan_exact(options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **asked)
+def _plan_exact(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **given)
     _write(found.plan, options)
     if options.json:
         return _print_json(found.as_dict())
@@ -197,7 +198,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.json:
         return _print_json(found)
     if found["from"] != "cases":
-        return _say_measured(found)
+        return _show_measured(found)
     error = found["mean_error"]
     print(f"{found['out']}: fitted to {found['rows']} runs, {len(found['skipped'])} lines left out")
     print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
@@ -208,10 +209,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     for regime, (low, high) in found["intervals"].items():
         print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
     for bad in found["skipped"]:
-        _say(f"left out: {bad['id']}: {bad['error']}")
+        say(f"left out: {bad['id']}: {bad['error']}")
 
 
-def _say_measured(found: Mapping[str, Any]) -> None:
+def _show_measured(found: Mapping[str, Any]) -> None:
     """What a run or the machine itself changed."""
     if found["from"] == "machine":
         print(f"{found['out']}: this machine, measured for {found['seconds']:.0f} s")
@@ -232,20 +233,20 @@ def _say_measured(found: Mapping[str, Any]) -> None:
 def _train(options: argparse.Namespace) -> None:
     again = verbs.resume_command(options.job, options.overrides, options.run)
 
-    def watch(folder: RunFolder, plan: Plan, started: LocalProcesses) -> None:
+    def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
         from meshwright.report import terminal
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C
         try:
-            terminal.live(folder, plan, until=lambda: started.poll() != "running")
+            terminal.live(folder, plan, until=lambda: processes.poll() != "running")
         except KeyboardInterrupt:
-            _say("stopping: saving a checkpoint first")
-            started.stop()
-            _say(f"resume with: {again}")
+            say("stopping: saving a checkpoint first")
+            processes.stop()
+            say(f"resume with: {again}")
             raise
 
-    asked = {"run": options.run, "resume": options.resume, "profile": options.profile}
-    result = verbs.train(options.job, options.overrides, **asked, watch=watch)
+    given = {"run": options.run, "resume": options.resume, "profile": options.profile}
+    result = verbs.train(options.job, options.overrides, **given, watch=watch)
     if options.json:
         return _print_json(result)
     for name, value in result.items():
@@ -274,7 +275,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    verbs.serve(options.model, options.overrides, say=_say)
+    verbs.serve(options.model, options.overrides, say=say)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -297,11 +298,6 @@ def _completion(options: argparse.Namespace) -> None:
     from meshwright.cli.completion import script
 
     sys.stdout.write(script(options.shell))
-
-
-def _say(text: str) -> None:
-    if sys.stderr is not None:  # print would take stdout for it
-        print(text, file=sys.stderr, flush=True)
 
 
 #: Verb of the command line -> what does it.

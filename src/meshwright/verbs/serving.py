@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import CannotWork, Problem
 from meshwright.verbs.plan import profile_of
-from meshwright.verbs.start import cluster_of_job, placed, read_job
+from meshwright.verbs.start import cluster_of_job, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.cluster import Cluster, Device
@@ -46,7 +46,7 @@ def serving_plan(
 
     sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
     cluster = cluster_of_job(sound)
-    with placed(sound):
+    with locate_problems(sound):
         shape, precision, longest = _model_of_job(sound)
         named = sound.cluster.named is not None
         question = Question(
@@ -57,23 +57,23 @@ def serving_plan(
             profile_of(profile, datasheet=datasheet),
             _target(sound.serve, longest),
             _pins(sound.serve),
-            _kept(precision, cluster.device, ours=not named),
+            _served_precision(precision, cluster.device, ours=not named),
             longest,
         )
         return make_serving_plan(question)
 
 
 @dataclass(frozen=True)
-class Settled:
-    """Settings of `serve` with nothing left open, the plan they come from, and what a person should be told."""
+class PlannedSettings:
+    """Settings of `serve` with nothing left open, the plan that they come from, and that plan in a line."""
 
     settings: Any
     precision: str
     plan: ServingPlan
-    said: str
+    summary: str
 
 
-def settle(folder: Path, settings: Any) -> Settled:
+def plan_settings(folder: Path, settings: Any) -> PlannedSettings:
     """What `serve` leaves open, planned for the model in `folder` and the memory that is free on this machine now.
 
     A target that cannot be met is said and served as well as can be; a model that does not fit raises CannotWork with
@@ -96,7 +96,7 @@ def settle(folder: Path, settings: Any) -> Settled:
         default_profile(),
         _target(settings, longest),
         _pins(settings),
-        _kept(precision, machine(1).device, ours=True),
+        _served_precision(precision, machine(1).device, ours=True),
         longest,
     )
     missed = ""
@@ -109,13 +109,13 @@ def settle(folder: Path, settings: Any) -> Settled:
         plan = make_serving_plan(replace(question, target=lengths))
         missed = f"; {error.problems[0].what}, {error.problems[0].nearest}"
     chosen = plan.chosen
-    settled = settings.model_copy(
+    complete = settings.model_copy(
         update={"tp": chosen.tp, "max_batch": chosen.max_batch, "max_len": settings.max_len or chosen.max_len}
     )
-    return Settled(settled, chosen.precision, plan, _said(plan) + missed)
+    return PlannedSettings(complete, chosen.precision, plan, _summary(plan) + missed)
 
 
-def _said(plan: ServingPlan) -> str:
+def _summary(plan: ServingPlan) -> str:
     """The plan in a line."""
     chosen, figures = plan.chosen, plan.chosen.predicted
     tokens = figures.tokens_per_second
@@ -179,8 +179,8 @@ def _model_of_config(
     return _decoder(shape), precision, min(shape.max_positions, shape.sliding_window or shape.max_positions)
 
 
-def _kept(precision: str, device: Device, *, ours: bool) -> str:
-    """What weights saved in `precision` are served in, where nobody says: what the engine reads them into, or the
+def _served_precision(precision: str, device: Device, *, ours: bool) -> str:
+    """What weights saved in `precision` are served in, where the job does not: what the engine reads them into, or the
     nearest that the device multiplies."""
     if ours:
         return "bf16" if precision == "bf16" else "fp32"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshwright.verbs.start import cluster_of_job, groups_of_job, placed, read_job
+from meshwright.verbs.start import cluster_of_job, groups_of_job, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.families.decoder_shape import DecoderShape
@@ -43,7 +43,7 @@ def recipe_of_job(job: Job) -> Recipe:
     if job.model.module is None:
         from meshwright import families
 
-        with placed(job):
+        with locate_problems(job):
             shape, theta, eps, scaling = _of_hf(job) or _of_llama(families.shape_of_job(job))
     cluster = groups_of_job(job).groups[0] if job.cluster.groups else cluster_of_job(job)
     return Recipe(

@@ -17,7 +17,7 @@ from meshwright.errors import nearest_name
 from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.workers.request import GenerationRequest
 
-Model = TypeVar("Model", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_JSON_DEPTH = 8
 MAX_CHOICES = 64
@@ -228,7 +228,7 @@ def _check_choices(count: int) -> None:
         raise bad_request(f"prompts x n is {count}; at most {MAX_CHOICES} a request", param="n")
 
 
-def read_request(kind: type[Model], fields: dict[str, Any]) -> Model:
+def read_request(kind: type[Body], fields: dict[str, Any]) -> Body:
     """`fields` as a `kind`; raises RequestError (400) naming the first thing wrong and the nearest that works."""
     kept = {}
     for name, value in fields.items():
