@@ -351,7 +351,7 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
         )
     if layout.recompute != "none":
         config["activation_checkpointing"] = {"partition_activations": False, "cpu_checkpointing": False}
-        omitted.append(f"recompute={layout.recompute}: what is computed again is training in the model's code")
+        omitted.append(f"recompute={layout.recompute}: what is computed again is said in the model's code")
     if choice.compiled:
         omitted.append("compilation: engine.compile() in the training script")
     omitted.append("the model's shape and the sequence length: they are the training script's")
@@ -396,7 +396,7 @@ def _comments(plan: Plan, version: str, omitted: Sequence[str], note: str) -> st
         f"{plan.model} on {plan.cluster}, laid out as {plan.chosen.layout}",
         f"predicted: {seconds.mid:.4g} s a step ({seconds.low:.4g} to {seconds.high:.4g})",
         note,
-        *(f"not training here: {sentence}" for sentence in omitted),
+        *(f"not said here: {sentence}" for sentence in omitted),
     ]
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
