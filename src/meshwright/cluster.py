@@ -62,8 +62,8 @@ class Device:
 
     `kind` is "cpu" where host and device are one, else "cuda", whoever made it. `real_flops` holds the rates, by
     precision, that large matrix products were measured to reach, `real_memory_bytes_per_second` the memory's (0: never
-    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names kernels'
-    kin ("sm90").
+    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names the
+    architecture that kernels are built for ("sm90").
     """
 
     name: str

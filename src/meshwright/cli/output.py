@@ -21,7 +21,7 @@ class OutputFailed(RunFailed):
 
 
 class _Output:
-    """Stdout, whose failures are told from those of any other file; a reader that left stays a BrokenPipeError."""
+    """Stdout, whose failures are OutputFailed, and no other file's; a reader that left stays a BrokenPipeError."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

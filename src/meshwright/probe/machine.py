@@ -41,7 +41,7 @@ def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
     of collectives, "together": what one process with all cores measured (CPU only), "seconds"}. Under "busy" and
     "together" "processors" is the share of their processors that the processes got: the least of all ranks. Where that
     is less than QUIET, "together" has no "chains": it tells nothing of threads. Raises RunFailed when the processes
-    cannot start or talk, CannotWork when they take far longer than asked for.
+    cannot start or connect, CannotWork when they take far longer than asked for.
     """
     began = time.monotonic()
     cuda = torch.cuda.is_available()
@@ -185,7 +185,7 @@ def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
             "all_reduce": partial(all_reduce, whole, group),
             "all_gather": partial(all_gather, part, group),
             "reduce_scatter": partial(reduce_scatter, whole, group),
-            "point_to_point": partial(_send_to_next, whole, rank),
+            "point_to_point": partial(_send_receive, whole, rank),
         }
         for name, call in calls.items():
             rows.append(
@@ -199,8 +199,8 @@ def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _send_to_next(tensor: Tensor, rank: int) -> None:
-    """Rank 0 sends to rank 1; the others look on."""
+def _send_receive(tensor: Tensor, rank: int) -> None:
+    """Rank 0 sends to rank 1; the others do nothing."""
     if rank == 0:
         dist.send(tensor, 1)
     elif rank == 1:

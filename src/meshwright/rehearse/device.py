@@ -107,7 +107,7 @@ class _BufferedSend:
 
 @contextmanager
 def holding_sent(kind: str) -> Iterator[None]:
-    """Makes sends over the fake process group keep what they send as gloo's do; NCCL's let go once waited for."""
+    """Makes sends over the fake process group keep what they send as gloo's do; NCCL's free it once waited for."""
     if kind != "cpu":
         yield
         return

@@ -80,7 +80,7 @@ def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | No
     """Runs a step of `choice`, a layout planned for `job` on devices like `device`, as each of `ranks` would, on fake
     tensors; by default as those of `ranks_to_rehearse`.
 
-    Takes seconds to a minute and no memory to speak of, for any number of devices. Raises InputError for a rank that
+    Takes seconds to a minute and hardly any memory, for any number of devices. Raises InputError for a rank that
     the layout has not, CannotWork for a model whose shapes depend on values.
     """
     layout = choice.layout

@@ -236,7 +236,7 @@ def _path(points: Iterable[Point], left: Scale, down: Scale) -> str:
 
 
 def _hovers(series: Sequence[Series], left: Scale, unit: str) -> tuple[Hover, ...]:
-    """Strips that tell their values when pointed at."""
+    """Strips that show their values when pointed at."""
     tables = [(s.name, dict(s.points)) for s in series if s.style != "guide"]
     steps = sorted({x for _, table in tables for x in table})
     if len(steps) > MOST_HOVERS:
@@ -247,6 +247,6 @@ def _hovers(series: Sequence[Series], left: Scale, unit: str) -> tuple[Hover, ..
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), 100.0]
     result = []
     for step, start, stop in zip(steps, edges[:-1], edges[1:], strict=True):
-        told = [f"{name} {spoken(table[step], unit)}" for name, table in tables if step in table]
-        result.append(Hover(round(start, 3), round(stop - start, 3), f"step {step:g} · " + " · ".join(told)))
+        values = [f"{name} {spoken(table[step], unit)}" for name, table in tables if step in table]
+        result.append(Hover(round(start, 3), round(stop - start, 3), f"step {step:g} · " + " · ".join(values)))
     return tuple(result)

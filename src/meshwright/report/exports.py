@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meshwright.files import toml_text
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
 from meshwright.plan.pipeline.actions import TABLE
@@ -101,7 +102,7 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
         omitted.append(f"{choice.precision}: bf16 is written; fp8 is a converter of the model there")
     nodes, each = recipe.nodes(layout)
     launch = f"torchrun --nnodes {nodes} --nproc_per_node {each} -m torchtitan.train --job.config_file torchtitan.toml"
-    text = _comments(plan, "torchtitan 0.2.2", omitted, f"start: {launch}") + _toml(tables)
+    text = _comments(plan, "torchtitan 0.2.2", omitted, f"start: {launch}") + "\n" + toml_text(tables)
     return Export("torchtitan", "0.2.2", {"torchtitan.toml": text}, tuple(omitted))
 
 
@@ -389,7 +390,7 @@ def _zero(plan: Plan, omitted: list[str]) -> dict[str, Any]:
 
 
 def _comments(plan: Plan, version: str, omitted: Sequence[str], note: str) -> str:
-    """Comment lines: whose words these are, the prediction, and what is left out."""
+    """Comment lines: the framework that they are for, the prediction, and what is left out."""
     seconds = plan.chosen.predicted.step_seconds
     lines = [
         f"For {version}; written by meshwright plan.",
@@ -413,19 +414,7 @@ def _options(words: Sequence[str | int | float]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = []
-    for name, table in tables.items():
-        parts.append(f"\n[{name}]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in table.items()))
-    return "".join(parts)
-
-
-def _value(value: Any) -> str:
-    """A value as TOML: what JSON writes is TOML too, for these kinds."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-#: By the name of the framework (plan/framework.py).
+#: By the name of the framework (plan/rules/frameworks.py).
 EXPORTERS: dict[str, Callable[[Plan, Recipe], Export]] = {
     "torchtitan": torchtitan,
     "megatron-lm": megatron,

@@ -339,10 +339,10 @@ def _stage_name(blocks: Sequence[str]) -> str:
 
 def _event_rows(record: RunRecord) -> list[dict[str, str]]:
     """The last MOST_EVENTS events that are not in the charts."""
-    told = [event for event in record.events if event["event"] not in ("step", "eval")][-MOST_EVENTS:]
+    shown = [event for event in record.events if event["event"] not in ("step", "eval")][-MOST_EVENTS:]
     start = next((event["time"] for event in record.events if is_number(event.get("time"))), 0.0)
     rows = []
-    for event in told:
+    for event in shown:
         after = event["time"] - start if is_number(event.get("time")) else None
         details = [
             f"{'took' if name == 'seconds' else name.replace('_', ' ')} {_detail(name, event[name])}"

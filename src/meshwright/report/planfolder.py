@@ -27,7 +27,7 @@ DRAFTS = ".plan-"
 
 
 def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
-    """The text of every file, by name. Other frameworks have no words for a batch that groups of devices share
+    """The text of every file, by name. Other frameworks cannot express a batch that groups of devices share
     unevenly: such a plan has no configuration for them."""
     layout = plan.chosen.layout
     files = {

@@ -231,7 +231,7 @@ def _figures(values: Mapping[str, float]) -> str:
 
 def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Console | None = None) -> None:
     """Follows a run's events until `until()` is true: one line that stays in place in a terminal, elsewhere a plain
-    line now and then. Talks on stderr unless given a console."""
+    line now and then. Writes to stderr unless given a console."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text

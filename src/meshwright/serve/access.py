@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """The token in `path`; raises InputError unless only its owner can read it and it is worth guessing at."""
+    """The token in `path`; raises InputError unless only its owner can read it and it is long enough."""
     where = "serve.token_file"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

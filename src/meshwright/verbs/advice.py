@@ -76,7 +76,7 @@ def _untrained(job: Job) -> str:
 
 
 def _reading(job: Job, card: Card) -> Reading:
-    """What a run of the job reads, as far as it can be told without reading any of it."""
+    """What a run of the job reads, as far as it is known without reading any of it."""
     from meshwright.plan.advice.strategies import Reading
 
     tokens = card.unit == "tokens"

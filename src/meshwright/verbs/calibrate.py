@@ -16,7 +16,7 @@ from meshwright.verbs.start import card_of_job, cluster_of_job
 if TYPE_CHECKING:
     from meshwright.plan.constants.profile import Profile
 
-#: How long `calibrate` measures a machine, unless told.
+#: How long `calibrate` measures a machine, unless asked for otherwise.
 MEASURED_SECONDS = 30.0
 
 logger = logging.getLogger("meshwright")

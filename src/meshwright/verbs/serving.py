@@ -128,7 +128,7 @@ def _summary(plan: ServingPlan) -> str:
 
 
 def _target(serve: Any, longest: int) -> Target:
-    """The target of a [serve] section; lengths that nobody says are usual ones, shorter where the model is."""
+    """The target of a [serve] section; lengths that are not given are usual ones, shorter where the model is."""
     from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS, Target
 
     room = min(longest, serve.max_len or longest)

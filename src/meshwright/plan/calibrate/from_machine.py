@@ -25,7 +25,7 @@ from meshwright.plan.cost.cpu import GATHER_BYTES, KEPT_LENGTH, OPTIMIZER_BYTES,
 
 WORDS = ("fp32", "bf16")
 BYTES = {"fp32": 4, "bf16": 2}
-#: Operations of a layer's forward pass as plan/cpu.py counts them, of the layer that the probe times.
+#: Operations of a layer's forward pass as plan/cost/cpu.py counts them, of the layer that the probe times.
 LAYER_OPERATIONS = {"fp32": 47, "bf16": 81}
 #: What adding gradients costs FSDP2's bf16 (fp32 sums of bf16 gradients) beyond plain bf16's, in bytes a parameter.
 MORE_ADDING = {"fp32": 0, "bf16": 12}
@@ -159,7 +159,7 @@ def _weight_rate(rows: Sequence[Mapping[str, Any]], start: float) -> float:
 def _attention(
     rows: Sequence[Mapping[str, Any]], word: str, peak: float, before: Mapping[str, float]
 ) -> dict[str, float]:
-    """Products of attention and the softmax of a score, forward and backward, as plan/cpu.py writes them."""
+    """Products of attention and the softmax of a score, forward and backward, as plan/cost/cpu.py writes them."""
     names = [f"cpu.attention.{word}.{end}" for end in ("share", "score_seconds", "score_backward_seconds")]
     terms, times = [], []
     for row in rows:

@@ -85,7 +85,7 @@ class Framework:
     selective: str = "attention"
     activation_offload: bool = False
     head_balanced: bool = False  # stages are cut by cost (ours); else equal counts of layers
-    # what it holds in memory (plan/memory.py)
+    # what it holds in memory (plan/cost/memory.py)
     holds: str = "masters"  # fp32 weights, sharded, and a passing copy; or "copies": whole, in the compute precision
     gradient_bytes: int = 4  # of the buffer that "copies" gather gradients in; 0 means the compute precision's
     reduces_each: bool = False  # sharded gradients are reduced after every micro-batch, so never whole

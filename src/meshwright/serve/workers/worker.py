@@ -63,7 +63,7 @@ class ActiveSequence:
 
 
 class Loop:
-    """Serves `engine` under `name` to whoever is at the other end of `connection`, until that says stop or is gone."""
+    """Serves `engine` under `name` to the server at the other end of `connection`, until it says stop or is gone."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Loop:
                     self._step()
                 self._send_counts()
         except channel.ChannelClosed:
-            pass  # the server is gone, and with it whoever wanted an answer
+            pass  # the server is gone, and nobody waits for an answer
         finally:
             with contextlib.suppress(channel.ChannelClosed):
                 self._send({"op": "lost"})
@@ -176,7 +176,7 @@ class Loop:
             self._send_events(out)
 
     def _after_failed_step(self, error: Exception) -> None:
-        """Lets go of everything that took part; the next requests get a clean engine, but for a broken one."""
+        """Drops every sequence, so that the next requests get a clean engine; raises `error` if steps keep failing."""
         log.error("a step failed", exc_info=error)
         self._failed_steps += 1
         if self._failed_steps >= self._may_fail_steps:
@@ -188,7 +188,7 @@ class Loop:
         self._engine_ids.clear()
 
     def _advance(self, event: TokenEvent) -> list[Any] | None:
-        """What `event` adds to its choice, as the channel has it; None for a choice that was let go meanwhile."""
+        """What `event` adds to its choice, as the channel has it; None for a choice that was dropped meanwhile."""
         sequence = self._sequences.get(event.id)
         if sequence is None:
             return None
