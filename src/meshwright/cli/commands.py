@@ -51,11 +51,12 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    found = verbs.check(options.job, options.overrides)
+    result = verbs.check(options.job, options.overrides)
     if options.json:
-        return _print_json(found)
+        return _print_json(result)
     print(f"{options.job}: nothing wrong")
-    lines = {"model": f"{found['model']}, {found['parameters']:,} parameters", "plan": found["plan"], **found["data"]}
+    model = f"{result['model']}, {result['parameters']:,} parameters"
+    lines = {"model": model, "plan": result["plan"], **result["data"]}
     for name, value in lines.items():
         print(f"  {name.replace('_', ' '):<18} {value:,}" if isinstance(value, int) else f"  {name:<18} {value}")
 
@@ -145,25 +146,25 @@ def _write(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _plan_exact(options: argparse.Namespace, given: dict[str, Any]) -> None:
-    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **given)
-    _write(found.plan, options)
+    result = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **given)
+    _write(result.plan, options)
     if options.json:
-        return _print_json(found.as_dict())
+        return _print_json(result.as_dict())
     from meshwright.report import terminal
     from meshwright.report.exact import exact_lines
 
-    terminal.show_plan(found.plan, _console())
-    for line in exact_lines(found.exact.as_dict()):
+    terminal.show_plan(result.plan, _console())
+    for line in exact_lines(result.exact.as_dict()):
         print(line)
 
 
 def _advise(options: argparse.Namespace) -> None:
-    found = verbs.advice(options.job, options.overrides, experience=options.advice)
+    result = verbs.advice(options.job, options.overrides, experience=options.advice)
     if options.json:
-        return _print_json(found.as_dict())
+        return _print_json(result.as_dict())
     from meshwright.report.outlook import advice_lines
 
-    for line in advice_lines(found):
+    for line in advice_lines(result):
         print(line)
 
 
@@ -177,14 +178,14 @@ def _plan_serving(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    found = verbs.verify(options.job, options.overrides, steps=options.steps)
+    result = verbs.verify(options.job, options.overrides, steps=options.steps)
     if options.json:
-        return _print_json(found)
-    print(f"equal: {found['layout']} and one device agree over {found['steps']} steps in {found['precision']}")
-    print(f"  largest relative difference: loss {found['loss']['relative']:.1e}, ", end="")
-    print(f"gradient {found['gradient']['relative']:.1e} (tolerance {found['tolerance']:.0e})")
-    if found["twin"]:
-        print(f"  shown on {found['twin']}: one process of this machine does not hold the model itself")
+        return _print_json(result)
+    print(f"equal: {result['layout']} and one device agree over {result['steps']} steps in {result['precision']}")
+    print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
+    print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
+    if result["twin"]:
+        print(f"  shown on {result['twin']}: one process of this machine does not hold the model itself")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -194,39 +195,39 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     start = {"profile": options.profile, "datasheet": options.datasheet}
-    found = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
+    result = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
     if options.json:
-        return _print_json(found)
-    if found["from"] != "cases":
-        return _show_measured(found)
-    error = found["mean_error"]
-    print(f"{found['out']}: fitted to {found['rows']} runs, {len(found['skipped'])} lines left out")
+        return _print_json(result)
+    if result["from"] != "cases":
+        return _show_measured(result)
+    error = result["mean_error"]
+    print(f"{result['out']}: fitted to {result['rows']} runs, {len(result['skipped'])} lines left out")
     print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
-    for one in found["moved"]:
+    for one in result["moved"]:
         print(f"  {one['constant']:<36} {one['from']:>12.5g} -> {one['to']:<12.5g} {one['unit']}")
-    for regime, one in found["corrections"].items():
+    for regime, one in result["corrections"].items():
         print(f"  correction of {regime}: {one['points']} points, {one['amplitude']:.0%} strong")
-    for regime, (low, high) in found["intervals"].items():
+    for regime, (low, high) in result["intervals"].items():
         print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
-    for bad in found["skipped"]:
+    for bad in result["skipped"]:
         say(f"left out: {bad['id']}: {bad['error']}")
 
 
-def _show_measured(found: Mapping[str, Any]) -> None:
+def _show_measured(result: Mapping[str, Any]) -> None:
     """What a run or the machine itself changed."""
-    if found["from"] == "machine":
-        print(f"{found['out']}: this machine, measured for {found['seconds']:.0f} s")
+    if result["from"] == "machine":
+        print(f"{result['out']}: this machine, measured for {result['seconds']:.0f} s")
     else:
-        low, high = found["interval"]
-        print(f"{found['out']}: {found['steps']} steps, noise {found['noise']:.1%}")
-        for part in found["parts"]:
+        low, high = result["interval"]
+        print(f"{result['out']}: {result['steps']} steps, noise {result['noise']:.1%}")
+        for part in result["parts"]:
             was, now = (part[when] / part["measured"] - 1 for when in ("before", "after"))
             print(f"  {part['name']:<12} {part['measured']:.4g} s measured; predicted {was:+.0%}, now {now:+.0%}")
-        for group, factor in found["factors"].items():
+        for group, factor in result["factors"].items():
             print(f"  {group:<12} takes {factor:.2f} times as long as was supposed")
         print(f"  90 % interval of layouts near: {low:.3f} to {high:.3f} times the middle")
         return
-    for one in found["changed"]:
+    for one in result["changed"]:
         print(f"  {one['constant']:<40} {one['from']:>10.4g} -> {one['to']:<10.4g} {one['unit']}: {one['what']}")
 
 
@@ -286,12 +287,12 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    found = verbs.doctor()
+    result = verbs.doctor()
     if options.json:
-        return _print_json(found)
+        return _print_json(result)
     from meshwright.report import terminal
 
-    terminal.show_doctor(found, _console())
+    terminal.show_doctor(result, _console())
 
 
 def _completion(options: argparse.Namespace) -> None:

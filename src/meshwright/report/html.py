@@ -150,8 +150,8 @@ def _summary(record: RunRecord) -> str:
         plan = record.plan
         return f"{plain(plan.parameters)} parameters on {plan.cluster}, laid out as {plan.chosen.layout}."
     done = int(record.steps[-1]["step"]) if record.steps else 0
-    asked = record.steps_of_job
-    text = f"{done:,} of {asked:,} steps" if asked else f"{done:,} steps"
+    total = record.steps_of_job
+    text = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
     times = [event["time"] for event in record.events if is_number(event.get("time"))]
     if len(times) > 1:
         text += f" in {seconds_in_words(times[-1] - times[0])}"
