@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +193,14 @@ def test_a_rack_joins_nodes_by_the_inner_link() -> None:
     assert (rack.nodes, rack.domain) == (32, 64)
     assert rack.link(64) is rack.intra and rack.link(65) is rack.inter
     assert named_cluster("h100-sxm-80gb", 64).domain == 8
+
+
+def test_memory_counts_the_container_and_its_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_CONTAINER", tmp_path)
+    assert 0 < cluster.available_memory_bytes() <= cluster.memory_bytes()
+    (tmp_path / "memory.max").write_text("9000000\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nfile 9\ninactive_file 2000000\nactive_file 500000\nslab 3\n")
+    assert (cluster.memory_bytes(), cluster.available_memory_bytes()) == (9_000_000, 4_500_000)
+    (tmp_path / "memory.current").write_text("12000000\n")
+    assert cluster.available_memory_bytes() == 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.run import RunFolder, write_atomic
+from meshwright.run import RunFolder
 
 
 def test_paths_of_a_run(tmp_path: Path) -> None:
@@ -23,20 +23,6 @@ def test_paths_of_a_run(tmp_path: Path) -> None:
     run.write_plan({"chosen": {"layout": {"dp": 2}}})
     assert run.job.read_text() == "[model]\n"
     assert json.loads(run.plan.read_text())["chosen"]["layout"] == {"dp": 2}
-
-
-def test_write_atomic_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, b"one", mode=0o600)
-    write_atomic(path, b"two", mode=0o600)
-    assert path.read_bytes() == b"two"
-    assert path.stat().st_mode & 0o777 == 0o600
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "inside").touch()
-    with pytest.raises(OSError):
-        write_atomic(folder, b"a file cannot replace a folder")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "folder"]
 
 
 def test_events_come_back_as_written(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The table has what each run was told and two counters of torch's allocator; a bl
 columns leave out is in the name of the case, which says what the case tests: `te` or not, rope, untied, MLA. What runs
 share besides (vocabularies, dropout of 0.1, 8 GPUs where nothing is said, the attention a deterministic run falls back
 to) is in the public configuration of the regression suite. The counters are of the last rank of the last stage, which
-is the one that writes logs. No constant is fitted: every figure follows from `plan.memory`.
+is the one that writes logs. No constant is fitted: every figure follows from `plan.cost.memory`.
 
     python bench/published/megatron_rows.py --data FOLDER
 """

@@ -1,8 +1,8 @@
 """Scores the planner on published measurements, beside the best that others have stated.
 
-    python bench/published/planner.py --data ../shared/published            the table (a few minutes)
-    python bench/published/planner.py --data ../shared/published --json     the same for machines
-    python bench/published/planner.py --data ../shared/published --write-default     fits and writes the shipped profile first
+    python bench/published/planner.py --data ../shared/published                    the table (a few minutes)
+    python bench/published/planner.py --data ../shared/published --json             the same for machines
+    python bench/published/planner.py --data ../shared/published --write-default    fits the shipped profile first
 
 Rows scored are never rows fitted. "datasheet" is fitted to nothing; "default" is one set of constants for all sources,
 and each row is predicted by a fit that has not seen its model in any source; "own rows" is fitted to a source's other

@@ -1,7 +1,7 @@
 """The serving plan's figures beside measured ones: published tables with --data, this machine's own engine without.
 
-    python bench/published/serving_plan.py                             our engine here: decoding and reading, batch 1 and 8
-    python bench/published/serving_plan.py --data ../shared/published  published latencies and throughputs, error by source
+    python bench/published/serving_plan.py                             our engine here: batch 1 and 8
+    python bench/published/serving_plan.py --data ../shared/published  published figures, error by source
 
 Nothing is fitted to any row of either. Published rows name a public model, a device, the split, the precision and the
 lengths; latencies were taken at a fixed number of clients, throughputs with all requests at once. Where a row does not

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -29,9 +28,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from bench.runs.fit import held_out, unfitted, write_default, write_intervals
 from bench.runs.models import MODELS, Run, runs
+from bench.runs.predicted import Measured, card_of, estimate, median_seconds, table
 from meshwright import launch, probe
 from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
@@ -39,28 +39,10 @@ from meshwright.layout import Layout
 from meshwright.plan.calibrate import TrainedRun, machine_profile
 from meshwright.plan.calibrate.from_run import correct_profile
 from meshwright.plan.constants import Profile, default_profile, load_profile
-from meshwright.plan.cost import Estimate, Estimator
+from meshwright.plan.cost import Estimator
 from meshwright.plan.workload import Workload
 
 WORLDS = (1, 2)
-Measured = dict[str, Any]
-
-
-def card_of(model: str) -> Card:
-    """The card that the planner sees."""
-    from bench.runs.worker import job_of
-    from meshwright.verbs import card_of_job
-
-    return card_of_job(job_of(model))
-
-
-class Cut(Estimator):
-    """The estimator of a run whose stages are already cut."""
-
-    first_blocks: tuple[int, ...] = (0,)
-
-    def stages(self, layout: Layout) -> tuple[int, ...]:
-        return self.first_blocks
 
 
 def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
@@ -71,21 +53,12 @@ def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names[start:stop]) for start, stop in zip(cut, (*cut[1:], len(names)), strict=True))
 
 
-def estimate(card: Card, one: Measured, batch: int, profile: Profile) -> Estimate:
-    """What the planner says of a measured run."""
-    layout = Layout(**one["layout"])
-    estimator = Cut(Workload(card, cpu_cluster(layout.devices), batch, one["precision"]), profile)
-    names = [block.name for block in card.blocks]
-    estimator.first_blocks = tuple(names.index(stage[0]) for stage in one["stages"])
-    return estimator.estimate(layout, exact=True)
-
-
 def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict[str, list[Measured]]:
-    """{model: [{layout, precision, stages, rounds: [[seconds]], cpu_seconds (rank 0), spans (by rank)}]}."""
-    asked: dict[str, list[Measured]] = {}
+    """The runs of each model."""
+    of_model: dict[str, list[Measured]] = {}
     for model in models:
         card, batch = card_of(model), MODELS[model][2]
-        asked[model] = [
+        of_model[model] = [
             {"layout": run.layout.as_dict(), "precision": run.precision, "stages": stages_of(card, run, batch)}
             for run in runs(model)
         ]
@@ -96,7 +69,7 @@ def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict
         for world in WORLDS
     ]
     with tempfile.TemporaryDirectory(prefix="meshwright-runs-") as folder:
-        payload = {"turns": turns, "asked": asked, "folder": folder, "warm": warm, "counted": counted}
+        payload = {"turns": turns, "asked": of_model, "folder": folder, "warm": warm, "counted": counted}
         worlds = [launch.local("bench.runs.worker:work", payload, size, folder) for size in WORLDS]
         try:
             (Path(folder) / "turn-0").touch()
@@ -113,57 +86,10 @@ def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict
                 world.stop()
     for model in models:
         left = {size: iter(zip(*(rank[model] for rank in answers[size]), strict=True)) for size in WORLDS}
-        for one in asked[model]:
+        for one in of_model[model]:
             ranks = next(left[Layout(**one["layout"]).devices])
             one.update(ranks[0], spans=[rank["spans"] for rank in ranks])
-    return asked
-
-
-def median_seconds(one: Measured) -> float:
-    """The run's step: the median of its rounds' medians."""
-    return statistics.median(statistics.median(seconds) for seconds in one["rounds"])
-
-
-def noise(one: Measured) -> float:
-    """Mean relative distance of the rounds from their median."""
-    middle = median_seconds(one)
-    return statistics.fmean(abs(statistics.median(seconds) / middle - 1) for seconds in one["rounds"])
-
-
-def table(
-    measured: Mapping[str, list[Measured]], profiles: Mapping[str, Profile], title: str
-) -> tuple[str, list[float]]:
-    """What each model's profile predicts beside what was measured, a row a run, then one a model; and the logarithm of
-    measured over predicted of every run."""
-    lines = ["", title, "", "| model | layout | measured, s | predicted, s | error | noise |"]
-    lines.append("|---|---|---|---|---|---|")
-    summary, logs = [], []
-    for model, found in measured.items():
-        card, profile = card_of(model), profiles[model]
-        guesses = [estimate(card, one, MODELS[model][2], profile).step_seconds for one in found]
-        seconds = [median_seconds(one) for one in found]
-        errors = [guess / second - 1 for guess, second in zip(guesses, seconds, strict=True)]
-        logs += [math.log(second / guess) for guess, second in zip(guesses, seconds, strict=True)]
-        for one, guess, second, error in zip(found, guesses, seconds, errors, strict=True):
-            name = f"{Layout(**one['layout'])} {one['precision']}"
-            lines.append(f"| {model} | {name} | {second:.3f} | {guess:.3f} | {error:+.0%} | {noise(one):.0%} |")
-        low, high = profile.interval("cpu", "meshwright", "node")
-        held = sum(low * guess <= second <= high * guess for guess, second in zip(guesses, seconds, strict=True))
-        regrets = []
-        for precision in sorted({one["precision"] for one in found}):
-            group = [index for index, one in enumerate(found) if one["precision"] == precision]
-            picked = min(group, key=lambda index: guesses[index])
-            best = min(group, key=lambda index: seconds[index])
-            regrets.append(f"{precision} {seconds[picked] / seconds[best] - 1:.0%}")
-        summary.append(
-            f"| {model} | {len(found)} | {statistics.fmean(map(abs, errors)):.1%} | {statistics.fmean(errors):+.1%} "
-            f"| {max(map(abs, errors)):.0%} | {statistics.fmean(map(noise, found)):.1%} | {held / len(found):.0%} "
-            f"| {', '.join(regrets)} |"
-        )
-    head = "| model | runs | mean error | bias | largest | noise | in the interval | regret of the pick |"
-    lines += ["", head, "|---|---|---|---|---|---|---|---|", *summary, ""]
-    lines.append(f"Mean error of all {len(logs)} runs: {statistics.fmean(abs(math.exp(-log) - 1) for log in logs):.1%}")
-    return "\n".join(lines), logs
+    return of_model
 
 
 def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str:
@@ -225,8 +151,6 @@ def main() -> None:
         print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     if options.save:
         options.save.write_text(json.dumps({"measured": measured, "machine": machine, "load": os.getloadavg()}))
-    from bench.runs.fit import held_out, unfitted, write_default, write_intervals
-
     profiles = [replace(unfitted(), name="microbenchmarks"), default_profile()]
     if machine:
         profiles.append(machine_profile(machine, cpu_cluster(), default_profile(), "shipped, then calibrate machine"))

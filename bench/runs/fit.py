@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from bench.runs import Measured, card_of, estimate, median_seconds, table
 from bench.runs.models import MODELS
+from bench.runs.predicted import Measured, card_of, estimate, median_seconds, table
 from meshwright.plan.calibrate.fit import Prior, fit
 from meshwright.plan.calibrate.from_cases import weighted_quantile
 from meshwright.plan.constants import Profile, default_profile

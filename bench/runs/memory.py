@@ -2,10 +2,10 @@
 
     python -m bench.runs.memory                  every case, each rank's worst, on this machine's CPU
     python -m bench.runs.memory --only tp pp     cases whose name has one of these words
-    python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula against rehearsal alone
+    python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula and rehearsal alone
 
-Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by the
-same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
+Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by
+the same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
 torch's profiler, on a GPU (`--gpu`) torch.cuda.max_memory_allocated.
 """
 
@@ -28,11 +28,11 @@ from meshwright.job import Job, job_to_toml
 from meshwright.launch import Context
 from meshwright.layout import Layout, coordinates
 from meshwright.rehearse import Peak, rehearse
-from meshwright.rehearse.ask import question
+from meshwright.rehearse.rehearsal import payload_of
 
 LLAMA = {"family": "llama", "layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": 2048}
 TIED = {**LLAMA, "tied_embeddings": True}
-EXAMPLES = str(Path(__file__).resolve().parents[1] / "examples")
+EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 DIGITS = {"module": "digits:build", "module_folder": EXAMPLES, "arguments": {"width": 32, "depth": 4}}
 LLAMA_8B = {
     "family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256,
@@ -152,14 +152,14 @@ def _rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         for index, (case, choice) in enumerate(zip(cases, choices, strict=True)):
             path = Path(folder, f"job-{index}.toml")
             path.write_text(job_to_toml(case.job))
-            questions.append(question(path, choice, kind))
-        # What gloo's own threads give back the CPU's profiler does not see, so only a process alone is asked.
+            questions.append(payload_of(path, choice, kind))
+        # What gloo's own threads give back the CPU's profiler does not see, so only a process alone is measured.
         payload = {"questions": questions, "steps": 3, "allocator": ranks == 1}
         environment = {"OMP_NUM_THREADS": "1", **({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
         with launch.local("meshwright.rehearse.work:measure", payload, ranks, folder, env=environment) as started:
             answers = started.wait()
         everyone = list(range(ranks))
-        payload = {"questions": [{**question, "ranks": everyone} for question in questions]}
+        payload = {"questions": [{**payload_of, "ranks": everyone} for payload_of in questions]}
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with launch.local("bench.runs.memory:rehearse_all", payload, 1, folder, env=environment) as started:
             rehearsed = started.wait()[0]
@@ -176,7 +176,7 @@ def rehearse_all(payload: Mapping[str, Any], context: Context) -> list[list[dict
     """What the process runs that rehearses a whole group of cases."""
     from meshwright.rehearse import work
 
-    return [work.rehearse(question, context) for question in payload["questions"]]
+    return [work.rehearse(payload_of, context) for payload_of in payload["questions"]]
 
 
 def _row(case: Case, peaks: Sequence[Peak], formulas: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The full proof of the layouts: every one up to some processes, against one device. Long; run by hand.
 
-    make proof                        every layout of 1, 2, 4 and 8 processes
+    make proof                             every layout of 1, 2, 4 and 8 processes
     python -m bench.runs.proof --most 4    of 1, 2 and 4
 
 Degrees x schedules x recompute x tied or untied embeddings, 20 steps of AdamW in fp32 each, with padding spread

@@ -1,6 +1,6 @@
 """A process of a training peer: plain torch, a Llama-style model, AdamW, bf16 autocast. Started by train.py.
 
-    python bench/train_peers.py SETTINGS.json RANK WORLD
+    python bench/speed/train_peers.py SETTINGS.json RANK WORLD
 
 Knows nothing of Meshwright. Reads its batches from a .npz; rank 0 prints a JSON line a step: step, seconds, loss, at
 (unix time of the step's end).

@@ -13,10 +13,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
+from meshwright.divisors import divisors
 from meshwright.errors import InputError, Problem, nearest_name
 
 GIB = 1024**3
 DEVICES_FILE = Path(__file__).with_name("devices.csv")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 AMD = "AuthenticAMD"
 #: Flops a cycle of one core: (vendor and family, flag, fp32, bf16); the first row that matches counts, "" any. AMD's
@@ -60,8 +62,8 @@ class Device:
 
     `kind` is "cpu" where host and device are one, else "cuda", whoever made it. `real_flops` holds the rates, by
     precision, that large matrix products were measured to reach, `real_memory_bytes_per_second` the memory's (0: never
-    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names kernels'
-    kin ("sm90").
+    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names the
+    architecture that kernels are built for ("sm90").
     """
 
     name: str
@@ -138,7 +140,7 @@ class Cluster:
         if self.devices_per_node < 1:
             raise InputError(Problem("cluster.devices_per_node", f"{self.devices_per_node} devices", "give 1 or more"))
         if self.devices % self.devices_per_node:
-            near = max(d for d in _divisors(self.devices) if d <= self.devices_per_node)
+            near = max(d for d in divisors(self.devices) if d <= self.devices_per_node)
             more = -(-self.devices // self.devices_per_node) * self.devices_per_node
             raise InputError(
                 Problem(
@@ -239,7 +241,7 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
     device = Device(
         name="CPU core" if threads == 1 else f"process on {threads} CPU cores",
         kind="cpu",
-        memory_bytes=_memory_bytes() // max(count, 1),
+        memory_bytes=memory_bytes() // max(count, 1),
         flops={precision: rate * speed for precision, rate in rates.items()},
         memory_bytes_per_second=CPU_MEMORY_BYTES_PER_SECOND * speed,
         launch_seconds=CPU_LAUNCH_SECONDS / share,
@@ -253,7 +255,7 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
 def available_cores() -> int:
     """Cores this process may use: its affinity, and the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = Path("/sys/fs/cgroup/cpu.max")
+    quota = _CONTAINER / "cpu.max"
     if quota.exists():
         allowed, period = quota.read_text().split()[:2]
         if allowed != "max":
@@ -261,8 +263,29 @@ def available_cores() -> int:
     return cores
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CONTAINER / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+    return total
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process may take without swapping: what the system can give, or the container if less.
+
+    Cached pages of files, which are dropped when memory is needed, count as available on both sides. All of the memory
+    where the system does not tell.
+    """
+    total = memory_bytes()
+    limits, system, used = [total], Path("/proc/meminfo"), _CONTAINER / "memory.current"
+    if system.exists():
+        limits += [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+)", system.read_text())]
+    if used.exists():
+        cached = re.findall(r"^(?:in)?active_file (\d+)", (_CONTAINER / "memory.stat").read_text(), re.MULTILINE)
+        limits.append(max(0, total - int(used.read_text()) + sum(map(int, cached))))
+    return min(limits)
 
 
 @cache
@@ -382,12 +405,3 @@ def _core_flops(maker: str, flags: frozenset[str], megahertz: float | None) -> t
         (a, b) for who, flag, a, b in CPU_FLOPS_PER_CYCLE if maker.startswith(who) and (not flag or flag in flags)
     )
     return {"fp32": fp32 * megahertz * 1e6, "bf16": bf16 * megahertz * 1e6}, assumed
-
-
-def _memory_bytes() -> int:
-    """Memory of this machine, or of the container where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-    return total

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RECOMPUTE = ("none", "selective", "full")
-#: Orders of work of a pipeline (`plan/pipeline/actions.py`); which of them a framework runs, `plan/rules/frameworks.py` says.
+#: Orders of work of a pipeline (`plan/pipeline/actions.py`); `plan/rules/frameworks.py` says which a framework runs.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev")
 
 #: Logical axis of a parameter's dimension -> mesh axis that splits it (None: none does). `placement.py` works from it,

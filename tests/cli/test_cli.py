@@ -68,7 +68,7 @@ def test_no_verb_shows_the_help(capsys: Output) -> None:
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
         (["train", "no-such.toml"], "no such job file"),
         (["generate", "no-such-run", "--prompt", "x"], "no-such-run"),
-        (["report", "no-such-run"], "is no run folder"),
+        (["report", "no-such-run"], "is not a run folder"),
         (["serve", "no-such-run", "serve.port=1"], "serve.port: unknown key"),
     ],
 )

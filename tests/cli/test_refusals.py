@@ -231,8 +231,8 @@ ONE_PROBLEM = [
     (3, "plan net.toml layout.pp=2", "does not name its blocks; give it an ordered nn.ModuleDict `blocks`; nearest"),
     # runs
     (2, "train job.toml --resume", "runs/job: holds no run to resume; leave --resume out to start one"),
-    (2, "report runs/none", "runs/none: is no run folder"),
-    (2, "report .", ".: is no run folder: it has no plan.json"),
+    (2, "report runs/none", "runs/none: is not a run folder"),
+    (2, "report .", ".: is not a run folder: it has no plan.json"),
     (2, "train job.toml --run net.py", "net.py: cannot be a run folder (File exists); name another with --run DIR"),
     (2, "train job.toml --run /proc/mine", "/proc/mine: cannot be a run folder"),
     (2, "generate runs/none --prompt x", "runs/none: is not a folder; name a run, a checkpoint, or a Hugging Face"),

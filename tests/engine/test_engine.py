@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.engine import Engine, Event, Request
+from meshwright.engine import Engine, Request, TokenEvent
 from meshwright.errors import CannotWork, InputError
 
 VOCAB = 199
@@ -19,8 +19,8 @@ def prompt(seed: int, length: int = 9) -> tuple[int, ...]:
     return tuple(draw.randrange(VOCAB) for _ in range(length))
 
 
-def drain(engine: Engine) -> dict[int, list[Event]]:
-    events: dict[int, list[Event]] = {}
+def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
+    events: dict[int, list[TokenEvent]] = {}
     while engine.running or engine.waiting:
         for event in engine.step():
             events.setdefault(event.id, []).append(event)

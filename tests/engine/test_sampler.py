@@ -9,7 +9,7 @@ import torch
 
 from meshwright.engine.request import Request
 from meshwright.engine.sampler import draw, sample
-from meshwright.engine.scheduler import Running
+from meshwright.engine.scheduler import RunningRequest
 
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))
 
@@ -59,8 +59,8 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 
 def test_greedy_and_logprobs() -> None:
-    wanted = Running(0, Request(prompt_ids=(1,), logprobs=True), 1, frozenset(), random.Random(0))
-    silent = Running(1, Request(prompt_ids=(1,)), 1, frozenset(), random.Random(0))
+    wanted = RunningRequest(0, Request(prompt_ids=(1,), logprobs=True), 1, frozenset(), random.Random(0))
+    silent = RunningRequest(1, Request(prompt_ids=(1,)), 1, frozenset(), random.Random(0))
     tokens, logprobs = sample(torch.stack((LOGITS, LOGITS)) + 3.0, [wanted, silent])
     assert tokens == [1, 1]
     assert logprobs[0] == pytest.approx(-0.9163, abs=1e-3) and logprobs[1] is None

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from meshwright.engine.request import Request
-from meshwright.engine.scheduler import Move, Running, Scheduler, Segment, Slots, Work
+from meshwright.engine.scheduler import Move, RunningRequest, Scheduler, Segment, Slots, Work
 
 _small = st.integers(0, 2**31)
 _works = st.builds(
@@ -53,9 +53,9 @@ def test_slots_are_dense_and_owned_once(count: int, actions: list[int]) -> None:
         assert len(set(slots.owners)) == slots.used <= count
 
 
-def make(id: int, prompt: int, new: int) -> Running:
+def make(id: int, prompt: int, new: int) -> RunningRequest:
     request = Request(prompt_ids=tuple(range(100, 100 + prompt)))
-    return Running(id=id, request=request, max_tokens=new, stop_ids=frozenset(), random=random.Random(id))
+    return RunningRequest(id=id, request=request, max_tokens=new, stop_ids=frozenset(), random=random.Random(id))
 
 
 class Memory:
@@ -78,7 +78,7 @@ class Memory:
             self.rows[slot][position] = token
         assert len(set(touched)) == len(touched), "no place is written twice in a step"
 
-    def sees(self, running: Running) -> list[int]:
+    def sees(self, running: RunningRequest) -> list[int]:
         return [self.rows[running.slot][p] for p in range(running.cached)]
 
 
@@ -132,7 +132,7 @@ def test_a_long_prompt_does_not_hold_up_those_that_run() -> None:
 
 def test_stop_ids_and_length_end_a_request() -> None:
     scheduler = Scheduler(1)
-    running = Running(0, Request(prompt_ids=(1,)), 9, frozenset({5}), random.Random(0))
+    running = RunningRequest(0, Request(prompt_ids=(1,)), 9, frozenset({5}), random.Random(0))
     scheduler.add(running)
     reasons = []
     for token in (3, 4, 5):

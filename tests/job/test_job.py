@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import InputError
+from meshwright.files import toml_text
 from meshwright.job import SMALL_JOB, Job, job_keys, job_to_toml, json_schema, load_job, read_serve
-from meshwright.job.file import key_lines, parse_value, toml_text
+from meshwright.job.file import key_lines, parse_value
 
 MODEL = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "ffn": 64, "vocab": 300}
 TRAIN = {"steps": 10, "lr": 1e-3, "global_batch": 4}

@@ -45,7 +45,7 @@ def test_results_come_back_by_rank_and_the_job_is_private(tmp_path: Path) -> Non
         assert result["payload"] == {"x": [1, "two"]}
         assert result["threads"] == "1"
         assert result["interface"] == "lo"
-        assert (result["folder_mode"], result["order_mode"]) == ("0o700", "0o600")
+        assert (result["folder_mode"], result["spec_mode"]) == ("0o700", "0o600")
         assert result["torch"] is False
     assert started.poll() == "done"
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(processes)}
@@ -147,9 +147,9 @@ def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
 
 
 def test_workers_outlive_the_thread_that_started_them(tmp_path: Path) -> None:
-    made: list[launch.Started] = []
-    order = ("workers:stubborn", {"folder": str(tmp_path)}, 1, tmp_path)
-    thread = threading.Thread(target=lambda: made.append(launch.local(*order, grace_seconds=0.1)))
+    made: list[launch.LocalProcesses] = []
+    arguments = ("workers:stubborn", {"folder": str(tmp_path)}, 1, tmp_path)
+    thread = threading.Thread(target=lambda: made.append(launch.local(*arguments, grace_seconds=0.1)))
     thread.start()
     thread.join()
     assert eventually(lambda: len(list(tmp_path.glob("ready-*"))) == 1)

@@ -21,7 +21,7 @@ def describe(payload: dict[str, Any], context: Context) -> dict[str, Any]:
         "threads": os.environ["OMP_NUM_THREADS"],
         "interface": os.environ["GLOO_SOCKET_IFNAME"],
         "folder_mode": oct(context.store_path.parent.stat().st_mode & 0o777),
-        "order_mode": oct((context.store_path.parent / "order.json").stat().st_mode & 0o777),
+        "spec_mode": oct((context.store_path.parent / "spec.json").stat().st_mode & 0o777),
         "torch": "torch" in sys.modules,
     }
 

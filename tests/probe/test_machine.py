@@ -89,7 +89,7 @@ def test_the_parts_take_as_many_measurements_as_they_say(monkeypatch: pytest.Mon
 def test_what_is_late_shortens_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace = probe.Pace(110.0, 4)
+    pace = probe.TimeBudget(110.0, 4)
     assert pace() == 2.5
     now[0] = 107.0
     assert pace() == 1.0
@@ -102,16 +102,16 @@ def test_the_starts_come_off_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 104.0)
     payload = {"kind": "cpu", "began": 100.0, "until": 130.0}
     whole, rest = parts.timings("cpu", True), parts.timings("cpu", False)
-    first = probe._pace({**payload, "whole": True, "again": True})
+    first = probe._time_budget({**payload, "whole": True, "again": True})
     assert first.until == pytest.approx(104 + 22 * whole / (whole + rest)) and first.timings == probe.ROUNDS * whole
-    assert probe._pace({**payload, "whole": False, "again": False}).until == 130.0
+    assert probe._time_budget({**payload, "whole": False, "again": False}).until == 130.0
 
 
 def test_processes_that_do_not_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "LEAST_SECONDS", 0.2)
     with pytest.raises(CannotWork, match=r"did not end within 0 s.*; measure again when it is quiet"):
         machine(seconds=0.01)
-    assert max(probe.PATIENCE * 300, probe.LEAST_SECONDS) > probe.MOST_SECONDS  # what holds for `--seconds 300`
+    assert max(probe.TIMEOUT_FACTOR * 300, probe.LEAST_SECONDS) > probe.MOST_SECONDS  # what holds for `--seconds 300`
     assert probe.MOST_SECONDS + 5 < 300
 
 
@@ -127,7 +127,7 @@ def test_the_better_figure_of_two_rounds_counts() -> None:
         "read_bytes_per_second": 9.0,
         "chains": [1.0],
     }
-    assert probe._quieter(one, other) == probe._quieter(other, one) == best
+    assert probe._better(one, other) == probe._better(other, one) == best
 
 
 @pytest.fixture

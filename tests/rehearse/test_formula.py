@@ -9,7 +9,7 @@ import pytest
 from meshwright import verbs
 from meshwright.job import Job, job_to_toml
 from meshwright.layout import Layout
-from meshwright.rehearse.ask import question
+from meshwright.rehearse.rehearsal import payload_of
 
 #: Largest relative distance of the formula from the rehearsal that the cases below may show.
 BAND = 0.065
@@ -43,7 +43,7 @@ def distances(layout: Layout, precision: str, folder: Path) -> dict[int, float]:
     chosen = verbs.plan(job).chosen
     path = folder / "job.toml"
     path.write_text(job_to_toml(job))
-    run = tracked_run(question(path, chosen, "cuda"))
+    run = tracked_run(payload_of(path, chosen, "cuda"))
     column = layout.devices // layout.pp
     found = {stage: rehearsed(run, stage * column).total for stage in range(layout.pp)}
     return {stage: chosen.memory[stage].allocated / total - 1 for stage, total in found.items()}

@@ -163,7 +163,7 @@ def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int
 def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name: str) -> None:
     written = export(name, plan(*made), RECIPE)
     text = "\n".join(written.files.values())
-    assert all(f"# not said here: {' '.join(sentence.split())}" in text for sentence in written.unsaid)
+    assert all(f"# not said here: {' '.join(sentence.split())}" in text for sentence in written.omitted)
     assert written.version in text
 
 
@@ -189,9 +189,9 @@ def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name:
     ],
 )
 def test_what_a_framework_lacks_is_named(name: str, layout: Layout, expected: str) -> None:
-    unsaid = export(name, plan(layout, 4), RECIPE).unsaid
-    named = any(expected in sentence for sentence in unsaid)
-    assert named == (layout != Layout(pp=3)), unsaid  # even stages need no word
+    omitted = export(name, plan(layout, 4), RECIPE).omitted
+    named = any(expected in sentence for sentence in omitted)
+    assert named == (layout != Layout(pp=3)), omitted  # even stages need no word
 
 
 def test_a_mixture_is_said_where_there_are_words_for_it() -> None:
@@ -201,21 +201,21 @@ def test_a_mixture_is_said_where_there_are_words_for_it() -> None:
     assert json.loads(words["--moe-layer-freq"]) == [0, *[1] * 15]
     made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), recipe)
     assert titan(made)["model"]["name"] == "deepseek_v3"
-    assert any("8 experts of width 704, 2 to a token" in sentence for sentence in made.unsaid)
+    assert any("8 experts of width 704, 2 to a token" in sentence for sentence in made.omitted)
 
 
 def test_a_kind_that_torchtitan_lacks_is_not_called_another() -> None:
     mixtral = replace(MIXTURE, hf_type="mixtral")
     made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), replace(RECIPE, shape=mixtral))
     assert titan(made)["model"]["name"] == "planned"
-    assert any("torchtitan has no mixtral" in sentence for sentence in made.unsaid)
+    assert any("torchtitan has no mixtral" in sentence for sentence in made.omitted)
 
 
 def test_megatron_is_asked_for_the_overlap_that_was_predicted() -> None:
     for framework, overlaps in (("megatron-lm", False), ("megatron-bridge", True)):
         made = export("megatron-lm", replace(plan(Layout(dp=8), 2), framework=framework), RECIPE)
         assert ("--overlap-grad-reduce" in megatron(made)[1]) == overlaps
-        assert any("overlap, since" in sentence for sentence in made.unsaid) != overlaps
+        assert any("overlap, since" in sentence for sentence in made.omitted) != overlaps
 
 
 def test_megatron_trains_what_was_planned() -> None:
@@ -224,13 +224,13 @@ def test_megatron_trains_what_was_planned() -> None:
     words = megatron(made)[1]
     assert words["--attention-dropout"] == words["--hidden-dropout"] == "0"  # 0.1 unless it is said
     assert words["--window-size"] == "4095,0"  # tokens before a token, and after it
-    assert any("what a gemma is beside its sizes" in sentence for sentence in made.unsaid)
+    assert any("what a gemma is beside its sizes" in sentence for sentence in made.omitted)
     bloom = replace(DENSE, gated=False, norm="layer", hf_type="bloom")
     assert megatron(export("megatron-lm", plan(Layout(), 2), replace(RECIPE, shape=bloom)))[1][
         "--position-embedding-type"
     ] == ("none")
     plain = export("megatron-lm", plan(Layout(), 2), RECIPE)
-    assert not any("beside its sizes" in sentence for sentence in plain.unsaid)
+    assert not any("beside its sizes" in sentence for sentence in plain.omitted)
 
 
 def test_precisions_and_odd_names_are_written_whole() -> None:
@@ -243,7 +243,7 @@ def test_precisions_and_odd_names_are_written_whole() -> None:
     )
     odd = Recipe(None, seq_len=1, steps=1, lr=1.0, devices_per_node=1)
     for name in EXPORTERS:
-        assert any("the model" in sentence for sentence in export(name, whole, odd).unsaid)
+        assert any("the model" in sentence for sentence in export(name, whole, odd).omitted)
 
 
 def test_a_shell_reads_megatrons_script(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
     assert config["gradient_clipping"] == 0.5
     assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.85], "eps": 1e-6, "weight_decay": 0.3}
     assert config["scheduler"]["type"] == ("WarmupCosineLR" if decay == "cosine" else "WarmupLR")
-    assert any("decay over the last 30%" in sentence for sentence in made.unsaid) == (decay == "wsd")
+    assert any("decay over the last 30%" in sentence for sentence in made.omitted) == (decay == "wsd")
 
 
 def test_positions_that_are_scaled_are_said_or_named() -> None:
@@ -411,5 +411,5 @@ def test_positions_that_are_scaled_are_said_or_named() -> None:
     made = export("megatron-lm", plan(Layout(), 2), llama3)
     assert megatron(made)[1]["--rope-scaling-factor"] == "32.0"
     other = export("megatron-lm", plan(Layout(), 2), linear)
-    assert any('"linear"' in sentence and "unscaled" in sentence for sentence in other.unsaid)
-    assert any('"linear"' in sentence for sentence in export("torchtitan", plan(Layout(), 2), linear).unsaid)
+    assert any('"linear"' in sentence and "unscaled" in sentence for sentence in other.omitted)
+    assert any('"linear"' in sentence for sentence in export("torchtitan", plan(Layout(), 2), linear).omitted)

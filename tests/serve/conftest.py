@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from meshwright.engine import Event, Request
+from meshwright.engine import Request, TokenEvent
 from meshwright.engine.request import check
 from meshwright.serve.access import Access
-from meshwright.serve.server import Addresses, Wires
+from meshwright.serve.server import Addresses, ModelServer
 from meshwright.serve.workers.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer
 from meshwright.serve.workers.served import ServedModel
 from meshwright.serve.workers.worker import Loop
@@ -68,7 +68,7 @@ class EchoEngine:
     def cancel(self, id: int) -> bool:
         return self.requests.pop(id, None) is not None
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         time.sleep(self.step_seconds)
         if self.fail_next_steps:
             self.fail_next_steps -= 1
@@ -84,7 +84,7 @@ class EchoEngine:
                 reason = "length"
             if reason:
                 del self.requests[id]
-            events.append(Event(id, token, reason))
+            events.append(TokenEvent(id, token, reason))
         return events
 
 
@@ -128,11 +128,11 @@ class Server:
         self._stop = asyncio.Event()
         async with in_thread(self.engine) as model, Renderer(self._template) as renderer:
             self.model = model
-            wires = Wires(model, renderer, Access("127.0.0.1", self._token), "127.0.0.1")
-            self.addresses: Addresses = await wires.start(0, 0)
+            server = ModelServer(model, renderer, Access("127.0.0.1", self._token), "127.0.0.1")
+            self.addresses: Addresses = await server.start(0, 0)
             self._ready.set()
             await self._stop.wait()
-            await wires.stop(1.0)
+            await server.stop(1.0)
 
     def __enter__(self) -> Server:
         self._thread.start()

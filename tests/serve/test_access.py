@@ -10,7 +10,7 @@ from google.protobuf import empty_pb2
 from meshwright.errors import InputError
 from meshwright.serve.access import Access, is_loopback, read_token
 from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
-from meshwright.serve.protocols.http import HttpWire
+from meshwright.serve.protocols.http import HttpEndpoints
 
 TOKEN = "canary-0123456789abcdef"
 
@@ -53,7 +53,8 @@ def locked(start, echo):
     return start(echo(), token=TOKEN)
 
 
-ROUTES = sorted((route.path, method) for route in HttpWire.routes(HttpWire(None, None)) for method in route.methods)  # type: ignore[arg-type]
+ENDPOINTS = HttpEndpoints(None, None)  # type: ignore[arg-type]
+ROUTES = sorted((route.path, method) for route in ENDPOINTS.routes() for method in route.methods)
 WRONG = [{}, {"authorization": "Bearer"}, {"authorization": TOKEN}, {"authorization": f"Bearer {TOKEN}x"},
          {"authorization": f"Basic {TOKEN}"}, {"authorization": f"Bearer {TOKEN[:-1]}"}]  # fmt: skip
 

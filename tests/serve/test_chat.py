@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from meshwright.errors import InputError
-from meshwright.serve.refusal import Refusal
+from meshwright.serve.errors import RequestError
 from meshwright.serve.workers.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer, read_chat_template
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -94,7 +94,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_as_refusals(name):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestError) as caught:
         render(HOSTILE[name])
     assert caught.value.status == 400
     assert "0x" not in caught.value.message and "root:" not in caught.value.message
@@ -115,7 +115,7 @@ def test_renderer_goes_on_after_a_hostile_render():
     async def go() -> list[str]:
         source = "{% if messages[0].content == 'loop' %}" + HOSTILE["endless"] + "{% endif %}ok"
         async with Renderer(ChatTemplate(source, {}, own=True), cpu_seconds=0.5) as renderer:
-            with pytest.raises(Refusal):
+            with pytest.raises(RequestError):
                 await renderer.render([{"role": "user", "content": "loop"}])
             asking = asyncio.create_task(renderer.render([{"role": "user", "content": "loop"}]))
             await asyncio.sleep(0.05)

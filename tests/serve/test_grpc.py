@@ -1,4 +1,4 @@
-"""The gRPC wire with the generated stub, on real sockets."""
+"""gRPC with the generated stub, on real sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def request(data: bytes | str = b"abc", model: str = "echo", **fields):
     return inference_pb2.PredictionsRequest(model_name=model, input={"data": data}, **fields)
 
 
-def test_the_wire_is_torchserves():
+def test_the_service_is_torchserves():
     service = inference_pb2.DESCRIPTOR.services_by_name["InferenceAPIsService"]
     assert service.full_name == "org.pytorch.serve.grpc.inference.InferenceAPIsService"
     assert [method.name for method in service.methods] == ["Ping", "Predictions", "StreamPredictions"]

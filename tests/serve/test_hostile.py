@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from meshwright.serve.errors import RequestError
 from meshwright.serve.protocols.requests import UNSUPPORTED, ChatRequest, CompletionRequest, parse_object, read_request
-from meshwright.serve.refusal import Refusal
 
 CLIENT = httpx.Client(verify=False, timeout=60)  # one for all: making a client costs more than asking with it
 NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *UNSUPPORTED})
@@ -79,11 +79,13 @@ def test_compressed_bodies_are_refused(server):
 @hypothesis.given(body=BODIES | LIKELY)
 def test_what_is_read_is_within_bounds(body):
     try:
-        asks = read_request(CompletionRequest, parse_object(json.dumps(body).encode())).asks()
-    except Refusal as refusal:
-        assert refusal.status == 400
+        requests = read_request(CompletionRequest, parse_object(json.dumps(body).encode())).generations()
+    except RequestError as error:
+        assert error.status == 400
         return
-    for ask in asks:
-        assert ask.max_tokens is not None and ask.max_tokens >= 1
-        assert 0 <= ask.temperature <= 2 and 0 < ask.top_p <= 1 and 0 <= ask.min_p <= 1 and ask.top_k >= 0
-        assert all(type(token) is int and token >= 0 for token in ask.prompt) or isinstance(ask.prompt, str)
+    for request in requests:
+        assert request.max_tokens is not None and request.max_tokens >= 1
+        assert (
+            0 <= request.temperature <= 2 and 0 < request.top_p <= 1 and 0 <= request.min_p <= 1 and request.top_k >= 0
+        )
+        assert all(type(token) is int and token >= 0 for token in request.prompt) or isinstance(request.prompt, str)

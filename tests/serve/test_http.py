@@ -1,4 +1,4 @@
-"""The HTTP wire on real sockets, with OpenAI's own client and with raw bytes."""
+"""HTTP on real sockets, with OpenAI's own client and with raw bytes."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def gone(pids: set[int]) -> bool:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_real_model_on_both_wires(tiny_folder, tmp_path, until, tp):
+def test_a_real_model_over_both_protocols(tiny_folder, tmp_path, until, tp):
     with serving(tiny_folder, tmp_path / "ready", until, tp=tp) as (process, at):
         assert at["model"] == "tiny-llama" and at["pid"] == process.process.pid
         client = openai.OpenAI(base_url=at["http"] + "/v1", api_key="none", max_retries=0)

@@ -21,7 +21,7 @@ from meshwright.families.decoder import parameters
 from meshwright.families.llama.card import hf_names, shape_from_hf
 from meshwright.job import SMALL_JOB
 from meshwright.job.sections import ServeSection
-from meshwright.verbs.serving import serving_plan, settle
+from meshwright.verbs.serving import plan_settings, serving_plan
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -124,15 +124,15 @@ def test_a_faulty_wish_is_not_answered_with_a_training_plan(llama: Path) -> None
 def test_serve_takes_what_is_open_from_the_plan(tmp_path: Path) -> None:
     tiny = {**CONFIG, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = folder_of({**tiny, "intermediate_size": 128, "vocab_size": 512}, tmp_path / "tiny")
-    open_ = settle(folder, ServeSection())
+    open_ = plan_settings(folder, ServeSection())
     assert open_.settings.max_batch == open_.plan.chosen.max_batch >= 1 and open_.settings.tp == open_.plan.chosen.tp
     assert open_.settings.max_len == 8192 and open_.precision == "bf16"
-    pinned = settle(folder, ServeSection(max_batch=3, tp=1, max_len=100, precision="fp32"))
+    pinned = plan_settings(folder, ServeSection(max_batch=3, tp=1, max_len=100, precision="fp32"))
     assert (pinned.settings.max_batch, pinned.settings.tp, pinned.settings.max_len) == (3, 1, 100)
     assert pinned.precision == "fp32"
-    hurried = settle(folder, ServeSection(tpot_seconds=1e-9))
-    assert "nearest: serve.tpot_seconds=" in hurried.said and hurried.settings.max_batch >= 1
-    heads = settle(folder, ServeSection(max_batch=1))
+    hurried = plan_settings(folder, ServeSection(tpot_seconds=1e-9))
+    assert "nearest: serve.tpot_seconds=" in hurried.summary and hurried.settings.max_batch >= 1
+    heads = plan_settings(folder, ServeSection(max_batch=1))
     assert heads.settings.tp in (1, 2)
 
 
@@ -140,9 +140,9 @@ def test_serve_refuses_what_cannot_fit_before_it_reads_a_weight(tmp_path: Path) 
     huge = {**CONFIG, "num_hidden_layers": 126, "hidden_size": 16384, "num_attention_heads": 128}
     folder = folder_of({**huge, "intermediate_size": 53248}, tmp_path / "huge")
     with pytest.raises(CannotWork, match=r"needs [\d.]+ GiB a device.*nearest"):
-        settle(folder, ServeSection())
+        plan_settings(folder, ServeSection())
     with pytest.raises(CannotWork, match=r"heads do not divide|key heads do not divide"):
-        settle(folder_of(CONFIG, tmp_path / "llama"), ServeSection(tp=3))
+        plan_settings(folder_of(CONFIG, tmp_path / "llama"), ServeSection(tp=3))
 
 
 def test_serve_starts_as_planned(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_serve_starts_as_planned(tmp_path: Path) -> None:
         assert line, server.stderr.read()
         shown = httpx.get(json.loads(line)["http"] + "/metrics", timeout=30).text
         server.send_signal(signal.SIGTERM)
-        _, said = server.communicate(timeout=60)
+        _, summary = server.communicate(timeout=60)
     assert server.returncode == 0
-    assert "serving plan: tp 1, up to" in said and "128 tokens" in said
+    assert "serving plan: tp 1, up to" in summary and "128 tokens" in summary
     assert 'meshwright_predicted{figure="tokens_per_second"}' in shown
     assert 'meshwright_predicted{figure="token_seconds"}' in shown
 

@@ -49,10 +49,10 @@ def test_the_first_tensor_beyond_the_tolerance_is_named(tmp_path: Path) -> None:
     whole(other, 1, a=torch.ones(4), b=torch.ones(4) * (1 + 1e-7))
     whole(other, 2, a=torch.ones(4), b=torch.ones(4) * 1.5)
     found = compare(one, other, [(1.0, 1.0), (1.0, 1.0)], 1e-5)
-    assert found.parted is not None and (found.parted.step, found.parted.tensor) == (2, "b")
+    assert found.first_beyond is not None and (found.first_beyond.step, found.first_beyond.tensor) == (2, "b")
     assert found.gradient.relative == pytest.approx(0.5)
-    assert compare(one, other, [(1.0, 1.0)], 1e-5).parted is None
-    first = compare(one, other, [(2.0, 2.1), (1.0, 1.0)], 1e-5).parted
+    assert compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond is None
+    first = compare(one, other, [(2.0, 2.1), (1.0, 1.0)], 1e-5).first_beyond
     assert first is not None and (first.step, first.tensor) == (1, "loss")
 
 
@@ -60,17 +60,17 @@ def test_a_small_tensor_is_judged_against_the_whole(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     whole(one, 1, big=torch.ones(100), noise=torch.full((4,), 1e-9))
     whole(other, 1, big=torch.ones(100), noise=torch.full((4,), -1e-9))
-    assert compare(one, other, [(1.0, 1.0)], 1e-5).parted is None
+    assert compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond is None
     whole(other, 1, big=torch.ones(100), noise=torch.full((4,), 1e-2))
-    parted = compare(one, other, [(1.0, 1.0)], 1e-5).parted
-    assert parted is not None and parted.tensor == "noise"
+    first_beyond = compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond
+    assert first_beyond is not None and first_beyond.tensor == "noise"
 
 
 def test_not_a_number_parts_and_missing_tensors_are_an_error(tmp_path: Path) -> None:
     one, other, third = tmp_path / "one", tmp_path / "other", tmp_path / "third"
     whole(one, 1, a=torch.ones(2))
     whole(other, 1, a=torch.ones(2))
-    assert compare(one, other, [(1.0, float("nan"))], 1e-5).parted is not None
+    assert compare(one, other, [(1.0, float("nan"))], 1e-5).first_beyond is not None
     whole(third, 1, a=torch.ones(2), b=torch.ones(2))
     with pytest.raises(ValueError, match=r"only one of the two.*b"):
         compare(one, third, [(1.0, 1.0)], 1e-5)

@@ -1,4 +1,4 @@
-"""Reading and writing single files with care: size caps, no links, strict JSON, atomic replacement."""
+"""Reading and writing single files with care: size caps, no links, strict JSON."""
 
 from __future__ import annotations
 
@@ -94,28 +94,6 @@ def write_durably(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Writes `path` so that a reader sees the old content or the new, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        if durable:
-            stream.flush()
-            os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    if durable:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -14,9 +14,9 @@ import re
 import shutil
 from pathlib import Path
 
-from meshwright.checkpoint.files import sync_folder
 from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest
 from meshwright.errors import InputError
+from meshwright.files import sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshwright.checkpoint.files import dump_json, parse_json, replace_file
+from meshwright.checkpoint.files import dump_json, parse_json
 from meshwright.checkpoint.folder import step_folder
 from meshwright.errors import Problem, RunFailed
+from meshwright.files import write_atomic
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Rendezvous:
         for part in ("model", "state"):
             (self.partial / part).mkdir(parents=True)
         record = {"nonce": self.nonce, "step": self.step, "world": self.world}
-        replace_file(self._saving / "begin.json", dump_json(record))
+        write_atomic(self._saving / "begin.json", dump_json(record), durable=False)
 
     def gather_hellos(self) -> list[Any]:
         """Rank 0: what each rank brought in `say_hello`, by rank, once all answered this save's nonce."""
@@ -73,7 +74,7 @@ class Rendezvous:
     def publish_plan(self, places: dict[str, Any]) -> None:
         """Rank 0: tells everyone where the model's tensors go; the files must be there already."""
         ids = [self._ids[rank] for rank in range(self.world)]
-        replace_file(self.partial / "plan.json", dump_json({"ids": ids, "places": places}))
+        write_atomic(self.partial / "plan.json", dump_json({"ids": ids, "places": places}), durable=False)
 
     def gather_parts(self) -> list[Any]:
         """Rank 0: every rank's report, by rank. RunFailed with a rank's own words if one failed. Removes the files."""
@@ -97,14 +98,14 @@ class Rendezvous:
     def end(self, error: str = "") -> None:
         """Rank 0: tells everyone that the checkpoint is committed, or why it is not."""
         ids = {str(rank): word for rank, word in self._ids.items()}
-        replace_file(self._saving / "end.json", dump_json({"ids": ids, "error": error}))
+        write_atomic(self._saving / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
 
     # Every rank
 
     def say_hello(self, tensors: Any) -> None:
         """Answers rank 0's announcement. Rank 0 calls this too, after `begin`."""
         record = {"nonce": self.nonce, "id": self.id, "tensors": tensors}
-        replace_file(self._saving / f"hello-{self.rank}.json", dump_json(record))
+        write_atomic(self._saving / f"hello-{self.rank}.json", dump_json(record), durable=False)
 
     def await_plan(self, tensors: Any) -> dict[str, Any]:
         """Answers announcements of this step until rank 0 takes the answer up; returns where the tensors go.
@@ -130,7 +131,7 @@ class Rendezvous:
 
     def report(self, part: dict[str, Any]) -> None:
         """Leaves what this rank wrote (or why it could not) for rank 0."""
-        replace_file(self._part(self.rank), dump_json({"id": self.id, **part}))
+        write_atomic(self._part(self.rank), dump_json({"id": self.id, **part}), durable=False)
 
     def await_end(self) -> None:
         """Waits for the commit. RunFailed with rank 0's words if there is none."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meshwright.checkpoint.files import dump_json, replace_file, sync_folder, write_at, write_durably
+from meshwright.checkpoint.files import dump_json, write_at, write_durably
 from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed_folders, prune
 from meshwright.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -29,6 +29,7 @@ from meshwright.checkpoint.model_folder import ModelFolder, plan_files
 from meshwright.checkpoint.rendezvous import Rendezvous
 from meshwright.checkpoint.tensors import CODES, DTYPES, build_header, cover_fault, runs, to_bytes
 from meshwright.errors import MeshwrightError, Problem, RunFailed
+from meshwright.files import sync_folder, write_atomic
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
 
@@ -303,7 +304,7 @@ def _commit(
     )
     for part in ("model", "state"):
         sync_folder(rendezvous.partial / part)
-    replace_file(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest), durable=True)
+    write_atomic(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest))
     commit_folder(rendezvous.root, save.step, rendezvous.nonce)
 
 

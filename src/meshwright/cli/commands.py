@@ -1,4 +1,4 @@
-"""What each verb does on the command line: calls its function in verbs.py, shows the result. stdout is the result."""
+"""What each verb does on the command line: calls its function in `verbs`, shows the result."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshwright import verbs
+from meshwright.cli.output import say
 from meshwright.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshwright.launch import Started
+    from meshwright.launch import LocalProcesses
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
@@ -34,7 +35,7 @@ def _console() -> Console:
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # a reader that leaves is cli.py's matter, as for any other output
+            raise BrokenPipeError  # main.py ends in order when a reader leaves, as for any other output
 
     screen = Screen(highlight=False)
     # A terminal that says it has no columns (COLUMNS=0, some job queues) would get nothing at all.
@@ -50,11 +51,12 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    found = verbs.check(options.job, options.overrides)
+    result = verbs.check(options.job, options.overrides)
     if options.json:
-        return _print_json(found)
+        return _print_json(result)
     print(f"{options.job}: nothing wrong")
-    lines = {"model": f"{found['model']}, {found['parameters']:,} parameters", "plan": found["plan"], **found["data"]}
+    model = f"{result['model']}, {result['parameters']:,} parameters"
+    lines = {"model": model, "plan": result["plan"], **result["data"]}
     for name, value in lines.items():
         print(f"  {name.replace('_', ' '):<18} {value:,}" if isinstance(value, int) else f"  {name:<18} {value}")
 
@@ -70,7 +72,7 @@ def _explain(options: argparse.Namespace) -> None:
     rows = verbs.explain(options.job, overrides, keys)
     if options.json:
         return _print_json(rows)
-    from meshwright.job.file import toml_value
+    from meshwright.files import toml_value
 
     shown = [
         (row["key"], "-" if row["value"] is None else toml_value(row["value"]), row["origin"], row["meaning"])
@@ -89,16 +91,16 @@ def _plan(options: argparse.Namespace) -> None:
         for axis, mesh_axis in table.items():
             print(f"{axis:<10} {mesh_axis or '-'}")
         return
-    _refuse_unread(options)
+    _check_flags(options)
     if options.serving:
         return _plan_serving(options)
     if options.advice:
         return _advise(options)
     words = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
-    asked = {name: word for name, word in words.items() if word is not None}
+    given = {name: word for name, word in words.items() if word is not None}
     if options.exact or options.ranks is not None:
-        return _plan_exact(options, asked)
-    plan = verbs.plan(options.job, options.overrides, **asked)
+        return _plan_exact(options, given)
+    plan = verbs.plan(options.job, options.overrides, **given)
     _write(plan, options)
     if options.json:
         return _print_json(plan.as_dict())
@@ -107,8 +109,8 @@ def _plan(options: argparse.Namespace) -> None:
     terminal.show_plan(plan, _console())
 
 
-#: Ways of asking for a plan -> flags that they do not read, by their names among the options.
-UNREAD: Mapping[str, Mapping[str, str]] = {
+#: Kinds of plan -> flags that they do not read, by their names among the options.
+UNREAD_FLAGS: Mapping[str, Mapping[str, str]] = {
     "serving": {
         "advice": "--advice",
         "exact": "--exact",
@@ -128,41 +130,41 @@ UNREAD: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def _refuse_unread(options: argparse.Namespace) -> None:
-    """Raises InputError for flags that the way of asking would pass over without a word."""
-    for way, unread in UNREAD.items():
-        said = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
-        if getattr(options, way) and said:
-            what = f"--{way} does not read {', '.join(said)}"
-            raise InputError(Problem("command line", what, f"leave out {', '.join(said)}, or --{way}"))
+def _check_flags(options: argparse.Namespace) -> None:
+    """Raises InputError for flags that the kind of plan would ignore."""
+    for kind, unread in UNREAD_FLAGS.items():
+        given = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
+        if getattr(options, kind) and given:
+            what = f"--{kind} does not read {', '.join(given)}"
+            raise InputError(Problem("command line", what, f"leave out {', '.join(given)}, or --{kind}"))
 
 
 def _write(plan: Plan, options: argparse.Namespace) -> None:
     if options.write is not None:
         for path in verbs.write_plan(plan, options.job, options.overrides, options.write):
-            _say(f"wrote {path}")
+            say(f"wrote {path}")
 
 
-def _plan_exact(options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    found = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **asked)
-    _write(found.plan, options)
+def _plan_exact(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    result = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **given)
+    _write(result.plan, options)
     if options.json:
-        return _print_json(found.as_dict())
+        return _print_json(result.as_dict())
     from meshwright.report import terminal
     from meshwright.report.exact import exact_lines
 
-    terminal.show_plan(found.plan, _console())
-    for line in exact_lines(found.exact.as_dict()):
+    terminal.show_plan(result.plan, _console())
+    for line in exact_lines(result.exact.as_dict()):
         print(line)
 
 
 def _advise(options: argparse.Namespace) -> None:
-    found = verbs.advice(options.job, options.overrides, experience=options.advice)
+    result = verbs.advice(options.job, options.overrides, experience=options.advice)
     if options.json:
-        return _print_json(found.as_dict())
+        return _print_json(result.as_dict())
     from meshwright.report.outlook import advice_lines
 
-    for line in advice_lines(found):
+    for line in advice_lines(result):
         print(line)
 
 
@@ -176,14 +178,14 @@ def _plan_serving(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    found = verbs.verify(options.job, options.overrides, steps=options.steps)
+    result = verbs.verify(options.job, options.overrides, steps=options.steps)
     if options.json:
-        return _print_json(found)
-    print(f"equal: {found['layout']} and one device agree over {found['steps']} steps in {found['precision']}")
-    print(f"  largest relative difference: loss {found['loss']['relative']:.1e}, ", end="")
-    print(f"gradient {found['gradient']['relative']:.1e} (tolerance {found['tolerance']:.0e})")
-    if found["twin"]:
-        print(f"  shown on {found['twin']}: one process of this machine does not hold the model itself")
+        return _print_json(result)
+    print(f"equal: {result['layout']} and one device agree over {result['steps']} steps in {result['precision']}")
+    print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
+    print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
+    if result["twin"]:
+        print(f"  shown on {result['twin']}: one process of this machine does not hold the model itself")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -193,59 +195,59 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     start = {"profile": options.profile, "datasheet": options.datasheet}
-    found = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
+    result = verbs.calibrate(options.source, options.out, **start, seconds=options.seconds)
     if options.json:
-        return _print_json(found)
-    if found["from"] != "cases":
-        return _say_measured(found)
-    error = found["mean_error"]
-    print(f"{found['out']}: fitted to {found['rows']} runs, {len(found['skipped'])} lines left out")
+        return _print_json(result)
+    if result["from"] != "cases":
+        return _show_measured(result)
+    error = result["mean_error"]
+    print(f"{result['out']}: fitted to {result['rows']} runs, {len(result['skipped'])} lines left out")
     print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
-    for one in found["moved"]:
+    for one in result["moved"]:
         print(f"  {one['constant']:<36} {one['from']:>12.5g} -> {one['to']:<12.5g} {one['unit']}")
-    for regime, one in found["corrections"].items():
+    for regime, one in result["corrections"].items():
         print(f"  correction of {regime}: {one['points']} points, {one['amplitude']:.0%} strong")
-    for regime, (low, high) in found["intervals"].items():
+    for regime, (low, high) in result["intervals"].items():
         print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
-    for bad in found["skipped"]:
-        _say(f"left out: {bad['id']}: {bad['error']}")
+    for bad in result["skipped"]:
+        say(f"left out: {bad['id']}: {bad['error']}")
 
 
-def _say_measured(found: Mapping[str, Any]) -> None:
+def _show_measured(result: Mapping[str, Any]) -> None:
     """What a run or the machine itself changed."""
-    if found["from"] == "machine":
-        print(f"{found['out']}: this machine, measured for {found['seconds']:.0f} s")
+    if result["from"] == "machine":
+        print(f"{result['out']}: this machine, measured for {result['seconds']:.0f} s")
     else:
-        low, high = found["interval"]
-        print(f"{found['out']}: {found['steps']} steps, noise {found['noise']:.1%}")
-        for part in found["parts"]:
+        low, high = result["interval"]
+        print(f"{result['out']}: {result['steps']} steps, noise {result['noise']:.1%}")
+        for part in result["parts"]:
             was, now = (part[when] / part["measured"] - 1 for when in ("before", "after"))
             print(f"  {part['name']:<12} {part['measured']:.4g} s measured; predicted {was:+.0%}, now {now:+.0%}")
-        for group, factor in found["factors"].items():
+        for group, factor in result["factors"].items():
             print(f"  {group:<12} takes {factor:.2f} times as long as was supposed")
         print(f"  90 % interval of layouts near: {low:.3f} to {high:.3f} times the middle")
         return
-    for one in found["changed"]:
+    for one in result["changed"]:
         print(f"  {one['constant']:<40} {one['from']:>10.4g} -> {one['to']:<10.4g} {one['unit']}: {one['what']}")
 
 
 def _train(options: argparse.Namespace) -> None:
     again = verbs.resume_command(options.job, options.overrides, options.run)
 
-    def watch(folder: RunFolder, plan: Plan, started: Started) -> None:
+    def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
         from meshwright.report import terminal
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C
         try:
-            terminal.live(folder, plan, until=lambda: started.poll() != "running")
+            terminal.live(folder, plan, until=lambda: processes.poll() != "running")
         except KeyboardInterrupt:
-            _say("stopping: saving a checkpoint first")
-            started.stop()
-            _say(f"resume with: {again}")
+            say("stopping: saving a checkpoint first")
+            processes.stop()
+            say(f"resume with: {again}")
             raise
 
-    asked = {"run": options.run, "resume": options.resume, "profile": options.profile}
-    result = verbs.train(options.job, options.overrides, **asked, watch=watch)
+    given = {"run": options.run, "resume": options.resume, "profile": options.profile}
+    result = verbs.train(options.job, options.overrides, **given, watch=watch)
     if options.json:
         return _print_json(result)
     for name, value in result.items():
@@ -274,7 +276,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    verbs.serve(options.model, options.overrides, say=_say)
+    verbs.serve(options.model, options.overrides, say=say)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -285,23 +287,18 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    found = verbs.doctor()
+    result = verbs.doctor()
     if options.json:
-        return _print_json(found)
+        return _print_json(result)
     from meshwright.report import terminal
 
-    terminal.show_doctor(found, _console())
+    terminal.show_doctor(result, _console())
 
 
 def _completion(options: argparse.Namespace) -> None:
     from meshwright.cli.completion import script
 
     sys.stdout.write(script(options.shell))
-
-
-def _say(text: str) -> None:
-    if sys.stderr is not None:  # print would take stdout for it
-        print(text, file=sys.stderr, flush=True)
 
 
 #: Verb of the command line -> what does it.

@@ -28,7 +28,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises InputError, with the nearest word, where it would print its usage and leave."""
+    """argparse that raises InputError, with the nearest word, where it would print its usage and exit."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "allow_abbrev": False, "formatter_class": _Help})
@@ -55,16 +55,16 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         )
         return verbs[name]
 
-    _add_reading(add)
-    _add_planning(add)
-    _add_predicting(add)
-    _add_training(add)
-    _add_serving(add)
-    _add_looking(add)
+    _add_job_verbs(add)
+    _add_plan_verbs(add)
+    _add_prediction_verbs(add)
+    _add_train_verbs(add)
+    _add_serve_verbs(add)
+    _add_report_verbs(add)
     return parser, verbs
 
 
-def _add_reading(add: Adder) -> None:
+def _add_job_verbs(add: Adder) -> None:
     one = add("new", "print a small commented job", "new > job.toml", "new --schema > job.schema.json")
     one.add_argument("--schema", action="store_true", help="print the JSON Schema of job files instead, for editors")
 
@@ -84,7 +84,7 @@ def _add_reading(add: Adder) -> None:
     _takes_json(one)
 
 
-def _add_planning(add: Adder) -> None:
+def _add_plan_verbs(add: Adder) -> None:
     one = add(
         "plan",
         "choose the layout: does it fit, how fast will it be, and why",
@@ -107,7 +107,8 @@ def _add_planning(add: Adder) -> None:
         help="say which strategy and tools suit, for a team that is new, has some experience (default) or is expert",
     )
     one.add_argument("--exact", action="store_true", help="rehearse ranks of the layout for the bytes they really hold")
-    one.add_argument("--ranks", type=_ranks, metavar="N,N", help="which ranks to rehearse (default: the telling ones)")
+    what = "ranks to rehearse (default: one of the first, second, last and fullest stage)"
+    one.add_argument("--ranks", type=_ranks, metavar="N,N", help=what)
     one.add_argument("--serving", action="store_true", help="plan how to serve the model, for the targets in [serve]")
     one.add_argument(
         "--for", dest="framework", metavar="FRAMEWORK", help="who will run it: megatron-lm, ... (default: meshwright)"
@@ -123,7 +124,7 @@ def _add_planning(add: Adder) -> None:
     one.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="steps to compare (default: 20)")
 
 
-def _add_predicting(add: Adder) -> None:
+def _add_prediction_verbs(add: Adder) -> None:
     one = add(
         "predict",
         "say how long runs take and what memory they need, a JSON line a case",
@@ -154,7 +155,7 @@ def _add_predicting(add: Adder) -> None:
     _takes_json(one)
 
 
-def _add_training(add: Adder) -> None:
+def _add_train_verbs(add: Adder) -> None:
     one = add(
         "train",
         "train the job as planned, into a run folder",
@@ -168,7 +169,7 @@ def _add_training(add: Adder) -> None:
     one.add_argument("--profile", metavar="PROFILE", help="plan with what `calibrate` wrote (default: what is shipped)")
 
 
-def _add_serving(add: Adder) -> None:
+def _add_serve_verbs(add: Adder) -> None:
     one = add(
         "generate",
         "continue a text with a trained model",
@@ -197,7 +198,7 @@ def _add_serving(add: Adder) -> None:
     one.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
 
 
-def _add_looking(add: Adder) -> None:
+def _add_report_verbs(add: Adder) -> None:
     one = add("report", "write the HTML page of a run, and name it", "report runs/job")
     one.add_argument("run", metavar="RUN", help="run folder")
     _takes_json(one)

@@ -23,7 +23,7 @@ from meshwright.data.order import batch_samples
 from meshwright.data.sources import TextSource, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
-from meshwright.run import sync_folder, write_atomic
+from meshwright.files import sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from meshwright.job import Job

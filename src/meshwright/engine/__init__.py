@@ -2,12 +2,12 @@
 
 Engine       open a model folder, submit requests, step, read events
 Request      one completion to make
-Event        one token of one request
+TokenEvent        one token of one request
 TextStream   tokens to text: whole characters, stop strings
 """
 
 from meshwright.engine.engine import Engine
-from meshwright.engine.request import Event, Request
+from meshwright.engine.request import Request, TokenEvent
 from meshwright.engine.text import TextStream
 
-__all__ = ["Engine", "Event", "Request", "TextStream"]
+__all__ = ["Engine", "Request", "TextStream", "TokenEvent"]

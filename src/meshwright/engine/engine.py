@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,16 @@ from typing import Any
 
 import torch
 
+from meshwright.cluster import available_memory_bytes
 from meshwright.engine.cache import bytes_per_token
-from meshwright.engine.folder import ModelFolder, check_split, find_model, read_config, read_weights
-from meshwright.engine.ranks import Context, Ranks, join, leave
-from meshwright.engine.request import Event, Request, check
+from meshwright.engine.folder import EngineModel, check_split, find_model, read_config, read_weights
+from meshwright.engine.ranks import Ranks, join, leave
+from meshwright.engine.request import Request, TokenEvent, check
 from meshwright.engine.runner import Decoder
 from meshwright.engine.sampler import sample
-from meshwright.engine.scheduler import Running, Scheduler
+from meshwright.engine.scheduler import RunningRequest, Scheduler
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
+from meshwright.launch import Context
 
 PRECISIONS = ("auto", "fp32", "bf16")
 #: Of the memory free at the start, the most that the cache may come to hold when `max_len` is left to the engine.
@@ -34,7 +35,7 @@ class Engine:
     may be called from any thread; `step` from one at a time. On ranks other than 0 there is only `follow`.
     """
 
-    def __init__(self, model: ModelFolder, decoder: Decoder, ranks: Ranks) -> None:
+    def __init__(self, model: EngineModel, decoder: Decoder, ranks: Ranks) -> None:
         self.folder, self.shape, self.eos_ids = model.folder, model.shape, model.eos_ids
         self.vocab = model.shape.vocab
         self.max_batch, self.max_len = decoder.cache.max_batch, decoder.cache.max_len
@@ -111,7 +112,7 @@ class Engine:
         stop_ids = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
         most = self.max_len - len(request.prompt_ids)
         with self._lock:
-            running = Running(
+            running = RunningRequest(
                 id=next(self._ids),
                 request=request,
                 max_tokens=most if request.max_tokens is None else request.max_tokens,
@@ -122,11 +123,11 @@ class Engine:
         return running.id
 
     def cancel(self, id: int) -> bool:
-        """Forget a request: its slot is free at once and no event of it follows. False if it is not there any more."""
+        """Forget a request: its slot is free at once and no event of it follows. False if it has ended already."""
         with self._lock:
             return self._scheduler.remove(id)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """Run one step: at most one token for each running request. An empty list when prompts are still being read,
         or when there is nothing to do (`running` and `waiting` are then 0)."""
         with self._lock:
@@ -143,9 +144,9 @@ class Engine:
         chances = dict(zip((running.id for running in sampled), logprobs, strict=True))
         with self._lock:
             done = self._scheduler.postprocess(zip(sampled, tokens, strict=True))
-        return [Event(running.id, token, reason, chances[running.id]) for running, token, reason in done]
+        return [TokenEvent(running.id, token, reason, chances[running.id]) for running, token, reason in done]
 
-    def generate(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Iterator[tuple[int, Event]]:
+    def generate(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Iterator[tuple[int, TokenEvent]]:
         """Complete every prompt; yields (index of the prompt, event) as tokens come. `fields` are those of Request.
 
         For an engine of one's own: raises CannotWork while other requests run, whose events it would swallow. Request
@@ -187,7 +188,7 @@ class Engine:
         leave(self._ranks)
 
 
-def _room(model: ModelFolder, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
+def _room(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
     """Tokens a request may have. Raises InputError for a `max_len` past what the model was made for."""
     longest = model.shape.longest
     if max_len is not None:
@@ -209,4 +210,4 @@ def _room(model: ModelFolder, ranks: Ranks, max_batch: int, max_len: int | None,
 def _free_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory_bytes()

@@ -23,7 +23,7 @@ log = logging.getLogger("meshwright")
 
 
 @dataclass(frozen=True)
-class ModelFolder:
+class EngineModel:
     """A Hugging Face folder as the engine reads it. `precision` is the element type that its config names."""
 
     folder: Path
@@ -57,7 +57,7 @@ def find_model(folder: Path) -> Path:
     raise InputError(Problem(str(folder), what, "name a run, a checkpoint, or a Hugging Face folder"))
 
 
-def read_config(folder: Path) -> ModelFolder:
+def read_config(folder: Path) -> EngineModel:
     """What `config.json` and `generation_config.json` say. Only data is read: code that they name is never run."""
     config = families.read_config(folder / "config.json")
     if "auto_map" in config:
@@ -70,7 +70,7 @@ def read_config(folder: Path) -> ModelFolder:
     if any(type(id) is not int for id in ids):
         raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
     precision = torch.bfloat16 if precision_of(config) == "bf16" else torch.float32
-    return ModelFolder(folder, shape, precision, frozenset(ids))
+    return EngineModel(folder, shape, precision, frozenset(ids))
 
 
 def check_split(shape: LlamaShape, ranks: Ranks) -> None:
@@ -83,7 +83,7 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
             )
 
 
-def read_weights(model: ModelFolder, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
+def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
     """This rank's slices by our names, cut as the placement table says; a short last part of a vocabulary is padded."""
     model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
     rows = placements(model_card, layout, coordinates(layout, ranks.rank))

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: x [N, inner] -> [N, columns].
-Product = Callable[[Tensor], Tensor]
+MatMul = Callable[[Tensor], Tensor]
 #: x [N, inner] and y [N, columns] -> [N, columns].
-ProductAnd = Callable[[Tensor, Tensor], Tensor]
+FusedMatMul = Callable[[Tensor, Tensor], Tensor]
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -42,7 +42,7 @@ class Linear:
             return torch.ops.mkldnn.data_ptr(self._weight), torch.ops.mkldnn._nbytes(self._weight)
         return self._weight.data_ptr(), self._weight.nbytes
 
-    def plain(self) -> Product:
+    def plain(self) -> MatMul:
         """x -> x W^T + b."""
         weight, bias = self._weight, self._bias
         if not self._packed:
@@ -50,7 +50,7 @@ class Linear:
         run = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: run(x, weight, bias, "none", [], "")
 
-    def silu(self) -> Product:
+    def silu(self) -> MatMul:
         """x -> silu(x W^T + b)."""
         weight, bias = self._weight, self._bias
         if not self._packed:
@@ -58,15 +58,15 @@ class Linear:
         run = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: run(x, weight, bias, "swish", [], "")
 
-    def times(self) -> ProductAnd:
+    def times(self) -> FusedMatMul:
         """x, y -> (x W^T + b) * y."""
         return self._with("mul")
 
-    def plus(self) -> ProductAnd:
+    def plus(self) -> FusedMatMul:
         """x, y -> (x W^T + b) + y."""
         return self._with("add")
 
-    def _with(self, operation: str) -> ProductAnd:
+    def _with(self, operation: str) -> FusedMatMul:
         weight, bias = self._weight, self._bias
         if not self._packed:
             join = torch.add if operation == "add" else torch.mul

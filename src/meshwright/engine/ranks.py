@@ -1,30 +1,21 @@
-"""What tensor-parallel ranks say to each other: work as integers from rank 0, sums, and logits back to it."""
+"""What tensor-parallel ranks send each other: work as integers from rank 0, sums, and logits back to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.engine.scheduler import Work
+from meshwright.launch import Context
 
 #: Integers that the first broadcast of a step carries; a step of decoding fits, one that reads prompts sends the rest.
 _FIRST = 128
 #: A rank waits for the next request as long as it takes; that a rank died is seen by `launch`, which ends the others.
-_PATIENCE = timedelta(days=365)
-
-
-class Context(Protocol):
-    """Who this process is among those started together; what `launch` hands to the function that it starts."""
-
-    rank: int
-    world: int
-    store_path: Path
+_COLLECTIVE_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -65,24 +56,24 @@ class Ranks:
             return
         numbers = work.encode() if work is not None else []
         first = torch.zeros(_FIRST, dtype=torch.int64)
-        held = numbers[: _FIRST - 1]
-        first[: len(held) + 1] = torch.tensor([len(numbers), *held], dtype=torch.int64)
+        sent = numbers[: _FIRST - 1]
+        first[: len(sent) + 1] = torch.tensor([len(numbers), *sent], dtype=torch.int64)
         dist.broadcast(first, 0)
-        if len(numbers) > len(held):
-            dist.broadcast(torch.tensor(numbers[len(held) :], dtype=torch.int64), 0)
+        if len(numbers) > len(sent):
+            dist.broadcast(torch.tensor(numbers[len(sent) :], dtype=torch.int64), 0)
 
     def receive(self) -> Work | None:
         """Other ranks: what `send` was given."""
         first = torch.zeros(_FIRST, dtype=torch.int64)
         dist.broadcast(first, 0)
-        count, *held = first.tolist()
+        count, *numbers = first.tolist()
         if count == 0:
             return None
-        if count > len(held):
-            rest = torch.zeros(count - len(held), dtype=torch.int64)
+        if count > len(numbers):
+            rest = torch.zeros(count - len(numbers), dtype=torch.int64)
             dist.broadcast(rest, 0)
-            held += rest.tolist()
-        return Work.decode(held[:count])
+            numbers += rest.tolist()
+        return Work.decode(numbers[:count])
 
 
 def join(context: Context | None) -> Ranks:
@@ -91,7 +82,9 @@ def join(context: Context | None) -> Ranks:
         return Ranks()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.FileStore(str(context.store_path), context.world)
-    dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world, timeout=_PATIENCE)
+    dist.init_process_group(
+        backend, store=store, rank=context.rank, world_size=context.world, timeout=_COLLECTIVE_TIMEOUT
+    )
     return Ranks(context.rank, context.world)
 
 

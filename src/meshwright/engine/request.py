@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: Request and Event."""
+"""What goes into the engine and what comes out: Request and TokenEvent."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One token of one request, as soon as it is there.
+class TokenEvent:
+    """One token of one request, as soon as it is sampled.
 
     `finish_reason` is None while the request goes on, "length" after its last token, or "stop" when `token` is a stop
     id (and so no part of the text). `logprob` is ln p(token) before temperature and cuts, if it was asked for.

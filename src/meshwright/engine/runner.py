@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from meshwright.engine.attention import Attend, Heads, attention
 from meshwright.engine.cache import KeyValueCache
 from meshwright.engine.pages import use_large_pages
-from meshwright.engine.products import Linear, Product, ProductAnd
+from meshwright.engine.products import FusedMatMul, Linear, MatMul
 from meshwright.engine.ranks import Ranks
 from meshwright.engine.scheduler import Work
 from meshwright.families.llama.card import LlamaShape
@@ -37,13 +37,13 @@ _LIGHT_BYTES = 16 << 20
 _LIGHT_TOKENS = 2
 
 
-class Layer:
+class PackedLayer:
     """One layer's packed weights. After `qkv` come rotary positions and the cache; `o` and `down` add the residual."""
 
     __slots__ = ("down", "gate", "head_norm", "o", "qkv", "up")
 
     def __init__(
-        self, qkv: Product, head_norm: Tensor | None, o: ProductAnd, gate: Product, up: ProductAnd, down: ProductAnd
+        self, qkv: MatMul, head_norm: Tensor | None, o: FusedMatMul, gate: MatMul, up: FusedMatMul, down: FusedMatMul
     ) -> None:
         self.qkv, self.head_norm, self.o, self.gate, self.up, self.down = qkv, head_norm, o, gate, up, down
 
@@ -64,7 +64,7 @@ class Decoder:
         self._embed = embed
         self._eps_E = torch.tensor(math.sqrt(shape.norm_eps * shape.hidden), device=self.device)
         self._eps_D = torch.tensor(math.sqrt(shape.norm_eps * shape.head_dim), device=self.device)
-        self._turn = torch.arange(shape.head_dim, device=self.device).view(2, -1).t().reshape(-1)
+        self._rotary_order = torch.arange(shape.head_dim, device=self.device).view(2, -1).t().reshape(-1)
         self._light = self.device.type == "cpu" and sum(w.nbytes for w in weights.values()) <= _LIGHT_BYTES
         self._linears: list[Linear] = []
         self._layers = [self._pack(weights, f"blocks.{index}.") for index in range(shape.layers)]
@@ -82,24 +82,25 @@ class Decoder:
         self._linears.append(Linear(weight.to(self.dtype), bias))
         return self._linears[-1]
 
-    def _pack(self, weights: Mapping[str, Tensor], at: str) -> Layer:
+    def _pack(self, weights: Mapping[str, Tensor], at: str) -> PackedLayer:
         shape, heads = self.shape, self.heads
         scale = 1 / math.sqrt(shape.head_dim)  # of the scores; a norm of the queries would undo it, so it goes behind
 
         def qkv(kind: str) -> Tensor:
             q, k, v = (weights[f"{at}attn.{name}.{kind}"].float() for name in "qkv")
-            return torch.cat((self._turned(q) * (1.0 if shape.qk_norm else scale), self._turned(k), v))
+            q, k = self._in_rotary_order(q), self._in_rotary_order(k)
+            return torch.cat((q * (1.0 if shape.qk_norm else scale), k, v))
 
         bias = qkv("bias").to(self.dtype) if shape.bias("qkv") else None
         head_norm = None
         if shape.qk_norm:
-            q, k = (weights[f"{at}attn.{name}_norm.weight"][self._turn].float() for name in "qk")
+            q, k = (weights[f"{at}attn.{name}_norm.weight"][self._rotary_order].float() for name in "qk")
             rows = torch.cat((q.expand(heads.query, -1) * scale, k.expand(heads.key, -1)))
             head_norm = (rows * math.sqrt(shape.head_dim)).to(self.dtype)
         # The residual and the output bias are added once, by rank 0, before the sum over ranks.
         o_bias = weights.get(f"{at}attn.o.bias") if self.ranks.rank == 0 else None
         ffn_norm = weights[f"{at}ffn_norm.weight"]
-        return Layer(
+        return PackedLayer(
             self._linear(_fold(qkv("weight"), weights[f"{at}attn_norm.weight"]), bias).plain(),
             head_norm,
             self._into_residual(self._linear(weights[f"{at}attn.o.weight"], o_bias)),
@@ -108,11 +109,11 @@ class Decoder:
             self._into_residual(self._linear(weights[f"{at}ffn.down.weight"])),
         )
 
-    def _turned(self, rows: Tensor) -> Tensor:
+    def _in_rotary_order(self, rows: Tensor) -> Tensor:
         """Weight or bias of q or k with each head's rows reordered: i and i + D/2 side by side."""
-        return rows.unflatten(0, (-1, self.shape.head_dim))[:, self._turn].flatten(0, 1)
+        return rows.unflatten(0, (-1, self.shape.head_dim))[:, self._rotary_order].flatten(0, 1)
 
-    def _into_residual(self, linear: Linear) -> ProductAnd:
+    def _into_residual(self, linear: Linear) -> FusedMatMul:
         plus, plain, ranks = linear.plus(), linear.plain(), self.ranks
         if ranks.world == 1:
             return plus
@@ -155,7 +156,7 @@ class Decoder:
     def _layer(
         self,
         x: Tensor,
-        layer: Layer,
+        layer: PackedLayer,
         angles: Tensor,
         rows: Tensor,
         flat: Tensor,

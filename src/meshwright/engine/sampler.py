@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from meshwright.engine.request import Request
-from meshwright.engine.scheduler import Running
+from meshwright.engine.scheduler import RunningRequest
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Sequence[Running]) -> tuple[list[int], list[float | None]]:
+def sample(logits: Tensor, sequences: Sequence[RunningRequest]) -> tuple[list[int], list[float | None]]:
     """A token for each row of logits [R, V], and its log-probability where the request asks for it."""
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     logprobs: list[float | None] = [None] * len(tokens)

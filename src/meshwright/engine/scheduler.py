@@ -110,7 +110,7 @@ class Slots:
 
 
 @dataclass(eq=False)
-class Running:
+class RunningRequest:
     """A request on its way: `cached` tokens are in the cache or in the step now running."""
 
     id: int
@@ -134,8 +134,8 @@ class Scheduler:
     def __init__(self, max_batch: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self.slots = Slots(max_batch)
         self._chunk_tokens = chunk_tokens
-        self._waiting: deque[Running] = deque()
-        self._running: dict[int, Running] = {}
+        self._waiting: deque[RunningRequest] = deque()
+        self._running: dict[int, RunningRequest] = {}
         self._moves: list[Move] = []
 
     @property
@@ -146,7 +146,7 @@ class Scheduler:
     def running(self) -> int:
         return len(self._running)
 
-    def add(self, sequence: Running) -> None:
+    def add(self, sequence: RunningRequest) -> None:
         """Queue a request."""
         self._waiting.append(sequence)
 
@@ -166,9 +166,9 @@ class Scheduler:
 
     def __contains__(self, sequence: object) -> bool:
         """Whether this very sequence still runs: it may have been cancelled while a step was under way."""
-        return isinstance(sequence, Running) and self._running.get(sequence.id) is sequence
+        return isinstance(sequence, RunningRequest) and self._running.get(sequence.id) is sequence
 
-    def schedule(self) -> tuple[Work, list[Running]] | None:
+    def schedule(self) -> tuple[Work, list[RunningRequest]] | None:
         """The next step and the sequences that it samples a token for, in the order of its logits; None when idle."""
         self._admit()
         if not self._running:
@@ -198,11 +198,11 @@ class Scheduler:
             sequence.slot = slot
             self._running[sequence.id] = sequence
 
-    def _read_prompts(self) -> tuple[list[Segment], list[Running]]:
+    def _read_prompts(self) -> tuple[list[Segment], list[RunningRequest]]:
         """Segments for this step, oldest request first, and the sequences whose prompt they complete."""
         room = self._chunk_tokens
         segments: list[Segment] = []
-        finishing: list[Running] = []
+        finishing: list[RunningRequest] = []
         for sequence in self._running.values():
             if not sequence.reading or room == 0:
                 continue
@@ -215,7 +215,9 @@ class Scheduler:
                 finishing.append(sequence)
         return segments, finishing
 
-    def postprocess(self, sampled: Iterable[tuple[Running, int]]) -> list[tuple[Running, int, str | None]]:
+    def postprocess(
+        self, sampled: Iterable[tuple[RunningRequest, int]]
+    ) -> list[tuple[RunningRequest, int, str | None]]:
         """Record a token a sequence and free the slots of those that end; what was cancelled meanwhile is left out."""
         out = []
         for sequence, token in sampled:

@@ -22,9 +22,9 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []  # the window: tokens whose text may still change, and those before that shape it
-        self._settled = 0  # tokens of the window whose text is out
-        self._emitted = 0  # characters of the window's text that are out
-        self._held = ""  # whole characters kept back because they may begin a stop string
+        self._emitted_tokens = 0  # tokens of the window whose text is out
+        self._emitted_characters = 0  # characters of the window's text that are out
+        self._withheld = ""  # whole characters kept back because they may begin a stop string
         self.stopped: str | None = None
 
     def push(self, token: int) -> str:
@@ -34,34 +34,34 @@ class TextStream:
         self._ids.append(token)
         text = self._decode(self._ids)
         whole = _without_broken_end(text)
-        fresh = whole[self._emitted :]
-        self._emitted = max(self._emitted, len(whole))
+        fresh = whole[self._emitted_characters :]
+        self._emitted_characters = max(self._emitted_characters, len(whole))
         if whole == text:
             # Keep the last piece as context: some tokenizers write a leading space only inside a text.
-            self._ids = self._ids[self._settled :]
-            self._settled = len(self._ids)
-            self._emitted = len(self._decode(self._ids))
+            self._ids = self._ids[self._emitted_tokens :]
+            self._emitted_tokens = len(self._ids)
+            self._emitted_characters = len(self._decode(self._ids))
         return self._pass(fresh)
 
     def finish(self) -> str:
         """What is still kept back, broken characters as U+FFFD: the completion has ended."""
         if self.stopped is not None:
             return ""
-        rest = self._pass(self._decode(self._ids)[self._emitted :] if self._ids else "")
-        rest, self._held = rest + self._held, ""
-        self._ids, self._settled, self._emitted = [], 0, 0
+        rest = self._pass(self._decode(self._ids)[self._emitted_characters :] if self._ids else "")
+        rest, self._withheld = rest + self._withheld, ""
+        self._ids, self._emitted_tokens, self._emitted_characters = [], 0, 0
         return rest
 
     def _pass(self, fresh: str) -> str:
         """`fresh` behind the stop strings: cut at the first one, its possible beginnings kept back."""
-        text = self._held + fresh
+        text = self._withheld + fresh
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
             at, self.stopped = min(found, key=lambda item: (item[0], -len(item[1])))
-            self._held = ""
+            self._withheld = ""
             return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
+        self._withheld = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 

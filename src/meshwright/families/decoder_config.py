@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from meshwright.divisors import divisors, nearest_divisor
 from meshwright.errors import InputError, Problem
 
 ShapeFields = dict[str, Any]
@@ -198,12 +199,12 @@ class ConfigReader:
         key = self._keys
         heads, kv_heads, hidden = facts["heads"], facts["kv_heads"], facts["hidden"]
         if heads % kv_heads:
-            hint = f"nearest: {key['kv_heads']}={_nearest_divisor(heads, kv_heads)}"
+            hint = f"nearest: {key['kv_heads']}={nearest_divisor(heads, kv_heads)}"
             if near := _nearest_heads(heads, kv_heads, hidden if divided else 0):
                 hint += f", or {key['heads']}={near}"
             yield f"{key['kv_heads']} {kv_heads} does not divide {key['heads']} {heads}", hint
         if divided and hidden % heads:
-            near = _nearest_heads(heads, kv_heads, hidden) or _nearest_divisor(hidden, heads)
+            near = _nearest_heads(heads, kv_heads, hidden) or nearest_divisor(hidden, heads)
             what = f"{key['heads']} {heads} does not divide {key['hidden']} {hidden}"
             yield what, f"nearest: {key['heads']}={near}, or give head_dim"
         elif rotary:
@@ -233,18 +234,9 @@ def _nearest_size(value: Any, least: int, most: int) -> str:
     return f"nearest: {min(max(value, least), most)}" + (", without quotes" if quoted else "")
 
 
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return small + [number // n for n in small]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min(_divisors(number), key=lambda n: (abs(n - wanted), n))
-
-
 def _nearest_heads(heads: int, kv_heads: int, hidden: int) -> int | None:
     """The multiple of `kv_heads` closest to `heads` that divides `hidden`, where that is not 0; None: there is none."""
     if not hidden:
         return max(1, round(heads / kv_heads)) * kv_heads
-    fitting = [n for n in _divisors(hidden) if n % kv_heads == 0]
+    fitting = [n for n in divisors(hidden) if n % kv_heads == 0]
     return min(fitting, key=lambda n: (abs(n - heads), n)) if fitting else None

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshwright.divisors import nearest_divisor
 from meshwright.errors import Problem, nearest_name
-from meshwright.job.file import nearest_file, toml_value
+from meshwright.files import toml_value
+from meshwright.job.file import nearest_file
 
 #: Keys that hold a path, and the words that are not one.
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -148,14 +150,14 @@ def cross_problems(
     return found
 
 
-Found = Iterator[tuple[str, str, str]]
+KeyProblems = Iterator[tuple[str, str, str]]
 
 _SHAPE_DEFAULTS = {"rope_theta": 10000.0, "rope_scaling": None, "norm_eps": 1e-5}
 _SHAPE_DEFAULTS |= dict.fromkeys(("tied_embeddings", "qk_norm", "attention_bias"), False)
 _SHAPE_DEFAULTS |= dict.fromkeys(("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "head_dim"), None)
 
 
-def _one_model(good: Sections, bad: set[str]) -> Found:
+def _one_model(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     named = [key for key in ("family", "hf", "module") if model.get(key) is not None]
     if not named and not bad & {"model", "model.family", "model.hf", "model.module"}:
@@ -176,26 +178,21 @@ def _one_model(good: Sections, bad: set[str]) -> Found:
             yield f"model.{key}", "is for `module` only", "leave it out"
 
 
-def _shape(good: Sections, bad: set[str]) -> Found:
+def _shape(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     hidden, heads, kv_heads = model.get("hidden"), model.get("heads"), model.get("kv_heads")
     head_dim = model.get("head_dim")
     if hidden and heads and head_dim is None and "model.head_dim" not in bad:
-        near = sorted(_divisors(hidden), key=lambda n: abs(n - heads))[0]
+        near = nearest_divisor(hidden, heads)
         yield "model.heads", f"{heads} does not divide hidden = {hidden}", f"nearest: {near}, or give head_dim"
     if head_dim is not None and head_dim % 2:
         yield "model.head_dim", f"must be even for rotary positions, not {head_dim}", f"nearest: {head_dim + 1}"
     if heads and kv_heads and heads % kv_heads:
-        near = sorted(_divisors(heads), key=lambda n: abs(n - kv_heads))[0]
+        near = nearest_divisor(heads, kv_heads)
         yield "model.kv_heads", f"{kv_heads} does not divide heads = {heads}", f"nearest: {near}"
 
 
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return small + [number // n for n in small]
-
-
-def _module(good: Sections, bad: set[str]) -> Found:
+def _module(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     module = model.get("module")
     if module is not None and not re.fullmatch(r"([^:\0]+\.py|[^\W\d]\w*(\.[^\W\d]\w*)*):[^\W\d]\w*", module):
@@ -217,7 +214,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _task(good: Sections, bad: set[str]) -> Found:
+def _task(good: Sections, bad: set[str]) -> KeyProblems:
     data, name = good.get("data", {}), good.get("task", {}).get("name", "language-model")
     if bad & {"task", "task.name", "data", "data.source", "data.seq_len"}:
         return
@@ -231,14 +228,14 @@ def _task(good: Sections, bad: set[str]) -> Found:
         yield "task.name", "classification needs model.module", 'nearest: "language-model"'
 
 
-def _lengths(good: Sections, bad: set[str]) -> Found:
+def _lengths(good: Sections, bad: set[str]) -> KeyProblems:
     train = good.get("train", {})
     steps, warmup = train.get("steps"), train.get("warmup_steps")
     if steps is not None and warmup is not None and warmup > steps:
         yield "train.warmup_steps", f"{warmup} is more than steps = {steps}", f"nearest: {steps}"
 
 
-def _groups(good: Sections, bad: set[str]) -> Found:
+def _groups(good: Sections, bad: set[str]) -> KeyProblems:
     cluster = good.get("cluster", {})
     groups = cluster.get("groups")
     if not groups:
@@ -250,7 +247,7 @@ def _groups(good: Sections, bad: set[str]) -> Found:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 
 
-def _files(good: Sections, data_must_exist: bool) -> Found:
+def _files(good: Sections, data_must_exist: bool) -> KeyProblems:
     for key, words in PATH_KEYS.items():
         section, _, name = key.partition(".")
         value = good.get(section, {}).get(name)

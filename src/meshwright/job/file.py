@@ -1,8 +1,7 @@
-"""Reading and writing the job file's TOML: `extends`, overrides, the line of every key. Knows no key by name."""
+"""Reading the job file's TOML: `extends`, overrides, the line of every key. Knows no key by name."""
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.files import BARE_KEY
 
 MAX_FILE_BYTES = 1 << 20
 COMMAND_LINE = "command line"
 
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER_LINE = re.compile(r"\s*\[\s*([A-Za-z0-9_.\s-]+?)\s*\]\s*(#.*)?$")
 _KEY_LINE = re.compile(r"\s*([A-Za-z0-9_.\s-]+?)\s*=")
 
@@ -158,7 +157,7 @@ def _apply_override(override: str, values: Values) -> None:
     name, equals, text = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
     shown = repr(override)[1:-1]
-    if not equals or len(parts) < 2 or not all(_BARE_KEY.fullmatch(part) for part in parts):
+    if not equals or len(parts) < 2 or not all(BARE_KEY.fullmatch(part) for part in parts):
         raise InputError(
             Problem(f"{COMMAND_LINE}: {shown}", "is not section.key=value", "for example: train.steps=100")
         )
@@ -198,33 +197,3 @@ def nearest_file(path: Path) -> str:
         return f"there is no folder {str(path.parent)!r} either"
     hint = nearest_name(path.name, here)
     return hint if hint.startswith("did you mean") else f"looked in {str(path.parent.resolve())!r}"
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML text; raises ValueError for what TOML has no word for."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(one) for one in value) + "]"
-    if isinstance(value, dict):
-        inside = ", ".join(f"{_toml_key(key)} = {toml_value(one)}" for key, one in value.items() if one is not None)
-        return f"{{ {inside} }}" if inside else "{}"
-    raise ValueError(f"TOML has no {type(value).__name__}")
-
-
-def _toml_key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else toml_value(key)
-
-
-def toml_text(sections: dict[str, dict[str, Any]]) -> str:
-    """Sections of keys as a TOML file; a value of None is left out, and so is a section with none left."""
-    blocks = []
-    for section, content in sections.items():
-        lines = [f"{_toml_key(key)} = {toml_value(value)}" for key, value in content.items() if value is not None]
-        if lines:
-            blocks.append("\n".join([f"[{_toml_key(section)}]", *lines, ""]))
-    return "\n".join(blocks)

@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import toml_text
 from meshwright.job.checks import cross_problems, plain_problem
 from meshwright.job.defaults import absolute_paths, derived
-from meshwright.job.file import COMMAND_LINE, read_overrides, read_values, toml_text
+from meshwright.job.file import COMMAND_LINE, read_overrides, read_values
 from meshwright.job.sections import JobSections, ServeSection
 
 SMALL_JOB = """\

@@ -31,7 +31,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchSpec:
     """What to start. `folder` gets one log a rank and, for as long as the processes live, a private folder."""
 
     function: str
@@ -52,7 +52,7 @@ def local(
     env: Mapping[str, str] | None = None,
     interface: str = "lo",
     grace_seconds: float = 5.0,
-) -> Started:
+) -> LocalProcesses:
     """Start `processes` processes that each call `function(payload, context)`; see `launch.Context`.
 
     function: "package.module:function", importable from this process's sys.path; payload: JSON.
@@ -66,26 +66,26 @@ def local(
     """
     if processes < 1:
         raise InputError(Problem("launch", f"{processes} processes", "at least 1"))
-    order = Order(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
-    return Started(order)
+    spec = LaunchSpec(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
+    return LocalProcesses(spec)
 
 
-class Started:
-    """Processes at work. As a context manager it ends them on the way out."""
+class LocalProcesses:
+    """Processes of this machine that run one function. As a context manager it ends them on the way out."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._private, self._lock = _private_folder(order)
-        self._ask = threading.Event()
+    def __init__(self, spec: LaunchSpec) -> None:
+        self._spec = spec
+        self._private, self._lock = _private_folder(spec)
+        self._stop_requested = threading.Event()
         self._stopped = False
         self._results: list[Any] = []
         self._error: MeshwrightError | None = None
-        started: queue.Queue[list[int] | OSError] = queue.Queue()
+        started_pids: queue.Queue[list[int] | OSError] = queue.Queue()
         # The kernel sends the death signal when the *thread* that started a process ends, so one thread starts them
         # and stays until the last has ended, whatever the caller's thread does.
-        self._thread = threading.Thread(target=self._watch, args=(started,), name="meshwright-launch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(started_pids,), name="meshwright-launch", daemon=True)
         self._thread.start()
-        pids = started.get()
+        pids = started_pids.get()
         if isinstance(pids, OSError):
             self._thread.join()
             raise RunFailed(Problem("launch", f"cannot start a process: {pids}")) from pids
@@ -107,23 +107,23 @@ class Started:
         """
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            raise TimeoutError(f"{self._order.function} still runs after {timeout_seconds} s")
+            raise TimeoutError(f"{self._spec.function} still runs after {timeout_seconds} s")
         if self._error:
             raise self._error
         if self._stopped:
-            raise RunFailed(Problem("launch", f"{self._order.function} was stopped before it ended"))
+            raise RunFailed(Problem("launch", f"{self._spec.function} was stopped before it ended"))
         return self._results
 
     def stop(self) -> None:
         """Ask every process to end (SIGTERM), kill those that have not after the grace time. Returns when none is."""
-        self._ask.set()
+        self._stop_requested.set()
         self._thread.join()
 
     def log(self, rank: int) -> Path:
         """The text that `rank` printed, stdout and stderr together."""
-        return self._order.folder / f"rank-{rank}.log"
+        return self._spec.folder / f"rank-{rank}.log"
 
-    def __enter__(self) -> Started:
+    def __enter__(self) -> LocalProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,17 +131,17 @@ class Started:
 
     # What follows runs in the watching thread, which alone starts, reaps and signals the processes.
 
-    def _watch(self, started: queue.Queue[list[int] | OSError]) -> None:
+    def _watch(self, started_pids: queue.Queue[list[int] | OSError]) -> None:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             try:
-                for rank in range(self._order.processes):
+                for rank in range(self._spec.processes):
                     workers.append(self._start(rank))
             except OSError as error:
                 _end(workers, 0)
-                started.put(error)
+                started_pids.put(error)
                 return
-            started.put([worker.pid for worker in workers])
+            started_pids.put([worker.pid for worker in workers])
             self._follow(workers)
         finally:
             _end(workers, 0)
@@ -149,12 +149,12 @@ class Started:
             self._lock.close()
 
     def _follow(self, workers: list[subprocess.Popen[bytes]]) -> None:
-        while not self._ask.wait(POLL_SECONDS):
+        while not self._stop_requested.wait(POLL_SECONDS):
             statuses = [worker.poll() for worker in workers]
             if any(statuses):
-                # Asked again: a rank that died before the one seen first, but after it was asked, shows now.
+                # Polled again: a rank that died before the one seen first, but after its own poll, shows now.
                 failed = {rank: status for rank, worker in enumerate(workers) if (status := worker.poll())}
-                _end(workers, min(1.0, self._order.grace_seconds))  # the others cannot go on without it
+                _end(workers, min(1.0, self._spec.grace_seconds))  # the others cannot go on without it
                 self._error = self._first_error(failed)
                 return
             if all(status == 0 for status in statuses):
@@ -163,8 +163,8 @@ class Started:
                         {rank: 0 for rank in range(len(workers)) if "result" not in self._answer(rank)}
                     )
                 return
-        _end(workers, self._order.grace_seconds)
-        self._stopped = not self._finished(workers)  # asked to end, a function may still return in order
+        _end(workers, self._spec.grace_seconds)
+        self._stopped = not self._finished(workers)  # asked to end, a function may still return its result
 
     def _finished(self, workers: list[subprocess.Popen[bytes]]) -> bool:
         """Whether every process left a result; takes the results if so."""
@@ -175,22 +175,22 @@ class Started:
         return True
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        order = self._order
+        spec = self._spec
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         changes = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(order.processes),
+            "WORLD_SIZE": str(spec.processes),
             environment.WORKER_FOLDER: str(self._private),
             environment.WORKER_PARENT: str(os.getpid()),
             # What this process can import, its workers can; -P below keeps the current folder from adding itself.
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "PYTHONUNBUFFERED": "1",
-            "GLOO_SOCKET_IFNAME": order.interface,
-            "NCCL_SOCKET_IFNAME": order.interface,
-            **order.env,
+            "GLOO_SOCKET_IFNAME": spec.interface,
+            "NCCL_SOCKET_IFNAME": spec.interface,
+            **spec.env,
         }
-        defaults = {"OMP_NUM_THREADS": str(max(1, cores // order.processes)), **KEEP_MEMORY}
+        defaults = {"OMP_NUM_THREADS": str(max(1, cores // spec.processes)), **KEEP_MEMORY}
         with open(self.log(rank), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "meshwright.launch.worker"],
@@ -198,7 +198,7 @@ class Started:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the parent only, which ends the workers in order
+                start_new_session=True,  # Ctrl-C reaches the parent only, which ends the workers
             )
 
     def _answer(self, rank: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Started:
         tail = log.read_bytes()[-20_000:].decode(errors="replace").strip().splitlines()[-LOG_LINES:]
         if tail:
             what += "; its last lines:\n    " + "\n    ".join(tail) + "\n"
-        return RunFailed(Problem(f"rank {first} of {self._order.processes}", what, f"whole log: {log}"))
+        return RunFailed(Problem(f"rank {first} of {self._spec.processes}", what, f"whole log: {log}"))
 
 
 def _status_in_words(status: int) -> str:
@@ -245,23 +245,23 @@ def _signal(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> N
             os.killpg(worker.pid, number)
 
 
-def _private_folder(order: Order) -> tuple[Path, IO[bytes]]:
-    """A fresh folder of mode 0700 with the order in it, and a lock held as long as this process needs the folder."""
+def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
+    """A fresh folder of mode 0700 with the spec in it, and a lock held as long as this process needs the folder."""
     try:
-        text = json.dumps({"function": order.function, "payload": order.payload}, allow_nan=True)
+        text = json.dumps({"function": spec.function, "payload": spec.payload}, allow_nan=True)
     except (TypeError, ValueError) as error:
         raise InputError(Problem("launch", f"the payload is not JSON: {error}")) from error
     try:
-        order.folder.mkdir(parents=True, exist_ok=True)
-        _sweep(order.folder)
-        private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=order.folder.absolute()))
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        _sweep(spec.folder)
+        private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=spec.folder.absolute()))
         lock = open(private / "lock", "wb")  # noqa: SIM115 - held open on purpose
         fcntl.flock(lock, fcntl.LOCK_EX)
-        handle = os.open(private / "order.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(private / "spec.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(text)
     except OSError as error:
-        raise InputError(Problem(str(order.folder), f"cannot be written: {error.strerror}")) from error
+        raise InputError(Problem(str(spec.folder), f"cannot be written: {error.strerror}")) from error
     return private, lock
 
 

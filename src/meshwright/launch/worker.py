@@ -20,8 +20,8 @@ from typing import Any
 
 from meshwright import env
 from meshwright.errors import InputError, MeshwrightError, Problem
+from meshwright.files import write_atomic
 from meshwright.launch.messages import Context, error_to_dict
-from meshwright.run import write_atomic
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -66,12 +66,12 @@ def main() -> int:
         print("meshwright.launch.worker is started by `meshwright`, not by hand", file=sys.stderr)
         return 2
     end_with_parent(me.parent)
-    order = json.loads((me.folder / "order.json").read_bytes())
+    spec = json.loads((me.folder / "spec.json").read_bytes())
     context = Context(rank=me.rank, world=me.world, store_path=me.folder / "store")
     status = 0
     answer: dict[str, Any]
     try:
-        result = resolve(order["function"])(order["payload"], context)
+        result = resolve(spec["function"])(spec["payload"], context)
         answer = {"result": json.dumps(result, allow_nan=True)}
     except MeshwrightError as error:
         traceback.print_exc()

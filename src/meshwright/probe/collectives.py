@@ -14,19 +14,19 @@ _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduc
 
 def all_reduce(x: Tensor, group: Any) -> Tensor:
     """The sum of `x` over the group."""
-    return _waited(funcol.all_reduce(x, "sum", group))
+    return _wait(funcol.all_reduce(x, "sum", group))
 
 
 def all_gather(x: Tensor, group: Any) -> Tensor:
     """Every rank's `x`, one after another."""
-    return _waited(_all_gather(x, 0, group))
+    return _wait(_all_gather(x, 0, group))
 
 
 def reduce_scatter(x: Tensor, group: Any) -> Tensor:
     """This rank's part of the sum of `x` over the group."""
-    return _waited(_reduce_scatter(x, "sum", 0, group))
+    return _wait(_reduce_scatter(x, "sum", 0, group))
 
 
-def _waited(x: Tensor) -> Tensor:
-    waited: Tensor = funcol.wait_tensor(x)
-    return waited
+def _wait(x: Tensor) -> Tensor:
+    done: Tensor = funcol.wait_tensor(x)
+    return done

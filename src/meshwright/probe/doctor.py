@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from meshwright.cluster import available_cores, this_machine
+from meshwright.cluster import available_cores, available_memory_bytes, memory_bytes, this_machine
 from meshwright.errors import InputError, Problem
 from meshwright.job import Job
 from meshwright.job.sections import LaunchSection, ServeSection
@@ -85,31 +85,22 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    fields = _fields(Path("/proc/cpuinfo"), stop_at_blank=True)
+    fields = _fields(Path("/proc/cpuinfo"))
     flags = set(fields.get("flags", "").split())
     fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
     return {"name": name, "cores": available_cores(), "load": round(os.getloadavg()[0], 2), "instructions": fast}
 
 
-def _memory() -> dict[str, int | None]:
-    """Bytes of the machine; None where the system does not tell."""
-    fields = _fields(Path("/proc/meminfo"))
-    kibibytes = {key: int(fields[key].split()[0]) for key in ("MemTotal", "MemAvailable") if key in fields}
-    total, available = kibibytes.get("MemTotal"), kibibytes.get("MemAvailable")
-    return {
-        "total_bytes": None if total is None else total * 1024,
-        "available_bytes": None if available is None else available * 1024,
-    }
+def _memory() -> dict[str, int]:
+    return {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()}
 
 
-def _fields(path: Path, stop_at_blank: bool = False) -> dict[str, str]:
-    """ "key: value" lines of a file of /proc; {} where there is none."""
+def _fields(path: Path) -> dict[str, str]:
+    """ "key: value" lines of a file of /proc, down to its first blank one; {} where there is none."""
     if not path.exists():
         return {}
-    text = path.read_text()
-    lines = (text.split("\n\n")[0] if stop_at_blank else text).splitlines()
-    pairs = (line.partition(":") for line in lines)
+    pairs = (line.partition(":") for line in path.read_text().split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -142,10 +133,9 @@ def _version_problems(versions: Mapping[str, str | None]) -> list[Problem]:
     return []
 
 
-def _memory_problems(memory: Mapping[str, int | None], disk: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+def _memory_problems(memory: Mapping[str, int], disk: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     problems = []
-    available = memory["available_bytes"]
-    if available is not None and available < LOW_MEMORY_BYTES:
+    if (available := memory["available_bytes"]) < LOW_MEMORY_BYTES:
         problems.append(Problem("memory", f"only {available / GIB:.1f} GiB are free", "end other programs"))
     for place in disk.values():
         if place["free_bytes"] < LOW_DISK_BYTES:

@@ -1,4 +1,4 @@
-"""How fast processes of this machine talk to each other: bandwidth and latency of the collectives training uses."""
+"""Speed of the links between processes of this machine: bandwidth and latency of the collectives training uses."""
 
 from __future__ import annotations
 
@@ -40,16 +40,13 @@ class LinkSpeed:
 def measure_links(processes: int, interface: str, seconds_each: float) -> tuple[LinkSpeed, ...]:
     """Start `processes` local processes and time their collectives: NCCL with a GPU for each, gloo otherwise.
 
-    Raises RunFailed when the processes cannot talk (the interface is not there, say).
+    Raises RunFailed when the processes cannot connect (there is no such interface, say).
     """
     backend = "nccl" if torch.cuda.device_count() >= processes else "gloo"
     payload = {"backend": backend, "seconds_each": seconds_each}
     with tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder:
-        environment = {"OMP_NUM_THREADS": "1"}
-        started = launch.local(
-            "meshwright.probe.links:work", payload, processes, folder, env=environment, interface=interface
-        )
-        with started:
+        how: dict[str, Any] = {"env": {"OMP_NUM_THREADS": "1"}, "interface": interface}
+        with launch.local("meshwright.probe.links:work", payload, processes, folder, **how) as started:
             rows = started.wait(TIMEOUT_SECONDS)[0]
     return tuple(LinkSpeed(**row) for row in rows)
 

@@ -24,10 +24,10 @@ from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
 #: All parts are measured so many times, one time after the other, and the better figure of each counts.
 ROUNDS = 2
 #: What is measured takes this share of the seconds asked for, starts of processes included; their end takes the rest.
-MEASURED = 0.93
+MEASURED_SHARE = 0.93
 #: A busy machine is waited for so many times as long as was asked for, or so many seconds if that is more, but never
 #: longer than the last, which leaves time to end the processes within five minutes.
-PATIENCE, LEAST_SECONDS, MOST_SECONDS = 3.0, 120.0, 287.0
+TIMEOUT_FACTOR, LEAST_SECONDS, MOST_SECONDS = 3.0, 120.0, 287.0
 #: Bytes of the whole tensor.
 MESSAGES = {"cpu": (8, 1 << 20, 1 << 22, 1 << 24), "cuda": (8, 1 << 16, 1 << 20, 1 << 24, 1 << 28)}
 REPEATS = {8: 30}
@@ -41,34 +41,34 @@ def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
     of collectives, "together": what one process with all cores measured (CPU only), "seconds"}. Under "busy" and
     "together" "processors" is the share of their processors that the processes got: the least of all ranks. Where that
     is less than QUIET, "together" has no "chains": it tells nothing of threads. Raises RunFailed when the processes
-    cannot start or talk, CannotWork when they take far longer than asked for.
+    cannot start or connect, CannotWork when they take far longer than asked for.
     """
     began = time.monotonic()
     cuda = torch.cuda.is_available()
     ranks = torch.cuda.device_count() if cuda else available_cores()
     again = not cuda and ranks > 1
-    payload = {"kind": "cuda" if cuda else "cpu", "began": began, "until": began + MEASURED * seconds}
-    patience = min(max(PATIENCE * seconds, LEAST_SECONDS), MOST_SECONDS)
-    answers = _started({**payload, "whole": True, "again": again}, ranks, patience, interface)
+    payload = {"kind": "cuda" if cuda else "cpu", "began": began, "until": began + MEASURED_SHARE * seconds}
+    limit_seconds = min(max(TIMEOUT_FACTOR * seconds, LEAST_SECONDS), MOST_SECONDS)
+    answers = _run_ranks({**payload, "whole": True, "again": again}, ranks, limit_seconds, interface)
     found: dict[str, Any] = {
         "kind": payload["kind"],
         "ranks": ranks,
         "threads": 1,
         "busy": {
-            **_middle([answer["parts"] for answer in answers]),
+            **_medians([answer["parts"] for answer in answers]),
             "processors": min(answer["processors"] for answer in answers),
         },
         "links": answers[0]["links"],
         "together": None,
     }
     if again:
-        alone = _started({**payload, "whole": False, "again": False}, 1, patience, interface)[0]
+        alone = _run_ranks({**payload, "whole": False, "again": False}, 1, limit_seconds, interface)[0]
         found["together"] = {"threads": ranks, **alone["parts"], "processors": alone["processors"]}
     return {**found, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _started(payload: dict[str, Any], ranks: int, patience: float, interface: str) -> list[dict[str, Any]]:
-    """The answers of `ranks` processes, waited for until `patience` seconds after the probe began."""
+def _run_ranks(payload: dict[str, Any], ranks: int, limit_seconds: float, interface: str) -> list[dict[str, Any]]:
+    """The answers of `ranks` processes, waited for until `limit_seconds` after the probe began."""
     threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}  # whatever this process was told
     how: dict[str, Any] = {"interface": interface, "env": threads}
     with (
@@ -76,14 +76,14 @@ def _started(payload: dict[str, Any], ranks: int, patience: float, interface: st
         launch.local("meshwright.probe.machine:work", payload, ranks, folder, **how) as started,
     ):
         try:
-            return started.wait(max(0.0, payload["began"] + patience - time.monotonic()))
+            return started.wait(max(0.0, payload["began"] + limit_seconds - time.monotonic()))
         except TimeoutError as error:
-            what = f"measuring did not end within {patience:.0f} s: the machine has other work, or very many cores"
+            what = f"measuring did not end within {limit_seconds:.0f} s: the machine has other work, or very many cores"
             hint = "measure again when it is quiet, or allow more with --seconds, up to 300"
             raise CannotWork(Problem("calibrate machine", what, hint)) from error
 
 
-class Pace:
+class TimeBudget:
     """Allows each of `timings` measurements an equal part of what is left until `until`, of the machine's
     time.monotonic(): what is late, or started late, shortens the rest."""
 
@@ -97,20 +97,20 @@ class Pace:
         return allowed
 
 
-def _pace(payload: dict[str, Any]) -> Pace:
+def _time_budget(payload: dict[str, Any]) -> TimeBudget:
     """Where the probe starts processes again, it is supposed to take as long as this start, and the rest is shared."""
     now, until = time.monotonic(), payload["until"]
     mine = parts.timings(payload["kind"], payload["whole"])
     if payload["again"]:
         left = until - now - (now - payload["began"])
         until = now + left * mine / (mine + parts.timings(payload["kind"], False))
-    return Pace(until, ROUNDS * mine)
+    return TimeBudget(until, ROUNDS * mine)
 
 
 def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
     """What each process does. payload: {kind, began, until, whole, again}; without `whole` only what threads speed up;
     `again` where another start follows. What takes longest is measured first, so that the rest can make up for it."""
-    pace = _pace(payload)
+    budget = _time_budget(payload)
     device = torch.device("cpu")
     if payload["kind"] == "cuda":
         device = torch.device("cuda", context.rank)
@@ -127,15 +127,15 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if own_time else time.perf_counter
         typical = statistics.median if payload["whole"] else min  # a thread that waits for its core holds all up
-        bench = parts.Bench(device, pace, dist.barrier, clock, typical)
+        bench = parts.Bench(device, budget, dist.barrier, clock, typical)
         links = _links(context.rank, context.world, device) if context.world > 1 else []
         found = _parts(bench, payload)
         for _ in range(ROUNDS - 1):
-            late = torch.tensor(time.monotonic() > pace.until, dtype=torch.int32)
+            late = torch.tensor(time.monotonic() > budget.until, dtype=torch.int32)
             dist.all_reduce(late, dist.ReduceOp.MAX)  # all ranks go on, or none
             if late.item():
                 break
-            found = _quieter(found, _parts(bench, payload))
+            found = _better(found, _parts(bench, payload))
         return {"parts": found, "links": links, "processors": statistics.median(bench.shares or [1.0])}
     finally:
         dist.destroy_process_group()
@@ -158,17 +158,17 @@ def _parts(bench: parts.Bench, payload: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _quieter(one: Any, other: Any, speed: bool = False) -> Any:
+def _better(one: Any, other: Any, speed: bool = False) -> Any:
     """Of two rounds the better of every figure: the shorter time, the greater speed. What a machine's hardware does for
     others shows in no share of the processors, and passes."""
     if isinstance(one, dict):
         whole = {**other, **one}
         return {
-            key: _quieter(value, other[key], key.endswith("_per_second")) if key in one and key in other else value
+            key: _better(value, other[key], key.endswith("_per_second")) if key in one and key in other else value
             for key, value in whole.items()
         }
     if isinstance(one, list):
-        return [_quieter(*pair) for pair in zip(one, other, strict=True)]
+        return [_better(*pair) for pair in zip(one, other, strict=True)]
     if isinstance(one, int | float):
         return max(one, other) if speed else min(one, other)
     return one
@@ -185,7 +185,7 @@ def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
             "all_reduce": partial(all_reduce, whole, group),
             "all_gather": partial(all_gather, part, group),
             "reduce_scatter": partial(reduce_scatter, whole, group),
-            "point_to_point": partial(_pass_on, whole, rank),
+            "point_to_point": partial(_send_receive, whole, rank),
         }
         for name, call in calls.items():
             rows.append(
@@ -199,8 +199,8 @@ def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _pass_on(tensor: Tensor, rank: int) -> None:
-    """Rank 0 sends to rank 1; the others look on."""
+def _send_receive(tensor: Tensor, rank: int) -> None:
+    """Rank 0 sends to rank 1; the others do nothing."""
     if rank == 0:
         dist.send(tensor, 1)
     elif rank == 1:
@@ -219,11 +219,11 @@ def _timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float
     return statistics.quantiles(times[2:], n=4)[0]
 
 
-def _middle(answers: list[Any]) -> Any:
+def _medians(answers: list[Any]) -> Any:
     """The same nest of lists and tables with the median over the ranks in place of every number."""
     first = answers[0]
     if isinstance(first, dict):
-        return {key: _middle([answer[key] for answer in answers]) for key in first}
+        return {key: _medians([answer[key] for answer in answers]) for key in first}
     if isinstance(first, list):
-        return [_middle(list(rows)) for rows in zip(*answers, strict=True)]
+        return [_medians(list(rows)) for rows in zip(*answers, strict=True)]
     return statistics.median(answers) if isinstance(first, float) else first

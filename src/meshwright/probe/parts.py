@@ -62,7 +62,7 @@ class Bench:
     def kind(self) -> str:
         return self.device.type
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -73,14 +73,14 @@ class Bench:
         until, least = time.perf_counter() + allowed, least if allowed > 0 else 1
         work()
         work()
-        self.settle()
+        self.synchronize()
         self.together()
         times: list[float] = []
         began, own = time.perf_counter(), time.process_time()
         while len(times) < least or time.perf_counter() < until:
             start = self.clock()
             work()
-            self.settle()
+            self.synchronize()
             times.append(self.clock() - start)
         if self.kind == "cpu":
             wall = (time.perf_counter() - began) * torch.get_num_threads()
@@ -223,7 +223,7 @@ def optimizer(bench: Bench) -> dict[str, float]:
     return {"elements": elements, "seconds": bench.seconds(work)}
 
 
-class _Layer(nn.Module):
+class _TransformerLayer(nn.Module):
     """A transformer's layer of seven matrices and two norms, as families have it: what the host has to do for one."""
 
     def __init__(self, width: int) -> None:
@@ -250,7 +250,7 @@ def layers(bench: Bench, mesh: DeviceMesh) -> list[dict[str, Any]]:
     rows = []
     for precision, dtype in PRECISIONS.items():
         for width in (16, SHARDED_WIDTH[bench.kind]):
-            plain = nn.ModuleList(_Layer(width) for _ in range(LAYERS)).to(bench.device, dtype)
+            plain = nn.ModuleList(_TransformerLayer(width) for _ in range(LAYERS)).to(bench.device, dtype)
             x = torch.ones(1, TOKENS, width, device=bench.device, dtype=dtype)
             positions = torch.arange(TOKENS, device=bench.device)[None]
             sharded = _sharded(width, precision, bench, mesh)
@@ -277,7 +277,7 @@ def _both(layers: nn.ModuleList, x: Tensor, positions: Tensor, again: bool = Fal
 
 
 def _sharded(width: int, precision: str, bench: Bench, mesh: DeviceMesh) -> nn.ModuleList:
-    layers = nn.ModuleList(_Layer(width) for _ in range(LAYERS)).to(bench.device)
+    layers = nn.ModuleList(_TransformerLayer(width) for _ in range(LAYERS)).to(bench.device)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False}
     if precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -120,7 +120,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _state(host: str, port: int) -> str:
-    """Tries to listen where a server would, and lets go at once."""
+    """Tries to listen where a server would, and closes it at once."""
     if not port:
         return ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -101,25 +101,25 @@ def _thread_counts() -> list[int]:
     return sorted({1, available_cores()})
 
 
-def best_seconds(work: Callable[[], Any], budget_seconds: float, settle: Callable[[], Any] = lambda: None) -> float:
+def best_seconds(work: Callable[[], Any], budget_seconds: float, sync: Callable[[], Any] = lambda: None) -> float:
     """Shortest time of `work`, tried for about `budget_seconds` after one warm-up, at least three times.
 
-    `settle` waits for the device and is inside the measured time.
+    `sync` waits for the device and is inside the measured time.
     """
     work()
-    settle()
+    sync()
     best, spent, tries = float("inf"), 0.0, 0
     while tries < 3 or spent < budget_seconds:
         start = time.perf_counter()
         work()
-        settle()
+        sync()
         taken = time.perf_counter() - start
         best, spent, tries = min(best, taken), spent + taken, tries + 1
     return best
 
 
 def _products(device: str, shapes: tuple[tuple[int, int, int], ...], seconds_each: float) -> Iterator[ProductSpeed]:
-    settle = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     for threads in _thread_counts() if device == "cpu" else [1]:
         with _threads(threads):
             for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -131,7 +131,7 @@ def _products(device: str, shapes: tuple[tuple[int, int, int], ...], seconds_eac
                     def work(left: torch.Tensor = left, right: torch.Tensor = right, out: torch.Tensor = out) -> None:
                         torch.mm(left, right, out=out)
 
-                    seconds = best_seconds(work, seconds_each, settle)
+                    seconds = best_seconds(work, seconds_each, sync)
                     rate = 2 * rows * inner * columns / seconds
                     yield ProductSpeed(device, precision, rows, inner, columns, threads, rate)
 

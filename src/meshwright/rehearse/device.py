@@ -95,8 +95,8 @@ def _inside_cuda(operation: Any, arguments: Any) -> int:
     return 4 * batch * heads * rows * (math.ceil(width / 32) * 32 + 1)
 
 
-class _Held:
-    """A send under way that keeps its tensor, as gloo's does, until it is let go of itself."""
+class _BufferedSend:
+    """A send that keeps its tensor, as gloo's does, until it is freed itself."""
 
     def __init__(self, work: Any, tensor: Tensor) -> None:
         self._work, self._tensor = work, tensor
@@ -107,14 +107,14 @@ class _Held:
 
 @contextmanager
 def holding_sent(kind: str) -> Iterator[None]:
-    """Makes sends over the fake process group keep what they send as gloo's do; NCCL's let go once waited for."""
+    """Makes sends over the fake process group keep what they send as gloo's do; NCCL's free it once waited for."""
     if kind != "cpu":
         yield
         return
     send = dist.isend
 
-    def isend(tensor: Tensor, *place: Any, **named: Any) -> _Held:
-        return _Held(send(tensor, *place, **named), tensor)
+    def isend(tensor: Tensor, *place: Any, **named: Any) -> _BufferedSend:
+        return _BufferedSend(send(tensor, *place, **named), tensor)
 
     dist.isend = distributed_c10d.isend = isend  # type: ignore[assignment]
     try:

@@ -89,7 +89,7 @@ class Tracker(TorchDispatchMode):
             self._passes.append(phase)
 
     def forget(self) -> None:
-        """Lets go of the peaks so far; what is held stays counted."""
+        """Forgets the peaks so far; what is held stays counted."""
         self._worst = {}
         self._all = [entry for entry in self._all if entry.died is None]
 
@@ -246,7 +246,7 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def _resizes_seen(see: Any) -> Iterator[None]:
-    """FSDP frees and takes back what it gathers by resizing storages, which is no operation that a mode is told of."""
+    """FSDP frees and takes back what it gathers by resizing storages, which no dispatch mode sees."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: Any, size: int) -> Any:

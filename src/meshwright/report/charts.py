@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 Point = tuple[float, float]  # (step, value)
-Place = Callable[[float], float]
+Scale = Callable[[float], float]
 MOST_POINTS = 400
 MOST_HOVERS = 120
 
@@ -223,7 +223,7 @@ def _tick_label(value: float, ticks: Sequence[float], unit: str) -> str:
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-def _path(points: Iterable[Point], left: Place, down: Place) -> str:
+def _path(points: Iterable[Point], left: Scale, down: Scale) -> str:
     """SVG path in a box of 100 by 100; a value that is not finite breaks the line."""
     parts, pen = [], "M"
     for x, y in points:
@@ -235,8 +235,8 @@ def _path(points: Iterable[Point], left: Place, down: Place) -> str:
     return "".join(parts)
 
 
-def _hovers(series: Sequence[Series], left: Place, unit: str) -> tuple[Hover, ...]:
-    """Strips that tell their values when pointed at."""
+def _hovers(series: Sequence[Series], left: Scale, unit: str) -> tuple[Hover, ...]:
+    """Strips that show their values when pointed at."""
     tables = [(s.name, dict(s.points)) for s in series if s.style != "guide"]
     steps = sorted({x for _, table in tables for x in table})
     if len(steps) > MOST_HOVERS:
@@ -247,6 +247,6 @@ def _hovers(series: Sequence[Series], left: Place, unit: str) -> tuple[Hover, ..
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), 100.0]
     result = []
     for step, start, stop in zip(steps, edges[:-1], edges[1:], strict=True):
-        told = [f"{name} {spoken(table[step], unit)}" for name, table in tables if step in table]
-        result.append(Hover(round(start, 3), round(stop - start, 3), f"step {step:g} · " + " · ".join(told)))
+        values = [f"{name} {spoken(table[step], unit)}" for name, table in tables if step in table]
+        result.append(Hover(round(start, 3), round(stop - start, 3), f"step {step:g} · " + " · ".join(values)))
     return tuple(result)

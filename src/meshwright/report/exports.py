@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meshwright.files import toml_text
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
 from meshwright.plan.pipeline import TABLE
@@ -43,7 +44,7 @@ class Export:
     framework: str
     version: str
     files: Mapping[str, str]
-    unsaid: tuple[str, ...] = field(default=())
+    omitted: tuple[str, ...] = field(default=())
 
 
 def export(name: str, plan: Plan, recipe: Recipe) -> Export:
@@ -54,22 +55,24 @@ def export(name: str, plan: Plan, recipe: Recipe) -> Export:
 def torchtitan(plan: Plan, recipe: Recipe) -> Export:
     """torchtitan.toml. In a pipeline its local batch is cut into micro-batches; without one they are accumulated."""
     choice, layout = plan.chosen, plan.chosen.layout
-    unsaid: list[str] = []
-    sharding, whole_only = _titan_sharding(layout, unsaid), layout.pp > 1 and TABLE[layout.schedule].splits
+    omitted: list[str] = []
+    sharding, whole_only = _titan_sharding(layout, omitted), layout.pp > 1 and TABLE[layout.schedule].splits
     if layout.tp > 1 and not layout.sequence_parallel:
-        unsaid.append("tensor parallelism without sequence parallelism: sequence parallelism comes with it")
+        omitted.append("tensor parallelism without sequence parallelism: sequence parallelism comes with it")
     if layout.recompute == "selective":
-        unsaid.append("selective recompute: theirs keeps every second matrix product, it does not drop attention alone")
+        omitted.append(
+            "selective recompute: theirs keeps every second matrix product, it does not drop attention alone"
+        )
     if layout.offload:
-        unsaid.append("offload of the optimizer alone: theirs takes parameters and gradients along")
-    said = titan_training(recipe, unsaid)
+        omitted.append("offload of the optimizer alone: theirs takes parameters and gradients along")
+    training = titan_training(recipe, omitted)
     tables: dict[str, dict[str, Any]] = {
         "job": {"description": f"{plan.model} as {layout}"},
-        "model": _titan_model(recipe, unsaid),
-        "optimizer": said["optimizer"],
-        "lr_scheduler": said["lr_scheduler"],
+        "model": _titan_model(recipe, omitted),
+        "optimizer": training["optimizer"],
+        "lr_scheduler": training["lr_scheduler"],
         "training": {
-            **said["training"],
+            **training["training"],
             "local_batch_size": layout.micro_batch * (choice.micro_batches if layout.pp > 1 else 1),
             "global_batch_size": plan.global_batch,
             "seq_len": recipe.seq_len,
@@ -84,42 +87,42 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
             "context_parallel_degree": layout.cp,
             "expert_parallel_degree": layout.ep,
             **({"expert_tensor_parallel_degree": layout.tp} if layout.ep > 1 else {}),
-            **(_titan_pipeline(choice, recipe, unsaid) if layout.pp > 1 else {}),
+            **(_titan_pipeline(choice, recipe, omitted) if layout.pp > 1 else {}),
         },
         "activation_checkpoint": {
             "mode": layout.recompute,
             **({"selective_ac_option": "op"} if layout.recompute == "selective" else {}),
         },
         "compile": {"enable": choice.compiled and not whole_only},
-        "debug": said["debug"],
+        "debug": training["debug"],
     }
     if choice.compiled and whole_only:
-        unsaid.append(f"compilation: torch refuses it with {layout.schedule}, which splits backwards")
+        omitted.append(f"compilation: torch refuses it with {layout.schedule}, which splits backwards")
     if choice.precision not in ("fp32", "bf16"):
-        unsaid.append(f"{choice.precision}: bf16 is written; fp8 is a converter of the model there")
+        omitted.append(f"{choice.precision}: bf16 is written; fp8 is a converter of the model there")
     nodes, each = recipe.nodes(layout)
     launch = f"torchrun --nnodes {nodes} --nproc_per_node {each} -m torchtitan.train --job.config_file torchtitan.toml"
-    text = _comments(plan, "torchtitan 0.2.2", unsaid, f"start: {launch}") + _toml(tables)
-    return Export("torchtitan", "0.2.2", {"torchtitan.toml": text}, tuple(unsaid))
+    text = _comments(plan, "torchtitan 0.2.2", omitted, f"start: {launch}") + "\n" + toml_text(tables)
+    return Export("torchtitan", "0.2.2", {"torchtitan.toml": text}, tuple(omitted))
 
 
-def _titan_sharding(layout: Layout, unsaid: list[str]) -> dict[str, Any]:
+def _titan_sharding(layout: Layout, omitted: list[str]) -> dict[str, Any]:
     """Its degrees of data parallelism. Weights are sharded over the second of them times the context-parallel one."""
     weights, more = layout.shard // layout.cp if layout.shard % layout.cp == 0 else 0, {}
     if weights == 0:
-        unsaid.append(
+        omitted.append(
             f"shard={layout.shard} with cp={layout.cp}: weights are sharded over context-parallel ranks in any case; "
             f"this says shard={layout.cp}"
         )
         weights = 1
     if weights == layout.cp == 1 < layout.dp < layout.devices:
-        unsaid.append(
+        omitted.append(
             "whole weights beside other kinds of parallelism: they are sharded over the data-parallel ranks, and stay "
             "gathered after the forward"
         )
         weights, more = layout.dp, {"fsdp_reshard_after_forward": "never"}
     if weights * layout.cp % layout.ep:
-        unsaid.append(
+        omitted.append(
             f"shard={layout.shard} with ep={layout.ep}: experts are spread over ranks that shard the weights; "
             f"this says shard={layout.dp * layout.cp}"
         )
@@ -128,14 +131,14 @@ def _titan_sharding(layout: Layout, unsaid: list[str]) -> dict[str, Any]:
     return {**degrees, **more}
 
 
-def _titan_model(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
+def _titan_model(recipe: Recipe, omitted: list[str]) -> dict[str, Any]:
     shape = recipe.shape
     name = None
     if shape is not None:
         name = TITAN_MODELS.get(shape.hf_type or ("deepseek_v3" if shape.experts else "llama"))
     if shape is None or name is None:
         what = f"no {shape.hf_type}" if shape else "no decoder of this kind"
-        unsaid.append(f"the model: torchtitan has {what}; it needs a TrainSpec of its own, named 'planned' here")
+        omitted.append(f"the model: torchtitan has {what}; it needs a TrainSpec of its own, named 'planned' here")
         return {"name": "planned", "flavor": "planned"}
     sizes = (
         f"dim={shape.hidden}, n_layers={shape.layers}, n_heads={shape.heads} of width {shape.head_dim}, "
@@ -147,24 +150,24 @@ def _titan_model(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
     if shape.experts:
         width = shape.expert_ffn or shape.ffn
         experts = f", and {shape.experts} experts of width {width}, {shape.top_k} to a token"
-    unsaid.append(
+    omitted.append(
         f"the model's shape, which is code there: add the flavor 'planned' to torchtitan/models/{name} with {sizes}, "
         f"vocab_size={shape.vocab} and a feed-forward width of {shape.ffn}{experts}"
     )
     return {"name": name, "flavor": "planned"}
 
 
-def _titan_pipeline(choice: Choice, recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
+def _titan_pipeline(choice: Choice, recipe: Recipe, omitted: list[str]) -> dict[str, Any]:
     layout = choice.layout
     word = TITAN_SCHEDULES.get(layout.schedule)
     if word is None:
         word = "1F1B"
-        unsaid.append(
+        omitted.append(
             f"the schedule {layout.schedule}: 1F1B is written; pipeline_parallel_schedule_csv takes any order"
         )
     tables = {"pipeline_parallel_schedule": word, "pipeline_parallel_microbatch_size": layout.micro_batch}
     if recipe.shape is None:
-        unsaid.append("where the stages are cut: module names are the model's own")
+        omitted.append("where the stages are cut: module names are the model's own")
         return tables
     names = {"embed": ["tok_embeddings"], "head": ["norm", "output"]}
     parts = [[name for block in stage for name in names.get(block, [f"layers.{block}"])] for stage in choice.stages]
@@ -174,19 +177,19 @@ def _titan_pipeline(choice: Choice, recipe: Recipe, unsaid: list[str]) -> dict[s
 def megatron(plan: Plan, recipe: Recipe) -> Export:
     """megatron.sh, which calls pretrain_gpt.py with mock data: put your own data and tokenizer in its place."""
     choice, layout = plan.chosen, plan.chosen.layout
-    unsaid: list[str] = []
+    omitted: list[str] = []
     words: list[str | int | float] = [
-        *_megatron_model(recipe, unsaid),
+        *_megatron_model(recipe, omitted),
         *("--seq-length", recipe.seq_len, "--max-position-embeddings", recipe.seq_len),
         *("--micro-batch-size", layout.micro_batch, "--global-batch-size", plan.global_batch),
-        *megatron_training(recipe, unsaid),
+        *megatron_training(recipe, omitted),
         *("--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp),
         *("--context-parallel-size", layout.cp, "--expert-model-parallel-size", layout.ep),
     ]
     words += ["--sequence-parallel"] if layout.sequence_parallel else []
     if layout.pp > 1:
-        words += _megatron_pipeline(choice, recipe, unsaid)
-    words += _megatron_sharding(plan, unsaid)
+        words += _megatron_pipeline(choice, recipe, omitted)
+    words += _megatron_sharding(plan, omitted)
     if layout.recompute == "selective":
         words += ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
     elif layout.recompute == "full":
@@ -196,26 +199,28 @@ def megatron(plan: Plan, recipe: Recipe) -> Export:
         words += [] if "--use-distributed-optimizer" in words else ["--use-distributed-optimizer"]
     precisions = {"bf16": ["--bf16"], "fp16": ["--fp16"], "fp8": ["--bf16", "--fp8-format", "hybrid"], "fp32": []}
     if choice.precision not in precisions:
-        unsaid.append(f"{choice.precision}: bf16 is written")
+        omitted.append(f"{choice.precision}: bf16 is written")
     words += precisions.get(choice.precision, ["--bf16"])
     if choice.compiled:
-        unsaid.append("compilation by torch.compile: its kernels are fused by hand")
+        omitted.append("compilation by torch.compile: its kernels are fused by hand")
     words += ["--mock-data", "--tokenizer-type", "NullTokenizer"]
     words += ["--vocab-size", recipe.shape.vocab, "--make-vocab-size-divisible-by", 1] if recipe.shape else []
     nodes, each = recipe.nodes(layout)
-    lines = [_comments(plan, "Megatron-LM, core 0.19.0", unsaid, "mock data: put --data-path and your tokenizer here")]
+    lines = [_comments(plan, "Megatron-LM, core 0.19.0", omitted, "mock data: put --data-path and your tokenizer here")]
     # its FSDP refuses the single connection that its tensor and context parallelism ask for on devices before Blackwell
     lines += ["set -eu", *([] if "--use-megatron-fsdp" in words else ["export CUDA_DEVICE_MAX_CONNECTIONS=1"])]
     lines += [f"torchrun --nnodes {nodes} --nproc_per_node {each} \\"]
     lines += ['  --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}" --master_port 29500 \\']
     lines += ["  pretrain_gpt.py \\", *_options(words)]
-    return Export("megatron-lm", "core 0.19.0", {"megatron.sh": "#!/bin/sh\n" + "\n".join(lines) + "\n"}, tuple(unsaid))
+    return Export(
+        "megatron-lm", "core 0.19.0", {"megatron.sh": "#!/bin/sh\n" + "\n".join(lines) + "\n"}, tuple(omitted)
+    )
 
 
-def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float]:
+def _megatron_model(recipe: Recipe, omitted: list[str]) -> list[str | int | float]:
     shape = recipe.shape
     if shape is None:
-        unsaid.append("the model: pretrain_gpt.py builds GPT models only; its sizes are left out")
+        omitted.append("the model: pretrain_gpt.py builds GPT models only; its sizes are left out")
         return []
     words: list[str | int | float] = [
         *("--num-layers", shape.layers, "--hidden-size", shape.hidden, "--ffn-hidden-size", shape.ffn),
@@ -232,7 +237,7 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
         )
     words += ["--swiglu"] if shape.gated else []
     if shape.hf_type not in SAID_WHOLE:
-        unsaid.append(
+        omitted.append(
             f"what a {shape.hf_type} is beside its sizes (activation, positions, the order within a layer, how tokens "
             "choose experts): compare the options with its config"
         )
@@ -248,7 +253,7 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
     if scaling.get("rope_type") == "llama3":
         words += ["--use-rope-scaling", "--rope-scaling-factor", scaling.get("factor", 8.0)]
     elif scaling:
-        unsaid.append(f"rotary positions scaled by {json.dumps(scaling, sort_keys=True)}: they are left unscaled")
+        omitted.append(f"rotary positions scaled by {json.dumps(scaling, sort_keys=True)}: they are left unscaled")
     if shape.experts:
         words += ["--num-experts", shape.experts, "--moe-router-topk", shape.top_k, "--moe-grouped-gemm"]
         words += ["--moe-ffn-hidden-size", shape.expert_ffn or shape.ffn, "--moe-token-dispatcher-type", "alltoall"]
@@ -260,11 +265,11 @@ def _megatron_model(recipe: Recipe, unsaid: list[str]) -> list[str | int | float
     return words
 
 
-def _megatron_pipeline(choice: Choice, recipe: Recipe, unsaid: list[str]) -> list[str | int | float]:
+def _megatron_pipeline(choice: Choice, recipe: Recipe, omitted: list[str]) -> list[str | int | float]:
     layout = choice.layout
     if layout.schedule not in MEGATRON_SCHEDULES:
         near = "interleaved 1F1B" if layout.vpp > 1 else "1F1B"
-        unsaid.append(f"the schedule {layout.schedule}: it runs {near}, with the stages in a loop")
+        omitted.append(f"the schedule {layout.schedule}: it runs {near}, with the stages in a loop")
     if recipe.shape is None:
         return ["--num-virtual-stages-per-pipeline-rank", layout.vpp] if layout.vpp > 1 else []
     letters = {"embed": "E", "head": "L"}
@@ -272,7 +277,7 @@ def _megatron_pipeline(choice: Choice, recipe: Recipe, unsaid: list[str]) -> lis
     return ["--pipeline-model-parallel-layout", "|".join(stages)]
 
 
-def _megatron_sharding(plan: Plan, unsaid: list[str]) -> list[str | int | float]:
+def _megatron_sharding(plan: Plan, omitted: list[str]) -> list[str | int | float]:
     layout = plan.chosen.layout
     data = layout.dp * layout.cp
     if data == 1:
@@ -286,16 +291,16 @@ def _megatron_sharding(plan: Plan, unsaid: list[str]) -> list[str | int | float]
     if row.gradient_overlap or row.gather_overlap:
         words += ["--overlap-grad-reduce", "--overlap-param-gather"]
     else:
-        unsaid.append(
+        omitted.append(
             "overlap, since the prediction is without: --overlap-grad-reduce --overlap-param-gather make it faster"
         )
     if layout.shard == 1:
         if not row.offers.spreads_optimizer:
-            unsaid.append(
+            omitted.append(
                 "whole optimizer states on every rank are not asked for: they are spread, which costs no more"
             )
         return words
-    unsaid.append(
+    omitted.append(
         "weights sharded over part of the data-parallel ranks or in a pipeline: the optimizer alone is sharded"
     )
     if layout.shard < data:
@@ -304,62 +309,62 @@ def _megatron_sharding(plan: Plan, unsaid: list[str]) -> list[str | int | float]
 
 
 def deepspeed(plan: Plan, recipe: Recipe) -> Export:
-    """deepspeed.json, and deepspeed.sh with the launch line and, since JSON has no comments, what is not said."""
+    """deepspeed.json, and deepspeed.sh with the launch line and, since JSON has no comments, what is left out."""
     choice, layout = plan.chosen, plan.chosen.layout
-    unsaid: list[str] = []
+    omitted: list[str] = []
     config: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": choice.micro_batches,
-        **deepspeed_training(recipe, unsaid),
-        "zero_optimization": _zero(plan, unsaid),
+        **deepspeed_training(recipe, omitted),
+        "zero_optimization": _zero(plan, omitted),
     }
     if choice.precision != "fp32":
         config["fp16" if choice.precision == "fp16" else "bf16"] = {"enabled": True}
     if choice.precision not in ("fp32", "bf16", "fp16"):
-        unsaid.append(f"{choice.precision}: bf16 is written")
+        omitted.append(f"{choice.precision}: bf16 is written")
     if layout.tp > 1:
         config["tensor_parallel"] = {"autotp_size": layout.tp}
         del config["train_batch_size"]  # counted over all ranks there, tensor-parallel ones too
-        unsaid.append(f"train_batch_size={plan.global_batch}: AutoTP counts it {layout.tp} times over: it is left out")
+        omitted.append(f"train_batch_size={plan.global_batch}: AutoTP counts it {layout.tp} times over: it is left out")
         if layout.pp > 1:
-            unsaid.append("tensor parallelism in a pipeline: AutoTP has none, the layers must split themselves")
+            omitted.append("tensor parallelism in a pipeline: AutoTP has none, the layers must split themselves")
         if layout.sequence_parallel:
-            unsaid.append("sequence parallelism beside tensor parallelism: AutoTP has none")
+            omitted.append("sequence parallelism beside tensor parallelism: AutoTP has none")
     if layout.cp > 1:
         config |= {"sequence_parallel_size": layout.cp, "data_parallel_size": layout.dp}
-        unsaid.append(
+        omitted.append(
             f"context parallelism by passing keys on: Ulysses over {layout.cp} ranks is written, which splits heads"
         )
     if layout.pp > 1:
-        unsaid.append(
+        omitted.append(
             f"the pipeline, which is code there: PipelineModule(layers, num_stages={layout.pp}); its schedule is 1F1B"
             + ("" if layout.schedule == "1f1b" else f", not {layout.schedule}")
         )
         config["pipeline"] = {"partition": "best"}
         if len({len(stage) for stage in choice.stages}) > 1:
             sizes = ", ".join(str(len(stage)) for stage in choice.stages)
-            unsaid.append(f"stages of {sizes} blocks: partition 'best' weighs parameters, and cuts by itself")
+            omitted.append(f"stages of {sizes} blocks: partition 'best' weighs parameters, and cuts by itself")
     if layout.ep > 1:
         config["expert_parallel"] = {"enabled": True, "autoep_size": layout.ep}
-        unsaid.append(
+        omitted.append(
             "expert parallelism for a model that is no Hugging Face mixture (AutoEP finds those), or with tp > 1"
         )
     if layout.recompute != "none":
         config["activation_checkpointing"] = {"partition_activations": False, "cpu_checkpointing": False}
-        unsaid.append(f"recompute={layout.recompute}: what is computed again is said in the model's code")
+        omitted.append(f"recompute={layout.recompute}: what is computed again is said in the model's code")
     if choice.compiled:
-        unsaid.append("compilation: engine.compile() in the training script")
-    unsaid.append("the model's shape and the sequence length: they are the training script's")
+        omitted.append("compilation: engine.compile() in the training script")
+    omitted.append("the model's shape and the sequence length: they are the training script's")
     nodes, each = recipe.nodes(layout)
     where = f"--num_nodes {nodes} --num_gpus {each}" + (" --hostfile hostfile" if nodes > 1 else "")
     launch = f"deepspeed {where} train.py --deepspeed --deepspeed_config deepspeed.json"
-    shell = "#!/bin/sh\n" + _comments(plan, "DeepSpeed 0.19.6", unsaid, "train.py is your own script") + launch + "\n"
+    shell = "#!/bin/sh\n" + _comments(plan, "DeepSpeed 0.19.6", omitted, "train.py is your own script") + launch + "\n"
     files = {"deepspeed.json": json.dumps(config, indent=2) + "\n", "deepspeed.sh": shell}
-    return Export("deepspeed", "0.19.6", files, tuple(unsaid))
+    return Export("deepspeed", "0.19.6", files, tuple(omitted))
 
 
-def _zero(plan: Plan, unsaid: list[str]) -> dict[str, Any]:
+def _zero(plan: Plan, omitted: list[str]) -> dict[str, Any]:
     """The stage of ZeRO (Rajbhandari et al. 2020) that shards what the layout does."""
     layout = plan.chosen.layout
     data = layout.dp * layout.cp
@@ -369,28 +374,30 @@ def _zero(plan: Plan, unsaid: list[str]) -> dict[str, Any]:
     if stage:
         table["overlap_comm"] = stage == 3
     if stage == 1 and not spread:
-        unsaid.append("weights and gradients sharded in a pipeline: ZeRO 1 shards the optimizer alone")
+        omitted.append("weights and gradients sharded in a pipeline: ZeRO 1 shards the optimizer alone")
     if stage and layout.shard < data and not spread:
         if stage == 3:
             table["mics_shard_size"] = layout.shard
-            unsaid.append("the model must be built under deepspeed.zero.MiCS_Init to be sharded over part of the ranks")
+            omitted.append(
+                "the model must be built under deepspeed.zero.MiCS_Init to be sharded over part of the ranks"
+            )
         else:
-            unsaid.append(f"shard={layout.shard} of {data} data-parallel ranks: ZeRO 1 shards over all of them")
+            omitted.append(f"shard={layout.shard} of {data} data-parallel ranks: ZeRO 1 shards over all of them")
     if layout.offload:
         table["stage"] = max(1, stage)
         table["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return table
 
 
-def _comments(plan: Plan, version: str, unsaid: Sequence[str], note: str) -> str:
-    """Comment lines: whose words these are, the prediction, and what is not said."""
+def _comments(plan: Plan, version: str, omitted: Sequence[str], note: str) -> str:
+    """Comment lines: the framework that they are for, the prediction, and what is left out."""
     seconds = plan.chosen.predicted.step_seconds
     lines = [
         f"For {version}; written by meshwright plan.",
         f"{plan.model} on {plan.cluster}, laid out as {plan.chosen.layout}",
         f"predicted: {seconds.mid:.4g} s a step ({seconds.low:.4g} to {seconds.high:.4g})",
         note,
-        *(f"not said here: {sentence}" for sentence in unsaid),
+        *(f"not said here: {sentence}" for sentence in omitted),
     ]
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
@@ -405,18 +412,6 @@ def _options(words: Sequence[str | int | float]) -> list[str]:
         else:
             lines[-1] += f" {text}"
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
-
-
-def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = []
-    for name, table in tables.items():
-        parts.append(f"\n[{name}]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in table.items()))
-    return "".join(parts)
-
-
-def _value(value: Any) -> str:
-    """A value as TOML: what JSON writes is TOML too, for these kinds."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 #: By the name of the framework (plan/rules/frameworks.py).

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from meshwright.files import write_atomic
 from meshwright.layout import Layout
 from meshwright.plan import Choice, Plan
 from meshwright.report.charts import (
@@ -25,10 +26,10 @@ from meshwright.report.charts import (
     smoothed,
     spoken,
 )
-from meshwright.report.facts import PLAIN_FIELDS, Facts, is_number, read_facts
 from meshwright.report.outlook import plan_lines
+from meshwright.report.run_record import PLAIN_FIELDS, RunRecord, is_number, read_run
 from meshwright.report.timeline import KIND_WORDS, MOST_MICRO_BATCHES
-from meshwright.run import RunFolder, write_atomic
+from meshwright.run import RunFolder
 
 TEMPLATE = "page.html.jinja"
 HELD_OUT_LOSS = "held_out_loss"  # of a line of kind "eval"; what else it holds is a metric
@@ -58,7 +59,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Slot:
+class PipelinePass:
     """One forward or backward of the pipeline's picture, in per cent of a step."""
 
     kind: str
@@ -75,16 +76,16 @@ def write_report(run_folder: RunFolder | Path | str) -> Path:
     folder that holds none of them, or a plan that cannot be read.
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
-    write_atomic(run.report, _rendered(read_facts(run)).encode())
+    write_atomic(run.report, _render(read_run(run)).encode())
     return run.report
 
 
 def plan_page(plan: Plan) -> str:
     """The same page of a plan that has not been run."""
-    return _rendered(Facts(plan.model, (), (), (), plan, "", {}))
+    return _render(RunRecord(plan.model, (), (), (), plan, "", {}))
 
 
-def _rendered(facts: Facts) -> str:
+def _render(record: RunRecord) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -92,88 +93,88 @@ def _rendered(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(**_page(facts))
+    return environment.get_template(TEMPLATE).render(**_page(record))
 
 
-def _page(facts: Facts) -> dict[str, Any]:
-    verdict, tone = _verdict(facts)
-    chosen = facts.plan.chosen if facts.plan else None
+def _page(record: RunRecord) -> dict[str, Any]:
+    verdict, tone = _verdict(record)
+    chosen = record.plan.chosen if record.plan else None
     return {
-        "name": facts.name,
-        "kind": "plan" if _only_planned(facts) else "run",
+        "name": record.name,
+        "kind": "plan" if _only_planned(record) else "run",
         "verdict": verdict,
         "tone": tone,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "summary": _summary(facts),
-        "tiles": _tiles(facts),
-        "charts": _charts(facts),
-        "memory": _memory_bars(facts),
-        "plan": facts.plan,
-        "further": plan_lines(facts.plan) if facts.plan else (),
-        "prediction": _prediction_sentence(facts),
-        "chosen": None if chosen is None else _choice_row(chosen, facts.unit),
+        "summary": _summary(record),
+        "tiles": _tiles(record),
+        "charts": _charts(record),
+        "memory": _memory_bars(record),
+        "plan": record.plan,
+        "further": plan_lines(record.plan) if record.plan else (),
+        "prediction": _prediction_sentence(record),
+        "chosen": None if chosen is None else _choice_row(chosen, record.unit),
         "breakdown": [] if chosen is None else _breakdown(chosen),
-        "runners_up": [_choice_row(choice, facts.unit) for choice in (facts.plan.runners_up if facts.plan else ())],
+        "runners_up": [_choice_row(choice, record.unit) for choice in (record.plan.runners_up if record.plan else ())],
         "rejected": [
-            (str(lost.layout), lost.reason) for lost in (facts.plan.rejected[:MOST_REJECTED] if facts.plan else ())
+            (str(lost.layout), lost.reason) for lost in (record.plan.rejected[:MOST_REJECTED] if record.plan else ())
         ],
-        "rejected_more": max(0, len(facts.plan.rejected) - MOST_REJECTED) if facts.plan else 0,
+        "rejected_more": max(0, len(record.plan.rejected) - MOST_REJECTED) if record.plan else 0,
         "pipeline": _pipeline(chosen) if chosen and chosen.layout.pp > 1 else None,
-        "events": _event_rows(facts),
-        "job_text": facts.job_text,
+        "events": _event_rows(record),
+        "job_text": record.job_text,
     }
 
 
-def _verdict(facts: Facts) -> tuple[str, str]:
+def _verdict(record: RunRecord) -> tuple[str, str]:
     """(one or two words, tone) of how the run ended."""
     last = next(
-        (e["event"] for e in reversed(facts.events) if e["event"] in ("start", "end", "failure", "recovery")), ""
+        (e["event"] for e in reversed(record.events) if e["event"] in ("start", "end", "failure", "recovery")), ""
     )
     if last == "failure":
         return "failed", "bad"
     if last == "end":
-        end = facts.last("end") or {}
+        end = record.last("end") or {}
         return ("finished", "good") if end.get("finished", True) else ("stopped early", "warn")
-    if facts.steps:
+    if record.steps:
         return "running", "warn"
-    return ("planned", "good") if _only_planned(facts) else ("not started", "warn")
+    return ("planned", "good") if _only_planned(record) else ("not started", "warn")
 
 
-def _only_planned(facts: Facts) -> bool:
-    return facts.plan is not None and not facts.events and not facts.job_text
+def _only_planned(record: RunRecord) -> bool:
+    return record.plan is not None and not record.events and not record.job_text
 
 
-def _summary(facts: Facts) -> str:
+def _summary(record: RunRecord) -> str:
     """One sentence: steps, time and layout."""
-    if facts.plan and _only_planned(facts):
-        plan = facts.plan
+    if record.plan and _only_planned(record):
+        plan = record.plan
         return f"{plain(plan.parameters)} parameters on {plan.cluster}, laid out as {plan.chosen.layout}."
-    done = int(facts.steps[-1]["step"]) if facts.steps else 0
-    asked = facts.steps_asked
-    text = f"{done:,} of {asked:,} steps" if asked else f"{done:,} steps"
-    times = [event["time"] for event in facts.events if is_number(event.get("time"))]
+    done = int(record.steps[-1]["step"]) if record.steps else 0
+    total = record.steps_of_job
+    text = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
+    times = [event["time"] for event in record.events if is_number(event.get("time"))]
     if len(times) > 1:
         text += f" in {seconds_in_words(times[-1] - times[0])}"
-    if facts.plan:
-        text += f" on {facts.plan.cluster}, laid out as {facts.plan.chosen.layout}"
-        text = f"{facts.plan.model}, {plain(facts.plan.parameters)} parameters: {text}"
+    if record.plan:
+        text += f" on {record.plan.cluster}, laid out as {record.plan.chosen.layout}"
+        text = f"{record.plan.model}, {plain(record.plan.parameters)} parameters: {text}"
     return text + "."
 
 
-def _tiles(facts: Facts) -> list[Tile]:
+def _tiles(record: RunRecord) -> list[Tile]:
     tiles = []
-    losses = facts.points("loss")
+    losses = record.points("loss")
     if losses:
         tiles.append(
             Tile("Final loss", plain(losses[-1][1]), "", f"from {spoken(losses[0][1], '')} at step {losses[0][0]:g}")
         )
-    if facts.evals:
-        tiles += _held_out_tiles(facts.evals)
-    speeds = facts.settled("tokens_per_second")
+    if record.evals:
+        tiles += _held_out_tiles(record.evals)
+    speeds = record.after_warm_up("tokens_per_second")
     if speeds:
-        tiles.append(Tile("Throughput", plain(statistics.median(speeds)), f"{facts.unit}/s", "median over the run"))
-    seconds = facts.settled("step_seconds")
-    predicted = facts.plan.chosen.predicted if facts.plan else None
+        tiles.append(Tile("Throughput", plain(statistics.median(speeds)), f"{record.unit}/s", "median over the run"))
+    seconds = record.after_warm_up("step_seconds")
+    predicted = record.plan.chosen.predicted if record.plan else None
     if seconds:
         middle = statistics.median(seconds)
         below, tone = "median over the run", ""
@@ -183,7 +184,7 @@ def _tiles(facts: Facts) -> list[Tile]:
             tone = "good" if interval.low <= middle <= interval.high else "bad"
         value, unit = seconds_in_words(middle).split(" ", 1)
         tiles.append(Tile("Step time", value, unit, below, tone))
-    peaks = facts.settled("peak_bytes")
+    peaks = record.after_warm_up("peak_bytes")
     if peaks:
         below, tone = "of the fullest process", ""
         if predicted:
@@ -211,27 +212,27 @@ def _metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if name == "accuracy" else spoken(value, "")
 
 
-def _charts(facts: Facts) -> list[Chart]:
+def _charts(record: RunRecord) -> list[Chart]:
     """Loss, throughput, step time and gradient norm, each where its figures are there."""
-    losses = facts.points("loss")
+    losses = record.points("loss")
     held_out = tuple(
-        (float(e["step"]), float(e[HELD_OUT_LOSS])) for e in facts.evals if is_number(e.get(HELD_OUT_LOSS))
+        (float(e["step"]), float(e[HELD_OUT_LOSS])) for e in record.evals if is_number(e.get(HELD_OUT_LOSS))
     )
     loss_series = [Series("each step", losses, "faint"), Series("smoothed", smoothed(losses), "line")]
     if held_out:
         loss_series.append(Series("held out", held_out, "second", dots=True))
-    seconds = facts.points("step_seconds")
+    seconds = record.points("step_seconds")
     time_series, bands = [Series("measured", seconds, "line")], []
-    if facts.plan and seconds:
-        interval = facts.plan.chosen.predicted.step_seconds
+    if record.plan and seconds:
+        interval = record.plan.chosen.predicted.step_seconds
         time_series.append(
             Series("predicted", ((seconds[0][0], interval.mid), (seconds[-1][0], interval.mid)), "guide")
         )
         bands = [Band("90 % interval", interval.low, interval.high)]
-    speed = f"{facts.unit}/s"
-    speeds, norms = facts.points("tokens_per_second"), facts.points("grad_norm")
+    speed = f"{record.unit}/s"
+    speeds, norms = record.points("tokens_per_second"), record.points("grad_norm")
     charts = [
-        line_chart("Loss", f"nats per {facts.unit.removesuffix('s')}, over steps", loss_series) if losses else None,
+        line_chart("Loss", f"nats per {record.unit.removesuffix('s')}, over steps", loss_series) if losses else None,
         line_chart("Throughput", speed, [Series("measured", speeds, "line")], unit=speed, from_zero=True),
         line_chart("Step time", "against the plan", time_series, unit="s", bands=bands, from_zero=True),
         line_chart("Gradient norm", "before clipping", [Series("each step", norms, "line")], from_zero=True),
@@ -239,15 +240,15 @@ def _charts(facts: Facts) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _memory_bars(facts: Facts) -> list[Bar]:
+def _memory_bars(record: RunRecord) -> list[Bar]:
     """What each stage was predicted to hold, by kind, and what the fullest process held."""
     rows: list[tuple[str, list[tuple[str, float]]]] = []
-    if facts.plan:
-        memory = facts.plan.chosen.memory
+    if record.plan:
+        memory = record.plan.chosen.memory
         for index, stage in enumerate(memory):
             name = "predicted" if len(memory) == 1 else f"predicted, stage {index}"
             rows.append((name, [(part, float(getattr(stage, part))) for part in MEMORY_PARTS]))
-    peaks = facts.settled("peak_bytes")
+    peaks = record.after_warm_up("peak_bytes")
     if peaks:
         rows.append(("measured, fullest process", [("measured", max(peaks))]))
     widest = max((sum(size for _, size in parts) for _, parts in rows), default=0.0)
@@ -265,12 +266,12 @@ def _memory_bars(facts: Facts) -> list[Bar]:
     ]
 
 
-def _prediction_sentence(facts: Facts) -> str:
+def _prediction_sentence(record: RunRecord) -> str:
     """Whether the measured step time lies where the plan said."""
-    seconds = facts.settled("step_seconds")
-    if not facts.plan or not seconds:
+    seconds = record.after_warm_up("step_seconds")
+    if not record.plan or not seconds:
         return ""
-    interval, middle = facts.plan.chosen.predicted.step_seconds, statistics.median(seconds)
+    interval, middle = record.plan.chosen.predicted.step_seconds, statistics.median(seconds)
     where = "inside" if interval.low <= middle <= interval.high else "outside"
     low, mid, high, took = map(seconds_in_words, (interval.low, interval.mid, interval.high, middle))
     return f"A step was predicted to take {mid} (90 % interval {low} to {high}) and took {took}: {where} the interval."
@@ -307,7 +308,7 @@ def _breakdown(choice: Choice) -> list[tuple[str, float, str]]:
 def _pipeline(choice: Choice) -> dict[str, Any]:
     """The schedule of a step (of its first micro-batches, where there are many): a row a stage, a slot an action."""
     timeline = choice.timeline(MOST_MICRO_BATCHES)
-    rows: list[list[Slot]] = [[] for _ in range(timeline.ranks)]
+    rows: list[list[PipelinePass]] = [[] for _ in range(timeline.ranks)]
     for event in timeline.events:
         left = 100 * event.start_seconds / timeline.seconds
         width = 100 * (event.stop_seconds - event.start_seconds) / timeline.seconds
@@ -315,7 +316,7 @@ def _pipeline(choice: Choice) -> dict[str, Any]:
         took = seconds_in_words(event.stop_seconds - event.start_seconds)
         text = f"stage {event.stage}, {kind} of micro-batch {event.micro_batch}, {took}"
         label = str(event.micro_batch) if width > 2.2 else ""
-        rows[event.rank].append(Slot(kind.split()[0], round(left, 3), round(width, 3), text, label))
+        rows[event.rank].append(PipelinePass(kind.split()[0], round(left, 3), round(width, 3), text, label))
     return {
         "rows": list(zip(rows, (_rank_name(choice, rank) for rank in range(timeline.ranks)), strict=True)),
         "seconds": seconds_in_words(timeline.seconds),
@@ -336,12 +337,12 @@ def _stage_name(blocks: Sequence[str]) -> str:
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
 
 
-def _event_rows(facts: Facts) -> list[dict[str, str]]:
+def _event_rows(record: RunRecord) -> list[dict[str, str]]:
     """The last MOST_EVENTS events that are not in the charts."""
-    told = [event for event in facts.events if event["event"] not in ("step", "eval")][-MOST_EVENTS:]
-    start = next((event["time"] for event in facts.events if is_number(event.get("time"))), 0.0)
+    shown = [event for event in record.events if event["event"] not in ("step", "eval")][-MOST_EVENTS:]
+    start = next((event["time"] for event in record.events if is_number(event.get("time"))), 0.0)
     rows = []
-    for event in told:
+    for event in shown:
         after = event["time"] - start if is_number(event.get("time")) else None
         details = [
             f"{'took' if name == 'seconds' else name.replace('_', ' ')} {_detail(name, event[name])}"

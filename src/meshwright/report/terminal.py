@@ -204,8 +204,8 @@ class Progress:
         if kind == "checkpoint":
             return f"step {event['step']}: checkpoint"
         if kind in ("failure", "recovery"):
-            said = {key: value for key, value in event.items() if key not in ("event", "time")}
-            return f"{kind}: " + ", ".join(f"{key} {value}" for key, value in said.items())
+            shown = [f"{key} {value}" for key, value in event.items() if key not in ("event", "time")]
+            return f"{kind}: " + ", ".join(shown)
         return None
 
     def line(self, unit: str) -> str:
@@ -231,7 +231,7 @@ def _figures(values: Mapping[str, float]) -> str:
 
 def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Console | None = None) -> None:
     """Follows a run's events until `until()` is true: one line that stays in place in a terminal, elsewhere a plain
-    line now and then. Talks on stderr unless given a console."""
+    line now and then. Writes to stderr unless given a console."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -239,7 +239,7 @@ def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Cons
     console = console or Console(file=sys.stderr, highlight=False)
     progress = Progress()
     terminal = console.is_terminal
-    said_at = time.monotonic()
+    printed_at = time.monotonic()
     view = Live(console=console, refresh_per_second=4, transient=False) if terminal else nullcontext()
     with view as shown:
         for event in folder.tail(until, from_end=True):
@@ -248,27 +248,26 @@ def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Cons
                 console.print(remark, markup=False)
             if shown is not None:
                 shown.update(Text(progress.line(plan.unit), no_wrap=True, overflow="ellipsis"))
-            elif event["event"] == "step" and _line_due(event, progress, said_at):
-                said_at = time.monotonic()
+            elif event["event"] == "step" and _line_due(event, progress, printed_at):
+                printed_at = time.monotonic()
                 console.print(progress.line(plan.unit), markup=False, soft_wrap=True)
 
 
-def _line_due(event: Mapping[str, Any], progress: Progress, said_at: float) -> bool:
+def _line_due(event: Mapping[str, Any], progress: Progress, printed_at: float) -> bool:
     """Whether a plain line is worth printing: the first step, the last, and every ten seconds."""
     first = len(progress.recent_seconds) == 1
-    return first or event["step"] == progress.steps or time.monotonic() - said_at >= PLAIN_LINE_SECONDS
+    return first or event["step"] == progress.steps or time.monotonic() - printed_at >= PLAIN_LINE_SECONDS
 
 
 def show_doctor(found: Mapping[str, Any], console: Console) -> None:
     """What `doctor` found: the machine, its speeds, every socket, and what is wrong."""
     cpu, memory = found["cpu"], found["memory"]
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
-    total = memory["total_bytes"]
     rows = [
         ("meshwright", f"{found['meshwright']}, Python {found['python']['version']}, {found['platform']}"),
         ("packages", packages),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['instructions'])}"),
-        ("memory", "unknown" if total is None else f"{total / GIB:.1f} GiB"),
+        ("memory", f"{memory['total_bytes'] / GIB:.1f} GiB"),
         ("plans for", found["cluster"]),
     ]
     for place, disk in found["disk"].items():
@@ -279,8 +278,8 @@ def show_doctor(found: Mapping[str, Any], console: Console) -> None:
         _show_speeds(found["speeds"], console)
     _show_sockets(found["sockets"], console)
     for problem in found["problems"]:
-        said = f"{problem['where']}: {problem['what']}" + (f"; {problem['nearest']}" if problem["nearest"] else "")
-        console.print(f"[bold yellow]problem[/bold yellow]  {_plain(said)}")
+        text = f"{problem['where']}: {problem['what']}" + (f"; {problem['nearest']}" if problem["nearest"] else "")
+        console.print(f"[bold yellow]problem[/bold yellow]  {_plain(text)}")
     if not found["problems"]:
         console.print("[green]nothing wrong[/green]")
 

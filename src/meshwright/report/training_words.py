@@ -41,10 +41,10 @@ class Recipe:
         return -(-layout.devices // each), each
 
 
-def titan_training(recipe: Recipe, unsaid: list[str]) -> dict[str, dict[str, Any]]:
+def titan_training(recipe: Recipe, omitted: list[str]) -> dict[str, dict[str, Any]]:
     """Tables of torchtitan's configuration, less what the layout says."""
     if recipe.weight_decay:
-        unsaid.append("weight decay of matrices alone: theirs is of every parameter")
+        omitted.append("weight decay of matrices alone: theirs is of every parameter")
     rate: dict[str, Any] = {"warmup_steps": recipe.warmup_steps}
     if recipe.decay == "constant":
         rate["decay_ratio"] = 0.0
@@ -62,7 +62,7 @@ def titan_training(recipe: Recipe, unsaid: list[str]) -> dict[str, dict[str, Any
     }
 
 
-def megatron_training(recipe: Recipe, unsaid: list[str]) -> list[str | int | float]:
+def megatron_training(recipe: Recipe, omitted: list[str]) -> list[str | int | float]:
     """Options of Megatron-LM."""
     floor = float(f"{recipe.lr * (1.0 if recipe.decay == 'constant' else recipe.min_lr_ratio):.6g}")
     style = {"wsd": "WSD"}.get(recipe.decay, recipe.decay)
@@ -78,11 +78,11 @@ def megatron_training(recipe: Recipe, unsaid: list[str]) -> list[str | int | flo
     if recipe.seed:
         words += ["--seed", recipe.seed]
     else:
-        unsaid.append("seed 0: it wants one above zero, and takes 1234")
+        omitted.append("seed 0: it wants one above zero, and takes 1234")
     return words
 
 
-def deepspeed_training(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
+def deepspeed_training(recipe: Recipe, omitted: list[str]) -> dict[str, Any]:
     """Keys of DeepSpeed's configuration."""
     adam = {"lr": recipe.lr, "betas": list(recipe.betas), "eps": recipe.eps, "weight_decay": recipe.weight_decay}
     warm = {"warmup_num_steps": max(1, recipe.warmup_steps), "warmup_type": "linear"}
@@ -92,8 +92,8 @@ def deepspeed_training(recipe: Recipe, unsaid: list[str]) -> dict[str, Any]:
     else:
         schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": recipe.lr, **warm}}
     if recipe.decay == "wsd":
-        unsaid.append(f"the decay over the last {recipe.decay_fraction:.0%} of the steps: the rate stays constant")
-    unsaid.append(
+        omitted.append(f"the decay over the last {recipe.decay_fraction:.0%} of the steps: the rate stays constant")
+    omitted.append(
         f"the seed ({recipe.seed}), and weight decay of matrices alone: the training script's parameter groups"
     )
     return {

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from meshwright.errors import InputError, Problem
-from meshwright.serve.refusal import Refusal
+from meshwright.serve.errors import RequestError
 
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKEN_BYTES = 4096
@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """The token in `path`; raises InputError unless only its owner can read it and it is worth guessing at."""
+    """The token in `path`; raises InputError unless only its owner can read it and it is long enough."""
     where = "serve.token_file"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -76,26 +76,26 @@ class Access:
         self._token = None if token is None else token.encode()
 
     def check_http(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises Refusal 400, 401 or 403 for a request that may not go on. `headers` have lower-case names."""
+        """Raises RequestError 400, 401 or 403 for a request that may not go on. `headers` have lower-case names."""
         found: dict[bytes, list[bytes]] = {}
         for name, value in headers:
             found.setdefault(name, []).append(value)
         if len(found.get(b"host", [])) != 1:
-            raise Refusal(400, "a request needs one Host header", code="bad_host")
+            raise RequestError(400, "a request needs one Host header", code="bad_host")
         if b"transfer-encoding" in found and b"content-length" in found:
-            raise Refusal(400, "Content-Length and Transfer-Encoding contradict each other", code="bad_framing")
+            raise RequestError(400, "Content-Length and Transfer-Encoding contradict each other", code="bad_framing")
         host = found[b"host"][0].decode("latin-1")
         if self._token is None and not is_loopback(_host_name(host)):
             # A foreign name that resolves to this machine: a page that rebinds its own name (DNS rebinding).
-            raise Refusal(403, "the Host header does not name this machine", code="bad_host")
+            raise RequestError(403, "the Host header does not name this machine", code="bad_host")
         for origin in found.get(b"origin", []):
             if _origin_host(origin.decode("latin-1")) != host.lower():
-                raise Refusal(403, "requests from other sites' pages are refused", code="bad_origin")
+                raise RequestError(403, "requests from other sites' pages are refused", code="bad_origin")
         if path not in OPEN_HTTP_PATHS:
             self._check_token(found.get(b"authorization", []))
 
     def check_grpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-        """Raises Refusal 401 for a call that may not go on."""
+        """Raises RequestError 401 for a call that may not go on."""
         if method not in OPEN_GRPC_METHODS:
             values = [value for name, value in metadata if name == "authorization"]
             self._check_token([value.encode() if isinstance(value, str) else value for value in values])
@@ -105,7 +105,7 @@ class Access:
             return
         scheme, _, given = (values[0] if len(values) == 1 else b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
-            raise Refusal(401, "a valid bearer token is needed", code="invalid_token")
+            raise RequestError(401, "a valid bearer token is needed", code="invalid_token")
 
 
 def _host_name(host: str) -> str:
@@ -140,17 +140,17 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             self._access.check_grpc(handler_call_details.method, handler_call_details.invocation_metadata or ())
-        except Refusal as refusal:
-            return _refusing(handler, refusal)
+        except RequestError as error:
+            return _failing(handler, error)
         return handler
 
 
-def _refusing(handler: Any, refusal: Refusal) -> grpc.RpcMethodHandler:
-    """A handler of the same shape as `handler` that answers with `refusal`."""
-    status = getattr(grpc.StatusCode, refusal.grpc_status)
+def _failing(handler: Any, error: RequestError) -> grpc.RpcMethodHandler:
+    """A handler of the same shape as `handler` that answers with `error`."""
+    status = getattr(grpc.StatusCode, error.grpc_status)
 
-    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> Any:
-        await context.abort(status, refusal.message)
+    async def fail(_: Any, context: grpc.aio.ServicerContext) -> Any:
+        await context.abort(status, error.message)
 
     make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-    return make(refuse, handler.request_deserializer, handler.response_serializer)
+    return make(fail, handler.request_deserializer, handler.response_serializer)

@@ -1,4 +1,4 @@
-"""The two wires from the asking side, as small as they get: what the demo uses, and an example for others."""
+"""Clients of both protocols, as small as they get: what the demo uses, and an example for others."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ MAX_CONNECTIONS = 1024
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server can be asked: what is printed, and written to the ready file."""
+    """Where a server listens: what is printed, and written to the ready file."""
 
     model: str
     http: str
@@ -48,7 +48,7 @@ class Addresses:
     pid: int
 
 
-class _Server(uvicorn.Server):
+class _HttpServer(uvicorn.Server):
     """uvicorn without its own signal handling: `serve` ends HTTP, gRPC and the engine in one order."""
 
     @contextlib.contextmanager
@@ -56,7 +56,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class Wires:
+class ModelServer:
     """HTTP and gRPC for one model on one event loop."""
 
     def __init__(self, model: ServedModel, renderer: Renderer, access: Access, host: str) -> None:
@@ -76,7 +76,7 @@ class Wires:
             timeout_keep_alive=5,
             timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
         )
-        self._http = _Server(config)
+        self._http = _HttpServer(config)
         self._grpc: grpc.aio.Server = grpc_server(model, access)
         self._serving: asyncio.Task[None] | None = None
 
@@ -124,7 +124,7 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 @contextlib.asynccontextmanager
 async def engine_processes(
     folder: Path, config: ServeSection, precision: str, private: Path
-) -> AsyncIterator[tuple[ServedModel, launch.Started]]:
+) -> AsyncIterator[tuple[ServedModel, launch.LocalProcesses]]:
     """The engine's ranks, started and connected; ended on the way out. Raises what opening the model raises."""
     connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
 
@@ -144,25 +144,25 @@ async def engine_processes(
         "max_len": config.max_len,
         "precision": precision,
     }
-    started = launch.local("meshwright.serve.workers.worker:run", payload, config.tp or 1, private)
+    processes = launch.local("meshwright.serve.workers.worker:run", payload, config.tp or 1, private)
     try:
-        ended = asyncio.create_task(_ended(started))
+        ended = asyncio.create_task(_wait_for_end(processes))
         either: set[asyncio.Future[Any]] = {connected, ended}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         listener.close()
         if not connected.done():
-            started.wait()  # raises the error of the rank that failed
+            processes.wait()  # raises the error of the rank that failed
             raise RunFailed(Problem("serve", "the engine ended before it was ready"))
         ended.cancel()
         try:
             model = await ServedModel.connect(*connected.result())
         except channel.ChannelClosed as error:
-            await asyncio.to_thread(started.wait)  # raises the error of the rank that failed
+            await asyncio.to_thread(processes.wait)  # raises the error of the rank that failed
             raise RunFailed(Problem("serve", "the engine ended before it was ready")) from error
-        yield model, started
+        yield model, processes
     finally:
         listener.close()
-        await asyncio.to_thread(started.stop)
+        await asyncio.to_thread(processes.stop)
 
 
 def model_name(folder: Path) -> str:
@@ -173,8 +173,8 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
-async def _ended(started: launch.Started) -> None:
-    while started.poll() == "running":
+async def _wait_for_end(processes: launch.LocalProcesses) -> None:
+    while processes.poll() == "running":
         await asyncio.sleep(0.02)
 
 
@@ -202,25 +202,25 @@ async def serve(
             opening.cancel()
             await asyncio.wait({opening})
             return
-        model, started = opening.result()
+        model, processes = opening.result()
         model.metrics.predict(predicted)
-        wires = Wires(model, renderer, access, config.host)
-        addresses = await wires.start(config.http_port, config.grpc_port)
+        server = ModelServer(model, renderer, access, config.host)
+        addresses = await server.start(config.http_port, config.grpc_port)
         announce(addresses, ready_file)
         lost = asyncio.create_task(model.lost.wait())
         await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
         failed = lost.done()
-        await wires.stop(GRACE_SECONDS)
+        await server.stop(GRACE_SECONDS)
         lost.cancel()
         stopping.cancel()
         if failed and not stop.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.to_thread(started.wait, 10)  # raises the error of the rank that failed
+                await asyncio.to_thread(processes.wait, 10)  # raises the error of the rank that failed
             raise RunFailed(Problem("serve", "the engine ended by itself"))
 
 
 def announce(addresses: Addresses, ready_file: Path | None) -> None:
-    """One line of JSON on stdout, and the same in `ready_file`, there only once it is whole."""
+    """One line of JSON on stdout, and the same in `ready_file`, which exists only once it is whole."""
     line = json.dumps(asdict(addresses))
     print(line, flush=True)
     if ready_file is not None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meshwright.run import RunFolder, write_atomic
+from meshwright.files import write_atomic
+from meshwright.run import RunFolder
 
 #: Spans kept a rank: the last steps of a run. A step has five, and two for each micro-batch.
 KEPT = 2000

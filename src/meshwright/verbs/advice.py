@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from meshwright.errors import CannotWork
 from meshwright.verbs.plan import plan, request_of_job, style_of
-from meshwright.verbs.start import card_of_job, cluster_of_job, each, read_job
+from meshwright.verbs.start import card_of_job, cluster_of_job, gather, read_job
 
 if TYPE_CHECKING:
     from meshwright.card import Card
@@ -36,7 +36,7 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
     from meshwright.plan.advice import advise, frameworks, situation
 
     sound = read_job(job, overrides, data_must_exist=False, also=plan)
-    card, cluster = each(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
+    card, cluster = gather(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
     facts = situation(
         card,
         cluster,
@@ -75,7 +75,7 @@ def _untrained(job: Job) -> str:
 
 
 def _reading(job: Job, card: Card) -> DataVolume:
-    """What a run of the job reads, as far as it can be told without reading any of it."""
+    """What a run of the job reads, as far as it is known without reading any of it."""
     from meshwright.plan.advice import DataVolume
 
     tokens = card.unit == "tokens"

@@ -16,7 +16,7 @@ from meshwright.verbs.start import card_of_job, cluster_of_job
 if TYPE_CHECKING:
     from meshwright.plan.constants import Profile
 
-#: How long `calibrate` measures a machine, unless told.
+#: How long `calibrate` measures a machine, unless asked for otherwise.
 MEASURED_SECONDS = 30.0
 
 logger = logging.getLogger("meshwright")
@@ -37,7 +37,7 @@ def calibrate(
     "machine", which measures this machine for about `seconds` ("changed", "seconds", and under "busy" what other work
     on it kept from being measured). All start from the shipped profile, the one named, or the data sheets'. A profile
     that is at `out` is replaced. Raises InputError where the source cannot be used, and, before anything is measured or
-    fitted, where `out` is anything else that is there.
+    fitted, where `out` is any other file.
     """
     machine = str(source) == "machine"
     if not machine and seconds != MEASURED_SECONDS:
@@ -63,12 +63,12 @@ def calibrate(
 
 def _profile_target(path: Path, source: Path | None) -> Path:
     """The file that a profile for `path` is written to, links followed. Raises InputError where that would destroy what
-    it is made from, or a file that is no profile."""
+    it is made from, or a file that is not a profile."""
     from meshwright.plan.constants import load_profile
 
     target, hint = Path(os.path.realpath(path)), "name another file"
     if not target.parent.is_dir():
-        raise InputError(Problem(str(path), "its folder is not there", "name a file in a folder that is"))
+        raise InputError(Problem(str(path), "its folder does not exist", "name a file in a folder that does"))
     if source is not None:
         origin = Path(os.path.realpath(source))
         if target == origin:
@@ -76,12 +76,12 @@ def _profile_target(path: Path, source: Path | None) -> Path:
         if origin.is_dir() and target.is_relative_to(origin):
             raise InputError(Problem(str(path), f"lies in the run folder {source}", f"{hint}, outside it"))
     if os.path.exists(target) and not target.is_file():
-        raise InputError(Problem(str(path), "is there, and is no file", hint))
+        raise InputError(Problem(str(path), "exists and is not a regular file", hint))
     if os.path.exists(target):
         try:
             load_profile(target)
         except InputError as error:
-            what = f"is there, and is no profile ({error.problems[0].what})"
+            what = f"exists and is not a profile ({error.problems[0].what})"
             raise InputError(Problem(str(path), what, f"{hint}, or move it away")) from error
     return target
 
@@ -126,7 +126,7 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
     run = RunFolder(folder)
     for file in (run.job, run.plan, run.events):
         if not file.is_file():
-            what = f"is no run folder: it has no {file.name}"
+            what = f"is not a run folder: it has no {file.name}"
             raise InputError(Problem(str(folder), what, "name the folder that `train` made, or a file of cases"))
     job = load_job(run.job, data_must_exist=False)
     chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import InputError
 from meshwright.verbs.plan import plan
-from meshwright.verbs.start import each, placed, read_job
+from meshwright.verbs.start import gather, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -21,7 +21,7 @@ def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     Raises InputError, or CannotWork where only the plan fails, listing every problem of all of them.
     """
     sound = read_job(job, overrides, also=plan)
-    survey, planned = each(lambda: _surveyed(sound), lambda: plan(sound))
+    survey, planned = gather(lambda: _survey(sound), lambda: plan(sound))
     return {
         "model": planned.model,
         "parameters": planned.parameters,
@@ -31,10 +31,10 @@ def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     }
 
 
-def _surveyed(job: Job) -> Any:
+def _survey(job: Job) -> Any:
     from meshwright import data
 
-    with placed(job):
+    with locate_problems(job):
         survey = data.survey(job)
         if survey.problems:
             raise InputError(survey.problems)

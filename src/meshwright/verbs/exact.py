@@ -39,10 +39,10 @@ def plan_exact(
     objective: str = "time",
     profile: str | Path | None = None,
 ) -> ExactPlan:
-    """As `plan`; then `ranks` of the chosen layout (by default the telling ones) are rehearsed.
+    """As `plan`; then `ranks` of the chosen layout (by default one each of some stages) are rehearsed.
 
     Raises CannotWork where the layout does not fit by what the rehearsal found, naming the first runner-up that does;
-    InputError for ranks that are not there, another framework than ours, or a cluster of mixed devices.
+    InputError for ranks that it does not have, another framework than ours, or a cluster of mixed devices.
     """
     from meshwright.rehearse import rehearse
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshwright.errors import InputError, Problem
-from meshwright.verbs.start import card_of_job, cluster_of_job, each, groups_of_job, read_job
+from meshwright.verbs.start import card_of_job, cluster_of_job, gather, groups_of_job, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -35,9 +35,9 @@ def plan(
     if sound.cluster.groups:
         from meshwright.plan.mixed import make_mixed_plan
 
-        card, mixed = each(lambda: card_of_job(sound, style), lambda: groups_of_job(sound))
+        card, mixed = gather(lambda: card_of_job(sound, style), lambda: groups_of_job(sound))
         return make_mixed_plan(card, mixed, request, constants)
-    card, cluster = each(lambda: card_of_job(sound, style), lambda: cluster_of_job(sound))
+    card, cluster = gather(lambda: card_of_job(sound, style), lambda: cluster_of_job(sound))
     return make_plan(card, cluster, request, constants)
 
 

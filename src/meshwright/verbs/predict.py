@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meshwright.verbs.plan import profile_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def predict(

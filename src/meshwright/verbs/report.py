@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meshwright.errors import InputError, Problem
-
-if TYPE_CHECKING:
-    pass
 
 
 def report(run: str | Path) -> Path:
@@ -19,7 +15,7 @@ def report(run: str | Path) -> Path:
     folder = RunFolder(run)
     for file in (folder.job, folder.plan):
         if not file.is_file():
-            what = f"is no run folder: it has no {file.name}"
+            what = f"is not a run folder: it has no {file.name}"
             raise InputError(Problem(str(folder.path), what, "name the folder that `train` made"))
     html.write_report(folder.path)
     return folder.report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from meshwright.verbs.serving import settle
+from meshwright.verbs.serving import plan_settings
 
 
 def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
@@ -21,8 +21,8 @@ def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[st
 
     settings = read_serve(overrides, RunFolder(model).job)
     folder = find_model(Path(model))
-    settled = settle(folder, settings)
-    say(settled.said)
-    figures = settled.plan.chosen.predicted
+    planned = plan_settings(folder, settings)
+    say(planned.summary)
+    figures = planned.plan.chosen.predicted
     predicted = {"tokens_per_second": figures.tokens_per_second.mid, "token_seconds": figures.tpot_seconds.mid}
-    server.main(folder, settled.settings, precision=settled.precision, predicted=predicted)
+    server.main(folder, planned.settings, precision=planned.precision, predicted=predicted)

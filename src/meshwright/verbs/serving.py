@@ -5,7 +5,6 @@ For named devices any engine with paged caches is planned for; for this machine 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from meshwright.errors import CannotWork, Problem
 from meshwright.verbs.plan import profile_of
-from meshwright.verbs.start import cluster_of_job, placed, read_job
+from meshwright.verbs.start import cluster_of_job, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.cluster import Cluster, Device
@@ -40,7 +39,7 @@ def serving_plan(
 
     sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
     cluster = cluster_of_job(sound)
-    with placed(sound):
+    with locate_problems(sound):
         model = _model_of_job(sound)
         named = sound.cluster.named is not None
         question = ServingQuery(
@@ -51,23 +50,23 @@ def serving_plan(
             profile_of(profile, datasheet=datasheet),
             _target(sound.serve, model.longest),
             _pins(sound.serve),
-            _kept(model.precision, cluster.device, ours=not named),
+            _served_precision(model.precision, cluster.device, ours=not named),
             model.longest,
         )
         return make_serving_plan(question)
 
 
 @dataclass(frozen=True)
-class Settled:
-    """Settings of `serve` with nothing left open, the plan they come from, and what a person should be told."""
+class PlannedSettings:
+    """Settings of `serve` with nothing left open, the plan that they come from, and that plan in a line."""
 
     settings: ServeSection
     precision: str
     plan: ServingPlan
-    said: str
+    summary: str
 
 
-def settle(folder: Path, settings: ServeSection) -> Settled:
+def plan_settings(folder: Path, settings: ServeSection) -> PlannedSettings:
     """What `serve` leaves open, planned for the model in `folder` and the memory that is free on this machine now.
 
     A target that cannot be met is said and served as well as can be; a model that does not fit raises CannotWork with
@@ -87,7 +86,7 @@ def settle(folder: Path, settings: ServeSection) -> Settled:
         default_profile(),
         _target(settings, model.longest),
         _pins(settings),
-        _kept(model.precision, machine(1).device, ours=True),
+        _served_precision(model.precision, machine(1).device, ours=True),
         model.longest,
     )
     missed = ""
@@ -100,13 +99,13 @@ def settle(folder: Path, settings: ServeSection) -> Settled:
         plan = make_serving_plan(replace(question, target=lengths))
         missed = f"; {error.problems[0].what}, {error.problems[0].nearest}"
     chosen = plan.chosen
-    settled = settings.model_copy(
+    complete = settings.model_copy(
         update={"tp": chosen.tp, "max_batch": chosen.max_batch, "max_len": settings.max_len or chosen.max_len}
     )
-    return Settled(settled, chosen.precision, plan, _said(plan) + missed)
+    return PlannedSettings(complete, chosen.precision, plan, _summary(plan) + missed)
 
 
-def _said(plan: ServingPlan) -> str:
+def _summary(plan: ServingPlan) -> str:
     """The plan in a line."""
     chosen, figures = plan.chosen, plan.chosen.predicted
     tokens = figures.tokens_per_second
@@ -149,8 +148,8 @@ def _model_of_job(job: Job) -> ModelConfig:
     return config_of_job(job)
 
 
-def _kept(precision: str, device: Device, *, ours: bool) -> str:
-    """What weights saved in `precision` are served in, where nobody says: what the engine reads them into, or the
+def _served_precision(precision: str, device: Device, *, ours: bool) -> str:
+    """What weights saved in `precision` are served in, where the job does not: what the engine reads them into, or the
     nearest that the device multiplies."""
     if ours:
         return "bf16" if precision == "bf16" else "fp32"
@@ -161,9 +160,9 @@ def _kept(precision: str, device: Device, *, ours: bool) -> str:
 
 def _this_machine(*, free: bool = False) -> Callable[[int], Cluster]:
     """What `tp` processes of ours have each; with `free`, of the memory that nothing else takes now."""
-    from meshwright.cluster import this_machine
+    from meshwright.cluster import available_memory_bytes, this_machine
 
-    left = _free_bytes() if free else None
+    left = available_memory_bytes() if free else None
 
     @cache
     def of(tp: int) -> Cluster:
@@ -179,17 +178,3 @@ def _cores(cluster: Cluster) -> int:
     from meshwright.cluster import available_cores
 
     return available_cores() if cluster.device.kind == "cpu" else cluster.devices
-
-
-def _free_bytes() -> int | None:
-    """Memory that a new process may take: what the system can give without swapping, the container's rest if less."""
-    found = []
-    system = Path("/proc/meminfo")
-    if system.exists():
-        found += [int(line.split()[1]) * 1024 for line in system.read_text().splitlines() if "MemAvailable" in line]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(max(0, int(text) - int(used.read_text())))
-    return min(found, default=None)

@@ -26,7 +26,7 @@ def read_job(
 ) -> Job:
     """The Job itself, or the one in a file with overrides on top.
 
-    Raises InputError listing every problem, those too that `also` meets with what is right of a faulty job.
+    Raises InputError listing every problem, those too that `also` meets with the valid part of a faulty job.
     """
     from meshwright.job import Job, load_job, sound_part
 
@@ -47,7 +47,7 @@ def read_job(
         raise InputError(problems) from None
 
 
-def each(*calls: Callable[[], Any]) -> list[Any]:
+def gather(*calls: Callable[[], Any]) -> list[Any]:
     """What each call returns; where some raise InputError or CannotWork, one error with the problems of all."""
     results, failures = [], []
     for call in calls:
@@ -62,23 +62,24 @@ def each(*calls: Callable[[], Any]) -> list[Any]:
 
 
 @contextmanager
-def placed(job: Job) -> Iterator[None]:
-    """Adds, to a problem with a key of the job, the place where the key was said: "job.toml:12: data.source"."""
+def locate_problems(job: Job) -> Iterator[None]:
+    """Adds, to a problem with a key of the job, where the key was given: "job.toml:12: data.source"."""
     try:
         yield
     except (InputError, CannotWork) as error:
-        raise type(error)([replace(one, where=place(job, one.where)) for one in error.problems]) from error
+        raise type(error)([replace(one, where=location_of(job, one.where)) for one in error.problems]) from error
 
 
-def place(job: Job, key: str) -> str:
-    said = job.origins.get(key, "default")
-    return key if said in ("default", "Python") else f"{said}: {key}"
+def location_of(job: Job, key: str) -> str:
+    """The key with the file and line where it was given, if it was."""
+    origin = job.origins.get(key, "default")
+    return key if origin in ("default", "Python") else f"{origin}: {key}"
 
 
 def card_of_job(job: Job, style: str = "plain") -> Card:
     """What the job's model is: read from a table for a family or a Hugging Face folder, traced for a module. `style`
     says who computes it, where that is known."""
-    with placed(job):
+    with locate_problems(job):
         if job.model.module is not None:
             from meshwright import trace
 
@@ -93,10 +94,10 @@ def cluster_of_job(job: Job) -> Cluster:
     if job.cluster.groups:
         what = "devices of several kinds can only be planned for"
         hint = "name one kind: cluster.named and cluster.devices"
-        raise CannotWork(Problem(place(job, "cluster.groups"), what, hint))
+        raise CannotWork(Problem(location_of(job, "cluster.groups"), what, hint))
     from meshwright.cluster import resolve_cluster
 
-    with placed(job):
+    with locate_problems(job):
         cluster = resolve_cluster(job.cluster)
     return (
         cluster
@@ -110,6 +111,6 @@ def groups_of_job(job: Job) -> MixedCluster:
     from meshwright.cluster import named_cluster
     from meshwright.plan.mixed import MixedCluster
 
-    with placed(job):
+    with locate_problems(job):
         named = [named_cluster(group.named, group.devices, group.devices_per_node) for group in job.cluster.groups]
         return MixedCluster(tuple(named))

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.verbs.plan import plan
 from meshwright.verbs.report import report
-from meshwright.verbs.start import cluster_of_job, place, placed, read_job
+from meshwright.verbs.start import cluster_of_job, locate_problems, location_of, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
-    from meshwright.launch import Started
+    from meshwright.launch import LocalProcesses
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
 #: Sections that a run's checkpoints were made with: a resumed run must have them as they were.
-OF_THE_RUN = ("model", "data", "task")
+FIXED_SECTIONS = ("model", "data", "task")
 
 #: What decides the plan: where these have not changed, a resumed run keeps the plan that it has.
-OF_THE_PLAN = ("model", "data", "cluster", "layout")
+PLANNED_SECTIONS = ("model", "data", "cluster", "layout")
 
 
 def run_folder_of(job: str | Path, run: str | Path | None = None) -> RunFolder:
@@ -39,13 +39,14 @@ def train(
     run: str | Path | None = None,
     resume: bool = False,
     profile: str | Path | None = None,
-    watch: Callable[[RunFolder, Plan, Started], None] | None = None,
+    watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a job into its run folder and writes its report: {"run", "step", "loss", ..., "report"}.
 
     The plan is made with `profile`, a file that `calibrate` wrote, where one is given.
-    `watch(folder, plan, started)` is called once the processes run, and may look on until they end. Raises InputError
-    where the folder holds a run and `resume` is not set (or the reverse), RunFailed with the command that resumes.
+    `watch(folder, plan, processes)` is called once the processes run, and may follow them until they end. Raises
+    InputError where the folder holds a run and `resume` is not set (or the reverse), RunFailed with the command that
+    resumes.
     """
     from meshwright import data, families, launch
     from meshwright.job import Job, job_to_toml
@@ -57,22 +58,22 @@ def train(
     job = read_job(job, overrides, also=plan)
     if job.cluster.named is not None:
         what = f"'{job.cluster.named}' is planned for, not what this machine has"
-        raise CannotWork(Problem(place(job, "cluster.named"), what, "leave it out to train on this machine"))
+        raise CannotWork(Problem(location_of(job, "cluster.named"), what, "leave it out to train on this machine"))
     if job.cluster.groups:
         what = "devices of several kinds are planned for, and `train` runs those of this machine"
-        raise CannotWork(Problem(place(job, "cluster.groups"), what, "leave it out to train on this machine"))
-    with placed(job):
+        raise CannotWork(Problem(location_of(job, "cluster.groups"), what, "leave it out to train on this machine"))
+    with locate_problems(job):
         families.require_trainable(job)
     earlier = _earlier_run(folder, resume, again)
     if earlier is not None:
-        _same_run(earlier, job, folder)
-    chosen = _kept_plan(folder, earlier, job) or plan(job, profile=profile)
-    _make(folder)
-    with placed(job):
+        _check_same_run(earlier, job, folder)
+    chosen = _reusable_plan(folder, earlier, job) or plan(job, profile=profile)
+    _create(folder)
+    with locate_problems(job):
         data.build_manifest(job, folder.manifest)  # first: a folder with a job.toml holds a run that can be resumed
     folder.write_job(job_to_toml(job))
     folder.write_plan(chosen.as_dict())
-    started = launch.local(
+    processes = launch.local(
         "meshwright.train:work",
         {"run": str(folder.path.resolve()), "resume": resume},
         chosen.chosen.layout.devices,
@@ -82,8 +83,8 @@ def train(
     )
     try:
         if watch is not None:
-            watch(folder, chosen, started)
-        results = started.wait()
+            watch(folder, chosen, processes)
+        results = processes.wait()
     except RunFailed as error:
         folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=again) from error
@@ -92,7 +93,7 @@ def train(
             folder.job.unlink()
         raise
     finally:
-        started.stop()
+        processes.stop()
     return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
 
 
@@ -115,7 +116,7 @@ def _earlier_run(folder: RunFolder, resume: bool, again: str) -> Job | None:
     return load_job(folder.job, data_must_exist=False) if resume else None
 
 
-def _make(folder: RunFolder) -> None:
+def _create(folder: RunFolder) -> None:
     try:
         folder.create()
     except OSError as error:
@@ -123,7 +124,7 @@ def _make(folder: RunFolder) -> None:
         raise InputError(Problem(str(folder.path), what, "name another with --run DIR")) from error
 
 
-def _same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
+def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
     """Raises InputError where the job differs from the run's in what its checkpoints were made with."""
     before, now = earlier.as_dict(), job.as_dict()
     problems = [
@@ -132,7 +133,7 @@ def _same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
             f"is {now[section][key]!r}, the run in {folder.path} was made with {value!r}",
             "name another folder with --run DIR",
         )
-        for section in OF_THE_RUN
+        for section in FIXED_SECTIONS
         for key, value in before[section].items()
         if now[section][key] != value
     ]
@@ -140,17 +141,17 @@ def _same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
         raise InputError(problems)
 
 
-def _kept_plan(folder: RunFolder, earlier: Job | None, job: Job) -> Plan | None:
+def _reusable_plan(folder: RunFolder, earlier: Job | None, job: Job) -> Plan | None:
     """The plan that a resumed run has, where nothing that decides it has changed; None where it must be made."""
     if earlier is None or not folder.plan.exists():
         return None
     before, now = earlier.as_dict(), job.as_dict()
-    same = all(before[section] == now[section] for section in OF_THE_PLAN)
+    same = all(before[section] == now[section] for section in PLANNED_SECTIONS)
     same = same and all(before["train"][key] == now["train"][key] for key in ("global_batch", "precision", "compile"))
     if not same:
         return None
     from meshwright.families import read_config
     from meshwright.plan import Plan
 
-    kept = Plan.from_dict(read_config(folder.plan))
-    return kept if kept.chosen.layout.devices == cluster_of_job(job).devices else None
+    earlier_plan = Plan.from_dict(read_config(folder.plan))
+    return earlier_plan if earlier_plan.chosen.layout.devices == cluster_of_job(job).devices else None

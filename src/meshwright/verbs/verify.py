@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwright.verbs.plan import plan
-from meshwright.verbs.start import card_of_job, cluster_of_job, placed, read_job
+from meshwright.verbs.start import card_of_job, cluster_of_job, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -19,6 +19,6 @@ def verify(job: Job | str | Path, overrides: Sequence[str] = (), *, steps: int =
     from meshwright import verify as verification
 
     job = read_job(job, overrides, also=plan)
-    with placed(job):
+    with locate_problems(job):
         families.require_trainable(job)
     return verification.run(job, card_of_job(job), cluster_of_job(job), steps=steps)

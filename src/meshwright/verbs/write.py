@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshwright.verbs.start import cluster_of_job, groups_of_job, placed, read_job
+from meshwright.verbs.start import cluster_of_job, groups_of_job, locate_problems, read_job
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -40,7 +40,7 @@ def recipe_of_job(job: Job) -> Recipe:
     if job.model.module is None:
         from meshwright import families
 
-        with placed(job):
+        with locate_problems(job):
             config = families.config_of_job(job)
         model = {name: getattr(config, name) for name in ("shape", "rope_theta", "rope_scaling", "norm_eps")}
     cluster = groups_of_job(job).groups[0] if job.cluster.groups else cluster_of_job(job)

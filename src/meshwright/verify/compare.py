@@ -34,7 +34,7 @@ class Comparison:
 
     loss: Difference
     gradient: Difference
-    parted: Difference | None
+    first_beyond: Difference | None
 
 
 def compare(reference: Path, other: Path, losses: list[tuple[float, float]], tolerance: float) -> Comparison:
@@ -45,15 +45,15 @@ def compare(reference: Path, other: Path, losses: list[tuple[float, float]], tol
     """
     worst_loss = Difference(0, "loss", 0.0)
     worst_gradient = Difference(0, "", 0.0)
-    parted: Difference | None = None
+    first_beyond: Difference | None = None
     for step, (expected, found) in enumerate(losses, start=1):
         loss = Difference(step, "loss", _relative(abs(expected - found), abs(expected)))
         worst_loss = max(worst_loss, loss, key=_order)
         gradients = list(_gradient_differences(step, reference, other))
         worst_gradient = max([worst_gradient, *gradients], key=_order)
-        if parted is None:
-            parted = next((d for d in (loss, *gradients) if not d.relative <= tolerance), None)
-    return Comparison(worst_loss, worst_gradient, parted)
+        if first_beyond is None:
+            first_beyond = next((d for d in (loss, *gradients) if not d.relative <= tolerance), None)
+    return Comparison(worst_loss, worst_gradient, first_beyond)
 
 
 def _gradient_differences(step: int, reference: Path, other: Path) -> Iterator[Difference]:

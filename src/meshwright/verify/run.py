@@ -41,7 +41,7 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     planned = make_plan(card, cluster, request)
     layout = small_layout(planned.chosen.layout)
     twin = ""
-    if layout != planned.chosen.layout or not _held_by_one_process(card, request):
+    if layout != planned.chosen.layout or not _fits_one_process(card, request):
         job = small_job(job, layout)
         twin = f"a twin of {job.model.layers} layers, {job.model.hidden} wide, split {layout}"
         card = llama.card(families.shape_of_job(job), job.data.seq_len or 1)
@@ -53,7 +53,7 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     single = _plan_of(planned, Layout(micro_batch=layout.micro_batch), (names,), precision, job)
     tolerance = TOLERANCE[precision]
     found = _train_both(_short(job, steps, precision), single, split, tolerance)
-    if found.parted is not None:
+    if found.first_beyond is not None:
         raise LayoutsDisagree(_disagreement(layout, found, tolerance))
     return {
         "layout": str(planned.chosen.layout),
@@ -66,7 +66,7 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     }
 
 
-def _held_by_one_process(card: Card, request: PlanRequest) -> bool:
+def _fits_one_process(card: Card, request: PlanRequest) -> bool:
     """Whether all of this machine's memory, in fp32, takes the reference run."""
     here = this_machine()
     whole = dataclasses.replace(here.device, memory_bytes=here.device.memory_bytes * here.devices)
@@ -101,7 +101,7 @@ def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> Compar
 
 
 def _disagreement(layout: Layout, found: Comparison, tolerance: float) -> Problem:
-    first: Difference | None = found.parted
+    first: Difference | None = found.first_beyond
     assert first is not None
     what = "the loss" if first.tensor == "loss" else f"the gradient of {first.tensor}"
     return Problem(
@@ -136,8 +136,8 @@ def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[flo
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with launch.local(
         "meshwright.train:work", payload, plan.chosen.layout.devices, run.logs, env=environment
-    ) as started:
-        started.wait()
+    ) as processes:
+        processes.wait()
     losses = [float(event["loss"]) for event in run.steps()]
     if len(losses) != job.train.steps:
         raise CannotWork(Problem(str(path), f"recorded {len(losses)} of {job.train.steps} steps"))

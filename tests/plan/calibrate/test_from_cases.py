@@ -234,7 +234,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("idle")
 def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not the source, not what lies in the run folder, not a file that is no profile; nor through a link."""
+    """Not the source, not what lies in the run folder, not a file that is not a profile; nor through a link."""
     cases, run, other = measured_file(tmp_path), tmp_path / "run", tmp_path / "other.toml"
     run.mkdir()
     for name in ("job.toml", "plan.json", "events.jsonl"):
@@ -248,19 +248,19 @@ def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixtur
         (cases, cases, "is what the profile is made from; name another file"),
         (cases, tmp_path / "to_cases", "is what the profile is made from"),
         (tmp_path / "to_cases", cases, "is what the profile is made from"),
-        (cases, other, "is there, and is no profile (unknown key 'model'); name another file, or move it away"),
-        (cases, tmp_path / "to_other", "is there, and is no profile"),
-        (cases, tmp_path / "empty.toml", "is there, and is no profile (has no [constants]"),
-        (cases, run, "is there, and is no file"),
-        ("machine", other, "is there, and is no profile"),
-        ("machine", cases, "is there, and is no profile (not TOML"),
+        (cases, other, "exists and is not a profile (unknown key 'model'); name another file, or move it away"),
+        (cases, tmp_path / "to_other", "exists and is not a profile"),
+        (cases, tmp_path / "empty.toml", "exists and is not a profile (has no [constants]"),
+        (cases, run, "exists and is not a regular file"),
+        ("machine", other, "exists and is not a profile"),
+        ("machine", cases, "exists and is not a profile (not TOML"),
         (run, run / "job.toml", f"lies in the run folder {run}; name another file, outside it"),
         (run, run / "new.toml", "lies in the run folder"),
         (run, tmp_path / "to_job", "lies in the run folder"),
         (run, tmp_path / "to_run" / "new.toml", "lies in the run folder"),
         (tmp_path / "to_run", run / "new.toml", "lies in the run folder"),
         (run, run, "is what the profile is made from"),
-        (run, cases, "is there, and is no profile"),
+        (run, cases, "exists and is not a profile"),
     ):
         assert main(["calibrate", str(source), "--out", str(out)]) == 2
         assert f"error: {out}: {says}" in capsys.readouterr().err

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from meshwright.card import Experts
 from meshwright.cluster import Cluster, Device, Link
+from meshwright.divisors import divisors
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import RECOMPUTE, SCHEDULES, Layout
 from meshwright.plan import FRAMEWORKS, Workload, refusals
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search import Space
 from meshwright.plan.search.space import NARROW, USUAL, WHOLE, layouts, size, with_micro_batch
 

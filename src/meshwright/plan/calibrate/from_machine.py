@@ -36,7 +36,7 @@ TOWARDS_SUPPOSED = 0.02
 QUIET = 0.9
 #: The 90 % interval of a profile that was measured on the machine itself: of 69 runs of models that no fit had seen,
 #: nine in ten took 0.84 to 1.29 times what was predicted by one day's probe, down to 0.6 times by another's
-#: (bench/runs.py); other machines and models stray further.
+#: (`bench.runs`); other machines and models stray further.
 INTERVAL = (0.6, 1.48)
 
 

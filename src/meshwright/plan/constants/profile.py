@@ -15,12 +15,11 @@ from functools import cache
 from pathlib import Path
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.job.file import toml_value
+from meshwright.files import toml_value, write_atomic
 from meshwright.plan.constants.correction import Correction, corrections_of
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
 from meshwright.plan.constants.gpu import CONSTANTS, Constant
 from meshwright.plan.constants.serving import SERVING_CONSTANTS, SERVING_INTERVALS
-from meshwright.run import write_atomic
 
 DEFAULT_FILE = Path(__file__).with_name("default.toml")
 #: The 90 % interval of a time that nothing was fitted to, as factors of its middle, by regime. That of GPUs held 92 %

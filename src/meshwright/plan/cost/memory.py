@@ -80,8 +80,9 @@ class StageMemory:
 
 
 def memory_interval(framework: str) -> tuple[float, float]:
-    """Factors of a predicted peak that bound its 90 % interval: of ours from 61 layouts really run (bench/runs/memory.py),
-    of others from 411 runs of Megatron-LM (bench/published/planner.py), whose newest features the formula does not know."""
+    """Factors of a predicted peak that bound its 90 % interval: of ours from 61 layouts really run
+    (bench/runs/memory.py), of others from 411 runs of Megatron-LM (bench/published/planner.py), whose newest features
+    the formula does not know."""
     return (0.96, 1.03) if framework == "meshwright" else (0.96, 1.4)
 
 

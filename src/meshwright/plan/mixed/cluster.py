@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from meshwright.cluster import Cluster, Device, Link
+from meshwright.divisors import divisors
 from meshwright.errors import InputError, Problem
 from meshwright.plan.constants import Profile
 from meshwright.plan.cost import Estimator
 from meshwright.plan.reliability import RunForecast, outlook, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search import Space
 from meshwright.plan.search.space import NARROW
 from meshwright.plan.workload import Workload

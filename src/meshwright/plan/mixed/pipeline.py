@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import permutations
 
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.layout import Layout
 from meshwright.plan.cost import StageMemory, usable_bytes
 from meshwright.plan.cost.memory import slack_bytes
@@ -16,7 +17,6 @@ from meshwright.plan.mixed.cluster import MixedChoice, MixedWorkload, mfu
 from meshwright.plan.pipeline import span_seconds
 from meshwright.plan.result import Share
 from meshwright.plan.rules import allowed
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.wording import choice_of
 
 HALVINGS = 40

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.plan.constants import Profile
 from meshwright.plan.cost import Estimate
@@ -21,7 +22,6 @@ from meshwright.plan.mixed.pipeline import through_stages
 from meshwright.plan.reliability import price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Plan, Rejected, Share
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search import make_plan
 from meshwright.plan.search.search import checked
 from meshwright.plan.search.walk import explore, ranked

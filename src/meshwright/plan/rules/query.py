@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 from meshwright.card import Card
+from meshwright.divisors import divisors
 from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
@@ -162,13 +162,6 @@ def key_of(name: str) -> str:
 def word(value: Any) -> str:
     """A value as the job file writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@cache
-def divisors(number: int) -> tuple[int, ...]:
-    """Divisors of a positive number, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return tuple(sorted({*small, *(number // d for d in small)}))
 
 
 def nearest_of(value: int, candidates: Sequence[int]) -> int:

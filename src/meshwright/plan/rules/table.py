@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from meshwright.divisors import divisors
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import DIMENSIONS
@@ -15,7 +16,6 @@ from meshwright.plan.rules.query import (
     TORCH_PIPELINES,
     LayoutQuery,
     Refusal,
-    divisors,
     fills_pipeline,
     in_rounds,
     nearest_of,

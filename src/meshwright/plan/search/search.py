@@ -7,6 +7,7 @@ from functools import cache
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
+from meshwright.divisors import divisors
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.layout import Layout
 from meshwright.plan.constants import Profile
@@ -16,7 +17,6 @@ from meshwright.plan.reliability import LEAST_USEFUL, RunForecast, outlook
 from meshwright.plan.request import OBJECTIVES, PlanRequest
 from meshwright.plan.result import Choice, Plan
 from meshwright.plan.rules import FRAMEWORKS, Framework
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import Space, degrees_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits
 from meshwright.plan.search.walk import SearchResult, Value, ranked, search, step_seconds

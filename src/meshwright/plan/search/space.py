@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from meshwright.divisors import divisors
 from meshwright.layout import Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules import allowed
-from meshwright.plan.rules.query import divisors, fills_pipeline
+from meshwright.plan.rules.query import fills_pipeline
 from meshwright.plan.workload import Workload
 
 DEGREES = ("dp", "shard", "tp", "pp", "cp", "ep")

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from meshwright.cluster import GIB, Cluster, Link
+from meshwright.divisors import divisors
 from meshwright.plan.cost import Estimate, Estimator, usable_bytes
 from meshwright.plan.result import WhatIf
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import USUAL, WHOLE, Space, size
 from meshwright.plan.search.walk import SearchResult, Value, explore, ranked
 from meshwright.plan.search.wording import parts

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from meshwright.cluster import GIB, Cluster, Device
+from meshwright.divisors import divisors
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost import Estimate, Estimator, usable_bytes
@@ -17,7 +18,6 @@ from meshwright.plan.reliability import LEAST_USEFUL, RunForecast
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Interval, Prediction, Rejected
 from meshwright.plan.rules import refusals
-from meshwright.plan.rules.query import divisors
 from meshwright.plan.search.space import Space, with_micro_batch
 from meshwright.plan.search.walk import TIE, OversizedLayout, Value, step_seconds
 

@@ -1,1 +1,1 @@
-"""What clients speak: HTTP as OpenAI's clients do, gRPC as TorchServe's clients do."""
+"""The protocols of clients: HTTP as OpenAI's clients do, gRPC as TorchServe's clients do."""

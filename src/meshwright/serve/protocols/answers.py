@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.serve.workers.served import Piece, Reply, ServedModel
+from meshwright.serve.workers.served import Reply, ServedModel, TextChunk
 
 DONE = b"data: [DONE]\n\n"
 
@@ -38,7 +38,7 @@ class Answer:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model.name}
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """Everything at once; raises Refusal."""
+        """Everything at once; raises RequestError."""
         await reply.accepted()
         count = len(reply.prompt_tokens)
         texts: list[list[str]] = [[] for _ in range(count)]
@@ -60,7 +60,7 @@ class Answer:
 
     async def events(self, reply: Reply, *, include_usage: bool) -> AsyncIterator[bytes]:
         """The events of a stream: for chat a first one with the role, then text as it comes, the reason of each
-        choice's end, the usage if asked for, and [DONE]. Raises Refusal if the engine is lost on the way.
+        choice's end, the usage if asked for, and [DONE]. Raises RequestError if the engine is lost on the way.
         """
         head = self._head(self.form.chunk_object)
         tail = {"usage": None} if include_usage else {}
@@ -78,7 +78,7 @@ class Answer:
             yield event_bytes(head | {"choices": [], "usage": _usage(reply, tokens)})
         yield DONE
 
-    def _chunk_choices(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def _chunk_choices(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
         """The choices that `piece` becomes: none if it has neither text nor an end."""
         reason = piece.finish_reason
         if not self.form.is_chat:

@@ -1,4 +1,4 @@
-"""The gRPC wire: TorchServe's inference service (see inference.proto), on grpc.aio."""
+"""gRPC: TorchServe's inference service (see inference.proto), on grpc.aio."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from google.protobuf import empty_pb2
 
 from meshwright.errors import nearest_name
 from meshwright.serve.access import Access, TokenInterceptor
+from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
 from meshwright.serve.protocols.requests import CompletionRequest, parse_object, read_request
-from meshwright.serve.refusal import Refusal, bad_request
 from meshwright.serve.workers.served import Reply, ServedModel
 
 log = logging.getLogger(__name__)
@@ -82,12 +82,12 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
         context: grpc.aio.ServicerContext,
         emit: Callable[[str], Awaitable[None]],
     ) -> None:
-        """One call, its text given to `emit` piece by piece; a refusal becomes the call's status."""
+        """One call, its text given to `emit` piece by piece; a RequestError becomes the call's status."""
         reply: Reply | None = None
         status = "CANCELLED"
         try:
             wanted = read_prediction(request, self._model, streaming=method == "StreamPredictions")
-            reply = self._model.submit(wanted.asks())
+            reply = self._model.submit(wanted.generations())
             await reply.accepted()
             tokens, reason = 0, ""
             async for _, piece in reply:
@@ -97,9 +97,9 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
                     await emit(piece.text)
             context.set_trailing_metadata(_trailer(reply, tokens, reason))
             status = "OK"
-        except Refusal as refusal:
-            status = refusal.grpc_status
-            await context.abort(getattr(grpc.StatusCode, status), refusal.message)
+        except RequestError as error:
+            status = error.grpc_status
+            await context.abort(getattr(grpc.StatusCode, status), error.message)
         except Exception as error:
             status = "INTERNAL"
             log.error("a call failed", exc_info=error)
@@ -121,10 +121,10 @@ def _trailer(reply: Reply, tokens: int, reason: str) -> tuple[tuple[str, str], .
 def read_prediction(
     request: inference_pb2.PredictionsRequest, model: ServedModel, *, streaming: bool
 ) -> CompletionRequest:
-    """What a call asks for; raises Refusal 404 for another model, 400 for what cannot be understood."""
+    """What a call generations for; raises RequestError 404 for another model, 400 for what cannot be understood."""
     model.check_name(request.model_name)
     if request.model_version not in ("", ONLY_VERSION):
-        raise Refusal(404, f"no such version; '{model.name}' has '{ONLY_VERSION}'", code="model_not_found")
+        raise RequestError(404, f"no such version; '{model.name}' has '{ONLY_VERSION}'", code="model_not_found")
     if request.HasField("sequence_id"):
         raise bad_request("sequence_id: sequences that keep state are not supported", param="sequence_id")
     for name in request.input:
@@ -141,7 +141,7 @@ def read_prediction(
         raise bad_request(
             "stream_options has no meaning here: usage comes as trailing metadata", param="stream_options"
         )
-    if len(wanted.asks()) != 1:
+    if len(wanted.generations()) != 1:
         raise bad_request("one prompt and n = 1 a call", param="n")
     return wanted
 
@@ -151,11 +151,11 @@ def _fields(data: bytes) -> dict[str, Any]:
     if data.lstrip()[:1] == b"{":
         try:
             return parse_object(data)
-        except Refusal as refusal:
+        except RequestError as error:
             message = (
-                refusal.message.replace("the body", "'data'") + '; a prompt that begins with { goes as {"prompt": ...}'
+                error.message.replace("the body", "'data'") + '; a prompt that begins with { goes as {"prompt": ...}'
             )
-            raise bad_request(message, param="data", code=refusal.code) from None
+            raise bad_request(message, param="data", code=error.code) from None
     try:
         return {"prompt": data.decode("utf-8")}
     except UnicodeDecodeError:

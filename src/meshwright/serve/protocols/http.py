@@ -1,4 +1,4 @@
-"""The HTTP wire: OpenAI's completions and chat, with what a supervisor asks (health, metrics, version)."""
+"""HTTP: OpenAI's completions and chat, with what a supervisor generations (health, metrics, version)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import meshwright
 from meshwright.serve.access import Access
+from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.protocols.answers import CHAT, COMPLETION, Answer, event_bytes
 from meshwright.serve.protocols.requests import ChatRequest, CompletionRequest, parse_object, read_request
-from meshwright.serve.refusal import Refusal, bad_request
 from meshwright.serve.workers.chat import Renderer
 from meshwright.serve.workers.served import Reply, ServedModel
 
@@ -34,16 +34,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def http_app(model: ServedModel, renderer: Renderer, access: Access) -> ASGIApp:
-    """The whole HTTP wire as one ASGI application."""
-    wire = HttpWire(model, renderer)
+    """All of HTTP as one ASGI application."""
+    endpoints = HttpEndpoints(model, renderer)
     inner = Starlette(
-        routes=wire.routes(),
-        exception_handlers={Refusal: _refused, HTTPException: _no_route, Exception: _our_fault},  # type: ignore[dict-item]
+        routes=endpoints.routes(),
+        exception_handlers={RequestError: _request_error, HTTPException: _no_route, Exception: _internal_error},  # type: ignore[dict-item]
     )
-    return Front(inner, model, access, {route.path for route in wire.routes()})
+    return AccessMiddleware(inner, model, access, {route.path for route in endpoints.routes()})
 
 
-class Front:
+class AccessMiddleware:
     """What every request passes first: access, then a count by route and status. Routing comes after access."""
 
     def __init__(self, inner: ASGIApp, model: ServedModel, access: Access, paths: set[str]) -> None:
@@ -63,13 +63,13 @@ class Front:
 
         try:
             self._access.check_http(path, scope["headers"])
-        except Refusal as refusal:
-            await _error(refusal, close=True)(scope, receive, counted)
+        except RequestError as error:
+            await _response(error, close=True)(scope, receive, counted)
             return
         await self._inner(scope, receive, counted)
 
 
-class HttpWire:
+class HttpEndpoints:
     """The endpoints."""
 
     def __init__(self, model: ServedModel, renderer: Renderer) -> None:
@@ -91,7 +91,7 @@ class HttpWire:
         wanted = read_request(CompletionRequest, parse_object(await read_body(request)))
         _check_stream_options(wanted)
         self._model.check_name(wanted.model)
-        reply = self._model.submit(wanted.asks())
+        reply = self._model.submit(wanted.generations())
         return await self._answer(request, wanted, reply, Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model))
 
     async def chat(self, request: Request) -> Response:
@@ -99,16 +99,16 @@ class HttpWire:
         _check_stream_options(wanted)
         self._model.check_name(wanted.model)
         prompt = await self._renderer.render(wanted.plain_messages())
-        reply = self._model.submit(wanted.asks(prompt, add_special=not self._renderer.template.own))
+        reply = self._model.submit(wanted.generations(prompt, add_special=not self._renderer.template.own))
         return await self._answer(request, wanted, reply, Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model))
 
     async def _answer(
         self, request: Request, wanted: CompletionRequest | ChatRequest, reply: Reply, answer: Answer
     ) -> Response:
         if not wanted.stream:
-            return await _unless_gone(request, reply, answer)
+            return await _unless_disconnected(request, reply, answer)
         try:
-            await reply.accepted()  # a refusal still gets its status: no header has been sent
+            await reply.accepted()  # an error still gets its status: no header has been sent
         except BaseException:
             reply.cancel()
             raise
@@ -154,7 +154,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send_all(send))
-        leaving = asyncio.create_task(_gone(receive))
+        leaving = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -168,26 +168,26 @@ class EventStream(Response):
         try:
             async for event in self._answer.events(self._reply, include_usage=self._include_usage):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        except Refusal as refusal:  # too late for a status: an error event, and no [DONE]
-            await send({"type": "http.response.body", "body": event_bytes(refusal.as_dict()), "more_body": True})
+        except RequestError as error:  # too late for a status: an error event, and no [DONE]
+            await send({"type": "http.response.body", "body": event_bytes(error.as_dict()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _unless_gone(request: Request, reply: Reply, answer: Answer) -> Response:
+async def _unless_disconnected(request: Request, reply: Reply, answer: Answer) -> Response:
     """The whole answer, unless the client leaves first: then the engine's slots are free at once."""
     working = asyncio.create_task(answer.whole(reply))
-    leaving = asyncio.create_task(_gone(request.receive))
+    leaving = asyncio.create_task(_disconnected(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return JSONResponse(working.result())
-        raise Refusal(499, "the client left", code="client_left")
+        raise RequestError(499, "the client left", code="client_left")
     finally:
         reply.cancel()
         await _end(working, leaving)
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -205,7 +205,7 @@ def _check_stream_options(wanted: CompletionRequest | ChatRequest) -> None:
 
 
 async def read_body(request: Request) -> bytes:
-    """The request's body; raises Refusal 413 above MAX_BODY_BYTES and 408 after BODY_SECONDS.
+    """The request's body; raises RequestError 413 above MAX_BODY_BYTES and 408 after BODY_SECONDS.
 
     Some of what is over the cap is read and dropped, so that a client that writes first and reads later gets to see
     its 413 and not a reset connection.
@@ -213,7 +213,7 @@ async def read_body(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise bad_request("compressed bodies are not supported", code="unsupported_encoding")
-    too_large = Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+    too_large = RequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
     if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES + DISCARD_BYTES:
         raise too_large
     body, size = bytearray(), 0
@@ -222,7 +222,7 @@ async def read_body(request: Request) -> bytes:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise Refusal(499, "the client left", code="client_left")
+                    raise RequestError(499, "the client left", code="client_left")
                 part = message.get("body", b"")
                 size += len(part)
                 if size <= MAX_BODY_BYTES:
@@ -230,34 +230,32 @@ async def read_body(request: Request) -> bytes:
                 if not message.get("more_body", False) or size > MAX_BODY_BYTES + DISCARD_BYTES:
                     break
     except TimeoutError:
-        raise Refusal(408, f"the body took longer than {BODY_SECONDS:g} s", code="slow_body") from None
+        raise RequestError(408, f"the body took longer than {BODY_SECONDS:g} s", code="slow_body") from None
     if size > MAX_BODY_BYTES:
         raise too_large
     return bytes(body)
 
 
-def _error(refusal: Refusal, *, close: bool = False) -> JSONResponse:
-    headers = {"connection": "close"} if close or refusal.status in (408, 413) else {}
-    if refusal.retry_after_seconds is not None:
-        headers["retry-after"] = str(refusal.retry_after_seconds)
-    if refusal.status == 401:
+def _response(error: RequestError, *, close: bool = False) -> JSONResponse:
+    headers = {"connection": "close"} if close or error.status in (408, 413) else {}
+    if error.retry_after_seconds is not None:
+        headers["retry-after"] = str(error.retry_after_seconds)
+    if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    # 499 has no place on the wire: the client that would read it is gone.
-    return JSONResponse(
-        refusal.as_dict(), status_code=400 if refusal.status == 499 else refusal.status, headers=headers
-    )
+    # 499 is no status of HTTP: the client that would read it is gone.
+    return JSONResponse(error.as_dict(), status_code=400 if error.status == 499 else error.status, headers=headers)
 
 
-async def _refused(_: Request, refusal: Refusal) -> Response:
-    return _error(refusal)
+async def _request_error(_: Request, error: RequestError) -> Response:
+    return _response(error)
 
 
 async def _no_route(_: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
-        return _error(Refusal(405, "this route does not take that method", code="bad_method"))
-    return _error(Refusal(404, "no such route", code="unknown_route"))
+        return _response(RequestError(405, "this route does not take that method", code="bad_method"))
+    return _response(RequestError(404, "no such route", code="unknown_route"))
 
 
-async def _our_fault(_: Request, error: Exception) -> Response:
+async def _internal_error(_: Request, error: Exception) -> Response:
     log.error("a request failed", exc_info=error)
-    return _error(Refusal(500, "the server failed to answer this request", code="internal"))
+    return _response(RequestError(500, "the server failed to answer this request", code="internal"))

@@ -4,7 +4,7 @@ import grpc
 import warnings
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
-from meshwright.serve.protocols import inference_pb2 as meshwright_dot_serve_dot_wires_dot_inference__pb2
+from meshwright.serve.protocols import inference_pb2 as meshwright_dot_serve_dot_protocols_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -19,7 +19,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in meshwright/serve/wires/inference_pb2_grpc.py depends on'
+        + ' but the generated code in meshwright/serve/protocols/inference_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -38,17 +38,17 @@ class InferenceAPIsServiceStub(object):
         self.Ping = channel.unary_unary(
                 '/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping',
                 request_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
-                response_deserializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.TorchServeHealthResponse.FromString,
+                response_deserializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.TorchServeHealthResponse.FromString,
                 _registered_method=True)
         self.Predictions = channel.unary_unary(
                 '/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions',
-                request_serializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.SerializeToString,
-                response_deserializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.FromString,
+                request_serializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.SerializeToString,
+                response_deserializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.FromString,
                 _registered_method=True)
         self.StreamPredictions = channel.unary_stream(
                 '/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions',
-                request_serializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.SerializeToString,
-                response_deserializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.FromString,
+                request_serializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.SerializeToString,
+                response_deserializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.FromString,
                 _registered_method=True)
 
 
@@ -79,17 +79,17 @@ def add_InferenceAPIsServiceServicer_to_server(servicer, server):
             'Ping': grpc.unary_unary_rpc_method_handler(
                     servicer.Ping,
                     request_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
-                    response_serializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.TorchServeHealthResponse.SerializeToString,
+                    response_serializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.TorchServeHealthResponse.SerializeToString,
             ),
             'Predictions': grpc.unary_unary_rpc_method_handler(
                     servicer.Predictions,
-                    request_deserializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.FromString,
-                    response_serializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.SerializeToString,
+                    request_deserializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.FromString,
+                    response_serializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.SerializeToString,
             ),
             'StreamPredictions': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamPredictions,
-                    request_deserializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.FromString,
-                    response_serializer=meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.SerializeToString,
+                    request_deserializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.FromString,
+                    response_serializer=meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,7 +118,7 @@ class InferenceAPIsService(object):
             target,
             '/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping',
             google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
-            meshwright_dot_serve_dot_wires_dot_inference__pb2.TorchServeHealthResponse.FromString,
+            meshwright_dot_serve_dot_protocols_dot_inference__pb2.TorchServeHealthResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -144,8 +144,8 @@ class InferenceAPIsService(object):
             request,
             target,
             '/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions',
-            meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.SerializeToString,
-            meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.FromString,
+            meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.SerializeToString,
+            meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -171,8 +171,8 @@ class InferenceAPIsService(object):
             request,
             target,
             '/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions',
-            meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionsRequest.SerializeToString,
-            meshwright_dot_serve_dot_wires_dot_inference__pb2.PredictionResponse.FromString,
+            meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionsRequest.SerializeToString,
+            meshwright_dot_serve_dot_protocols_dot_inference__pb2.PredictionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,7 @@ import json
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from meshwright.serve.refusal import bad_request
+from meshwright.serve.errors import bad_request
 
 MAX_HEAD_BYTES = 16 << 10
 HEAD_SECONDS = 10.0
@@ -18,7 +18,7 @@ MAX_RAW_REQUEST_BYTES = 24 << 20
 
 class BoundedProtocol(H11Protocol):
     """One connection. A request's head must come within HEAD_SECONDS, and a client that stops reading its answer for
-    STALLED_WRITE_SECONDS is cut off, which frees what works for it. What a request takes on the wire, chunk framing
+    STALLED_WRITE_SECONDS is cut off, which frees what works for it. What a request takes in bytes, chunk framing
     included, is capped, so that megabytes of one-byte chunks do not keep the event loop busy.
     """
 

@@ -14,10 +14,10 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from meshwright.errors import nearest_name
-from meshwright.serve.refusal import Refusal, bad_request
-from meshwright.serve.workers.ask import Ask
+from meshwright.serve.errors import RequestError, bad_request
+from meshwright.serve.workers.request import GenerationRequest
 
-Kind = TypeVar("Kind", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_JSON_DEPTH = 8
 MAX_CHOICES = 64
@@ -52,7 +52,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """`body` as a JSON object; raises Refusal (400) for anything else."""
+    """`body` as a JSON object; raises RequestError (400) for anything else."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except UnicodeDecodeError:
@@ -178,9 +178,11 @@ class _Sampling(_Strict):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _ask(self, prompt: str | tuple[int, ...], choice: int, *, max_tokens: int | None, add_special: bool) -> Ask:
-        """The question for one choice; equal prompts get different but repeatable draws from one seed."""
-        return Ask(
+    def _generation(
+        self, prompt: str | tuple[int, ...], choice: int, *, max_tokens: int | None, add_special: bool
+    ) -> GenerationRequest:
+        """The request for one choice; equal prompts get different but repeatable draws from one seed."""
+        return GenerationRequest(
             prompt=prompt,
             add_special=add_special,
             max_tokens=max_tokens,
@@ -197,12 +199,12 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
 
-    def asks(self) -> list[Ask]:
+    def generations(self) -> list[GenerationRequest]:
         """One a choice, in the order of the answer's indexes: prompt by prompt, n of each."""
         limit = 16 if self.max_tokens is None else self.max_tokens
         each = self.n or 1
         _check_choices(len(self.prompt) * each)
-        return [self._ask(p, c, max_tokens=limit, add_special=True) for p in self.prompt for c in range(each)]
+        return [self._generation(p, c, max_tokens=limit, add_special=True) for p in self.prompt for c in range(each)]
 
 
 class ChatRequest(_Sampling):
@@ -213,12 +215,12 @@ class ChatRequest(_Sampling):
         """For the template; OpenAI's newer word "developer" is what templates call "system"."""
         return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in self.messages]
 
-    def asks(self, prompt: str, *, add_special: bool) -> list[Ask]:
+    def generations(self, prompt: str, *, add_special: bool) -> list[GenerationRequest]:
         """One a choice for the rendered `prompt`; without a limit they may fill the model's context."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise bad_request("max_tokens and max_completion_tokens say the same; send one", param="max_tokens")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return [self._ask(prompt, c, max_tokens=limit, add_special=add_special) for c in range(self.n or 1)]
+        return [self._generation(prompt, c, max_tokens=limit, add_special=add_special) for c in range(self.n or 1)]
 
 
 def _check_choices(count: int) -> None:
@@ -226,8 +228,8 @@ def _check_choices(count: int) -> None:
         raise bad_request(f"prompts x n is {count}; at most {MAX_CHOICES} a request", param="n")
 
 
-def read_request(kind: type[Kind], fields: dict[str, Any]) -> Kind:
-    """`fields` as a `kind`; raises Refusal (400) naming the first thing wrong and the nearest that works."""
+def read_request(kind: type[Body], fields: dict[str, Any]) -> Body:
+    """`fields` as a `kind`; raises RequestError (400) naming the first thing wrong and the nearest that works."""
     kept = {}
     for name, value in fields.items():
         if name in UNSUPPORTED and name not in kind.model_fields:
@@ -248,7 +250,7 @@ def _neutral(value: Any, neutrals: tuple[Any, ...]) -> bool:
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in neutrals)
 
 
-def _first_problem(kind: type[BaseModel], error: pydantic.ValidationError) -> Refusal:
+def _first_problem(kind: type[BaseModel], error: pydantic.ValidationError) -> RequestError:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in problem["loc"]]

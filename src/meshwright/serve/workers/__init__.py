@@ -1,1 +1,1 @@
-"""The model behind the wires: its process, the channel to it, and the chat template."""
+"""The model behind the protocols: its process, the channel to it, and the chat template."""

@@ -17,7 +17,7 @@ import socket
 import struct
 from typing import Any
 
-#: Larger than any body the wires let in, so that only a fault of ours can reach it.
+#: Larger than any body the protocols let in, so that only a fault of ours can reach it.
 MAX_MESSAGE_BYTES = 32 << 20
 
 _LENGTH = struct.Struct(">I")

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from meshwright.errors import InputError, Problem
-from meshwright.serve.refusal import Refusal, bad_request
+from meshwright.serve.errors import RequestError, bad_request
 
 #: For a model without a template: each message as "role: words", then the word that the model goes on from.
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -159,12 +159,12 @@ class Renderer:
             await process.wait()
 
     async def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt for `messages`; raises Refusal (400) if the template refuses them or goes over its caps."""
+        """The prompt for `messages`; raises RequestError (400) if the template refuses them or goes over its caps."""
         values = {"messages": messages, "add_generation_prompt": True, **self.template.special}
         async with self._turn:
             running = self._process is not None and self._process.returncode is None
             if not running and (fault := await self._start()) is not None:
-                raise Refusal(500, f"the model's chat template does not compile: {fault}", code="chat_template")
+                raise RequestError(500, f"the model's chat template does not compile: {fault}", code="chat_template")
             answer = await self._ask(values)
         if answer is None:
             raise bad_request("the model's chat template takes too long or too much memory", code="chat_template")

@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from meshwright.serve.errors import RequestError, overloaded, unavailable
 from meshwright.serve.metrics import Metrics
-from meshwright.serve.refusal import Refusal, overloaded, unavailable
 from meshwright.serve.workers import channel
-from meshwright.serve.workers.ask import Ask
+from meshwright.serve.workers.request import GenerationRequest
 
 #: Requests that may wait for each one that is running, before clients are told to come back.
 WAITING_PER_SLOT = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """What one step added to a choice: `text` (maybe none yet), `tokens` it took, and on the last why it ended."""
 
     text: str
@@ -31,31 +31,31 @@ class Piece:
 class Reply:
     """The choices of one request as they grow. Iterate it once, after `accepted`; `cancel` frees the engine's slots.
 
-    Iterating yields (choice, Piece) until every choice ended; raises Refusal if the engine refuses or is lost.
+    Iterating yields (choice, TextChunk) until every choice ended; raises RequestError if the engine refuses or is lost.
     """
 
-    def __init__(self, model: ServedModel, asks: list[Ask]) -> None:
+    def __init__(self, model: ServedModel, requests: list[GenerationRequest]) -> None:
         self._model = model
-        self._queue: asyncio.Queue[tuple[int, Piece] | Refusal] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, TextChunk] | RequestError] = asyncio.Queue()
         self._accepted = asyncio.Event()
-        self._refusal: Refusal | None = None
-        self._waiting = len(asks)
+        self._error: RequestError | None = None
+        self._waiting = len(requests)
         self._open: dict[int, int] = {}  # engine's id -> choice
         self._began = time.perf_counter()
         self._first_token = True
-        self.prompt_tokens = [0] * len(asks)
+        self.prompt_tokens = [0] * len(requests)
 
     async def accepted(self) -> None:
-        """Waits until the engine took every choice; raises Refusal if it did not."""
+        """Waits until the engine took every choice; raises RequestError if it did not."""
         await self._accepted.wait()
-        if self._refusal is not None:
-            raise self._refusal
+        if self._error is not None:
+            raise self._error
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, TextChunk]]:
         left = len(self.prompt_tokens)
         while left:
             item = await self._queue.get()
-            if isinstance(item, Refusal):
+            if isinstance(item, RequestError):
                 raise item
             yield item
             left -= item[1].finish_reason is not None
@@ -72,13 +72,13 @@ class Reply:
         if not self._waiting:
             self._accepted.set()
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self._refusal = self._refusal or refusal
+    def _fail(self, error: RequestError) -> None:
+        self._error = self._error or error
         self._accepted.set()
-        self._queue.put_nowait(refusal)
+        self._queue.put_nowait(error)
         self.cancel()
 
-    def _add(self, engine_id: int, piece: Piece) -> None:
+    def _add(self, engine_id: int, piece: TextChunk) -> None:
         choice = self._open[engine_id]
         metrics = self._model.metrics
         if self._first_token and piece.tokens:
@@ -101,7 +101,7 @@ class ServedModel:
         self._ids = itertools.count(1)
         self._replies: dict[int, Reply] = {}
         self._draining = False
-        self.lost = asyncio.Event()  # set when the engine is gone, asked or not
+        self.lost = asyncio.Event()  # set when the engine is gone, told to end or not
         self.name: str = ready["model"]
         self.max_len: int = ready["max_len"]
         self.capacity: int = ready["max_batch"] * (1 + WAITING_PER_SLOT)
@@ -126,24 +126,28 @@ class ServedModel:
         return not self._draining and not self.lost.is_set()
 
     def check_name(self, name: str | None) -> None:
-        """Raises Refusal (404) unless `name` is absent or this model's."""
+        """Raises RequestError (404) unless `name` is absent or this model's."""
         if name is not None and name != self.name:
-            raise Refusal(404, f"no such model; this server has '{self.name}'", code="model_not_found", param="model")
+            raise RequestError(
+                404, f"no such model; this server has '{self.name}'", code="model_not_found", param="model"
+            )
 
-    def submit(self, asks: list[Ask]) -> Reply:
-        """Queues every ask, or none: raises Refusal 429 when full, 503 when stopping."""
+    def submit(self, requests: list[GenerationRequest]) -> Reply:
+        """Queues every request, or none: raises RequestError 429 when full, 503 when stopping."""
         if not self.healthy:
             raise unavailable("the server is stopping")
-        if len(asks) > self.capacity:
-            raise Refusal(400, f"this server takes at most {self.capacity} choices", code="invalid_value", param="n")
-        if len(self._replies) + len(asks) > self.capacity:
+        if len(requests) > self.capacity:
+            raise RequestError(
+                400, f"this server takes at most {self.capacity} choices", code="invalid_value", param="n"
+            )
+        if len(self._replies) + len(requests) > self.capacity:
             raise overloaded("the queue is full; try again in a moment")
-        reply = Reply(self, asks)
-        for choice, ask in enumerate(asks):
+        reply = Reply(self, requests)
+        for choice, request in enumerate(requests):
             engine_id = next(self._ids)
             self._replies[engine_id] = reply
             reply._open[engine_id] = choice
-            self._send({"op": "submit", "id": engine_id, **ask.as_dict()})
+            self._send({"op": "submit", "id": engine_id, **request.as_dict()})
         self.metrics.open_choices.set(len(self._replies))
         return reply
 
@@ -167,7 +171,7 @@ class ServedModel:
                 self._handle(message)
         self.lost.set()
         for reply in set(self._replies.values()):
-            reply._refuse(Refusal(500, "the engine stopped", code="engine_lost"))
+            reply._fail(RequestError(500, "the engine stopped", code="engine_lost"))
         self._replies.clear()
         self.metrics.open_choices.set(0)
         self.metrics.active.set(0)
@@ -182,7 +186,7 @@ class ServedModel:
                 if (reply := self._replies.get(engine_id)) is not None:
                     if finish_reason is not None:
                         del self._replies[engine_id]
-                    reply._add(engine_id, Piece(text, tokens, finish_reason))
+                    reply._add(engine_id, TextChunk(text, tokens, finish_reason))
             self.metrics.open_choices.set(len(self._replies))
         elif (reply := self._replies.get(message["id"])) is not None:
             if message["op"] == "accepted":
@@ -192,7 +196,7 @@ class ServedModel:
                 del self._replies[message["id"]]
                 del reply._open[message["id"]]
                 words = {"code": message["code"], "param": message["param"]}
-                reply._refuse(Refusal(message["status"], message["message"], **words))
+                reply._fail(RequestError(message["status"], message["message"], **words))
 
     def drain(self) -> None:
         """From now on nothing new is taken; what runs goes on."""
@@ -205,7 +209,7 @@ class ServedModel:
         while self._replies and not self.lost.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for reply in set(self._replies.values()):
-            reply._refuse(unavailable("the server stopped before this was done"))
+            reply._fail(unavailable("the server stopped before this was done"))
         self._send({"op": "stop"})
         with contextlib.suppress(OSError):
             await self._writer.drain()

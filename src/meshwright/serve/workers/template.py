@@ -25,11 +25,11 @@ MEMORY_BYTES = 512 << 20
 MAX_RENDERED_CHARACTERS = 4 << 20
 
 
-class Refused(jinja2.TemplateError):
+class TemplateException(jinja2.TemplateError):
     """What a template raises by calling raise_exception(message)."""
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; when serving, its body is plain content."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
@@ -40,7 +40,7 @@ class Generation(jinja2.ext.Extension):
 
 
 def _raise_exception(message: str) -> None:
-    raise Refused(message)
+    raise TemplateException(message)
 
 
 def _strftime_now(pattern: str) -> str:
@@ -54,7 +54,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """The sandbox with the names that Hugging Face's templates expect."""
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
     sandbox.filters["tojson"] = _tojson
     sandbox.globals["raise_exception"] = _raise_exception
@@ -73,7 +73,7 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, str]:
                 return {"error": "its text is too long"}
             parts.append(part)
         return {"text": "".join(parts)}
-    except Refused as error:
+    except TemplateException as error:
         return {"error": str(error)[:500]}
     except jinja2.sandbox.SecurityError:
         return {"error": "it does what the sandbox forbids"}

@@ -25,7 +25,7 @@ class TextTokenizer:
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for anything wrong with the JSON
-            raise InputError(Problem(str(path), f"is no tokenizer: {error}")) from error
+            raise InputError(Problem(str(path), f"is not a tokenizer: {error}")) from error
         self._inner.no_padding()
         self._inner.no_truncation()
 

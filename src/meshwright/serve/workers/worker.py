@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from meshwright.engine import Engine, Event, Request, TextStream
+from meshwright.engine import Engine, Request, TextStream, TokenEvent
 from meshwright.errors import MeshwrightError
 from meshwright.serve.workers import channel
 from meshwright.serve.workers.text import TextTokenizer
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 
 
-class Tokenizer(Protocol):
+class PromptTokenizer(Protocol):
     """What the loop needs of a tokenizer."""
 
     def encode(self, text: str, *, add_special: bool) -> Sequence[int]: ...
@@ -51,24 +51,24 @@ class StepEngine(Protocol):
 
     def cancel(self, id: int) -> bool: ...
 
-    def step(self) -> list[Event]: ...
+    def step(self) -> list[TokenEvent]: ...
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A choice at work: the server's id for it, and its text so far."""
+class ActiveSequence:
+    """A choice that is being generated: the server's id for it, and its text so far."""
 
     server_id: int
     text: TextStream
 
 
 class Loop:
-    """Serves `engine` under `name` to whoever is at the other end of `connection`, until that says stop or is gone."""
+    """Serves `engine` under `name` to the server at the other end of `connection`, until it says stop or is gone."""
 
     def __init__(
         self,
         engine: StepEngine,
-        tokenizer: Tokenizer,
+        tokenizer: PromptTokenizer,
         name: str,
         connection: socket.socket,
         *,
@@ -80,10 +80,10 @@ class Loop:
         self._name = name
         self._connection = connection
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._sequences: dict[int, Choice] = {}  # by the engine's id
+        self._sequences: dict[int, ActiveSequence] = {}  # by the engine's id
         self._engine_ids: dict[int, int] = {}  # the server's id -> the engine's
         self._failed_steps = 0
-        self._told = (0, 0)
+        self._sent_counts = (0, 0)
 
     def run(self) -> None:
         """Returns when told to stop or when the server is gone; raises what breaks the engine for good."""
@@ -95,9 +95,9 @@ class Loop:
             while self._take_messages():
                 if self._sequences:
                     self._step()
-                self._tell()
+                self._send_counts()
         except channel.ChannelClosed:
-            pass  # the server is gone, and with it whoever wanted an answer
+            pass  # the server is gone, and nobody waits for an answer
         finally:
             with contextlib.suppress(channel.ChannelClosed):
                 self._send({"op": "lost"})
@@ -155,14 +155,14 @@ class Loop:
             self._refuse(message["id"], "the engine failed to take this request", status=500)
             return
         text = TextStream(self._tokenizer.decode, message["stop"])
-        self._sequences[engine_id] = Choice(message["id"], text)
+        self._sequences[engine_id] = ActiveSequence(message["id"], text)
         self._engine_ids[message["id"]] = engine_id
         self._send({"op": "accepted", "id": message["id"], "prompt_tokens": len(message["prompt"])})
 
     def _refuse(self, server_id: int, words: str, *, param: str | None = None, status: int = 400) -> None:
         code = "invalid_value" if status == 400 else "internal"
-        refusal = {"status": status, "code": code, "message": words, "param": param}
-        self._send({"op": "refused", "id": server_id, **refusal})
+        fields = {"status": status, "code": code, "message": words, "param": param}
+        self._send({"op": "refused", "id": server_id, **fields})
 
     def _step(self) -> None:
         try:
@@ -176,7 +176,7 @@ class Loop:
             self._send_events(out)
 
     def _after_failed_step(self, error: Exception) -> None:
-        """Lets go of everything that took part; the next requests get a clean engine, but for a broken one."""
+        """Drops every sequence, so that the next requests get a clean engine; raises `error` if steps keep failing."""
         log.error("a step failed", exc_info=error)
         self._failed_steps += 1
         if self._failed_steps >= self._may_fail_steps:
@@ -187,8 +187,8 @@ class Loop:
         self._sequences.clear()
         self._engine_ids.clear()
 
-    def _advance(self, event: Event) -> list[Any] | None:
-        """What `event` adds to its choice, as the channel has it; None for a choice that was let go meanwhile."""
+    def _advance(self, event: TokenEvent) -> list[Any] | None:
+        """What `event` adds to its choice, as the channel has it; None for a choice that was dropped meanwhile."""
         sequence = self._sequences.get(event.id)
         if sequence is None:
             return None
@@ -208,12 +208,12 @@ class Loop:
         return [sequence.server_id, text, 1, reason]
 
     def _send_events(self, events: list[Any]) -> None:
-        self._told = (self._engine.running, self._engine.waiting)
-        self._send({"op": "events", "active": self._told[0], "waiting": self._told[1], "events": events})
+        self._sent_counts = (self._engine.running, self._engine.waiting)
+        self._send({"op": "events", "active": self._sent_counts[0], "waiting": self._sent_counts[1], "events": events})
 
-    def _tell(self) -> None:
+    def _send_counts(self) -> None:
         """The engine's figures, where they changed without an event: after a cancel, for one."""
-        if (self._engine.running, self._engine.waiting) != self._told:
+        if (self._engine.running, self._engine.waiting) != self._sent_counts:
             self._send_events([])
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Asks for a rehearsal: which ranks, in a process of its own, and whether what they hold fits the device."""
+"""A rehearsal: of which ranks, in a process of its own, and whether what they hold fits the device."""
 
 from __future__ import annotations
 
@@ -80,30 +80,30 @@ def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | No
     """Runs a step of `choice`, a layout planned for `job` on devices like `device`, as each of `ranks` would, on fake
     tensors; by default as those of `ranks_to_rehearse`.
 
-    Takes seconds to a minute and no memory to speak of, for any number of devices. Raises InputError for a rank that
+    Takes seconds to a minute and hardly any memory, for any number of devices. Raises InputError for a rank that
     the layout has not, CannotWork for a model whose shapes depend on values.
     """
     layout = choice.layout
-    asked = tuple(ranks) if ranks is not None else ranks_to_rehearse(choice)
-    wrong = [rank for rank in asked if rank >= layout.devices]
-    if wrong or not asked:
-        said = ", ".join(map(str, wrong)) or "none"
+    chosen = tuple(ranks) if ranks is not None else ranks_to_rehearse(choice)
+    wrong = [rank for rank in chosen if rank >= layout.devices]
+    if wrong or not chosen:
+        named = ", ".join(map(str, wrong)) or "none"
         last = layout.devices - 1
         hint = f"nearest: {last if wrong else 0}"
-        raise InputError(Problem("command line: --ranks", f"{said}: the layout has ranks 0 to {last}", hint))
+        raise InputError(Problem("command line: --ranks", f"{named}: the layout has ranks 0 to {last}", hint))
     with tempfile.TemporaryDirectory(prefix="meshwright-rehearse-") as folder:
         path = Path(folder, "job.toml")
         path.write_text(job_to_toml(job), encoding="utf-8")
-        payload = {**question(path, choice, device.kind), "ranks": list(asked)}
+        payload = {**payload_of(path, choice, device.kind), "ranks": list(chosen)}
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fake tensors need no device
-        with launch.local("meshwright.rehearse.work:rehearse", payload, 1, folder, env=environment) as started:
-            answers = started.wait()[0]
-    found = tuple(_rank(choice, rank, Peak.from_dict(answer)) for rank, answer in zip(asked, answers, strict=True))
+        with launch.local("meshwright.rehearse.work:rehearse", payload, 1, folder, env=environment) as processes:
+            answers = processes.wait()[0]
+    found = tuple(_rank(choice, rank, Peak.from_dict(answer)) for rank, answer in zip(chosen, answers, strict=True))
     return Rehearsal(layout, found, usable_bytes(device), _assumed(choice, device.kind))
 
 
-def question(job: Path, choice: Choice, kind: str) -> dict[str, Any]:
-    """What a process is told that rehearses or measures `choice`, as JSON."""
+def payload_of(job: Path, choice: Choice, kind: str) -> dict[str, Any]:
+    """The payload of a process that rehearses or measures `choice`."""
     return {
         "job": str(job),
         "layout": asdict(choice.layout),

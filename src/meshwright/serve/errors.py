@@ -1,4 +1,4 @@
-"""Why a request is turned away: one small class, and the table that gives it a code on every wire."""
+"""Why a request gets an error: one small class, and the table that gives it a code of every protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATUS: dict[int, tuple[str, str]] = {
 }
 
 
-class Refusal(Exception):
+class RequestError(Exception):
     """A request that gets an error instead of an answer.
 
     `status` is an HTTP status of `STATUS`; `message` goes to the client, so it never holds a path, an address or a
@@ -48,16 +48,16 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> Refusal:
+def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> RequestError:
     """A 400: the request itself is wrong."""
-    return Refusal(400, message, code=code, param=param)
+    return RequestError(400, message, code=code, param=param)
 
 
-def overloaded(message: str) -> Refusal:
+def overloaded(message: str) -> RequestError:
     """A 429: the queue is full; worth trying again in a second."""
-    return Refusal(429, message, code="overloaded", retry_after_seconds=1)
+    return RequestError(429, message, code="overloaded", retry_after_seconds=1)
 
 
-def unavailable(message: str) -> Refusal:
+def unavailable(message: str) -> RequestError:
     """A 503: the server is stopping, or its engine is gone."""
-    return Refusal(503, message, code="unavailable", retry_after_seconds=5)
+    return RequestError(503, message, code="unavailable", retry_after_seconds=5)

@@ -1,4 +1,4 @@
-"""A run folder as the page needs it: the files read once, and what they say about the run."""
+"""A run folder as the page needs it: its files, read once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PLAIN_FIELDS = ("event", "time", "step", "not_finite")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A run folder, read. `steps` holds the last line of each step; `plan` and `job` are None and "" when not there."""
+class RunRecord:
+    """What a run folder's files say. `steps` holds the last line of each step. Without its file `plan` is None, `job`
+    empty."""
 
     name: str
     events: Sequence[Mapping[str, Any]]
@@ -37,9 +38,9 @@ class Facts:
         return "samples" if self.job.get("task", {}).get("name") == "classification" else "tokens"
 
     @property
-    def steps_asked(self) -> int | None:
-        asked = self.job.get("train", {}).get("steps")
-        return asked if isinstance(asked, int) else None
+    def steps_of_job(self) -> int | None:
+        steps = self.job.get("train", {}).get("steps")
+        return steps if isinstance(steps, int) else None
 
     def last(self, kind: str) -> Mapping[str, Any] | None:
         return next((event for event in reversed(self.events) if event["event"] == kind), None)
@@ -48,13 +49,13 @@ class Facts:
         """(step, value) of a field of the step lines, where they have it."""
         return tuple((float(s["step"]), float(s[field])) for s in self.steps if is_number(s.get(field)))
 
-    def settled(self, field: str) -> list[float]:
+    def after_warm_up(self, field: str) -> list[float]:
         """Values without the first twentieth of the steps (at least one, where there are more): it warms up."""
         values = [y for _, y in self.points(field) if math.isfinite(y)]
         return values[max(1, len(values) // 20) :] or values
 
 
-def read_facts(run: RunFolder) -> Facts:
+def read_run(run: RunFolder) -> RunRecord:
     """What the files of a run folder say. Raises InputError for a folder with none of them, or a broken one."""
     if not any(path.exists() for path in (run.events, run.plan, run.job)):
         raise InputError(Problem(str(run.path), "is not a run folder: no events.jsonl, plan.json or job.toml in it"))
@@ -73,7 +74,7 @@ def read_facts(run: RunFolder) -> Facts:
             raise InputError(Problem(str(run.job), f"is not TOML: {error}")) from error
     events = run.read_events()
     evals = [event for event in events if event["event"] == "eval" and is_number(event.get("step"))]
-    return Facts(run.path.resolve().name, events, run.steps(), evals, plan, job_text, job)
+    return RunRecord(run.path.resolve().name, events, run.steps(), evals, plan, job_text, job)
 
 
 def is_number(value: Any) -> bool:

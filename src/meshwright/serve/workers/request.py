@@ -1,4 +1,4 @@
-"""One question to the engine, as the wires write it."""
+"""One sequence to generate, as the protocols ask the engine for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One sequence to continue.
 
     `prompt` is text or token ids; `add_special` lets the tokenizer add its own (a rendered chat has them already);

@@ -1,0 +1,78 @@
+"""Stdout, which is the result and must not be lost in silence, and stderr, which is talk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from meshwright.errors import Problem, RunFailed
+
+
+class OutputFailed(RunFailed):
+    """Stdout, which is the result, could not be written."""
+
+    def __init__(self, reason: str) -> None:
+        what = f"the output cannot be written: {reason}"
+        super().__init__(Problem("stdout", what, "send it to a file with room, or to /dev/null"))
+
+
+class _Output:
+    """Stdout, whose failures are OutputFailed, and no other file's; a reader that left stays a BrokenPipeError."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._failures():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failures():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputFailed(error.strerror or str(error)) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """Raises OutputFailed where stdout is closed, before anything is done, and where what is printed inside cannot be
+    written, a help text that ends in SystemExit too."""
+    if sys.stdout is None:
+        raise OutputFailed(os.strerror(errno.EBADF))
+    output: Any = _Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        except SystemExit:
+            output.flush()
+            raise
+        output.flush()
+
+
+def drop_unwritten() -> None:
+    """Lets what stdout does not take go nowhere: Python would try again at exit, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """Prints a line of talk."""
+    if sys.stderr is not None:  # print would take stdout for it
+        print(text, file=sys.stderr, flush=True)
