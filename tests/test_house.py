@@ -24,7 +24,10 @@ PACKAGE = "meshwright"
 #: Every room (a top-level module or package, and those inside plan/) by its floor. A floor imports only floors below it.
 FLOORS: dict[str, int] = {
     # words
-    **dict.fromkeys(("errors", "env", "job", "cluster", "card", "layout", "placement", "run", "families.card"), 0),
+    **dict.fromkeys(
+        ("errors", "env", "divisors", "files", "job", "cluster", "card", "layout", "placement", "run", "families.card"),
+        0,
+    ),
     # thinking and starting
     **dict.fromkeys(("plan", "report", "launch"), 1),
     # matter

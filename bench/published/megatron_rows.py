@@ -20,9 +20,9 @@ from pathlib import Path
 from meshwright.cluster import named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.cost import MemoryModel, StageMemory
 from meshwright.plan.rules import FRAMEWORKS, Framework
-from meshwright.plan.workload import Workload
 
 MIB = 2**20
 DEVICES = {"a100": "a100-sxm-80gb", "h100": "h100-sxm-80gb", "gb200": "gb200", "": "a100-sxm-80gb"}

@@ -36,11 +36,11 @@ from meshwright import launch, probe
 from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.calibrate import TrainedRun, machine_profile
 from meshwright.plan.calibrate.from_run import correct_profile
 from meshwright.plan.constants import Profile, default_profile, load_profile
 from meshwright.plan.cost import Estimator
-from meshwright.plan.workload import Workload
 
 WORLDS = (1, 2)
 

@@ -12,8 +12,9 @@ from bench.runs.worker import job_of
 from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
 from meshwright.layout import Layout
-from meshwright.plan.constants.profile import Profile
-from meshwright.plan.cost.estimate import Estimate, Estimator
+from meshwright.plan import Workload
+from meshwright.plan.constants import Profile
+from meshwright.plan.cost import Estimate, Estimator
 from meshwright.verbs import card_of_job
 
 #: A run: {layout, precision, stages, rounds: [[seconds]], cpu_seconds (rank 0), spans (by rank)}.
@@ -37,7 +38,7 @@ class Cut(Estimator):
 def estimate(card: Card, one: Measured, batch: int, profile: Profile) -> Estimate:
     """What the planner says of a measured run."""
     layout = Layout(**one["layout"])
-    estimator = Cut(card, cpu_cluster(layout.devices), batch, one["precision"], profile=profile)
+    estimator = Cut(Workload(card, cpu_cluster(layout.devices), batch, one["precision"]), profile)
     names = [block.name for block in card.blocks]
     estimator.first_blocks = tuple(names.index(stage[0]) for stage in one["stages"])
     return estimator.estimate(layout, exact=True)

@@ -14,11 +14,10 @@ import pytest
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.errors import InputError
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.plan import Plan, PlanRequest, make_plan
+from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.calibrate import TrainedRun, run_profile
 from meshwright.plan.calibrate.from_run import GROUPS, _parts
 from meshwright.plan.constants import DATASHEET, Profile, load_profile
-from meshwright.plan.workload import Workload
 from meshwright.run import RunFolder
 
 MODEL = card(LlamaShape(layers=4, hidden=256, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048), seq_len=128)

@@ -9,12 +9,12 @@ import pytest
 from meshwright.cluster import cpu_cluster, named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost.block_memory import BlockMemory
 from meshwright.plan.cost.block_time import BlockTimes, block_key, tensor_sums
 from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.rules.frameworks import kept_gathered
-from meshwright.plan.workload import Workload
 
 CLUSTER = named_cluster("h100-sxm-80gb", 64)
 SHAPE = DecoderShape(2, 4096, 32, 8, 128, 14336, 32000)

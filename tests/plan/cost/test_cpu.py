@@ -11,11 +11,11 @@ from meshwright.card import AttentionShape, Block, Parameter, Product
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost import Estimator
 from meshwright.plan.cost.cpu import CHAIN_BYTES, CpuCompute, operations
 from meshwright.plan.cost.network import CommGroup, GlooNetwork
-from meshwright.plan.workload import Workload
 
 MODEL = card(LlamaShape(layers=4, hidden=256, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048), seq_len=128)
 CORE = Device("core", "cpu", 10**10, {"fp32": 1e11, "bf16": 4e11}, 3e10, 6e-6, units=1)

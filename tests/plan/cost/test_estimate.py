@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from meshwright.cluster import cpu_cluster, named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.cost import Estimate, Estimator
 from meshwright.plan.cost.estimate import equal_layers
 from meshwright.plan.pipeline.actions import problem
 from meshwright.plan.rules import FRAMEWORKS, Framework
-from meshwright.plan.workload import Workload
 
 SHAPE = DecoderShape(16, 2048, 16, 16, 128, 8192, 32000)
 MODEL = card(SHAPE, 2048, "megatron")

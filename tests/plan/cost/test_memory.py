@@ -13,11 +13,11 @@ from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder import card as decoder_card
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.cost import MemoryModel, StageMemory, usable_bytes
 from meshwright.plan.cost.block_memory import local_size
 from meshwright.plan.cost.memory import PROCESS_BYTES, slack_bytes
 from meshwright.plan.rules import FRAMEWORKS, Framework
-from meshwright.plan.workload import Workload
 
 H100 = named_cluster("h100-sxm-80gb", 8)
 OURS = FRAMEWORKS["meshwright"]

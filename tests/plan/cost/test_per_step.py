@@ -10,12 +10,12 @@ from meshwright.card import Card
 from meshwright.cluster import named_cluster
 from meshwright.families.decoder import DecoderShape, card
 from meshwright.layout import Layout
+from meshwright.plan import Workload
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost.block_memory import BlockMemory
 from meshwright.plan.cost.block_time import BlockTimes
 from meshwright.plan.cost.per_step import PerStepTimes
 from meshwright.plan.rules import FRAMEWORKS, Framework
-from meshwright.plan.workload import Workload
 
 MODEL = card(DecoderShape(2, 1024, 16, 16, 64, 4096, 32000), 1024, "megatron")
 PLAIN = FRAMEWORKS["megatron-lm"]

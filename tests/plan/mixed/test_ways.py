@@ -13,14 +13,13 @@ from meshwright.card import Card
 from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.plan import Plan, PlanRequest, make_plan
+from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.cost import usable_bytes
 from meshwright.plan.mixed import MixedCluster, make_mixed_plan
 from meshwright.plan.mixed.cluster import MixedWorkload
 from meshwright.plan.mixed.pipeline import through_stages
 from meshwright.plan.mixed.ways import by_samples
 from meshwright.plan.search.walk import TIE
-from meshwright.plan.workload import Workload
 from meshwright.report.outlook import cost_line
 
 MODEL = card(LlamaShape(layers=6, hidden=1024, heads=16, kv_heads=8, head_dim=64, ffn=2816, vocab=8192), 1024)

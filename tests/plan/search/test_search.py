@@ -15,13 +15,12 @@ from meshwright.card import Block, Card, Parameter
 from meshwright.cluster import Cluster, Device, Link, named_cluster
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.plan import LayoutQuery, ModelFacts, Plan, PlanRequest, balance, make_plan, refusals
+from meshwright.plan import LayoutQuery, ModelFacts, Plan, PlanRequest, Workload, balance, make_plan, refusals
 from meshwright.plan.constants import default_profile
 from meshwright.plan.constants.correction import Correction
 from meshwright.plan.constants.regime import correction_regime, features
 from meshwright.plan.cost import usable_bytes
 from meshwright.plan.search.walk import TIE
-from meshwright.plan.workload import Workload
 
 SMALL = card(LlamaShape(layers=4, hidden=48, heads=12, kv_heads=4, head_dim=4, ffn=96, vocab=240), 64)
 LLAMA_8B = card(LlamaShape(32, 4096, 32, 8, 128, 14336, 128256), 8192)
