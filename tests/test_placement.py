@@ -17,7 +17,7 @@ from meshwright.placement import Placement, placements, regions, tensor_split
 
 SHAPE = LlamaShape(layers=2, hidden=12, heads=6, kv_heads=2, head_dim=4, ffn=10, vocab=18)
 TIED = LlamaShape(
-    layers=2, hidden=12, heads=6, kv_heads=2, head_dim=4, ffn=10, vocab=18, tied=True, attention_bias=True
+    layers=2, hidden=12, heads=6, kv_heads=2, head_dim=4, ffn=10, vocab=18, tied=True, bias_of=("qkv", "out")
 )
 Stages = tuple[tuple[str, ...], ...]
 
@@ -121,7 +121,7 @@ def test_owners_are_spread_over_replicas(shape: LlamaShape) -> None:
 
 def test_partial_gradients_over_tensor_parallel_ranks() -> None:
     """Without sequence parallelism only what acts inside a region is partial: norms of heads, not the residual's."""
-    model = card(LlamaShape(2, 12, 6, 2, 4, 10, 18, qk_norm=True, attention_bias=True), 8)
+    model = card(LlamaShape(2, 12, 6, 2, 4, 10, 18, qk_norm=True, bias_of=("qkv", "out")), 8)
     apart = world(model, Layout(tp=2))[0]
     assert {name for name, row in apart.items() if row.partial} == {
         f"blocks.{layer}.attn.{norm}.weight" for layer in range(2) for norm in ("q_norm", "k_norm")

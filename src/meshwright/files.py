@@ -1,15 +1,91 @@
-"""Writing files: all of a file or none of it, names that outlast a power cut, and values as TOML text."""
+"""Reading files with care (regular ones, up to a size, strict JSON), and writing them: all of a file or none of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
+from meshwright.errors import InputError, Problem
+
 #: A key that TOML takes without quotes.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def open_regular(path: Path, *, follow_links: bool = False) -> int:
+    """Opens a regular file for reading and returns its descriptor.
+
+    InputError if it is missing, or a link (unless `follow_links`), a pipe, a device or a folder. The folder that holds
+    it is checked for being a link too, since `model` and `state` are part of what a manifest can name.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not blocking: opening a pipe would hang
+    if not follow_links:
+        flags |= os.O_NOFOLLOW
+        if path.parent.is_symlink() and path.parent.name in ("model", "state"):
+            raise InputError(Problem(str(path), "its folder is a link, which a checkpoint never has"))
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        what = "it is a link, which a checkpoint never has" if path.is_symlink() else f"cannot be read: {_why(error)}"
+        raise InputError(Problem(str(path), what)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(Problem(str(path), "is not a regular file"))
+    return descriptor
+
+
+def read_capped(path: Path, cap_bytes: int, *, follow_links: bool = False) -> bytes:
+    """The whole file, InputError if it holds more than `cap_bytes`."""
+    descriptor = open_regular(path, follow_links=follow_links)
+    with os.fdopen(descriptor, "rb") as stream:
+        size = os.fstat(descriptor).st_size
+        data = stream.read(cap_bytes + 1) if size <= cap_bytes else b""
+    if size > cap_bytes or len(data) > cap_bytes:
+        raise InputError(Problem(str(path), f"is {max(size, len(data))} bytes, more than the {cap_bytes} allowed"))
+    return data
+
+
+def read_object(path: Path, cap_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file, links followed. Raises InputError naming the file where it holds none."""
+    record = parse_json(read_capped(path, cap_bytes, follow_links=True), str(path))
+    if not isinstance(record, dict):
+        raise InputError(Problem(str(path), "is not a JSON object"))
+    return record
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """`strict_json`, with an InputError naming `where`."""
+    try:
+        return strict_json(data)
+    except RecursionError:
+        raise InputError(Problem(where, "is nested too deeply")) from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise InputError(Problem(where, f"is not valid JSON ({error})")) from error
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON in UTF-8 with no repeated keys, no NaN and no Infinity. Raises ValueError, or RecursionError where it is
+    nested too deeply."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            names = [name for name, _ in pairs]
+            double = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"key {double[:40]!r} is given twice")
+        return record
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is not a number of JSON")
+
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:

@@ -350,7 +350,7 @@ def hugging_face(home: Path, config: str) -> list[str]:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ('{"model_type": "llama",', "folder/config.json: cannot be read as JSON"),
+        ('{"model_type": "llama",', "folder/config.json: is not valid JSON"),
         ("[1]", "folder/config.json: is not a JSON object"),
         (
             json.dumps({"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}),

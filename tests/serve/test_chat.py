@@ -44,7 +44,7 @@ def test_unreadable_config_is_bad_input(tmp_path, content):
 
 def test_oversized_template_is_bad_input(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
-    with pytest.raises(InputError, match="larger than"):
+    with pytest.raises(InputError, match="more than the"):
         read_chat_template(tmp_path)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from meshwright.checkpoint.files import FILE_NAME, map_file, parse_json, read_capped
+from meshwright.checkpoint.files import FILE_NAME, map_file
 from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
 from meshwright.checkpoint.tensors import DTYPES, Slot, element_view, from_bytes, parse_header, slices
 from meshwright.errors import InputError, Problem
+from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
 from meshwright.placement import Placement
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshwright.checkpoint.files import FILE_NAME, dump_json, parse_json, read_capped
+from meshwright.checkpoint.files import FILE_NAME, dump_json
 from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape
 from meshwright.errors import InputError, Problem
+from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
 
 VERSION = 1

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshwright.checkpoint.files import dump_json, parse_json
+from meshwright.checkpoint.files import dump_json
 from meshwright.checkpoint.folder import step_folder
 from meshwright.errors import Problem, RunFailed
-from meshwright.files import write_atomic
+from meshwright.files import parse_json, write_atomic
 
 T = TypeVar("T")
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from meshwright.checkpoint.files import dump_json, parse_json
+from meshwright.checkpoint.files import dump_json
 from meshwright.errors import InputError, Problem
+from meshwright.files import parse_json
 from meshwright.layout import Box
 
 #: The format's word for an element type -> torch's.

@@ -6,7 +6,6 @@ models have a card than a module: decoders that are planned and not trained (dec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from meshwright.families import decoder, decoder_hf
 from meshwright.families.decoder_config import kind_of, precision_of
 from meshwright.families.decoder_shape import DecoderShape
 from meshwright.families.llama import card as llama
+from meshwright.files import read_object
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -123,16 +123,7 @@ def vocab_of_folder(folder: Path) -> int | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputError where it cannot be read as one, or its `model_type` is no text."""
-    try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
-            raise OSError("it is not a regular file")
-        with open(path, "rb") as file:
-            text = file.read(_CONFIG_BYTES + 1)
-        content = json.loads(text) if len(text) <= _CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(Problem(str(path), f"cannot be read as JSON: {error}")) from None
-    if not isinstance(content, dict):
-        raise InputError(Problem(str(path), "is not a JSON object of a sensible size"))
+    """A config.json. Raises InputError where it is not a JSON object, or its `model_type` is no text."""
+    content = read_object(path, _CONFIG_BYTES)
     kind_of(content, str(path))
     return content

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import read_object
 from meshwright.layout import Execution, Layout
 from meshwright.plan.cost import StageMemory
 from meshwright.plan.pipeline.actions import actions, fewer, places
 from meshwright.plan.pipeline.replay import Timeline, replay
 from meshwright.plan.reliability import RunForecast
 
+LARGEST_FILE_BYTES = 1 << 28
 #: Fields of a Plan that say what was asked.
 ABOUT = ("model", "parameters", "cluster", "device_bytes", "global_batch", "unit")
 
@@ -254,8 +257,13 @@ class Plan:
         }
 
     @staticmethod
+    def read(path: Path) -> Plan:
+        """The plan in a file. Raises InputError when it holds none."""
+        return Plan.from_dict(read_object(path, LARGEST_FILE_BYTES), str(path))
+
+    @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "plan.json") -> Plan:
-        """The plan of a run folder. Raises InputError when the JSON is not one."""
+        """The plan of its JSON. Raises InputError when the JSON is not one."""
         try:
             return Plan(
                 chosen=Choice.from_dict(data["chosen"]),

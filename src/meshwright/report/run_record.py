@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -59,12 +58,7 @@ def read_run(run: RunFolder) -> RunRecord:
     """What the files of a run folder say. Raises InputError for a folder with none of them, or a broken one."""
     if not any(path.exists() for path in (run.events, run.plan, run.job)):
         raise InputError(Problem(str(run.path), "is not a run folder: no events.jsonl, plan.json or job.toml in it"))
-    plan = None
-    if run.plan.exists():
-        try:
-            plan = Plan.from_dict(json.loads(run.plan.read_bytes()), str(run.plan))
-        except ValueError as error:
-            raise InputError(Problem(str(run.plan), f"is not JSON: {error}")) from error
+    plan = Plan.read(run.plan) if run.plan.exists() else None
     job_text, job = "", {}
     if run.job.exists():
         job_text = run.job.read_text(encoding="utf-8", errors="replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +32,7 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """
     run = RunFolder(payload["run"])
     job = load_job(run.job, data_must_exist=False)
-    plan = Plan.from_dict(json.loads(run.plan.read_bytes()))
+    plan = Plan.read(run.plan)
     layout = plan.chosen.layout
     torch.set_flush_denormal(True)
     with start(layout, context.rank, context.store_path, timeout_seconds=job.launch.timeout_seconds) as mesh:

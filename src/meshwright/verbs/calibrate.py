@@ -117,7 +117,6 @@ def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, 
 
 
 def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
-    from meshwright.families import read_config
     from meshwright.job import load_job
     from meshwright.plan import Plan, Workload
     from meshwright.plan.calibrate import TrainedRun, run_profile
@@ -129,7 +128,7 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
             what = f"is not a run folder: it has no {file.name}"
             raise InputError(Problem(str(folder), what, "name the folder that `train` made, or a file of cases"))
     job = load_job(run.job, data_must_exist=False)
-    chosen = Plan.from_dict(read_config(run.plan), str(run.plan)).chosen
+    chosen = Plan.read(run.plan).chosen
     card, cluster = card_of_job(job), cluster_of_job(job)
     workload = Workload(card, cluster, job.train.global_batch, chosen.precision)
     trained = TrainedRun(workload, chosen.layout, chosen.compiled, chosen.predicted.step_seconds.mid)

@@ -150,8 +150,7 @@ def _reusable_plan(folder: RunFolder, earlier: Job | None, job: Job) -> Plan | N
     same = same and all(before["train"][key] == now["train"][key] for key in ("global_batch", "precision", "compile"))
     if not same:
         return None
-    from meshwright.families import read_config
     from meshwright.plan import Plan
 
-    earlier_plan = Plan.from_dict(read_config(folder.plan))
+    earlier_plan = Plan.read(folder.plan)
     return earlier_plan if earlier_plan.chosen.layout.devices == cluster_of_job(job).devices else None

@@ -7,7 +7,6 @@ is predicted: `measured`, `source`, `group` and the like are read by `measured_c
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.files import strict_json
 from meshwright.plan.cases.consistency import CaseFacts, contradictions
 
 LARGEST_LINE_BYTES = 1 << 18
@@ -196,26 +196,13 @@ def parse_line(line: bytes, number: int = 1) -> dict[str, Any] | BadCase:
     """The JSON object of a line, or why there is none."""
     where = f"line {number}"
     try:
-        found = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_no_doubles)
+        found = strict_json(line)
     except RecursionError:
         return BadCase(None, (Problem(where, "is nested too deeply", "a case is an object of six tables"),))
     except ValueError as error:
         return BadCase(None, (Problem(where, f"is not JSON: {str(error)[:LONGEST_WORD]}", "one object a line"),))
     if not isinstance(found, dict):
         return BadCase(None, (Problem(where, f"is {_kind_of(found)}", "a case is a JSON object"),))
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number of JSON")
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {double[:40]!r} is given twice")
     return found
 
 

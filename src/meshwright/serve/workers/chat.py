@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import read_capped, read_object
 from meshwright.serve.errors import RequestError, bad_request
 
 #: For a model without a template: each message as "role: words", then the word that the model goes on from.
@@ -37,25 +38,11 @@ class ChatTemplate:
     own: bool
 
 
-def _read_capped(path: Path, cap: int) -> str:
-    if path.stat().st_size > cap:
-        raise InputError(Problem(str(path), f"larger than {cap} bytes, which no chat template needs"))
+def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_capped(path, MAX_TEMPLATE_BYTES, follow_links=True).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(Problem(str(path), "not UTF-8 text")) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(_read_capped(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(Problem(str(path), "not readable as JSON")) from error
-    if not isinstance(config, dict):
-        raise InputError(Problem(str(path), "not a JSON object"))
-    return config
 
 
 def _special(config: dict[str, Any]) -> dict[str, str]:
@@ -75,11 +62,12 @@ def read_chat_template(folder: Path) -> ChatTemplate:
 
     Raises InputError where a file is there but cannot be read as what it claims to be.
     """
-    config = _read_config(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_object(path, MAX_CONFIG_BYTES) if path.is_file() else {}
     special = _special(config)
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        return ChatTemplate(_read_capped(beside, MAX_TEMPLATE_BYTES), special, own=True)
+        return ChatTemplate(_read_text(beside), special, own=True)
     source = config.get("chat_template")
     if isinstance(source, list):  # several named ones
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
