@@ -17,8 +17,8 @@ from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.cost import usable_bytes
 from meshwright.plan.mixed import MixedCluster, make_mixed_plan
 from meshwright.plan.mixed.cluster import MixedWorkload
-from meshwright.plan.mixed.pipeline import through_stages
-from meshwright.plan.mixed.ways import by_samples
+from meshwright.plan.mixed.pipeline import best_pipeline
+from meshwright.plan.mixed.ways import best_batch_split
 from meshwright.plan.search.walk import TIE
 from meshwright.report.outlook import cost_line
 
@@ -80,17 +80,17 @@ def test_never_slower_than_the_best_group_alone(
 
 
 def test_samples_are_shared_by_throughput() -> None:
-    way = by_samples(workload(both(speed=3.0), batch=64))
+    way = best_batch_split(workload(both(speed=3.0), batch=64))
     assert way is not None
     slow, quick = way.shares
     assert slow.samples + quick.samples == 64
     assert 1.8 <= quick.samples / slow.samples <= 4, "three times as fast, less what does not grow with speed"
-    equal = by_samples(workload(both(speed=1.0), batch=64))
+    equal = best_batch_split(workload(both(speed=1.0), batch=64))
     assert equal is not None and [share.samples for share in equal.shares] == [32, 32]
 
 
 def test_stages_are_cut_by_throughput() -> None:
-    way = through_stages(workload(both(speed=3.0), batch=64))
+    way = best_pipeline(workload(both(speed=3.0), batch=64))
     assert way is not None
     blocks = {share.group: share for share in way.shares}
     layout, stages = way.choice.layout, way.choice.stages
@@ -101,7 +101,7 @@ def test_stages_are_cut_by_throughput() -> None:
 
 def test_a_small_device_gets_the_blocks_that_fit() -> None:
     small, large = group("small", 2, 2.0, 8.0), group("large", 2, 1.0, 80.0)
-    way = through_stages(workload(MixedCluster((small, large)), batch=16, model=BIG))
+    way = best_pipeline(workload(MixedCluster((small, large)), batch=16, model=BIG))
     assert way is not None
     shares = {share.group: share for share in way.shares}
     assert shares["small"].peak_bytes <= usable_bytes(small.device)
@@ -114,7 +114,7 @@ def test_equal_groups_are_about_one_cluster() -> None:
     """Two groups of one kind: the pipeline through both is near the pipeline of a cluster of all."""
     mixed = both(speed=1.0)
     whole = replace(mixed.groups[0], devices=8)
-    way = through_stages(workload(mixed, batch=64))
+    way = best_pipeline(workload(mixed, batch=64))
     assert way is not None
     pins = {name: getattr(way.choice.layout, name) for name in ("tp", "pp", "dp", "shard", "micro_batch", "recompute")}
     plan = make_plan(MODEL, whole, PlanRequest(64, pins={**pins, "schedule": way.choice.layout.schedule}))

@@ -14,7 +14,7 @@ from meshwright.plan import FRAMEWORKS, Workload
 from meshwright.plan.cost import Estimator, usable_bytes
 from meshwright.plan.search import Space
 from meshwright.plan.search.space import NARROW, WHOLE, degrees_of, layouts
-from meshwright.plan.search.walk import BEATEN, TIE, SearchResult, every, explore, ranked, search
+from meshwright.plan.search.walk import CUTOFF, TIE, SearchResult, all_estimates, explore, ranked, search
 
 MODEL = card(LlamaShape(layers=6, hidden=256, heads=8, kv_heads=4, head_dim=32, ffn=512, vocab=1024), 128)
 GPU = {"fp32": 60e12, "bf16": 400e12}
@@ -49,7 +49,7 @@ def test_no_short_cut_costs_the_best_layout(
 ) -> None:
     space = space_of(nodes * per_node, per_node, batch, mebibytes, framework, **pins)
     room, estimator = usable_bytes(space.workload.cluster.device), estimator_of(space)
-    everything = list(every(space, estimator))
+    everything = list(all_estimates(space, estimator))
     fitting = [estimate for estimate in everything if estimate.peak_bytes <= room]
     found = explore(space, estimator)
     assert bool(found.fitting) == bool(fitting)
@@ -70,7 +70,7 @@ def test_a_layout_is_only_left_out_where_its_arithmetic_alone_is_slower() -> Non
     best = min(e.step_seconds for e in found.fitting)
     for layout in layouts(space):
         estimate = estimator.estimate(layout)
-        if estimate.step_seconds < BEATEN * best and estimate.peak_bytes <= usable_bytes(space.workload.cluster.device):
+        if estimate.step_seconds < CUTOFF * best and estimate.peak_bytes <= usable_bytes(space.workload.cluster.device):
             assert degrees_of(layout) in families
 
 
