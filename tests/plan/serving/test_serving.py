@@ -50,7 +50,7 @@ def cluster(devices: int = 8, **changes: object) -> Cluster:
     return Cluster(device(**changes), devices, min(devices, 8), link, link)
 
 
-def question(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> ServingQuery:
+def query(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> ServingQuery:
     at = at or named_cluster("h100-sxm-80gb", 8)
     whole: dict[str, object] = {
         "shape": shape, "cluster_of": lambda _: at, "devices": at.devices, "server": PAGED, "profile": DATASHEET,
@@ -274,7 +274,7 @@ def test_what_is_planned_meets_the_target_and_what_is_offered_instead_can_be_had
     shape: DecoderShape, name: str, devices: int, ttft: float | None, tpot: float | None, rate: float | None
 ) -> None:
     at = named_cluster(name, devices)
-    asked = question(shape, at, target=Target(512, 128, ttft, tpot, rate))
+    asked = query(shape, at, target=Target(512, 128, ttft, tpot, rate))
     try:
         plan = make_serving_plan(asked)
     except CannotWork as error:
@@ -321,16 +321,16 @@ def _fits_somewhere(asked: ServingQuery) -> bool:
 
 
 def test_pins_stand() -> None:
-    plan = make_serving_plan(question(pins=ServingPins(tp=2, max_batch=5, precision="fp8")))
+    plan = make_serving_plan(query(pins=ServingPins(tp=2, max_batch=5, precision="fp8")))
     assert (plan.chosen.tp, plan.chosen.max_batch, plan.chosen.precision) == (2, 5, "fp8")
     assert all(other.tp == 2 and other.max_batch == 5 for other in plan.runners_up)
 
 
 def test_fewer_bits_only_where_the_target_needs_them() -> None:
-    calm = make_serving_plan(question(LLAMA_70B, target=Target(tpot_seconds=0.05)))
+    calm = make_serving_plan(query(LLAMA_70B, target=Target(tpot_seconds=0.05)))
     assert calm.chosen.precision == "bf16"
-    floor = make_serving_plan(question(LLAMA_70B, pins=ServingPins(tp=8, max_batch=1))).chosen.predicted.tpot_seconds
-    quick = make_serving_plan(question(LLAMA_70B, target=Target(tpot_seconds=0.8 * floor.mid)))
+    floor = make_serving_plan(query(LLAMA_70B, pins=ServingPins(tp=8, max_batch=1))).chosen.predicted.tpot_seconds
+    quick = make_serving_plan(query(LLAMA_70B, target=Target(tpot_seconds=0.8 * floor.mid)))
     assert quick.chosen.precision == "fp8"
     assert any("compare the answers" in words for words in quick.assumed)
 
@@ -338,7 +338,7 @@ def test_fewer_bits_only_where_the_target_needs_them() -> None:
 def test_a_rate_takes_the_fewest_devices() -> None:
     at = named_cluster("h100-sxm-80gb", 64)
     few, many = (
-        make_serving_plan(question(at=at, target=Target(tpot_seconds=0.05, ttft_seconds=1, requests_per_second=rate)))
+        make_serving_plan(query(at=at, target=Target(tpot_seconds=0.05, ttft_seconds=1, requests_per_second=rate)))
         for rate in (2.0, 200.0)
     )
     assert few.chosen.devices == 1 < many.chosen.devices <= 64
@@ -346,33 +346,33 @@ def test_a_rate_takes_the_fewest_devices() -> None:
 
 
 def test_our_engine_is_planned_with_what_it_does() -> None:
-    plan = make_serving_plan(question(server=OURS))
+    plan = make_serving_plan(query(server=OURS))
     assert plan.chosen.pp == plan.chosen.replicas == 1
     assert plan.chosen.precision in ("bf16", "fp32")
     assert plan.chosen.memory.page_tokens == 0
     assert plan.chosen.max_batch * plan.chosen.max_len == plan.chosen.memory.tokens
     with pytest.raises(CannotWork, match="fp8"):
-        make_serving_plan(question(server=OURS, pins=ServingPins(precision="fp8")))
+        make_serving_plan(query(server=OURS, pins=ServingPins(precision="fp8")))
 
 
 def test_what_does_not_fit_says_what_would() -> None:
     one = named_cluster("l4", 1)
     with pytest.raises(CannotWork, match=r"GiB a device.*nearest: cluster.devices=\d+"):
-        make_serving_plan(question(LLAMA_70B, one))
+        make_serving_plan(query(LLAMA_70B, one))
     with pytest.raises(CannotWork, match=r"nearest: serve.max_batch=\d+") as refused:
-        make_serving_plan(question(pins=ServingPins(max_batch=60000)))
+        make_serving_plan(query(pins=ServingPins(max_batch=60000)))
     nearest = int(str(refused.value).rpartition("=")[2])
-    assert make_serving_plan(question(pins=ServingPins(max_batch=nearest))).chosen.max_batch == nearest
+    assert make_serving_plan(query(pins=ServingPins(max_batch=nearest))).chosen.max_batch == nearest
     with pytest.raises(CannotWork):
-        make_serving_plan(question(pins=ServingPins(max_batch=nearest + 1)))
+        make_serving_plan(query(pins=ServingPins(max_batch=nearest + 1)))
     with pytest.raises(CannotWork, match=r"131072 tokens.*nearest: serve.max_len=131072"):
-        make_serving_plan(question(pins=ServingPins(max_len=200000)))
+        make_serving_plan(query(pins=ServingPins(max_len=200000)))
     with pytest.raises(CannotWork, match=r"serve.prompt_tokens"):
-        make_serving_plan(question(target=Target(200000, 128)))
+        make_serving_plan(query(target=Target(200000, 128)))
 
 
 def test_heads_that_do_not_divide_are_told() -> None:
-    plan = make_serving_plan(question(replace(LLAMA_8B, heads=6, kv_heads=3, head_dim=128)))
+    plan = make_serving_plan(query(replace(LLAMA_8B, heads=6, kv_heads=3, head_dim=128)))
     reasons = dict(plan.rejected)
     assert any("do not divide by 4" in reason for reason in reasons.values())
 
@@ -385,7 +385,7 @@ def test_slots_are_as_long_as_the_room_allows() -> None:
 
 
 def test_the_json_is_plain_and_whole() -> None:
-    plan = make_serving_plan(question(target=Target(tpot_seconds=0.05)))
+    plan = make_serving_plan(query(target=Target(tpot_seconds=0.05)))
     read = json.loads(str(plan))
     assert set(read["chosen"]) >= {"tp", "pp", "replicas", "precision", "max_batch", "memory", "predicted", "binding"}
     assert set(read["chosen"]["predicted"]["ttft_seconds"]) == {"low", "mid", "high"}

@@ -15,8 +15,8 @@ _SLOT_SHARE = 0.5
 class ServingMemory:
     """Bytes on one device of the fullest stage, and the tokens and sequences of its cache.
 
-    `page_tokens` is 0 where a sequence has one slot of `longest` tokens. At most `sequences` fit at once. `needed` is the
-    minimum: the weights (all copies that exist while they are loaded), the buffers of a step, and one sequence.
+    `page_tokens` is 0 where a sequence has one slot of `longest` tokens. At most `sequences` fit at once. `needed` is
+    the minimum: the weights (all copies that exist while they are loaded), the buffers of a step, and one sequence.
     """
 
     weights: int

@@ -66,8 +66,8 @@ class ServingPins:
 
 @dataclass(frozen=True)
 class ServingFigures:
-    """Predicted figures: the two times of a request, the others of all replicas together. `dollars_per_million_tokens` is
-    per million output tokens; None without a price."""
+    """Predicted figures: the times of a request, and the others of all replicas together. `dollars_per_million_tokens`
+    counts output tokens; None without a price."""
 
     ttft_seconds: Interval
     tpot_seconds: Interval
@@ -80,8 +80,8 @@ class ServingFigures:
 
 @dataclass(frozen=True)
 class ServingChoice:
-    """A way to serve that works. `max_batch` and `sequences` are per replica; `breakdown` splits the seconds between two
-    tokens. With `attention_dp` the `tp` ranks split the experts, and for attention the sequences."""
+    """A way to serve that works. `max_batch` and `sequences` are per replica; `breakdown` splits the seconds between
+    two tokens. With `attention_dp` the `tp` ranks split the experts, and for attention the sequences."""
 
     tp: int
     pp: int

@@ -34,9 +34,9 @@ class Server:
     """How an engine keeps its cache and runs a step. One row of `SERVERS`.
 
     `precisions` are those of its weights; `chunk_tokens` the most prompt tokens of a step; `page_tokens` 0 means one
-    contiguous slot per sequence, as long as the longest. A dense layer starts `kernels`, a mixture `expert_kernels` more;
-    with `graphs` they are captured and replayed, so the host does not start them. `weight_copies` is the number of copies
-    of the weights in memory while they are loaded.
+    contiguous slot per sequence, as long as the longest. A dense layer starts `kernels`, a mixture `expert_kernels`
+    more; with `graphs` they are captured and replayed, so the host does not start them. `weight_copies` counts the
+    weights' copies in memory while they are loaded.
     """
 
     name: str
@@ -324,5 +324,5 @@ class StepModel:
 
 
 def computes(device: Device, precision: str) -> bool:
-    """Whether a device can compute with weights of `precision`: fp8 and fp4 need units of their own, int8 is widened."""
+    """Whether a device can compute with weights of `precision`: fp8 and fp4 need special units, int8 is widened."""
     return precision in device.flops or precision == "int8"

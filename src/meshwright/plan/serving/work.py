@@ -23,8 +23,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer on one of `tp` ranks. `cache_elements` counts keys and values per token; `decode_flops` and `read_flops`
-    are of one query and one key, while decoding and while reading a prompt."""
+    """One layer on one of `tp` ranks. `cache_elements` counts keys and values per token; `decode_flops` and
+    `read_flops` are of one query and one key, while decoding and while reading a prompt."""
 
     matrices: tuple[Matrix, ...]
     expert_elements: float  # of one expert, a rank's share
