@@ -20,7 +20,7 @@ from meshwright.plan.search.wording import parts
 
 #: The least share of a sample's time, or price, that is worth a line.
 LEAST_SAVED = 0.02
-#: At most so many amounts of more memory are shown, and so many of the best layouts planned with a faster link.
+#: The most amounts of memory to show, and the number of the best layouts to plan with a faster link.
 MEMORY_STEPS, LINK_LAYOUTS = 2, 40
 #: Larger spaces keep the winner's degrees when a change is planned.
 MOST_LAYOUTS = 1_500
