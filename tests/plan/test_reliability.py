@@ -10,14 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster import named_cluster
-from meshwright.plan.reliability import (
-    Reliability,
-    best_interval,
-    goodput,
-    outlook,
-    spare_nodes,
-    young_seconds,
-)
+from meshwright.plan.reliability import Reliability, best_interval, goodput, run_forecast, spare_nodes
 
 HOUR = 3600.0
 
@@ -25,14 +18,13 @@ HOUR = 3600.0
 def simulated_goodput(
     interval: float, stall: float, durable: float, restart: float, mtbf: float, failures: int, seed: int
 ) -> float:
-    """The same run, played event by event with drawn failures: nothing shared with the formula."""
+    """The same run, event by event with random failures; shares nothing with the formula."""
     draw = random.Random(seed)
     useful = elapsed = 0.0
     for _ in range(failures):
         life = draw.expovariate(1 / mtbf)
         elapsed += life
-        clock = safe = 0.0
-        done = 0.0
+        clock = safe = done = 0.0
         while True:  # work, stall, work, ... until the failure; a state counts once it is written
             clock += interval + stall
             done += interval
@@ -40,12 +32,11 @@ def simulated_goodput(
                 break
             safe = done
         useful += safe
-        while True:  # restarting may itself be struck
+        while True:  # a restart may fail too
             strike = draw.expovariate(1 / mtbf)
+            elapsed += min(strike, restart)
             if strike >= restart:
-                elapsed += restart
                 break
-            elapsed += strike
     return useful / elapsed
 
 
@@ -69,6 +60,11 @@ def test_without_a_write_in_the_background_it_is_dalys_complete_model() -> None:
     wall = mtbf * math.exp(restart / mtbf) * math.expm1((interval + stall) / mtbf) / interval
     ours = goodput(interval, stall_seconds=stall, durable_seconds=0.0, restart_seconds=restart, mtbf_seconds=mtbf)
     assert ours == pytest.approx(1 / wall)
+
+
+def young_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
+    """Young's first-order interval (1974)."""
+    return math.sqrt(2 * stall_seconds * mtbf_seconds)
 
 
 def daly_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
@@ -104,29 +100,29 @@ def test_llama_3_405b_on_16384_h100() -> None:
     cluster = named_cluster("h100-sxm-80gb", 16_384, 8)
     step_seconds = 6.2  # 2,048 sequences of 8,192 tokens at the 400 TFLOP/s a device that the paper states
     steps = int(54 * 86_400 * 0.95 / step_seconds)
-    found = outlook(parameters=405_850_000_000, cluster=cluster, step_seconds=step_seconds, steps=steps)
-    assert found.mtbf_hours == pytest.approx(3.09, rel=0.01)
-    assert found.failures == pytest.approx(419, rel=0.05)
-    assert 0.90 < found.goodput < 0.97
-    assert found.spare_nodes >= 6, "about eight nodes fail a day, and are away for one"
-    spot = outlook(parameters=405_850_000_000, cluster=cluster, step_seconds=step_seconds, steps=steps, spot=True)
-    assert spot.goodput < found.goodput
-    assert spot.checkpoint_seconds < found.checkpoint_seconds
-    assert found.dollars and spot.dollars and spot.dollars < found.dollars
+    forecast = run_forecast(parameters=405_850_000_000, cluster=cluster, step_seconds=step_seconds, steps=steps)
+    assert forecast.mtbf_hours == pytest.approx(3.09, rel=0.01)
+    assert forecast.failures == pytest.approx(419, rel=0.05)
+    assert 0.90 < forecast.goodput < 0.97
+    assert forecast.spare_nodes >= 6, "about eight nodes fail a day, and are away for one"
+    spot = run_forecast(parameters=405_850_000_000, cluster=cluster, step_seconds=step_seconds, steps=steps, spot=True)
+    assert spot.goodput < forecast.goodput
+    assert spot.checkpoint_seconds < forecast.checkpoint_seconds
+    assert forecast.dollars and spot.dollars and spot.dollars < forecast.dollars
 
 
 def test_a_run_shorter_than_the_interval_saves_once() -> None:
     cluster = named_cluster("h100-sxm-80gb", 8)
-    found = outlook(parameters=10**9, cluster=cluster, step_seconds=0.5, steps=100)
-    assert found.checkpoint_steps == 100
-    assert found.goodput > 0.9
-    assert found.spare_nodes == 0
+    forecast = run_forecast(parameters=10**9, cluster=cluster, step_seconds=0.5, steps=100)
+    assert forecast.checkpoint_steps == 100
+    assert forecast.goodput > 0.9
+    assert forecast.spare_nodes == 0
 
 
 def test_waiting_for_the_write_costs() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
-    slow = outlook(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000, asynchronous=False)
-    fast = outlook(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000)
+    slow = run_forecast(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000, asynchronous=False)
+    fast = run_forecast(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000)
     assert slow.stall_seconds > 10 * fast.stall_seconds
     assert slow.goodput < fast.goodput
 
@@ -134,7 +130,7 @@ def test_waiting_for_the_write_costs() -> None:
 def test_a_pinned_interval_is_kept_and_costs_what_it_costs() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
     run = {"parameters": 70 * 10**9, "cluster": cluster, "step_seconds": 60.0, "steps": 10_000}
-    best, each, never = (outlook(**run, every=every) for every in (None, 1, 0))
+    best, each, never = (run_forecast(**run, every=every) for every in (None, 1, 0))
     assert 1 < best.checkpoint_steps < 10_000
     assert (each.checkpoint_steps, never.checkpoint_steps) == (1, 10_000)
     assert best.goodput > max(each.goodput, never.goodput)
@@ -147,21 +143,21 @@ def test_a_pinned_interval_is_kept_and_costs_what_it_costs() -> None:
 def test_goodput_is_bounded_by_how_often_others_fail() -> None:
     cluster = named_cluster("h100-sxm-80gb", 16_384, 8)
     run = {"parameters": 405_850_000_000, "cluster": cluster, "step_seconds": 6.2}
-    found = outlook(**run)
-    low, high = found.goodput_interval
-    assert low < found.goodput < high
-    often = outlook(**run, every=found.checkpoint_steps, reliability=Reliability(6.5, 6.5, 6.5))
+    forecast = run_forecast(**run)
+    low, high = forecast.goodput_interval
+    assert low < forecast.goodput < high
+    often = run_forecast(**run, every=forecast.checkpoint_steps, reliability=Reliability(6.5, 6.5, 6.5))
     assert often.goodput == pytest.approx(low)
-    assert often.goodput_interval == (often.goodput, often.goodput), "a rate that is said is taken at its word"
+    assert often.goodput_interval == (often.goodput, often.goodput), "a stated rate has no interval"
 
 
 def test_nothing_fails() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
     never = Reliability(0.0, 0.0, 0.0)
-    found = outlook(parameters=10**9, cluster=cluster, step_seconds=1.0, steps=1000, reliability=never)
-    assert found.checkpoint_steps == 1000
-    assert found.failures == 0.0
-    assert found.spare_nodes == 0
+    forecast = run_forecast(parameters=10**9, cluster=cluster, step_seconds=1.0, steps=1000, reliability=never)
+    assert forecast.checkpoint_steps == 1000
+    assert forecast.failures == 0.0
+    assert forecast.spare_nodes == 0
 
 
 @given(nodes=st.integers(2, 20_000), per_day=st.floats(1e-4, 0.05), days=st.floats(0.1, 5))

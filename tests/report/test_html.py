@@ -15,7 +15,7 @@ import pytest
 
 from meshwright.errors import InputError
 from meshwright.layout import Layout
-from meshwright.plan import Choice, Interval, Plan, Prediction, Rejected
+from meshwright.plan import Choice, Interval, Plan, Prediction, RejectedLayout
 from meshwright.plan.cost import StageMemory
 from meshwright.report.html import write_report
 from meshwright.run import RunFolder
@@ -49,7 +49,7 @@ def run_folder(path: Path, text: str = "", layout: Layout = ONE, seconds: float 
     run = RunFolder(path).create()
     stages = (("embed",), ("head" + text,))[: layout.pp]
     other = choice(Layout(tp=2), "slower" + text)
-    lost = Rejected(Layout(dp=3), "3 no" + text)
+    lost = RejectedLayout(Layout(dp=3), "3 no" + text)
     chosen = choice(layout, "fastest" + text, stages)
     plan = Plan(
         chosen, (other,), (lost,), ("a figure" + text,), "llama" + text, 25_000_000, "2 cores", 2**33, 8, "tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
-from meshwright.plan.advice import DataVolume, FrameworkPlan, advise, frameworks, situation
+from meshwright.plan.advice import DataVolume, FrameworkPlan, advise, frameworks, situation_of
 from meshwright.report.outlook import advice_lines, cost_line, duration, failure_line, what_if_lines
 
 SHAPE = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
@@ -62,7 +62,7 @@ def test_durations_have_two_units() -> None:
 def test_advice_is_one_line_a_reason() -> None:
     layout, reading = plan(8).chosen.layout, DataVolume("corpus", "tokens", 1024 * 2048, 10)
     cluster = named_cluster("h100-sxm-80gb", 8)
-    facts = situation(card(SHAPE, 2048), cluster, reading, built_in=True, experience="expert")
+    facts = situation_of(card(SHAPE, 2048), cluster, reading, built_in=True, experience="expert")
     found = advise(facts, {row: FrameworkPlan(row, 1.0, layout) for row in frameworks(facts)})
     lines = advice_lines(found)
     assert len(lines) == len(found.strategies) + len(found.tools)

@@ -1,4 +1,4 @@
-"""Which layout, will it fit, how long: from a Card, a Cluster and a request to a Plan. Knows nothing of torch."""
+"""From a Card, a Cluster and a request to a Plan: which layout, whether it fits, how long a step takes. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meshwright.layout import Layout
 from meshwright.plan.cost import Estimator
 from meshwright.plan.request import PlanRequest
-from meshwright.plan.result import Choice, Interval, Plan, Prediction, Rejected, Share, WhatIf
+from meshwright.plan.result import Choice, Interval, Plan, Prediction, RejectedLayout, Share, WhatIf
 from meshwright.plan.rules import FRAMEWORKS, RULES, Framework, LayoutQuery, ModelFacts, Refusal, refusals
 from meshwright.plan.search import make_plan
 from meshwright.plan.workload import Workload
@@ -24,7 +24,7 @@ __all__ = [
     "PlanRequest",
     "Prediction",
     "Refusal",
-    "Rejected",
+    "RejectedLayout",
     "Share",
     "WhatIf",
     "Workload",
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def balance(workload: Workload, layout: Layout) -> tuple[tuple[str, ...], ...]:
-    """Names of the contiguous blocks of each of `layout.pp` stages, the slowest stage as quick as can be."""
+    """Block names of each of `layout.pp` stages: contiguous, cut so that the slowest stage is as quick as possible."""
     firsts = Estimator(workload).stages(layout)
     names = [block.name for block in workload.card.blocks]
     stops: Sequence[int] = (*firsts[1:], len(names))

@@ -1,4 +1,4 @@
-"""What is asked of a plan beside model and cluster."""
+"""The request of a plan: all but model and cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OBJECTIVES = ("time", "money")
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked of a plan beside model and cluster. `global_batch` is in samples; `pins` are fixed fields of the
-    Layout; `precision` is "auto", "fp32" or "bf16"; `compile` is "auto", True or False; `origins` says where
-    "layout.tp" and the like were written. `objective` is "time", which uses every device, or "money", which may use
-    fewer; `framework` is the name of the one that will run it. `spot`: on capacity that can be reclaimed.
+    """What a plan needs beside model and cluster. `global_batch` is in samples; `pins` are fixed fields of the Layout;
+    `precision` is "auto", "fp32" or "bf16"; `compile` is "auto", True or False; `origins` says where a key such as
+    "layout.tp" was written. The objective "time" uses every device, "money" may use fewer. `framework` is the name of
+    the one that runs the plan. `spot`: the devices can be reclaimed.
     """
 
     global_batch: int
@@ -29,16 +29,16 @@ class PlanRequest:
     framework: str = "meshwright"
     spot: bool = False
     failures_per_1000_node_days: float | None = None  # None: as published
-    checkpoint_every: int | None = None  # steps; 0: at the end; None: as is best
+    checkpoint_every: int | None = None  # steps; 0: only at the end; None: the best interval
     asynchronous: bool = True  # training goes on while a checkpoint is written
 
     @property
     def reliability(self) -> Reliability:
-        """How often nodes fail: as the job says, else as is usual."""
-        said = self.failures_per_1000_node_days
-        return Reliability() if said is None else Reliability(said, said, said)
+        """How often nodes fail: the job's own rate, else the published ones."""
+        rate = self.failures_per_1000_node_days
+        return Reliability() if rate is None else Reliability(rate, rate, rate)
 
     def where(self, key: str) -> str:
         """Place and key for a message: "job.toml:12: layout.tp"."""
-        said = self.origins.get(key, "default")
-        return key if said in ("default", "Python") else f"{said}: {key}"
+        origin = self.origins.get(key, "default")
+        return key if origin in ("default", "Python") else f"{origin}: {key}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from meshwright.plan.pipeline.replay import Timeline, replay
 from meshwright.plan.reliability import RunForecast
 
 LARGEST_FILE_BYTES = 1 << 28
-#: Fields of a Plan that say what was asked.
+#: Fields of a Plan that describe the question.
 ABOUT = ("model", "parameters", "cluster", "device_bytes", "global_batch", "unit")
 
 
@@ -32,11 +32,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a layout is predicted to take. `tokens_per_second` is of the whole cluster, in the model's unit (samples for
-    a classifier); `mfu` a fraction of the peak; `dollars`, of the whole run, None without a price or steps; `goodput`
-    None where failures are not modelled. `breakdown` splits step_seconds.mid into seconds by what they go to.
-    `intervals` bounds each of the other figures as `step_seconds` is bounded.
-    """
+    """The predicted figures of a layout. `tokens_per_second` is of the whole cluster, in the model's unit (samples for
+    a classifier); `mfu` a fraction of the peak; `dollars` of the whole run, None without a price or steps; `goodput`
+    None where failures are not modelled. `breakdown` has the seconds of step_seconds.mid by cause,
+    `intervals` the 90 % bounds of the other figures."""
 
     step_seconds: Interval
     peak_bytes: int
@@ -48,7 +47,7 @@ class Prediction:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def with_figures(self, **figures: float) -> Prediction:
-        """The prediction with other figures, as sure of them as of those that were there."""
+        """The prediction with other figures, each with the relative interval of the one it replaces."""
         times = {name: value / getattr(self, name) for name, value in figures.items() if name in self.intervals}
         scaled = {
             name: (low * times.get(name, 1.0), high * times.get(name, 1.0))
@@ -59,13 +58,10 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Execution):
-    """A layout that works, with its prediction. Tuples have an entry a (virtual) stage, `memory` one a rank of the
-    pipeline; pipeline seconds are of a micro-batch, transfers by boundary between virtual stages (or one for all), and
-    `overlapped` says whether these run beside the work.
-
-    `level` is set of a runner-up that cannot be told apart from the winner: what parts them is less than the plan's
-    margin of error.
-    """
+    """A layout that works, with its prediction. Tuples have one entry per (virtual) stage, `memory` one per rank of the
+    pipeline. Pipeline seconds are per micro-batch; transfers have one entry per boundary between virtual stages, or one
+    figure for all, and `overlapped` says whether they run beside the work. `level` marks a runner-up that the plan's
+    margin of error cannot tell from the winner."""
 
     micro_batches: int
     predicted: Prediction
@@ -80,15 +76,15 @@ class Choice(Execution):
     overlapped: bool = True
 
     def parts(self, rank: int) -> tuple[tuple[str, ...], ...]:
-        """The blocks of each virtual stage that a rank of the pipeline has."""
+        """The blocks of each virtual stage on one rank of the pipeline."""
         if self.layout.pp == 1:
             return self.stages
         home = places(self.layout.schedule, self.layout.pp, self.layout.vpp)
         return tuple(blocks for blocks, at in zip(self.stages, home, strict=True) if at == rank)
 
     def timeline(self, most_micro_batches: int | None = None) -> Timeline:
-        """The pipeline's schedule in time, one step, without the optimizer; of its first micro-batches where a limit
-        is given, since a picture of thousands shows nothing."""
+        """One step of the pipeline's schedule in time, without the optimizer; with a limit, only its first
+        micro-batches, since a picture of thousands shows nothing."""
         how = self.layout.schedule if self.layout.pp > 1 else "1f1b", self.layout.pp
         count = fewer(*how, self.micro_batches, most_micro_batches or self.micro_batches, self.layout.vpp)
         orders = actions(*how, count, self.layout.vpp)
@@ -98,7 +94,6 @@ class Choice(Execution):
 
     def as_dict(self) -> dict[str, Any]:
         p = self.predicted
-        seconds = {name: getattr(p.step_seconds, name) for name in ("low", "mid", "high")}
         figures = ("peak_bytes", "tokens_per_second", "mfu", "dollars", "goodput")
         return {
             "layout": self.layout.as_dict(),
@@ -107,7 +102,7 @@ class Choice(Execution):
             "micro_batches": self.micro_batches,
             "stages": [list(stage) for stage in self.stages],
             "predicted": {
-                "step_seconds": seconds,
+                "step_seconds": asdict(p.step_seconds),
                 **{name: getattr(p, name) for name in figures},
                 "intervals": {name: list(bounds) for name, bounds in p.intervals.items()},
                 "breakdown": dict(p.breakdown),
@@ -151,9 +146,9 @@ class Choice(Execution):
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A layout that lost before it ran: it breaks a rule or does not fit. `count` is how many it stands for: of a large
-    space one layout, the nearest to working, stands for those of its degrees that fail alike."""
+class RejectedLayout:
+    """A layout that cannot work or loses, and why. It stands for `count` layouts: in a large space, one layout, the
+    nearest to working, stands for all of the same degrees that fail in the same way."""
 
     layout: Layout
     reason: str
@@ -162,8 +157,8 @@ class Rejected:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """What a change would do: `change` in words ("global_batch=32"), the step that it leads to, with which layout, and
-    `saves`, the share of the time per sample that it saves (of the price, where money was asked for)."""
+    """What a change would do: `change` in words ("global_batch=32"), the layout and the step that it leads to, and
+    `saves`, the share of the time per sample that it saves (with the objective "money", of the price)."""
 
     change: str
     layout: Layout
@@ -181,8 +176,8 @@ class WhatIf:
 
 @dataclass(frozen=True)
 class Share:
-    """What one group of a mixed cluster does: `devices` of a kind run pipeline stages `first_stage` up to, but without,
-    `stop_stage`, and `samples` of each global batch in micro-batches of `micro_batch`; `why` in words."""
+    """What one group of a mixed cluster does: its `devices` run the pipeline stages from `first_stage` up to, but not
+    including, `stop_stage`, on `samples` of each global batch in micro-batches of `micro_batch`; `why` in words."""
 
     group: str
     devices: int
@@ -195,30 +190,27 @@ class Share:
 
     @property
     def stages(self) -> str:
-        """The stages that it runs, in words."""
+        """The group's stages in words."""
         last = self.stop_stage - 1
         return f"stage {last}" if last <= self.first_stage else f"stages {self.first_stage} to {last}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout chosen, those that came next, those that cannot be, and what had to be supposed (`assumed`).
+    """The chosen layout, the runners-up, the rejected layouts, and the assumptions (`assumed`).
 
-    `considered` counts layouts: of the "space" within the bounds that were searched so many were "estimated" (of these
-    "missed" did not fit), "pruned" by a bound on their step, "costlier" than one that fits (more recompute than it
-    needs), or "too_large" as a leaner one did not fit. `buys` says what a change would save, `limit` what holds
-    the plan back, in words, `outlook` what failures and prices make of the run. `shares` is empty but for a cluster of
-    several kinds of device. The rest says what was asked, so that a plan can be read alone: the model and its
-    parameters, the devices in words and the memory of one, the global batch, and the `unit` that speed counts ("tokens"
-    or "samples").
+    `considered` counts layouts: "space" is all within the bounds of the search, and each of these was "estimated"
+    ("missed" counts those of them that did not fit), "pruned" by a bound on its step, "costlier" than one that fits
+    (more recompute than needed), or "too_large" because a leaner one did not fit. `buys` says what changes would save,
+    `limit` what holds the plan back, in words, `outlook` what failures and prices do to the run. `shares` is empty
+    unless the cluster has several kinds of device. The other fields repeat the question, so that a plan can be read
+    alone: the model and its parameters, the devices in words and the memory of one, the global batch, and the `unit`
+    that speed counts ("tokens" or "samples").
     """
 
     chosen: Choice
     runners_up: tuple[Choice, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedLayout, ...]
     assumed: tuple[str, ...]
     model: str
     parameters: int
@@ -235,13 +227,13 @@ class Plan:
     shares: tuple[Share, ...] = ()
 
     @property
-    def shared_out(self) -> bool:
-        """Whether groups of devices have shares of the batch of their own, so that no one layout says who does what."""
+    def has_batch_shares(self) -> bool:
+        """Whether groups of devices have different shares of the batch, which no single layout can describe."""
         chosen = self.chosen
         return chosen.layout.dp * chosen.layout.micro_batch * chosen.micro_batches != self.global_batch
 
     def as_dict(self) -> dict[str, Any]:
-        """The contract's JSON: equal plans give equal text."""
+        """The plan's JSON: equal plans give equal text."""
         return {
             "chosen": self.chosen.as_dict(),
             "runners_up": [choice.as_dict() for choice in self.runners_up],
@@ -253,23 +245,23 @@ class Plan:
             "considered": dict(self.considered),
             "buys": [one.as_dict() for one in self.buys],
             "outlook": None if self.outlook is None else self.outlook.as_dict(),
-            "shares": [share.as_dict() for share in self.shares],
+            "shares": [asdict(share) for share in self.shares],
         }
 
     @staticmethod
     def read(path: Path) -> Plan:
-        """The plan in a file. Raises InputError when it holds none."""
+        """The plan in a file. Raises InputError when the file holds none."""
         return Plan.from_dict(read_object(path, LARGEST_FILE_BYTES), str(path))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "plan.json") -> Plan:
-        """The plan of its JSON. Raises InputError when the JSON is not one."""
+        """The plan of its JSON. Raises InputError when the JSON is no plan."""
         try:
             return Plan(
                 chosen=Choice.from_dict(data["chosen"]),
                 runners_up=tuple(Choice.from_dict(choice) for choice in data["runners_up"]),
                 rejected=tuple(
-                    Rejected(Layout(**lost["layout"]), lost["reason"], lost.get("count", 1))
+                    RejectedLayout(Layout(**lost["layout"]), lost["reason"], lost.get("count", 1))
                     for lost in data["rejected"]
                 ),
                 assumed=tuple(data["assumed"]),

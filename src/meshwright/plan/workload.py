@@ -1,10 +1,9 @@
-"""What runs on what: a model, a cluster, a batch, a precision and the framework that runs them; the layout is open."""
+"""The workload: a model, a cluster, a batch, a precision and a framework; only the layout is open."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from meshwright.card import Card
 from meshwright.cluster import Cluster
@@ -14,8 +13,8 @@ from meshwright.plan.rules import FRAMEWORKS, Framework, LayoutQuery, ModelFacts
 
 @dataclass(frozen=True)
 class Workload:
-    """A step of `global_batch` samples of the model `card` on `cluster`, its products in `precision` ("fp32", "bf16",
-    ...; never "auto"), run by `framework`."""
+    """A step of `global_batch` samples of the model `card` on `cluster`, run by `framework`. Matrix products are in
+    `precision` ("fp32", "bf16", ...; never "auto")."""
 
     card: Card
     cluster: Cluster
@@ -32,9 +31,6 @@ class Workload:
         """Equal for equal workloads of one card."""
         return repr((self.card.name, id(self.card), self.cluster, self.global_batch, self.precision, self.framework))
 
-    def changed(self, **fields: Any) -> Workload:
-        return replace(self, **fields)
-
     def query(self, layout: Layout) -> LayoutQuery:
-        """What the rules are asked about a layout of it."""
+        """The question to the rules: may this workload have `layout`?"""
         return LayoutQuery(layout, self.facts, self.cluster.devices, self.global_batch, self.framework)

@@ -36,7 +36,7 @@ def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "timeline.svg": timeline_svg(plan.chosen),
         "timeline.trace.json": chrome_trace(plan.chosen, layout.devices // layout.pp, MOST_IN_TRACE),
     }
-    for name in () if plan.shared_out else EXPORTERS:
+    for name in () if plan.has_batch_shares else EXPORTERS:
         files |= export(name, plan, recipe).files
     return files
 

@@ -79,7 +79,7 @@ def _show_verdict(plan: Plan, console: Console, width: int) -> None:
 def _batch(plan: Plan) -> str:
     """How a batch is cut up; where groups of devices have shares of their own, their lines say it."""
     chosen, samples = plan.chosen, plan.global_batch
-    if plan.shared_out:
+    if plan.has_batch_shares:
         return f"a batch of {samples}, shared out"
     layout = chosen.layout
     return f"a batch of {samples} = {layout.dp} x {layout.micro_batch} x {chosen.micro_batches} micro-batches"

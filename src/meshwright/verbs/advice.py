@@ -33,11 +33,11 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
 
     The job is planned under each framework that could run it. Raises CannotWork where none of them has a layout.
     """
-    from meshwright.plan.advice import advise, frameworks, situation
+    from meshwright.plan.advice import advise, frameworks, situation_of
 
     sound = read_job(job, overrides, data_must_exist=False, also=plan)
     card, cluster = gather(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
-    facts = situation(
+    facts = situation_of(
         card,
         cluster,
         _reading(sound, card),

@@ -1,4 +1,4 @@
-"""Advice for a team: what suits, what does not, and that each verdict follows from the plans and the facts."""
+"""Advice for a team: each verdict follows from the plans and the facts of the job."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ MIXTRAL = {
 
 
 def plans(facts: Situation, layout: Layout = SHARDED, **seconds: float) -> dict[str, FrameworkPlan | CannotWork]:
-    """The same layout for every framework that is planned; a step of 10 s where no other is given."""
+    """The same layout for every framework to plan; a step of 10 s where `seconds` has no other."""
     return {row: FrameworkPlan(row, seconds.get(row.partition("-")[0], 10.0), layout) for row in frameworks(facts)}
 
 
-def verdict(found: Advice, tool: str) -> Verdict:
-    return next(one for one in found.tools if one.tool == tool)
+def verdict(advice: Advice, tool: str) -> Verdict:
+    return next(one for one in advice.tools if one.tool == tool)
 
 
-def suiting(found: Advice) -> list[str]:
-    return [one.tool for one in found.tools if one.suits]
+def suiting(advice: Advice) -> list[str]:
+    return [one.tool for one in advice.tools if one.suits]
 
 
-def why(found: Advice, strategy: str) -> str:
-    return next((one.why for one in found.strategies if one.strategy.startswith(strategy)), "")
+def why(advice: Advice, strategy: str) -> str:
+    return next((one.why for one in advice.strategies if one.strategy.startswith(strategy)), "")
 
 
 def job(shape: dict[str, Any], devices: int, seq_len: int, batch: int, **sections: dict[str, Any]) -> Job:
@@ -91,38 +91,38 @@ def test_what_a_tool_splits_by_is_what_its_framework_offers() -> None:
     assert [tool.framework for tool in rows] == ["meshwright", "torchtitan", "megatron-bridge", "deepspeed"]
     for tool in rows:
         offers = FRAMEWORKS[tool.framework].offers
-        assert tool.splits == offers.fields | ({"offload"} if offers.offload else set()) and not tool.alone
+        assert tool.splits == offers.fields | ({"offload"} if offers.offload else set()) and not tool.own_splits
 
 
 def test_the_quickest_comes_first_when_the_margin_tells_them_apart() -> None:
-    found = advise(NODE, plans(NODE, megatron=5.0))
-    assert suiting(found)[:4] == [MEGATRON, "Meshwright", TITAN, "DeepSpeed"]
-    assert "predicted 5 s a step as dp8 shard8 micro1, the shortest of those that suit" in found.tools[0].why
-    assert "predicted 10 s a step as dp8 shard8 micro1, 100% more than Megatron-LM's 5 s" in found.tools[1].why
+    advice = advise(NODE, plans(NODE, megatron=5.0))
+    assert suiting(advice)[:4] == [MEGATRON, "Meshwright", TITAN, "DeepSpeed"]
+    assert "predicted 5 s a step as dp8 shard8 micro1, the shortest of those that suit" in advice.tools[0].why
+    assert "predicted 10 s a step as dp8 shard8 micro1, 100% more than Megatron-LM's 5 s" in advice.tools[1].why
 
 
 def test_of_those_that_are_level_the_least_experience_comes_first() -> None:
-    found = advise(NODE, plans(NODE, megatron=9.0, torchtitan=20.0))
-    assert suiting(found)[:4] == ["Meshwright", "DeepSpeed", MEGATRON, TITAN]
-    assert "level with Megatron-LM's 9 s: 11% more is within the plan's margin of 25%" in found.tools[0].why
-    assert (found.tools[2].step_seconds, found.tools[2].layout) == (9.0, SHARDED)
+    advice = advise(NODE, plans(NODE, megatron=9.0, torchtitan=20.0))
+    assert suiting(advice)[:4] == ["Meshwright", "DeepSpeed", MEGATRON, TITAN]
+    assert "level with Megatron-LM's 9 s: 11% more is within the plan's margin of 25%" in advice.tools[0].why
+    assert (advice.tools[2].step_seconds, advice.tools[2].layout) == (9.0, SHARDED)
     assert "as long as" in advise(NODE, plans(NODE, megatron=9.99)).tools[0].why
 
 
 def test_what_asks_for_more_experience_says_what_it_would_bring() -> None:
     facts = replace(NODE, experience="new")
-    found = advise(facts, plans(facts, megatron=5.0))
-    assert suiting(found) == ["Meshwright"]
-    against = verdict(found, MEGATRON).why
+    advice = advise(facts, plans(facts, megatron=5.0))
+    assert suiting(advice) == ["Meshwright"]
+    against = verdict(advice, MEGATRON).why
     assert against.startswith("asks for more experience (expert) than the team's (new); predicted 5 s a step")
     assert against.endswith("50% less than Meshwright's 10 s")
 
 
 def test_where_none_suits_the_nearest_is_named() -> None:
     facts = replace(NODES, experience="new")
-    found = advise(facts, plans(facts, Layout(dp=64, shard=64), torchtitan=8.0, megatron=4.0))
-    assert suiting(found) == [] and found.strategies[0].strategy == "no tool suits"
-    assert "torchtitan comes nearest, and asks for more experience (some)" in found.strategies[0].why
+    advice = advise(facts, plans(facts, Layout(dp=64, shard=64), torchtitan=8.0, megatron=4.0))
+    assert suiting(advice) == [] and advice.strategies[0].strategy == "no tool suits"
+    assert "torchtitan comes nearest, and asks for more experience (some)" in advice.strategies[0].why
 
 
 def test_a_model_that_train_does_not_build_speaks_against_meshwright() -> None:
@@ -133,14 +133,14 @@ def test_a_model_that_train_does_not_build_speaks_against_meshwright() -> None:
 
 
 def test_meshwright_trains_on_one_machine() -> None:
-    found = advise(NODES, plans(NODES))
-    assert verdict(found, "Meshwright").why == "trains on one machine so far, and these are 8"
+    advice = advise(NODES, plans(NODES))
+    assert verdict(advice, "Meshwright").why == "trains on one machine so far, and these are 8"
 
 
 def test_a_framework_that_has_no_layout_says_why() -> None:
     nothing = CannotWork([Problem("model", "the model does not fit", "more devices"), Problem("", "another")])
-    found = advise(NODE, {**plans(NODE), "torchtitan": nothing})
-    assert (verdict(found, TITAN).suits, verdict(found, TITAN).why) == (False, "the model does not fit")
+    advice = advise(NODE, {**plans(NODE), "torchtitan": nothing})
+    assert (verdict(advice, TITAN).suits, verdict(advice, TITAN).why) == (False, "the model does not fit")
     with pytest.raises(CannotWork, match="under deepspeed: the model does not fit") as caught:
         advise(NODE, dict.fromkeys(frameworks(NODE), nothing))
     assert len(caught.value.problems) == 8
@@ -163,11 +163,11 @@ def test_what_is_not_kept_is_never_suggested_and_says_since_when() -> None:
 
 def test_a_tpu_is_not_a_gpu() -> None:
     facts = replace(NODE, cluster=named_cluster("tpu-v5p", 4))
-    assert frameworks(facts) == ("meshwright",), "so that there is a layout to speak of"
-    found = advise(facts, plans(facts))
-    assert suiting(found) == ["JAX with MaxText"]
-    assert verdict(found, "Meshwright").why == "does not run on TPUs"
-    assert "see that the order of samples" in why(found, "data")
+    assert frameworks(facts) == ("meshwright",), "there must be a layout"
+    advice = advise(facts, plans(facts))
+    assert suiting(advice) == ["JAX with MaxText"]
+    assert verdict(advice, "Meshwright").why == "does not run on TPUs"
+    assert "see that the order of samples" in why(advice, "data")
 
 
 def test_a_pipeline_names_the_link_that_it_uses() -> None:
@@ -181,23 +181,23 @@ def test_a_pipeline_names_the_link_that_it_uses() -> None:
 
 
 def test_what_is_kept_elsewhere_or_computed_again_is_said() -> None:
-    found = advise(NODE, plans(NODE, replace(SHARDED, recompute="full", offload=True)))
-    assert "4 GB each without the optimizer" in why(found, "sharded")
-    assert "computed again" in why(found, "saving memory")
-    assert "optimizer's 96 GB stay in the hosts' memory" in why(found, "saving memory")
+    advice = advise(NODE, plans(NODE, replace(SHARDED, recompute="full", offload=True)))
+    assert "4 GB each without the optimizer" in why(advice, "sharded")
+    assert "computed again" in why(advice, "saving memory")
+    assert "optimizer's 96 GB stay in the hosts' memory" in why(advice, "saving memory")
 
 
 @pytest.mark.parametrize(
-    ("device", "layout", "said"),
+    ("device", "layout", "words"),
     [
         ("h100-sxm-80gb", Layout(offload=True), "of 128 GB are more than its 85.5 GB: it works as offload micro1"),
         ("h200-sxm", Layout(recompute="full"), "of 128 GB barely leave room in its 151 GB"),
         ("b300-sxm", Layout(), "of 128 GB fit its 288 GB"),
     ],
 )
-def test_one_device(device: str, layout: Layout, said: str) -> None:
+def test_one_device(device: str, layout: Layout, words: str) -> None:
     facts = replace(NODE, cluster=named_cluster(device, 1))
-    assert said in why(advise(facts, plans(facts, layout)), "one device")
+    assert words in why(advise(facts, plans(facts, layout)), "one device")
 
 
 def test_data_says_how_much_is_read_and_where_to_keep_it() -> None:
@@ -213,7 +213,7 @@ def test_data_says_how_much_is_read_and_where_to_keep_it() -> None:
     assert "50,000 samples of the 1 GB of images/, 1,000 a second or 75 MB/s a node: storage that the 8" in words
     quick = why(advise(images, plans(images, layout, torchtitan=5.0, megatron=5.0, deepspeed=5.0)), "data")
     assert "150 MB/s a node: put a copy near each of 8 nodes: it is more than the 100 MB/s of a gigabit link" in quick
-    # two copies of the model: a node reads what half of them do
+    # two copies of the model: half of the nodes read the same
     spanning = why(advise(NODES, plans(NODES, Layout(dp=2, tp=8, pp=4))), "data")
     assert "or 210 kB/s a node" in spanning
     assert "order of samples does not depend" in why(advise(NODE, plans(NODE)), "data")
@@ -248,10 +248,10 @@ def test_a_tool_that_suits_can_do_all_that_it_is_advised_for(
     layout: Layout, device: str, experience: str, language: bool
 ) -> None:
     facts = replace(NODE, cluster=named_cluster(device, 8), experience=experience, language_model=language)
-    found = advise(facts, plans(facts, layout))
-    assert sorted(one.tool for one in found.tools) == sorted(tool.name for tool in TOOLS)
-    assert [one.suits for one in found.tools] == sorted((one.suits for one in found.tools), reverse=True)
-    for one in found.tools:
+    advice = advise(facts, plans(facts, layout))
+    assert sorted(one.tool for one in advice.tools) == sorted(tool.name for tool in TOOLS)
+    assert [one.suits for one in advice.tools] == sorted((one.suits for one in advice.tools), reverse=True)
+    for one in advice.tools:
         tool = next(tool for tool in TOOLS if tool.name == one.tool)
         assert one.why and (one.step_seconds is None) == (one.layout is None)
         if one.suits:
@@ -260,17 +260,17 @@ def test_a_tool_that_suits_can_do_all_that_it_is_advised_for(
             if not tool.framework:
                 assert {name for name in ("dp", "tp", "pp", "cp", "ep") if getattr(layout, name) > 1} <= tool.splits
     more = advise(replace(facts, experience="expert"), plans(facts, layout))
-    assert set(suiting(found)) <= set(suiting(more))
+    assert set(suiting(advice)) <= set(suiting(more))
 
 
 def test_experts_are_spread_where_that_wins(tmp_path: Path) -> None:
-    found = verbs.advice(mixtral(tmp_path, 16), experience="expert")
-    against = verdict(found, "Meshwright")
+    advice = verbs.advice(mixtral(tmp_path, 16), experience="expert")
+    against = verdict(advice, "Meshwright")
     assert not against.suits and "plans this model, does not train it yet (trained are llama" in against.why
-    spread = [one for one in found.tools if one.layout and one.layout.ep > 1]
-    best = found.tools[0]
+    spread = [one for one in advice.tools if one.layout and one.layout.ep > 1]
+    best = advice.tools[0]
     assert best.suits and best.layout is not None
-    words = why(found, "expert parallel")
+    words = why(advice, "expert parallel")
     if best.layout.ep > 1:
         assert f"spread over {best.layout.ep} devices, and tokens travel to them over" in words
     else:
@@ -280,7 +280,7 @@ def test_experts_are_spread_where_that_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "experience", "said"),
+    ("rows", "experience", "words"),
     [
         ({"torchtitan": 1, "megatron-bridge": 1, "deepspeed": 1}, "some", "no layout of torchtitan that spreads them"),
         ({"megatron-bridge": 1, "deepspeed": 1}, "some", "Megatron-LM can, and the best layout of it does without"),
@@ -291,26 +291,20 @@ def test_experts_are_spread_where_that_wins(tmp_path: Path) -> None:
         ({"torchtitan": 16}, "some", "tokens travel to them over the network (InfiniBand, 50 GB/s a device)"),
     ],
 )
-def test_why_experts_stay_together(rows: dict[str, int], experience: str, said: str) -> None:
+def test_why_experts_stay_together(rows: dict[str, int], experience: str, words: str) -> None:
     facts = replace(NODES, experts=True, experience=experience, untrained="trained are llama")
     nothing = CannotWork(Problem("model", "the model does not fit"))
     layouts = {row: Layout(dp=64, shard=64, ep=ep) for row, ep in rows.items()}
     times = {"deepspeed": 10.0}
-    found = advise(
-        facts,
-        {
-            row: FrameworkPlan(row, times.get(row, 20.0 if layouts[row].ep > 1 else 9.0), layouts[row])
-            if row in rows
-            else nothing
-            for row in frameworks(facts)
-        },
-    )
-    assert said in why(found, "expert parallel")
+    results: dict[str, FrameworkPlan | CannotWork] = dict.fromkeys(frameworks(facts), nothing)
+    for row, layout in layouts.items():
+        results[row] = FrameworkPlan(row, times.get(row, 20.0 if layout.ep > 1 else 9.0), layout)
+    assert words in why(advise(facts, results), "expert parallel")
 
 
 def test_experts_that_the_job_pins_together(tmp_path: Path) -> None:
-    found = verbs.advice(mixtral(tmp_path, 16, layout={"ep": 1}), experience="expert")
-    assert why(found, "expert parallel") == "the experts of a layer stay together: the job pins ep=1"
+    advice = verbs.advice(mixtral(tmp_path, 16, layout={"ep": 1}), experience="expert")
+    assert why(advice, "expert parallel") == "the experts of a layer stay together: the job pins ep=1"
 
 
 def test_long_sequences_are_split_where_a_tool_within_reach_does() -> None:
@@ -328,13 +322,13 @@ def test_long_sequences_are_split_where_a_tool_within_reach_does() -> None:
 def test_the_demo_is_for_beginners(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(SMALL_JOB)
-    found = verbs.advice(load_job(path, ["cluster.devices=2"]), experience="new")
-    assert suiting(found) == ["Meshwright", "PyTorch DDP"]
-    assert "MB of Python's standard library, at 4 bytes a token" in why(found, "data")
+    advice = verbs.advice(load_job(path, ["cluster.devices=2"]), experience="new")
+    assert suiting(advice) == ["Meshwright", "PyTorch DDP"]
+    assert "MB of Python's standard library, at 4 bytes a token" in why(advice, "data")
     for tool in (TITAN, MEGATRON):
-        assert verdict(found, tool).why.startswith("does not run on CPUs") and verdict(found, tool).layout is None
-    said = found.as_dict()["tools"][0]
-    assert said["layout"]["dp"] == 2 and said["step_seconds"] == found.tools[0].step_seconds
+        assert verdict(advice, tool).why.startswith("does not run on CPUs") and verdict(advice, tool).layout is None
+    first = advice.as_dict()["tools"][0]
+    assert first["layout"]["dp"] == 2 and first["step_seconds"] == advice.tools[0].step_seconds
 
 
 def test_what_no_framework_offers_is_refused_with_every_reason() -> None:
@@ -350,9 +344,9 @@ def test_a_folder_of_text_is_measured_and_not_read(tmp_path: Path, monkeypatch: 
     for name in ("a.txt", "b.txt"):
         (tmp_path / "corpus" / name).write_bytes(b"x" * 40_960)
     sources = {"source": str(tmp_path / "corpus"), "seq_len": 4096, "tokenizer": "bytes"}
-    asked = job(LLAMA, 8, 4096, 8)
-    found = verbs.advice(Job(**{**asked.as_dict(), "data": sources}), experience="new")
-    assert "327,680 tokens (about 4 passes over the 81.9 kB of corpus/, at 1 byte a token)" in why(found, "data")
+    base = job(LLAMA, 8, 4096, 8)
+    advice = verbs.advice(Job(**{**base.as_dict(), "data": sources}), experience="new")
+    assert "327,680 tokens (about 4 passes over the 81.9 kB of corpus/, at 1 byte a token)" in why(advice, "data")
     monkeypatch.setattr(import_module("meshwright.verbs.advice"), "FILES_COUNTED", 1)
-    found = verbs.advice(Job(**{**asked.as_dict(), "data": sources}), experience="new")
-    assert "a run reads 327,680 tokens, " in why(found, "data")
+    advice = verbs.advice(Job(**{**base.as_dict(), "data": sources}), experience="new")
+    assert "a run reads 327,680 tokens, " in why(advice, "data")

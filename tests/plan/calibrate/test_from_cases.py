@@ -159,7 +159,7 @@ def test_runs_of_one_kind_promise_nothing_of_others() -> None:
     assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
     assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
     others = [
-        replace(row, run=replace(row.run, workload=row.run.workload.changed(framework=FRAMEWORKS["torchtitan"])))
+        replace(row, run=replace(row.run, workload=replace(row.run.workload, framework=FRAMEWORKS["torchtitan"])))
         for row in rows
     ]
     both = [*rows, *others]

@@ -213,7 +213,7 @@ def test_a_plan_that_cannot_have_run_here_is_refused(tmp_path: Path, change: dic
 def test_a_precision_or_prediction_that_is_none_is_refused(tmp_path: Path) -> None:
     plan = planned(dp=2)
     run, said = ran(tmp_path, plan, DATASHEET, 25), what(plan)
-    for wrong in (replace(said, workload=said.workload.changed(precision="fp9")), replace(said, predicted=-1.0)):
+    for wrong in (replace(said, workload=replace(said.workload, precision="fp9")), replace(said, predicted=-1.0)):
         with pytest.raises(InputError, match=r"plan\.json: chosen\.pre"):
             run_profile(run, wrong, DATASHEET, "ours")
     assert run_profile(run, replace(said, predicted=0.1), DATASHEET, "ours").steps == 20

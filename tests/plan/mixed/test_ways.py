@@ -1,4 +1,4 @@
-"""A cluster of several kinds: never slower than its best group alone, shares that add up, stages that fit."""
+"""A cluster of several kinds is never slower than its best group alone; shares add up, stages fit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.cost import usable_bytes
 from meshwright.plan.mixed import MixedCluster, make_mixed_plan
-from meshwright.plan.mixed.cluster import MixedWorkload
-from meshwright.plan.mixed.pipeline import through_stages
-from meshwright.plan.mixed.ways import by_samples
+from meshwright.plan.mixed.cluster import MixedChoice, MixedWorkload
+from meshwright.plan.mixed.pipeline import best_pipeline
+from meshwright.plan.mixed.ways import best_batch_split
 from meshwright.plan.search.walk import TIE
 from meshwright.report.outlook import cost_line
 
@@ -38,6 +38,11 @@ def both(speed: float = 2.0, first: int = 4, second: int = 4, gibibytes: float =
 
 def workload(mixed: MixedCluster, batch: int = 64, model: Card = MODEL) -> MixedWorkload:
     return MixedWorkload(Workload(model, mixed.slowest, batch, "bf16"), mixed, PlanRequest(batch), None)
+
+
+def blocks_of(way: MixedChoice) -> dict[str, int]:
+    """The number of blocks of each group."""
+    return {s.group: sum(map(len, way.choice.stages[s.first_stage : s.stop_stage])) for s in way.shares}
 
 
 @settings(max_examples=6, deadline=None)
@@ -80,41 +85,37 @@ def test_never_slower_than_the_best_group_alone(
 
 
 def test_samples_are_shared_by_throughput() -> None:
-    way = by_samples(workload(both(speed=3.0), batch=64))
+    way = best_batch_split(workload(both(speed=3.0), batch=64))
     assert way is not None
     slow, quick = way.shares
     assert slow.samples + quick.samples == 64
     assert 1.8 <= quick.samples / slow.samples <= 4, "three times as fast, less what does not grow with speed"
-    equal = by_samples(workload(both(speed=1.0), batch=64))
+    equal = best_batch_split(workload(both(speed=1.0), batch=64))
     assert equal is not None and [share.samples for share in equal.shares] == [32, 32]
 
 
 def test_stages_are_cut_by_throughput() -> None:
-    way = through_stages(workload(both(speed=3.0), batch=64))
+    way = best_pipeline(workload(both(speed=3.0), batch=64))
     assert way is not None
-    blocks = {share.group: share for share in way.shares}
-    layout, stages = way.choice.layout, way.choice.stages
-    held = {name: sum(map(len, stages[s.first_stage : s.stop_stage])) for name, s in blocks.items()}
-    assert held["quick"] > held["slow"] and sum(held.values()) == len(MODEL.blocks)
-    assert len(stages) == layout.pp and all(stages)
+    blocks, stages = blocks_of(way), way.choice.stages
+    assert blocks["quick"] > blocks["slow"] and sum(blocks.values()) == len(MODEL.blocks)
+    assert len(stages) == way.choice.layout.pp and all(stages)
 
 
 def test_a_small_device_gets_the_blocks_that_fit() -> None:
     small, large = group("small", 2, 2.0, 8.0), group("large", 2, 1.0, 80.0)
-    way = through_stages(workload(MixedCluster((small, large)), batch=16, model=BIG))
+    way = best_pipeline(workload(MixedCluster((small, large)), batch=16, model=BIG))
     assert way is not None
-    shares = {share.group: share for share in way.shares}
-    assert shares["small"].peak_bytes <= usable_bytes(small.device)
-    stages = way.choice.stages
-    held = {name: sum(map(len, stages[s.first_stage : s.stop_stage])) for name, s in shares.items()}
-    assert held["small"] < held["large"], "twice as fast, but without the room"
+    assert way.shares[0].peak_bytes <= usable_bytes(small.device)
+    blocks = blocks_of(way)
+    assert blocks["small"] < blocks["large"], "twice as fast, but without the room"
 
 
 def test_equal_groups_are_about_one_cluster() -> None:
-    """Two groups of one kind: the pipeline through both is near the pipeline of a cluster of all."""
+    """The pipeline through two groups of one kind is about that of one cluster."""
     mixed = both(speed=1.0)
     whole = replace(mixed.groups[0], devices=8)
-    way = through_stages(workload(mixed, batch=64))
+    way = best_pipeline(workload(mixed, batch=64))
     assert way is not None
     pins = {name: getattr(way.choice.layout, name) for name in ("tp", "pp", "dp", "shard", "micro_batch", "recompute")}
     plan = make_plan(MODEL, whole, PlanRequest(64, pins={**pins, "schedule": way.choice.layout.schedule}))
@@ -129,8 +130,8 @@ def test_pins_are_kept_by_every_way() -> None:
 
 def test_the_others_are_runners_up_and_say_by_how_much_they_lose() -> None:
     plan = make_mixed_plan(MODEL, both(speed=1.3), PlanRequest(64))
-    said = " ".join(choice.why for choice in plan.runners_up)
-    assert "only slow" in said + plan.chosen.why and "all as the slowest" in said + plan.chosen.why
+    whys = " ".join(choice.why for choice in (plan.chosen, *plan.runners_up))
+    assert "only slow" in whys and "all as the slowest" in whys
     assert all("slower" in choice.why for choice in plan.runners_up)
     assert plan.cluster == "4 x slow + 4 x quick"
 

@@ -1,4 +1,4 @@
-"""The search: what it chooses is allowed and fits, whatever is asked; and what it says where nothing does."""
+"""The search: its layouts are allowed and fit, whatever the request; and its errors where none does."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_the_nearest_of_refused_pins_works(devices: int, pins: dict[str, int]) -
         make_plan(SMALL, cores(devices), PlanRequest(24, "fp32", pins))
     except CannotWork as error:
         for problem in error.problems:
-            said = dict(word.split("=") for word in problem.nearest.removeprefix("nearest: ").split())
-            batch = int(said.pop("train.global_batch", 24))
-            nearest = {key.removeprefix("layout."): int(value) for key, value in said.items()}
+            changes = dict(word.split("=") for word in problem.nearest.removeprefix("nearest: ").split())
+            batch = int(changes.pop("train.global_batch", 24))
+            nearest = {key.removeprefix("layout."): int(value) for key, value in changes.items()}
             make_plan(SMALL, cores(devices), PlanRequest(batch, "fp32", nearest))
 
 
@@ -163,27 +163,27 @@ def test_recompute_is_taken_only_where_it_is_needed() -> None:
 
 
 def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
-    said = refusal_of(LLAMA_70B, named_cluster("h100-sxm-80gb", 8), PlanRequest(64))
-    assert "does not fit" in said and "GiB too much" in said and "nearest that fits: " in said
-    devices = int(said.split("nearest that fits: ")[1].split()[0])
+    message = refusal_of(LLAMA_70B, named_cluster("h100-sxm-80gb", 8), PlanRequest(64))
+    assert "does not fit" in message and "GiB too much" in message and "nearest that fits: " in message
+    devices = int(message.split("nearest that fits: ")[1].split()[0])
     make_plan(LLAMA_70B, named_cluster("h100-sxm-80gb", devices), PlanRequest(64))
 
 
 def test_pins_that_do_not_fit_get_the_nearest_that_does() -> None:
     request = PlanRequest(64, pins={"dp": 8, "recompute": "none"})
-    said = refusal_of(LLAMA_8B, named_cluster("h100-sxm-80gb", 8), request)
-    assert "nearest that fits: layout." in said
+    message = refusal_of(LLAMA_8B, named_cluster("h100-sxm-80gb", 8), request)
+    assert "nearest that fits: layout." in message
 
 
 def test_pins_that_do_not_multiply_to_the_devices() -> None:
-    said = refusal_of(SMALL, cores(2), PlanRequest(16, pins={"dp": 2, "tp": 2}))
-    assert "is 4, not 2 devices" in said and said.endswith("nearest: layout.tp=1")
+    message = refusal_of(SMALL, cores(2), PlanRequest(16, pins={"dp": 2, "tp": 2}))
+    assert "is 4, not 2 devices" in message and message.endswith("nearest: layout.tp=1")
 
 
 def test_several_bad_pins_are_all_listed_with_their_places() -> None:
     request = PlanRequest(16, pins={"ep": 2, "tp": 5}, origins={"layout.tp": "job.toml:7"})
-    said = refusal_of(SMALL, cores(5), request)
-    assert "layout.ep" in said and "job.toml:7: layout.tp: tp=5 does not divide" in said
+    message = refusal_of(SMALL, cores(5), request)
+    assert "layout.ep" in message and "job.toml:7: layout.tp: tp=5 does not divide" in message
 
 
 def test_money_may_take_fewer_devices_and_is_never_dearer() -> None:
@@ -204,7 +204,7 @@ def test_money_may_take_fewer_devices_and_is_never_dearer() -> None:
 
 
 def test_money_counts_spare_nodes_and_lost_work() -> None:
-    """Where fewer nodes have to keep a spare one too, device-seconds alone would choose the dearer."""
+    """Fewer nodes need a spare too, so device-seconds alone would choose the dearer plan."""
     cluster = named_cluster("h100-sxm-80gb", 64)
     request = PlanRequest(512, steps=500_000)
     plans = [make_plan(LLAMA_8B, cluster, replace(request, objective=o)) for o in ("time", "money")]
@@ -228,7 +228,7 @@ def test_other_frameworks_run_other_layouts() -> None:
 
 
 def test_what_a_profile_has_learnt_counts() -> None:
-    """A correction that doubles the time of the best layout: the plan says so, or takes another."""
+    """With a correction that doubles the time of the best layout, the plan is twice as long or takes another."""
     cluster, request = cores(2), PlanRequest(16, "fp32")
     first = make_plan(SMALL, cluster, request).chosen
     run = Workload(SMALL, cluster, 16, "fp32"), first.layout
@@ -255,7 +255,7 @@ def test_what_was_considered_is_counted_and_what_lost_is_grouped() -> None:
     parts = sum(counts.get(name, 0) for name in ("estimated", "pruned", "too_large", "costlier"))
     assert counts["space"] > 1000 and counts["estimated"] < counts["space"] == parts
     assert len(plan.rejected) <= 200 and all(lost.count >= 1 and lost.reason for lost in plan.rejected)
-    assert any(lost.count > 1 for lost in plan.rejected), "of many that fail alike one speaks"
+    assert any(lost.count > 1 for lost in plan.rejected), "one layout stands for many that fail in the same way"
 
 
 def test_an_unknown_pin_is_bad_input() -> None:
@@ -264,14 +264,14 @@ def test_an_unknown_pin_is_bad_input() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_names_one_that_can() -> None:
-    said = refusal_of(MODULE, cores(4), PlanRequest(10))
-    assert "train.global_batch=8" in said or "train.global_batch=12" in said
+    message = refusal_of(MODULE, cores(4), PlanRequest(10))
+    assert "train.global_batch=8" in message or "train.global_batch=12" in message
 
 
 def test_running_statistics_on_several_devices_name_one_device() -> None:
     normed = replace(MODULE, stateful_buffers=("norm.running_mean",))
-    said = refusal_of(normed, cores(4), PlanRequest(16))
-    assert "norm.running_mean" in said and "nearest: cluster.devices=1" in said
+    message = refusal_of(normed, cores(4), PlanRequest(16))
+    assert "norm.running_mean" in message and "nearest: cluster.devices=1" in message
     assert make_plan(normed, cores(1), PlanRequest(16)).chosen.layout.dp == 1
 
 

@@ -1,4 +1,4 @@
-"""The space of layouts, generated: equal to every combination filtered by the rules, in any bounds a part of it."""
+"""The generated space equals every combination filtered by the rules; bounds only take layouts away."""
 
 from __future__ import annotations
 
@@ -32,14 +32,11 @@ def space_of(devices: int, batch: int, pins: dict[str, Any], framework: str, per
 
 
 def filtered(space: Space) -> set[Layout]:
-    """Every combination that no rule refuses. Without a pipeline a schedule says nothing, and only the first counts."""
+    """Every combination that no rule refuses; without a pipeline, only the first schedule counts."""
     devices, batch, pins = space.workload.cluster.devices, space.workload.global_batch, space.pins
-    degrees, values = divisors(devices), {**space.pins}
+    degrees, of = divisors(devices), space.values
 
-    def of(name: str, otherwise: Any) -> Any:
-        return [values[name]] if name in pins else otherwise
-
-    found = set()
+    generated = set()
     for dp, tp, pp, cp in product(of("dp", degrees), of("tp", degrees), of("pp", degrees), of("cp", degrees)):
         if dp * tp * pp * cp != devices:
             continue
@@ -49,8 +46,8 @@ def filtered(space: Space) -> set[Layout]:
                 for micro in of("micro_batch", divisors(batch)):
                     layout = Layout(dp, shard, tp, pp, vpp, cp, ep, on, micro, schedule, pins["recompute"], False)
                     if not refusals(space.workload.query(layout)):
-                        found.add(layout)
-    return found
+                        generated.add(layout)
+    return generated
 
 
 @settings(max_examples=15, deadline=None)
@@ -75,9 +72,9 @@ def filtered(space: Space) -> set[Layout]:
 )
 def test_the_space_is_what_the_rules_leave(devices: int, batch: int, framework: str, pins: dict[str, Any]) -> None:
     space = space_of(devices, batch, pins, framework)
-    found = list(layouts(space))
-    assert len(found) == len(set(found)), "a layout came twice"
-    assert set(found) == filtered(space)
+    generated = list(layouts(space))
+    assert len(generated) == len(set(generated)), "a layout came twice"
+    assert set(generated) == filtered(space)
 
 
 @pytest.mark.parametrize("bounds", [USUAL, NARROW])
@@ -91,9 +88,9 @@ def test_bounds_only_take_away_and_never_a_pin(bounds: Any) -> None:
 
 
 def test_recompute_and_offload_are_fields_too() -> None:
-    found = set(layouts(space_of(2, 4, {"dp": 2}, "megatron-lm")))
-    assert {layout.recompute for layout in found} == set(RECOMPUTE)
-    assert {layout.offload for layout in found} == {True, False}
+    generated = set(layouts(space_of(2, 4, {"dp": 2}, "megatron-lm")))
+    assert {layout.recompute for layout in generated} == set(RECOMPUTE)
+    assert {layout.offload for layout in generated} == {True, False}
     assert not any(layout.offload for layout in layouts(space_of(2, 4, {"dp": 2}, "meshwright")))
 
 

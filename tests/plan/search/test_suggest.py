@@ -1,4 +1,4 @@
-"""Random pins: a plan that keeps them all, or an error each of whose suggestions really plans."""
+"""Random pins give a plan that keeps them all, or an error whose suggestions all work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cores(devices: int, mebibytes: int = 4096) -> Cluster:
 
 
 def suggested(problem: Problem) -> dict[str, Any]:
-    """What the words after "nearest: " change: fields of the layout, "devices", "global_batch"."""
+    """The changes after "nearest: ": fields of the layout, "devices", "global_batch"."""
     values: dict[str, Any] = {}
     for key, text in re.findall(r"(?:layout|train|cluster)\.(\w+)=(\S+)", problem.nearest):
         values[key] = {"true": True, "false": False}.get(text, int(text) if text.lstrip("-").isdigit() else text)
@@ -37,7 +37,7 @@ def suggested(problem: Problem) -> dict[str, Any]:
 
 
 def follow(problem: Problem, devices: int, request: PlanRequest, mebibytes: int = 4096) -> None:
-    """Do as the problem suggests; raises what the plan of it raises."""
+    """Plans with the problem's suggestion; raises what that plan raises."""
     change = suggested(problem)
     assert change, f"no change is suggested: {problem}"
     devices, batch = change.pop("devices", devices), change.pop("global_batch", request.global_batch)
@@ -100,7 +100,7 @@ def test_too_little_memory_suggests_what_fits(pins: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pins", "framework", "said"),
+    ("pins", "framework", "message"),
     [
         ({"tp": 2, "dp": 2, "pp": 4}, "meshwright", "dp2 x tp2 x pp4 x cp1 is 16, not 8 devices"),
         ({"ep": 2}, "meshwright", "ep=2: expert parallel is not offered yet by meshwright; plan for another framework"),
@@ -114,11 +114,11 @@ def test_too_little_memory_suggests_what_fits(pins: dict[str, Any]) -> None:
         ({"sequence_parallel": True, "tp": 1}, "megatron-lm", "sequence_parallel splits over tp, and tp is 1"),
     ],
 )
-def test_contradictions_by_name(pins: dict[str, Any], framework: str, said: str) -> None:
+def test_contradictions_by_name(pins: dict[str, Any], framework: str, message: str) -> None:
     cluster, request = named_cluster("h100-sxm-80gb", 8), PlanRequest(64, pins=pins, framework=framework)
     with pytest.raises(CannotWork) as caught:
         make_plan(LLAMA, cluster, request)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     for problem in caught.value.problems:
         change = suggested(problem)
         assert change and all(name in pins for name in change)

@@ -1,4 +1,4 @@
-"""What a change would buy is what a plan of the changed cluster says; what holds a plan back is in words."""
+"""What a change saves equals the plan of the changed cluster; what limits a plan is said in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cluster(devices: int = 8, per_node: int = 4, gibibytes: float = 24, network:
     return Cluster(device, devices, per_node, Link("nvlink", 200e9, 2e-6), Link("network", network, 1e-5))
 
 
-def plan_of(*of: object, batch: int = 32, **changes: float) -> Plan:
+def plan_of(batch: int = 32, **changes: float) -> Plan:
     return make_plan(MODEL, cluster(**changes), PlanRequest(batch))  # type: ignore[arg-type]
 
 
@@ -29,7 +29,7 @@ def seconds(plan: Plan) -> float:
     return plan.chosen.predicted.step_seconds.mid
 
 
-def test_more_memory_buys_what_the_larger_device_plans() -> None:
+def test_more_memory_saves_what_the_larger_device_plans() -> None:
     plan = plan_of(gibibytes=11)
     assert plan.chosen.binding == "memory" and plan.limit.startswith("memory: ")
     more = [one for one in plan.buys if "memory" in one.change]
@@ -40,7 +40,7 @@ def test_more_memory_buys_what_the_larger_device_plans() -> None:
     assert 1 - more[-1].step_seconds / seconds(plan) == pytest.approx(more[-1].saves)
 
 
-def test_a_faster_network_buys_what_the_faster_cluster_plans() -> None:
+def test_a_faster_network_saves_what_the_faster_cluster_plans() -> None:
     plan = plan_of(network=2e9)
     (link,) = [one for one in plan.buys if "between nodes" in one.change]
     assert link.change == "2 GB/s more between nodes"
@@ -48,7 +48,7 @@ def test_a_faster_network_buys_what_the_faster_cluster_plans() -> None:
     assert link.saves == pytest.approx(1 - link.step_seconds / seconds(plan))
 
 
-def test_more_devices_and_a_larger_batch_buy_what_they_plan() -> None:
+def test_more_devices_and_a_larger_batch_save_what_they_plan() -> None:
     plan = plan_of()
     (devices,) = [one for one in plan.buys if one.change.startswith("cluster.devices=")]
     larger = cluster(devices=int(devices.change.split("=")[1].split()[0]))
@@ -72,7 +72,7 @@ def test_idle_stages_are_named_as_the_limit() -> None:
     assert plan.limit.startswith("idle stages, 2 micro-batches through 8 stages: ")
 
 
-def test_runners_up_within_the_margin_are_told() -> None:
+def test_runners_up_within_the_margin_are_marked() -> None:
     plan = plan_of()
     _, apart = default_profile().interval("pairs", "cuda")
     for choice in plan.runners_up:
@@ -81,13 +81,13 @@ def test_runners_up_within_the_margin_are_told() -> None:
     assert any(choice.level for choice in plan.runners_up)
 
 
-def test_what_is_bought_is_in_the_json() -> None:
+def test_the_changes_are_in_the_json() -> None:
     plan = plan_of(network=2e9)
     assert plan.buys and Plan.from_dict(plan.as_dict()) == plan
     assert replace(plan, buys=()).as_dict()["buys"] == []
 
 
-def test_fewer_processes_on_the_same_cores_buy_what_they_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_processes_on_the_same_cores_save_what_they_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     small = card(LlamaShape(layers=12, hidden=192, heads=6, kv_heads=6, head_dim=32, ffn=512, vocab=16384), 128)
     request = PlanRequest(8, "fp32")

@@ -1,4 +1,4 @@
-"""The serving plan: its physics against hand counts and a simulation, its choices, and what it says when none works."""
+"""The serving plan: its physics against hand counts and a simulation, its choices, and its errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LATENT = DecoderShape(
     first_dense_layers=3, q_lora=1536, kv_lora=512, rope_head_dim=64, v_head_dim=128,
 )  # fmt: skip
 PAGED, OURS = SERVERS["paged"], SERVERS["meshwright"]
-#: A profile without friction: every share 1, every start free, reading and arithmetic wholly overlapped.
+#: A profile without losses: every share 1, every start free, reading and arithmetic fully overlapped.
 IDEAL = DATASHEET.changed(
     {
         **{name: 1.0 for name in DATASHEET.constants if name.startswith("serving.cuda.") and name.endswith(".share")},
@@ -50,7 +50,7 @@ def cluster(devices: int = 8, **changes: object) -> Cluster:
     return Cluster(device(**changes), devices, min(devices, 8), link, link)
 
 
-def question(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> ServingQuery:
+def query_for(shape: DecoderShape = LLAMA_8B, at: Cluster | None = None, **changes: object) -> ServingQuery:
     at = at or named_cluster("h100-sxm-80gb", 8)
     whole: dict[str, object] = {
         "shape": shape, "cluster_of": lambda _: at, "devices": at.devices, "server": PAGED, "profile": DATASHEET,
@@ -91,7 +91,7 @@ def test_one_row_reads_every_weight_and_its_cache() -> None:
 
 
 def test_a_prompt_computes() -> None:
-    """2 flops a weight a token, and causal attention: 4 x heads x width x half of the length, at 1 Pflop/s."""
+    """2 flops per weight and token, and causal attention: 4 x heads x width x half of the length, at 1 Pflop/s."""
     tokens = 4096
     parts = ideal(LLAMA_8B).step(Step(rows=0, context=0, prompt=tokens, prompt_context=tokens / 2, sampled=0)).parts
     products = 2 * tokens * 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) / 1e15
@@ -103,10 +103,9 @@ def test_a_prompt_computes() -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 256])
 def test_a_mixture_reads_the_experts_that_rows_choose(rows: int) -> None:
-    """Against drawing them: each row takes 8 of 128 experts at random; an expert is read once a step."""
+    """Against random draws: each row takes 8 of 128 experts; an expert is read once per step."""
     draw = random.Random(rows)
-    found = [len({e for _ in range(rows) for e in draw.sample(range(128), 8)}) for _ in range(60)]
-    touched = sum(found) / len(found)
+    touched = sum(len({e for _ in range(rows) for e in draw.sample(range(128), 8)}) for _ in range(60)) / 60
     dense = replace(MIXTURE, experts=0, top_k=0, expert_ffn=0, ffn=1)
     both = [ideal(shape).step(Step(rows=rows, context=1)).parts["weights"] for shape in (MIXTURE, dense)]
     expert = 3 * 2048 * 768 * 2 * 48 / 1e12
@@ -114,7 +113,7 @@ def test_a_mixture_reads_the_experts_that_rows_choose(rows: int) -> None:
 
 
 def test_latent_attention_decodes_on_the_compressed_cache() -> None:
-    """Absorbed: 128 heads against 512 + 64 numbers for scores and 512 for values; reads 1,152 bytes a token a layer."""
+    """Absorbed: 128 heads, 512 + 64 numbers for scores and 512 for values; reads 1,152 bytes per token and layer."""
     model = ideal(replace(LATENT, experts=0, top_k=0, expert_ffn=0, shared_ffn=0))
     few, many = (model.step(Step(rows=1, context=c)).parts for c in (0, 1000))
     reading, arithmetic = 61 * 1000 * 576 * 2 / 1e12, 61 * 1000 * 128 * 2 * (576 + 512) / 1e15
@@ -129,7 +128,7 @@ def test_tensor_parallel_divides_the_work_and_adds_all_reduces() -> None:
 
 
 def test_ranks_with_sequences_of_their_own() -> None:
-    """Attention whole on each rank for an eighth of the rows; experts split as before; a cache that no rank repeats."""
+    """Each rank has whole attention for an eighth of the rows; experts are split as before; no cache is repeated."""
     heads, rows = (StepModel(LATENT, cluster(), PAGED, DATASHEET, tp=8, attention_dp=dp) for dp in (False, True))
     assert rows.cache_token_bytes == heads.cache_token_bytes / 8
     assert rows.rank_weight_bytes > heads.rank_weight_bytes
@@ -141,7 +140,7 @@ def test_ranks_with_sequences_of_their_own() -> None:
 
 
 def test_a_pipeline_does_not_make_one_sequence_quicker() -> None:
-    """One sequence goes through every layer whoever holds them; many are at work on all stages at once."""
+    """One sequence passes every layer in turn; many sequences keep all stages busy."""
     one = [Replica(StepModel(LLAMA_8B, cluster(), PAGED, DATASHEET, pp=pp), 512, 128, 1).closed() for pp in (1, 4)]
     assert one[1].tpot_seconds > one[0].tpot_seconds
     many = [Replica(StepModel(LLAMA_8B, cluster(), PAGED, DATASHEET, pp=pp), 512, 128, 256).closed() for pp in (1, 4)]
@@ -152,8 +151,8 @@ def test_a_pipeline_does_not_make_one_sequence_quicker() -> None:
 
 
 def simulate(replica: Replica, rate: float | None, clients: int, seconds: float, seed: int) -> tuple[float, float]:
-    """(mean time to first token, mean time between tokens) of an engine that runs step after step: it reads up to a
-    chunk of the waiting prompts beside all rows that decode. `rate` None: `clients` that ask again once answered."""
+    """(mean time to first token, mean time between tokens) of an engine, step by step: each step reads up to a chunk of
+    the waiting prompts beside all rows that decode. `rate` None: `clients` that each ask again once answered."""
     draw = random.Random(seed)
     now, next_arrival = 0.0, 0.0
     waiting: list[list[float]] = []  # [came, tokens left to read]
@@ -274,11 +273,11 @@ def test_what_is_planned_meets_the_target_and_what_is_offered_instead_can_be_had
     shape: DecoderShape, name: str, devices: int, ttft: float | None, tpot: float | None, rate: float | None
 ) -> None:
     at = named_cluster(name, devices)
-    asked = question(shape, at, target=Target(512, 128, ttft, tpot, rate))
+    query = query_for(shape, at, target=Target(512, 128, ttft, tpot, rate))
     try:
-        plan = make_serving_plan(asked)
+        plan = make_serving_plan(query)
     except CannotWork as error:
-        _follow(asked, name, error.problems[0].nearest)
+        _follow(query, name, error.problems[0].nearest)
         return
     figures = plan.chosen.predicted
     assert ttft is None or figures.ttft_seconds.mid <= ttft
@@ -287,13 +286,13 @@ def test_what_is_planned_meets_the_target_and_what_is_offered_instead_can_be_had
     assert plan.chosen.devices <= devices
     assert plan.chosen.max_batch <= plan.chosen.memory.sequences
     assert figures.tpot_seconds.low < figures.tpot_seconds.mid < figures.tpot_seconds.high
-    assert plan.as_dict() == make_serving_plan(asked).as_dict()
+    assert plan.as_dict() == make_serving_plan(query).as_dict()
 
 
-def _follow(asked: ServingQuery, name: str, nearest: str) -> None:
-    """Asks again as `nearest` says: every offer in it must be had."""
+def _follow(query: ServingQuery, name: str, nearest: str) -> None:
+    """Plans again with each suggestion in `nearest`: all must work."""
     for offer in nearest.removeprefix("nearest: ").split(", or "):
-        changed, target = asked, asked.target
+        changed, target = query, query.target
         for word in offer.split():
             key, _, value = word.partition("=")
             if key == "cluster.devices":
@@ -304,14 +303,14 @@ def _follow(asked: ServingQuery, name: str, nearest: str) -> None:
             else:
                 assert key.startswith("serve."), nearest
                 target = replace(target, **{key.removeprefix("serve."): float(value)})
-        if "cluster.devices" in offer and not _fits_somewhere(asked):
-            target = Target(asked.target.prompt_tokens, asked.target.output_tokens)  # fitting comes before speed
+        if "cluster.devices" in offer and not _fits_somewhere(query):
+            target = Target(query.target.prompt_tokens, query.target.output_tokens)  # fitting is all that it promises
         make_serving_plan(replace(changed, target=target))
 
 
-def _fits_somewhere(asked: ServingQuery) -> bool:
+def _fits_somewhere(query: ServingQuery) -> bool:
     try:
-        make_serving_plan(replace(asked, target=Target(512, 128)))
+        make_serving_plan(replace(query, target=Target(512, 128)))
     except CannotWork:
         return False
     return True
@@ -321,16 +320,16 @@ def _fits_somewhere(asked: ServingQuery) -> bool:
 
 
 def test_pins_stand() -> None:
-    plan = make_serving_plan(question(pins=ServingPins(tp=2, max_batch=5, precision="fp8")))
+    plan = make_serving_plan(query_for(pins=ServingPins(tp=2, max_batch=5, precision="fp8")))
     assert (plan.chosen.tp, plan.chosen.max_batch, plan.chosen.precision) == (2, 5, "fp8")
     assert all(other.tp == 2 and other.max_batch == 5 for other in plan.runners_up)
 
 
 def test_fewer_bits_only_where_the_target_needs_them() -> None:
-    calm = make_serving_plan(question(LLAMA_70B, target=Target(tpot_seconds=0.05)))
+    calm = make_serving_plan(query_for(LLAMA_70B, target=Target(tpot_seconds=0.05)))
     assert calm.chosen.precision == "bf16"
-    floor = make_serving_plan(question(LLAMA_70B, pins=ServingPins(tp=8, max_batch=1))).chosen.predicted.tpot_seconds
-    quick = make_serving_plan(question(LLAMA_70B, target=Target(tpot_seconds=0.8 * floor.mid)))
+    floor = make_serving_plan(query_for(LLAMA_70B, pins=ServingPins(tp=8, max_batch=1))).chosen.predicted.tpot_seconds
+    quick = make_serving_plan(query_for(LLAMA_70B, target=Target(tpot_seconds=0.8 * floor.mid)))
     assert quick.chosen.precision == "fp8"
     assert any("compare the answers" in words for words in quick.assumed)
 
@@ -338,7 +337,7 @@ def test_fewer_bits_only_where_the_target_needs_them() -> None:
 def test_a_rate_takes_the_fewest_devices() -> None:
     at = named_cluster("h100-sxm-80gb", 64)
     few, many = (
-        make_serving_plan(question(at=at, target=Target(tpot_seconds=0.05, ttft_seconds=1, requests_per_second=rate)))
+        make_serving_plan(query_for(at=at, target=Target(tpot_seconds=0.05, ttft_seconds=1, requests_per_second=rate)))
         for rate in (2.0, 200.0)
     )
     assert few.chosen.devices == 1 < many.chosen.devices <= 64
@@ -346,33 +345,33 @@ def test_a_rate_takes_the_fewest_devices() -> None:
 
 
 def test_our_engine_is_planned_with_what_it_does() -> None:
-    plan = make_serving_plan(question(server=OURS))
+    plan = make_serving_plan(query_for(server=OURS))
     assert plan.chosen.pp == plan.chosen.replicas == 1
     assert plan.chosen.precision in ("bf16", "fp32")
     assert plan.chosen.memory.page_tokens == 0
     assert plan.chosen.max_batch * plan.chosen.max_len == plan.chosen.memory.tokens
     with pytest.raises(CannotWork, match="fp8"):
-        make_serving_plan(question(server=OURS, pins=ServingPins(precision="fp8")))
+        make_serving_plan(query_for(server=OURS, pins=ServingPins(precision="fp8")))
 
 
 def test_what_does_not_fit_says_what_would() -> None:
     one = named_cluster("l4", 1)
     with pytest.raises(CannotWork, match=r"GiB a device.*nearest: cluster.devices=\d+"):
-        make_serving_plan(question(LLAMA_70B, one))
+        make_serving_plan(query_for(LLAMA_70B, one))
     with pytest.raises(CannotWork, match=r"nearest: serve.max_batch=\d+") as refused:
-        make_serving_plan(question(pins=ServingPins(max_batch=60000)))
+        make_serving_plan(query_for(pins=ServingPins(max_batch=60000)))
     nearest = int(str(refused.value).rpartition("=")[2])
-    assert make_serving_plan(question(pins=ServingPins(max_batch=nearest))).chosen.max_batch == nearest
+    assert make_serving_plan(query_for(pins=ServingPins(max_batch=nearest))).chosen.max_batch == nearest
     with pytest.raises(CannotWork):
-        make_serving_plan(question(pins=ServingPins(max_batch=nearest + 1)))
+        make_serving_plan(query_for(pins=ServingPins(max_batch=nearest + 1)))
     with pytest.raises(CannotWork, match=r"131072 tokens.*nearest: serve.max_len=131072"):
-        make_serving_plan(question(pins=ServingPins(max_len=200000)))
+        make_serving_plan(query_for(pins=ServingPins(max_len=200000)))
     with pytest.raises(CannotWork, match=r"serve.prompt_tokens"):
-        make_serving_plan(question(target=Target(200000, 128)))
+        make_serving_plan(query_for(target=Target(200000, 128)))
 
 
 def test_heads_that_do_not_divide_are_told() -> None:
-    plan = make_serving_plan(question(replace(LLAMA_8B, heads=6, kv_heads=3, head_dim=128)))
+    plan = make_serving_plan(query_for(replace(LLAMA_8B, heads=6, kv_heads=3, head_dim=128)))
     reasons = dict(plan.rejected)
     assert any("do not divide by 4" in reason for reason in reasons.values())
 
@@ -381,11 +380,11 @@ def test_slots_are_as_long_as_the_room_allows() -> None:
     model = StepModel(LLAMA_8B, named_cluster("h100-sxm-80gb", 1), OURS, DATASHEET, precision="bf16")
     few, many = (serving_memory(model, 640, batch, 131072, 2048) for batch in (1, 64))
     assert few.sequences == many.sequences and few.longest > many.longest >= 2048
-    assert few.needed == many.needed > 2 * few.weights  # they stand there twice while they are packed
+    assert few.needed == many.needed > 2 * few.weights  # there are two copies while they are packed
 
 
 def test_the_json_is_plain_and_whole() -> None:
-    plan = make_serving_plan(question(target=Target(tpot_seconds=0.05)))
+    plan = make_serving_plan(query_for(target=Target(tpot_seconds=0.05)))
     read = json.loads(str(plan))
     assert set(read["chosen"]) >= {"tp", "pp", "replicas", "precision", "max_batch", "memory", "predicted", "binding"}
     assert set(read["chosen"]["predicted"]["ttft_seconds"]) == {"low", "mid", "high"}

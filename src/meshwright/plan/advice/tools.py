@@ -1,9 +1,8 @@
-"""Which strategy and which tools suit a model, its data, the hardware and the team, in words, and why.
+"""The strategies and tools that suit a model, its data, the hardware and the team, in words, and why.
 
-A tool that has a row in FRAMEWORKS is judged by the plan of the job under that row: what it splits by, whether it fits,
-how long a step takes. The others are judged by the layout that the best of those uses. TOOLS adds what no plan says: on
-what a tool runs and the experience it asks for, as facts of late 2026, not how well it is liked. strategies.py has what
-is said of the ways to split.
+A tool with a row in FRAMEWORKS is judged by the plan of the job under that row: its splits, whether it fits, how long a
+step takes. The others are judged by the layout of the best of these. TOOLS adds what no plan says: the devices that a
+tool runs on and the experience that it needs (facts of late 2026, not popularity).
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from meshwright.plan.advice.strategies import (
     STRATEGIES,
     Candidate,
     DataVolume,
-    Facts,
     FrameworkPlan,
+    RuleContext,
     Situation,
     seconds,
 )
 from meshwright.plan.constants import default_profile
 from meshwright.plan.rules import FRAMEWORKS
 
-#: The framework whose plan the strategies are told of where no tool with a row runs at all.
+#: The framework that gives the strategies a layout where no tool with a row runs.
 FALLBACK = "meshwright"
 KINDS = {"cpu": "CPUs", "cuda": "GPUs", "tpu": "TPUs", "gaudi": "Gaudi", "trainium": "Trainium"}
 
@@ -44,11 +43,11 @@ class Reason:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool: the kinds of device it runs on, the least experience that it asks for, and either its row in FRAMEWORKS
-    or the fields of the Layout that it splits by.
+    """A tool: the kinds of device that it runs on, the least experience that it needs, and either its row in FRAMEWORKS
+    or the fields of the Layout that it splits by (`own_splits`).
 
-    `models` is "any", or "language" for those that bring their own transformer. `machines` is how many it runs on (0:
-    any number). `caution` is said of it on devices that are no CPUs, `ended` says since when it is not kept.
+    `models` is "any", or "language" for tools that bring their own transformer. `machines` is the most it runs on (0:
+    any number). `caution` is a warning for devices other than CPUs, `ended` says when its development ended.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Tool:
     models: str
     good_for: str
     framework: str = ""
-    alone: frozenset[str] = frozenset()
+    own_splits: frozenset[str] = frozenset()
     machines: int = 0
     caution: str = ""
     ended: str = ""
@@ -65,7 +64,7 @@ class Tool:
     @property
     def splits(self) -> frozenset[str]:
         if not self.framework:
-            return self.alone
+            return self.own_splits
         offers = FRAMEWORKS[self.framework].offers
         return offers.fields | ({"offload"} if offers.offload else set())
 
@@ -77,7 +76,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A tool with what speaks for or against it here, and its plan where it was planned."""
+    """A tool with the reasons for or against it, and its plan if it has one."""
 
     tool: str
     suits: bool
@@ -89,7 +88,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Advice:
-    """Strategies that suit, most important first, and every tool of the table with its verdict, the best first."""
+    """The strategies that suit, most important first, and a verdict on every tool, the best first."""
 
     strategies: tuple[Reason, ...]
     tools: tuple[Verdict, ...]
@@ -103,8 +102,8 @@ def _row(name: str, framework: str, kinds: str, experience: str, models: str, go
 
 
 def _tool(name: str, splits: str, kinds: str, experience: str, models: str, good_for: str, ended: str = "") -> Tool:
-    alone = frozenset(splits.split())
-    return Tool(name, frozenset(kinds.split()), experience, models, good_for, alone=alone, ended=ended)
+    own = frozenset(splits.split())
+    return Tool(name, frozenset(kinds.split()), experience, models, good_for, own_splits=own, ended=ended)
 
 
 TOOLS: tuple[Tool, ...] = (
@@ -129,7 +128,7 @@ TOOLS: tuple[Tool, ...] = (
 )  # fmt: skip
 
 
-def situation(
+def situation_of(
     card: Card,
     cluster: Cluster,
     reading: DataVolume,
@@ -154,92 +153,91 @@ def situation(
     )
 
 
-def frameworks(facts: Situation) -> tuple[str, ...]:
-    """The rows of FRAMEWORKS to plan the job under: those of tools that run this model on these devices."""
-    rows = tuple(tool.framework for tool in TOOLS if tool.framework and not _cannot_run(tool, facts))
+def frameworks(situation: Situation) -> tuple[str, ...]:
+    """The rows of FRAMEWORKS to plan the job with: those of tools that run this model on these devices."""
+    rows = tuple(tool.framework for tool in TOOLS if tool.framework and not _cannot_run(tool, situation))
     return rows or (FALLBACK,)
 
 
-def advise(facts: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> Advice:
-    """Strategies and tools for these facts. `plans` has what came of each of `frameworks(facts)`.
+def advise(situation: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> Advice:
+    """Strategies and tools for a situation. `plans` has the plan, or the failure, of each of `frameworks(situation)`.
 
     Raises CannotWork, with the problems of all, where none of them has a layout.
     """
     layouts = {row: plan for row, plan in plans.items() if isinstance(plan, FrameworkPlan)}
     if not layouts:
         raise CannotWork(_problems(plans))
-    judged = [_judged(tool, facts, plans) for tool in TOOLS]
-    suiting = _ordered([one for one in judged if one.planned and not one.against], facts.margin)
-    near = suiting or _nearest(judged, facts.margin)
+    judgements = [_judge(tool, situation, plans) for tool in TOOLS]
+    suiting = _order([one for one in judgements if one.best_plan and not one.against], situation.margin)
+    near = suiting or _nearest(judgements, situation.margin)
     chosen = near[0].plan if near else layouts[FALLBACK]
-    judged = [one if one.tool.framework else _by_layout(one, facts, chosen) for one in judged]
-    alone = [one for one in judged if not one.planned and not one.against]
-    verdicts = [_verdict(one, facts, near) for one in (*suiting, *alone, *(o for o in judged if o.against))]
+    judgements = [one if one.tool.framework else _judge_by_layout(one, situation, chosen) for one in judgements]
+    unplanned = [one for one in judgements if not one.best_plan and not one.against]
+    verdicts = [_verdict(one, situation, near) for one in (*suiting, *unplanned, *(o for o in judgements if o.against))]
     best = next(tool for tool in TOOLS if tool.framework == chosen.framework)
-    others = [Candidate(o.tool.short, o.tool.splits, not o.against, o.planned) for o in judged if o.tool != best]
-    told = Facts(facts, best.short, best.splits, bool(suiting), chosen, tuple(others))
-    reasons = [Reason(name, why) for name, rule in STRATEGIES if (why := rule(told))]
-    if not suiting and not alone:
-        reasons.insert(0, Reason("no tool suits", _none_suits(near, facts)))
+    others = [Candidate(o.tool.short, o.tool.splits, not o.against, o.best_plan) for o in judgements if o.tool != best]
+    context = RuleContext(situation, best.short, best.splits, bool(suiting), chosen, tuple(others))
+    reasons = [Reason(name, why) for name, rule in STRATEGIES if (why := rule(context))]
+    if not suiting and not unplanned:
+        reasons.insert(0, Reason("no tool suits", _none_suits(near, situation)))
     return Advice(tuple(reasons), tuple(verdicts))
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """A tool with all that speaks against it, and its plan where it has one."""
+    """A tool with all reasons against it, and its plan if it has one."""
 
     tool: Tool
     against: tuple[str, ...]
-    planned: FrameworkPlan | None
+    best_plan: FrameworkPlan | None
 
     @property
     def plan(self) -> FrameworkPlan:
-        assert self.planned is not None
-        return self.planned
+        assert self.best_plan is not None
+        return self.best_plan
 
 
-def _judged(tool: Tool, facts: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> _Judgement:
+def _judge(tool: Tool, situation: Situation, plans: Mapping[str, FrameworkPlan | CannotWork]) -> _Judgement:
     if tool.ended:
         return _Judgement(tool, (f"not kept any more: {tool.ended}",), None)
-    cannot = _cannot_run(tool, facts)
-    against = [*cannot]
-    if EXPERIENCE.index(tool.least_experience) > EXPERIENCE.index(facts.experience):
-        against.append(f"asks for more experience ({tool.least_experience}) than the team's ({facts.experience})")
-    plan = None if cannot else plans.get(tool.framework)
+    against = _cannot_run(tool, situation)
+    plan = None if against else plans.get(tool.framework)
+    if EXPERIENCE.index(tool.least_experience) > EXPERIENCE.index(situation.experience):
+        against.append(f"asks for more experience ({tool.least_experience}) than the team's ({situation.experience})")
     if isinstance(plan, CannotWork):
         return _Judgement(tool, (*against, plan.problems[0].what), None)
     return _Judgement(tool, tuple(against), plan)
 
 
-def _cannot_run(tool: Tool, facts: Situation) -> list[str]:
-    """What keeps a tool from training this model on these devices, whatever the layout."""
+def _cannot_run(tool: Tool, situation: Situation) -> list[str]:
+    """The reasons why a tool cannot train this model on these devices with any layout."""
     against = []
-    if facts.kind not in tool.kinds:
-        against.append(f"does not run on {KINDS[facts.kind]}")
-    if tool.models == "language" and not (facts.language_model and facts.built_in):
+    if situation.kind not in tool.kinds:
+        against.append(f"does not run on {KINDS[situation.kind]}")
+    if tool.models == "language" and not (situation.language_model and situation.built_in):
         against.append("brings its own language models; this one is yours")
-    if tool.framework == "meshwright" and facts.untrained:
-        against.append(f"plans this model, does not train it yet ({facts.untrained})")
-    if tool.machines and facts.cluster.nodes > tool.machines:
-        against.append(f"trains on one machine so far, and these are {facts.cluster.nodes}")
+    if tool.framework == "meshwright" and situation.untrained:
+        against.append(f"plans this model, does not train it yet ({situation.untrained})")
+    if tool.machines and situation.cluster.nodes > tool.machines:
+        against.append(f"trains on one machine so far, and these are {situation.cluster.nodes}")
     return against
 
 
-def _by_layout(one: _Judgement, facts: Situation, chosen: FrameworkPlan) -> _Judgement:
-    """A tool that cannot be planned, judged by the layout that is advised."""
+def _judge_by_layout(one: _Judgement, situation: Situation, chosen: FrameworkPlan) -> _Judgement:
+    """A tool without a row, judged by the layout that is advised."""
     layout = chosen.layout
     needs = {name for name in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep") if getattr(layout, name) > 1}
     needs |= {"offload"} if layout.offload else set()
-    needs |= {"shard"} if chosen.spreads and not facts.fits_one_device else set()
+    needs |= {"shard"} if chosen.spreads and not situation.fits_one_device else set()
     lacks = sorted(needs - one.tool.splits)
     if not lacks or one.tool.ended:
         return one
     return replace(one, against=(*one.against, f"does not split by {', '.join(lacks)}, as the layout advised does"))
 
 
-def _ordered(several: Sequence[_Judgement], margin: float) -> list[_Judgement]:
-    """The quickest first; of those that the margin does not tell apart, the one that asks for the least experience."""
-    rest, order = sorted(several, key=lambda one: one.plan.step_seconds), []
+def _order(judgements: Sequence[_Judgement], margin: float) -> list[_Judgement]:
+    """The quickest first; within the margin, the one that needs the least experience first."""
+    rest, order = sorted(judgements, key=lambda one: one.plan.step_seconds), []
     while rest:
         level = [one for one in rest if one.plan.step_seconds <= margin * rest[0].plan.step_seconds]
         order += sorted(level, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
@@ -247,31 +245,31 @@ def _ordered(several: Sequence[_Judgement], margin: float) -> list[_Judgement]:
     return order
 
 
-def _nearest(judged: Sequence[_Judgement], margin: float) -> list[_Judgement]:
-    """Tools with a plan, where none suits: those that ask for the least experience first."""
-    planned = _ordered([one for one in judged if one.planned], margin)
-    return sorted(planned, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
+def _nearest(judgements: Sequence[_Judgement], margin: float) -> list[_Judgement]:
+    """Tools with a plan, where none suits: those that need the least experience first."""
+    order = _order([one for one in judgements if one.best_plan], margin)
+    return sorted(order, key=lambda one: EXPERIENCE.index(one.tool.least_experience))
 
 
-def _verdict(one: _Judgement, facts: Situation, order: Sequence[_Judgement]) -> Verdict:
-    """The tool in words; `order` has the tools that its time is compared with."""
-    tool, plan = one.tool, one.planned
+def _verdict(one: _Judgement, situation: Situation, order: Sequence[_Judgement]) -> Verdict:
+    """The verdict on a tool; `order` has the tools that its time is compared with."""
+    tool, plan = one.tool, one.best_plan
     words = list(one.against)
     if plan is not None:
-        words.append(_time(one, facts, order))
+        words.append(_time_words(one, situation, order))
     if not one.against:
         words.append(f"for {tool.good_for}" + ("" if plan else "; not predicted"))
-        words += [tool.caution] if tool.caution and facts.kind != "cpu" else []
-    told = (tool.framework, plan.step_seconds, plan.layout) if plan else (None, None, None)
-    return Verdict(tool.name, not one.against, "; ".join(words), *told)
+        words += [tool.caution] if tool.caution and situation.kind != "cpu" else []
+    planned = (tool.framework, plan.step_seconds, plan.layout) if plan else (None, None, None)
+    return Verdict(tool.name, not one.against, "; ".join(words), *planned)
 
 
-def _time(one: _Judgement, facts: Situation, order: Sequence[_Judgement]) -> str:
-    """The predicted step, and how far from the quickest of `order` it is."""
+def _time_words(one: _Judgement, situation: Situation, order: Sequence[_Judgement]) -> str:
+    """The predicted step, compared with the quickest of `order`."""
     words = f"predicted {seconds(one.plan.step_seconds)} a step as {one.plan.layout}"
     quickest = min(order, key=lambda other: other.plan.step_seconds)
     times = one.plan.step_seconds / quickest.plan.step_seconds
-    whose, margin = f"{quickest.tool.short}'s {seconds(quickest.plan.step_seconds)}", facts.margin
+    whose, margin = f"{quickest.tool.short}'s {seconds(quickest.plan.step_seconds)}", situation.margin
     if one.tool == quickest.tool:
         return words + (", the shortest of those that suit" if not one.against and len(order) > 1 else "")
     apart = f"{abs(times - 1):.0%} {'more' if times > 1 else 'less'}"
@@ -282,18 +280,18 @@ def _time(one: _Judgement, facts: Situation, order: Sequence[_Judgement]) -> str
     return f"{words}, {apart} than {whose}"
 
 
-def _none_suits(near: Sequence[_Judgement], facts: Situation) -> str:
+def _none_suits(near: Sequence[_Judgement], situation: Situation) -> str:
     if not near:
         return f"what follows is as {FALLBACK.capitalize()} would plan it; see what speaks against each tool"
     tool = near[0].tool
     return (
         f"{tool.short} comes nearest, and asks for more experience ({tool.least_experience}) than the team's "
-        f"({facts.experience}); what follows is of its plan"
+        f"({situation.experience}); what follows is of its plan"
     )
 
 
 def _problems(plans: Mapping[str, FrameworkPlan | CannotWork]) -> list[Problem]:
-    """What each framework met."""
+    """The problems of every framework."""
     return [
         replace(problem, what=f"under {row}: {problem.what}")
         for row, failed in plans.items()

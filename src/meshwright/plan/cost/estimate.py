@@ -137,7 +137,7 @@ class Estimator:
         """The same questions where blocks are compiled: fewer memory-bound passes, fewer operations to start."""
         other = copy(self)
         other.__dict__.pop("compiled", None)
-        other.workload = self.workload.changed(framework=replace(self.workload.framework, fused="compiled"))
+        other.workload = replace(self.workload, framework=replace(self.workload.framework, fused="compiled"))
         other._take(self.profile)
         return other
 

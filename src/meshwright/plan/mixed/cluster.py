@@ -1,4 +1,4 @@
-"""Groups of different devices as one cluster, and what every way of using them works from."""
+"""Groups of different devices as one cluster, and the workload that every way of using them starts from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from meshwright.divisors import divisors
 from meshwright.errors import InputError, Problem
 from meshwright.plan.constants import Profile
 from meshwright.plan.cost import Estimator
-from meshwright.plan.reliability import RunForecast, outlook, price_of
+from meshwright.plan.reliability import RunForecast, price_of
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.result import Choice, Share
 from meshwright.plan.search import Space
+from meshwright.plan.search.search import forecast_of
 from meshwright.plan.search.space import NARROW
 from meshwright.plan.workload import Workload
 
@@ -24,7 +25,7 @@ MOST_GROUPS = 4
 
 @dataclass(frozen=True)
 class MixedCluster:
-    """Groups of devices, each a Cluster of one kind; `between` joins them.
+    """Groups of devices, each a Cluster of one kind, joined by the link `between`.
 
     Raises InputError for fewer than two groups or more than MOST_GROUPS.
     """
@@ -42,12 +43,12 @@ class MixedCluster:
 
     @property
     def between(self) -> Link:
-        """The slowest network of the groups: what they can all be joined by."""
+        """The slowest of the groups' networks."""
         return min((group.inter for group in self.groups), key=lambda link: link.bytes_per_second)
 
     @cached_property
     def slowest(self) -> Cluster:
-        """All devices as if each were the least of all in everything."""
+        """All devices, each with the lowest figures of any."""
         devices = [group.device for group in self.groups]
         shared = set.intersection(*(set(device.flops) for device in devices))
         base = min(devices, key=lambda device: max(device.flops[p] for p in shared))
@@ -68,8 +69,8 @@ class MixedCluster:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        said = dict.fromkeys(line for group in self.groups for line in group.assumed)
-        return (*said, f"{self.between.bytes_per_second * 8 / 1e9:.3g} Gbit/s a device between the groups")
+        by_groups = dict.fromkeys(line for group in self.groups for line in group.assumed)
+        return (*by_groups, f"{self.between.bytes_per_second * 8 / 1e9:.3g} Gbit/s a device between the groups")
 
     def resolve_precision(self, word: str) -> str:
         return self.slowest.resolve_precision(word)
@@ -80,7 +81,7 @@ class MixedCluster:
 
 @dataclass(frozen=True)
 class MixedChoice:
-    """One way to use the groups: its step, what each group does, and the Choice that says it."""
+    """One way to use the groups: its Choice, and the share of each group."""
 
     name: str
     choice: Choice
@@ -93,7 +94,7 @@ class MixedChoice:
 
 @dataclass(frozen=True)
 class MixedWorkload:
-    """What every way works from: the workload on all devices as if each were the slowest, the groups, the request."""
+    """The workload on all devices as if each were the slowest, the groups, and the request."""
 
     workload: Workload
     mixed: MixedCluster
@@ -102,7 +103,7 @@ class MixedWorkload:
     _estimators: dict[str, Estimator] = field(default_factory=dict, repr=False, compare=False)
 
     def estimator(self, cluster: Cluster, batch: int | None = None) -> Estimator:
-        """The estimator of a group, remembered with all that it has computed."""
+        """The estimator of a group for `batch` samples per step (default: all); kept for reuse."""
         workload = self.on(cluster, self.request.global_batch if batch is None else batch)
         if workload.key not in self._estimators:
             self._estimators[workload.key] = Estimator(workload, self.profile)
@@ -112,29 +113,24 @@ class MixedWorkload:
         return Space(self.on(cluster, batch), pins, NARROW)
 
     def on(self, cluster: Cluster, batch: int) -> Workload:
-        """The part of the work that a cluster does: `batch` samples of each step."""
-        return self.workload.changed(cluster=cluster, global_batch=batch)
+        """The workload of one cluster that does `batch` samples of each step."""
+        return replace(self.workload, cluster=cluster, global_batch=batch)
 
-    def chances(self, step_seconds: float, groups: tuple[Cluster, ...]) -> RunForecast:
-        """What failures make of it, with the dollars of every device where all have a price."""
-        devices = sum(group.devices for group in groups)
-        cluster = replace(self.mixed.slowest, devices=devices, devices_per_node=1)
-        cluster = replace(cluster, devices_per_node=max(d for d in divisors(devices) if d <= 8))
-        found = outlook(
-            parameters=self.workload.card.parameter_elements, cluster=cluster, step_seconds=step_seconds,
-            steps=self.request.steps, spot=self.request.spot, asynchronous=self.request.asynchronous,
-            every=self.request.checkpoint_every, reliability=self.request.reliability,
-        )  # fmt: skip
+    def forecast(self, step_seconds: float) -> RunForecast:
+        """Failures, time and cost of the run on all groups; dollars need a price of each kind of device."""
+        devices, groups = self.mixed.devices, self.mixed.groups
+        cluster = replace(self.mixed.slowest, devices_per_node=max(d for d in divisors(devices) if d <= 8))
+        forecast = forecast_of(step_seconds, self.on(cluster, self.request.global_batch), self.request)
         prices = [price_of(group, self.request.spot) for group in groups]
         dollars = None
-        if found.elapsed_seconds is not None and all(prices):
+        if forecast.elapsed_seconds is not None and all(prices):
             hourly = sum(p.dollars_per_hour * g.devices for p, g in zip(prices, groups, strict=True) if p is not None)
-            paid = 1 + found.spare_nodes * cluster.devices_per_node / devices  # spares, at the mean price
-            dollars = found.elapsed_seconds / 3600 * hourly * paid
-        return replace(found, dollars=dollars)
+            with_spares = 1 + forecast.spare_nodes * cluster.devices_per_node / devices  # at the mean price
+            dollars = forecast.elapsed_seconds / 3600 * hourly * with_spares
+        return replace(forecast, dollars=dollars)
 
 
 def mfu(work: MixedWorkload, seconds: float) -> float:
-    """Share of the peak of all devices together."""
+    """Model flops over the peak of all devices, a fraction."""
     peak = sum(group.devices * group.device.flops[work.workload.precision] for group in work.mixed.groups)
     return 3 * work.workload.card.forward_flops * work.request.global_batch / (seconds * peak)

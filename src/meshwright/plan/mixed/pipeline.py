@@ -1,4 +1,4 @@
-"""The pipeline through groups of different devices: which group has which stages, and where the blocks are cut."""
+"""A pipeline through groups of different devices: the stages of each group, and the blocks of each stage."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from meshwright.plan.rules import allowed
 from meshwright.plan.search.wording import choice_of
 
 HALVINGS = 40
-#: What of a stage's memory its blocks add up to; the rest is the largest of them.
+#: The parts of a stage's memory that are sums over its blocks; of the others, the largest block counts.
 ADDED = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
 class BlockEstimates:
-    """What each block takes on one group's devices: seconds of a micro-batch, and memory."""
+    """Each block on one group's devices: seconds per micro-batch, and memory."""
 
     group: Cluster
     forward: tuple[float, ...]
@@ -34,7 +34,7 @@ class BlockEstimates:
     memory: tuple[StageMemory, ...]
     transfer: float
     micro_batches: int
-    apart: tuple[float, float, float]  # waits, optimizer and host outside the pipeline, were every block here
+    outside: tuple[float, float, float]  # seconds of waits, optimizer and host outside the pipeline, with every block
     _limits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def cost(self, block: int) -> float:
@@ -59,15 +59,15 @@ class BlockEstimates:
         return StageMemory(**sums)
 
     def limit(self, start: int, in_flight: int) -> int:
-        """The first block that does not fit any more on a stage that begins with `start`."""
+        """The first block that no longer fits on a stage that begins with `start`."""
         if (start, in_flight) not in self._limits:
             room, stop = usable_bytes(self.group.device), start
-            fixed = kept = buffers = process = 0
-            for memory in self.memory[start:]:  # as in `stage`, which is its slow twin
+            fixed = activations = buffers = process = 0
+            for memory in self.memory[start:]:  # as `stage`, the slow twin
                 fixed += memory.weights + memory.gradients + memory.optimizer
-                kept += memory.activations
+                activations += memory.activations
                 buffers, process = max(buffers, memory.buffers), max(process, memory.process)
-                moving = kept * in_flight // self.micro_batches + buffers
+                moving = activations * in_flight // self.micro_batches + buffers
                 if fixed + moving + slack_bytes(self.group.device.kind, moving, fixed + moving) + process > room:
                     break
                 stop += 1
@@ -77,48 +77,47 @@ class BlockEstimates:
 
 @dataclass(frozen=True)
 class PipelineCut:
-    """A pipeline: the stages' groups in order, the first block of each stage, and the step."""
+    """A pipeline cut into stages: of each stage its group and first block; and the step."""
 
     layout: Layout
-    blocks: tuple[BlockEstimates, ...]  # of each stage
+    blocks: tuple[BlockEstimates, ...]  # on the group of each stage
     firsts: tuple[int, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     memory: tuple[StageMemory, ...]
     transfer: float
     span: float
-    apart: tuple[float, float, float]
+    outside: tuple[float, float, float]
 
     @property
     def seconds(self) -> float:
-        return self.span + sum(self.apart)
+        return self.span + sum(self.outside)
 
 
-def through_stages(work: MixedWorkload) -> MixedChoice | None:
+def best_pipeline(work: MixedWorkload) -> MixedChoice | None:
     """The best pipeline through all groups; None where none fits or the framework has no pipeline."""
     best: PipelineCut | None = None
-    enough: set[Layout] = set()  # layouts, less their recompute, that fit with less of it: more only costs time
+    enough: set[Layout] = set()  # layouts, apart from recompute, that need no more of it
     for layout, counts in _layouts(work):
-        alike = replace(layout, recompute="none")
-        if alike in enough:
+        plain = replace(layout, recompute="none")
+        if plain in enough:
             continue
         blocks = [_blocks(work, group, layout) for group in work.mixed.groups]
         for order in permutations(range(len(blocks))):
             stages = tuple(blocks[g] for g in order for _ in range(counts[g]))
             floor = _floor(stages)
             if best is not None and floor >= best.seconds:
-                enough.add(alike)
+                enough.add(plain)
                 continue
-            cut = _best_cut(work, layout, stages)
+            cut = _best_cut(layout, stages)
             if cut is not None:
-                enough.add(alike)
-            if cut is not None and (best is None or cut.seconds < best.seconds):
-                best = cut
+                enough.add(plain)
+                best = cut if best is None or cut.seconds < best.seconds else best
     return None if best is None else _choice(work, best)
 
 
 def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
-    """Layouts of the whole, with the stages of each group: tp and dp are the same everywhere."""
+    """Layouts of all groups, with the number of stages of each; tp and dp are the same on all."""
     groups, pins, facts = work.mixed.groups, work.request.pins, work.workload.facts
     batch, count = work.request.global_batch, len(work.workload.card.blocks)
     sizes = facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
@@ -132,7 +131,7 @@ def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
             sequence = pins.get("sequence_parallel", tp > 1 and facts.units_per_sample % tp == 0)
             shards = [pins["shard"]] if "shard" in pins else sorted({1, dp})
             for micro in [pins["micro_batch"]] if "micro_batch" in pins else divisors(batch // dp):
-                plain = "1f1b" if batch // dp // micro >= sum(stages) else "gpipe"  # which only holds more
+                plain = "1f1b" if batch // dp // micro >= sum(stages) else "gpipe"  # gpipe only needs more memory
                 for schedule in [pins["schedule"]] if "schedule" in pins else [plain]:
                     for shard in shards:
                         for recompute in work.space(groups[0], batch, pins).recomputes():
@@ -141,30 +140,31 @@ def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
                                 micro_batch=micro, schedule=schedule, recompute=recompute,
                                 **{name: pins[name] for name in ("cp", "ep", "vpp", "offload") if name in pins},
                             )  # fmt: skip
-                            known = layout.schedule in ("1f1b", "gpipe") and layout.cp * layout.ep * layout.vpp == 1
-                            if known and allowed(work.workload.query(layout)):
+                            simple = layout.schedule in ("1f1b", "gpipe") and layout.cp * layout.ep * layout.vpp == 1
+                            if simple and allowed(work.workload.query(layout)):
                                 yield layout, stages
 
 
 def _blocks(work: MixedWorkload, group: Cluster, layout: Layout) -> BlockEstimates:
-    """Every block for itself, estimated as a pipeline of single blocks on this group's devices."""
+    """The estimate of each block, from a pipeline of single blocks on this group's devices."""
     estimator, count = work.estimator(group), len(work.workload.card.blocks)
-    one = estimator.estimate(replace(layout, pp=count, schedule="gpipe"))
+    single = estimator.estimate(replace(layout, pp=count, schedule="gpipe"))
     whole = estimator.estimate(layout)
     return BlockEstimates(
-        group, one.forward_seconds, one.backward_seconds, one.memory, one.transfer_seconds, one.micro_batches,
+        group, single.forward_seconds, single.backward_seconds, single.memory, single.transfer_seconds,
+        single.micro_batches,
         (whole.per_step.waits, whole.optimizer_seconds, whole.other_seconds),
     )  # fmt: skip
 
 
 def _floor(stages: Sequence[BlockEstimates]) -> float:
-    """No pipeline through these stages is quicker: all work shared out as the devices can take it."""
+    """A lower bound of the pipeline's seconds: all work divided among the stages by their speed."""
     rate = sum(1 / stage.total for stage in stages)
     return stages[0].micro_batches / rate
 
 
-def _best_cut(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates, ...]) -> PipelineCut | None:
-    """The cut with the least slowest stage among those that fit, by halving between bounds; None where none fits."""
+def _best_cut(layout: Layout, stages: tuple[BlockEstimates, ...]) -> PipelineCut | None:
+    """Of the cuts that fit, the one whose slowest stage is quickest, by bisection; None where none fits."""
     total = max(stage.total for stage in stages)
     best = _cut(layout, stages, total)
     if best is None:
@@ -186,8 +186,8 @@ def _best_cut(work: MixedWorkload, layout: Layout, stages: tuple[BlockEstimates,
         for place, (stage, (a, b)) in enumerate(zip(stages, edges, strict=True))
     )
     span = span_seconds(layout.schedule, stages[0].micro_batches, forward, backward, transfer)
-    apart = max((stage.apart for stage in stages), key=sum)
-    return PipelineCut(layout, stages, best, forward, backward, memory, transfer, span, apart)
+    outside = max((stage.outside for stage in stages), key=sum)
+    return PipelineCut(layout, stages, best, forward, backward, memory, transfer, span, outside)
 
 
 def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -195,8 +195,8 @@ def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 
 
 def _cut(layout: Layout, stages: tuple[BlockEstimates, ...], cap: float) -> tuple[int, ...] | None:
-    """First blocks of stages that each take `cap` seconds at most and fit: every stage as full as it can be, from the
-    first on; None where blocks are left over."""
+    """First blocks of stages that fit and take at most `cap` seconds each, every stage as full as it can be; None where
+    blocks are left over."""
     firsts, start, count = [], 0, len(stages[0].forward)
     for place, stage in enumerate(stages):
         firsts.append(start)
@@ -213,12 +213,12 @@ def _cut(layout: Layout, stages: tuple[BlockEstimates, ...], cap: float) -> tupl
 
 
 def _choice(work: MixedWorkload, cut: PipelineCut) -> MixedChoice:
-    layout, request = cut.layout, work.request
+    layout = cut.layout
     busiest = max(range(layout.pp), key=lambda s: cut.forward[s] + cut.backward[s])
     micro_batches = cut.blocks[0].micro_batches
     busy = micro_batches * (cut.forward[busiest] + cut.backward[busiest])
     estimator = work.estimator(cut.blocks[busiest].group)
-    waits, update, host = cut.apart
+    waits, update, host = cut.outside
     whole = replace(
         estimator.estimate(layout),
         first_blocks=cut.firsts,
@@ -238,8 +238,8 @@ def _choice(work: MixedWorkload, cut: PipelineCut) -> MixedChoice:
         step_seconds=cut.seconds,
         memory=cut.memory,
     )
-    chances = work.chances(cut.seconds, work.mixed.groups)
-    choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, chances)
+    forecast = work.forecast(cut.seconds)
+    choice = choice_of(whole, None, work.estimator(work.mixed.slowest), work.request, 1, forecast)
     shares = _shares(work, cut)
     why = "; ".join(f"{s.group} has {s.stages}: {s.why}" for s in shares)
     predicted = choice.predicted.with_figures(mfu=mfu(work, cut.seconds))

@@ -1,14 +1,14 @@
-"""A cluster of several kinds of device: who runs which stages, or which share of the batch.
+"""The plan of a cluster with several kinds of device: the stages, or the share of the batch, of each group.
 
-Four ways are compared. One group alone. All of them as if each were the slowest, which is what a framework does that
-knows nothing of kinds. Shares of the batch: each group is data parallel with as many samples as it gets through in the
-same time, and gradients are summed between groups once a step. Stages: the pipeline runs through the groups, and blocks
-are cut so that no stage is slower than it must be and none is larger than its device.
+Four ways are compared. One group alone. All groups as if each were the slowest, as a framework does that does not know
+kinds. Shares of the batch: each group is data parallel, with as many samples as it can do in the same time, and
+gradients are summed between groups once per step. Stages: a pipeline through the groups, its blocks cut so that the
+slowest stage is as quick as possible and every stage fits its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.card import Card
@@ -18,47 +18,47 @@ from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.plan.constants import Profile
 from meshwright.plan.cost import Estimate
 from meshwright.plan.mixed.cluster import MixedChoice, MixedCluster, MixedWorkload, mfu
-from meshwright.plan.mixed.pipeline import through_stages
+from meshwright.plan.mixed.pipeline import best_pipeline
 from meshwright.plan.reliability import price_of
 from meshwright.plan.request import PlanRequest
-from meshwright.plan.result import Plan, Rejected, Share
+from meshwright.plan.result import Plan, RejectedLayout, Share
 from meshwright.plan.search import make_plan
-from meshwright.plan.search.search import checked
+from meshwright.plan.search.search import requested_framework
 from meshwright.plan.search.walk import explore, ranked
 from meshwright.plan.search.wording import choice_of
 from meshwright.plan.workload import Workload
 
-#: Rounds of moving samples from slower groups to quicker ones, and the sets of degrees that are balanced so.
+#: Rounds of moving samples from slower groups to quicker ones, and the number of splits that are balanced in this way.
 ROUNDS, BALANCED = 5, 3
-#: fp32 gradients go between groups, once a step.
+#: Gradients between groups are in fp32.
 GRADIENT_BYTES = 4
 
 
 def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profile: Profile | None = None) -> Plan:
-    """The best way to use the groups, the others as runners-up, and why. `shares` of the Plan say who does what.
+    """The best way to use the groups, the others as runners-up, and why. The Plan's `shares` say what each group does.
 
     Raises CannotWork where no way works, with the reasons of each.
     """
-    framework = checked(request)
+    framework = requested_framework(request)
     precision = mixed.resolve_precision(request.precision)
     slowest = Workload(card, mixed.slowest, request.global_batch, precision, framework)
     work = MixedWorkload(slowest, mixed, request, profile)
     ways: list[MixedChoice] = []
     problems: list[Problem] = []
-    rejected: list[Rejected] = []
+    rejected: list[RejectedLayout] = []
     plans: list[Plan] = []
     for group in (*mixed.groups, mixed.slowest):
         try:
             plan = make_plan(card, group, replace(request, objective="time"), profile, what_if=False)
         except CannotWork as error:
             if group is mixed.slowest and not all("does not fit" in p.what for p in error.problems):
-                problems = []  # what no split of all devices allows is said once
+                problems = []  # the rules refuse all devices together: the reasons of the groups would repeat that
             problems += [replace(p, what=f"{group}: {p.what}") for p in error.problems]
             continue
         plans.append(plan)
         ways.append(_uniform(work, group, plan))
         rejected += plan.rejected
-    ways += [way for way in (by_samples(work), through_stages(work)) if way is not None]
+    ways += [way for way in (best_batch_split(work), best_pipeline(work)) if way is not None]
     if not ways:
         raise CannotWork(problems)
     if request.objective == "money":
@@ -67,10 +67,10 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
     else:
         order = sorted(ways, key=lambda way: (way.seconds, way.name))
     best = order[0]
-    at = next((plan for plan in plans if plan.chosen is best.choice), None)
+    plan_of_best = next((plan for plan in plans if plan.chosen is best.choice), None)
     return Plan(
         chosen=replace(best.choice, why=_why(best, order)),
-        runners_up=tuple(replace(way.choice, why=_lost(way, best)) for way in order[1:]),
+        runners_up=tuple(replace(way.choice, why=_why_lost(way, best)) for way in order[1:]),
         rejected=tuple(dict.fromkeys(rejected)),
         assumed=(*mixed.assumed, *work.estimator(mixed.slowest).profile.assumed, *framework.assumed),
         model=card.name,
@@ -81,26 +81,26 @@ def make_mixed_plan(card: Card, mixed: MixedCluster, request: PlanRequest, profi
         unit=card.unit,
         objective=request.objective,
         framework=framework.name,
-        limit=at.limit if at is not None else f"{best.name}: {best.choice.binding}",
-        outlook=at.outlook if at is not None else work.chances(best.seconds, mixed.groups),
+        limit=plan_of_best.limit if plan_of_best else f"{best.name}: {best.choice.binding}",
+        outlook=plan_of_best.outlook if plan_of_best else work.forecast(best.seconds),
         shares=best.shares,
     )
 
 
 def _why(best: MixedChoice, order: list[MixedChoice]) -> str:
-    said = [f"{way.name}: {way.seconds / best.seconds:.2f} times as long" for way in order[1:]]
-    return f"{best.name}: {best.choice.why}" + (f"; beside {'; '.join(said)}" if said else "")
+    others = [f"{way.name}: {way.seconds / best.seconds:.2f} times as long" for way in order[1:]]
+    return f"{best.name}: {best.choice.why}" + (f"; beside {'; '.join(others)}" if others else "")
 
 
-def _lost(way: MixedChoice, best: MixedChoice) -> str:
+def _why_lost(way: MixedChoice, best: MixedChoice) -> str:
     if way.seconds < best.seconds:
         return f"{way.name}: {1 - way.seconds / best.seconds:.0%} quicker, and dearer"
     return f"{way.name}: {way.seconds / best.seconds - 1:.0%} slower"
 
 
 def _prices(work: MixedWorkload) -> Callable[[MixedChoice], float]:
-    """What a step of a way costs, with the devices that stand idle given back. Raises InputError where the price of a
-    device is not known: between kinds, seconds say nothing about money."""
+    """The cost of a way's step, without the devices that stand idle. Raises InputError where a device has no known
+    price: the seconds of different kinds do not compare as money."""
     hourly = {}
     for group in work.mixed.groups:
         price = price_of(group, work.request.spot)
@@ -136,27 +136,28 @@ def _uniform(work: MixedWorkload, cluster: Cluster, plan: Plan) -> MixedChoice:
     return MixedChoice(name, plan.chosen, tuple(shares))
 
 
-def by_samples(work: MixedWorkload) -> MixedChoice | None:
+def best_batch_split(work: MixedWorkload) -> MixedChoice | None:
     """Each group data parallel, with a share of the batch by its throughput; None where no shares work."""
-    mixed, found = work.mixed, []
-    pins = work.request.pins
+    groups, pins = work.mixed.groups, work.request.pins
     if any(pins.get(name, 1) != 1 for name in ("cp", "ep")) or "dp" in pins or "shard" in pins:
-        return None  # a pin of data parallelism says how many ranks there are, not how many of each kind
-    sizes = work.workload.facts.tensor_parallel_sizes(min(group.devices_per_node for group in mixed.groups))
+        return None  # such a pin counts all ranks, not those of each kind
+    splits = []
+    sizes = work.workload.facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
     for tp in [pins["tp"]] if "tp" in pins else sizes:
-        for pp in [pins["pp"]] if "pp" in pins else divisors(min(group.devices for group in mixed.groups)):
-            if pp <= len(work.workload.card.blocks) and all(group.devices % (tp * pp) == 0 for group in mixed.groups):
-                shares = _shares(work, tp * pp, [group.devices * group.device.memory_bytes for group in mixed.groups])
-                split = None if shares is None else _Split.of(work, tp, pp, shares)
-                found += [split] if split is not None else []
-    found.sort(key=lambda split: (split.seconds, split.pp, split.tp))
-    balanced = [split.balanced() for split in found[:BALANCED]]
+        for pp in [pins["pp"]] if "pp" in pins else divisors(min(group.devices for group in groups)):
+            if pp <= len(work.workload.card.blocks) and all(group.devices % (tp * pp) == 0 for group in groups):
+                memory = [group.devices * group.device.memory_bytes for group in groups]
+                samples = _divide_batch(work, tp * pp, memory)
+                split = None if samples is None else _BatchSplit.of(work, tp, pp, samples)
+                splits += [split] if split is not None else []
+    splits.sort(key=lambda split: (split.seconds, split.pp, split.tp))
+    balanced = [split.balanced() for split in splits[:BALANCED]]
     return min(balanced, key=lambda split: split.seconds).way() if balanced else None
 
 
-def _shares(work: MixedWorkload, ranks: int, weights: list[float]) -> tuple[int, ...] | None:
+def _divide_batch(work: MixedWorkload, ranks: int, weights: Sequence[float]) -> tuple[int, ...] | None:
     """Samples of each group in proportion to `weights`, each a multiple of its data-parallel ranks; None where the
-    batch cannot be divided so."""
+    batch cannot be divided in this way."""
     groups, batch = work.mixed.groups, work.request.global_batch
     steps = [group.devices // ranks for group in groups]
     order = sorted(range(len(groups)), key=lambda g: -steps[g])
@@ -172,13 +173,13 @@ def _shares(work: MixedWorkload, ranks: int, weights: list[float]) -> tuple[int,
                 return [samples, *rest]
         return None
 
-    given = fill(0, batch)
-    return None if given is None else tuple(given[order.index(g)] for g in range(len(groups)))
+    samples_by_place = fill(0, batch)
+    return None if samples_by_place is None else tuple(samples_by_place[order.index(g)] for g in range(len(groups)))
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Samples shared out between groups that all have the same tp and pp."""
+class _BatchSplit:
+    """The samples of each group; all groups have the same tp and pp."""
 
     work: MixedWorkload
     tp: int
@@ -187,20 +188,20 @@ class _Split:
     estimates: tuple[Estimate, ...]
 
     @staticmethod
-    def of(work: MixedWorkload, tp: int, pp: int, samples: tuple[int, ...]) -> _Split | None:
+    def of(work: MixedWorkload, tp: int, pp: int, samples: tuple[int, ...]) -> _BatchSplit | None:
         estimates = []
-        held = {**work.request.pins, "tp": tp, "pp": pp, "cp": 1, "ep": 1}
+        pins = {**work.request.pins, "tp": tp, "pp": pp, "cp": 1, "ep": 1}
         for group, share in zip(work.mixed.groups, samples, strict=True):
-            space = work.space(group, share, held)
-            fitting = explore(space, work.estimator(group, share), beaten=1.05).fitting
+            space = work.space(group, share, pins)
+            fitting = explore(space, work.estimator(group, share), cutoff=1.05).fitting
             if not fitting:
                 return None
             estimates.append(ranked(fitting)[0])
-        return _Split(work, tp, pp, samples, tuple(estimates))
+        return _BatchSplit(work, tp, pp, samples, tuple(estimates))
 
     @property
     def between_seconds(self) -> float:
-        """Summing gradients between the groups: a ring of one rank of each."""
+        """Seconds to sum gradients between the groups, in a ring with one rank of each."""
         link, groups = self.work.mixed.between, len(self.samples)
         shard = min(estimate.layout.shard for estimate in self.estimates)
         size = self.work.workload.card.parameter_elements / (self.tp * self.pp) / shard * GRADIENT_BYTES
@@ -210,26 +211,24 @@ class _Split:
     def seconds(self) -> float:
         return max(estimate.step_seconds for estimate in self.estimates) + self.between_seconds
 
-    def balanced(self) -> _Split:
-        """Samples moved to where they are done sooner, as long as that helps."""
+    def balanced(self) -> _BatchSplit:
+        """The best split after moving samples to quicker groups, for a few rounds."""
         best = now = self
         for _ in range(ROUNDS):
             speeds = [n / e.step_seconds for n, e in zip(now.samples, now.estimates, strict=True)]
-            shares = _shares(self.work, self.tp * self.pp, speeds)
-            if shares is None or shares == now.samples:
+            samples = _divide_batch(self.work, self.tp * self.pp, speeds)
+            if samples is None or samples == now.samples:
                 break
-            further = _Split.of(self.work, self.tp, self.pp, shares)
-            if further is None:
+            after = _BatchSplit.of(self.work, self.tp, self.pp, samples)
+            if after is None:
                 break
-            now = further
+            now = after
             best = min(best, now, key=lambda split: split.seconds)
         return best
 
     def way(self) -> MixedChoice:
-        work, request = self.work, self.work.request
-        slowest = max(range(len(self.samples)), key=lambda g: self.estimates[g].step_seconds)
-        estimate = self.estimates[slowest]
-        seconds = self.seconds
+        work, request, seconds = self.work, self.work.request, self.seconds
+        estimate = max(self.estimates, key=lambda estimate: estimate.step_seconds)
         whole = replace(
             estimate,
             layout=replace(
@@ -240,8 +239,7 @@ class _Split:
             step_seconds=seconds,
             communication_seconds=estimate.communication_seconds + self.between_seconds,
         )
-        chances = work.chances(seconds, work.mixed.groups)
-        choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, chances)
+        choice = choice_of(whole, None, work.estimator(work.mixed.slowest), request, 1, work.forecast(seconds))
         peak = max(e.peak_bytes for e in self.estimates)
         predicted = choice.predicted.with_figures(peak_bytes=peak, mfu=mfu(work, seconds))
         why = ", ".join(
@@ -249,14 +247,14 @@ class _Split:
             f"of the devices)"
             for n, g in zip(self.samples, work.mixed.groups, strict=True)
         )
-        return MixedChoice("shares of the batch", replace(choice, predicted=predicted, why=why), self._said())
+        return MixedChoice("shares of the batch", replace(choice, predicted=predicted, why=why), self._shares())
 
-    def _said(self) -> tuple[Share, ...]:
-        said = []
+    def _shares(self) -> tuple[Share, ...]:
+        shares = []
         for group, samples, estimate in zip(self.work.mixed.groups, self.samples, self.estimates, strict=True):
             busy = estimate.step_seconds / max(e.step_seconds for e in self.estimates)
             why = f"{samples} samples take it {estimate.step_seconds:.3g} s with {estimate.layout}; busy {busy:.0%}"
-            said.append(
+            shares.append(
                 Share(
                     group=group.device.name,
                     devices=group.devices,
@@ -268,4 +266,4 @@ class _Split:
                     why=why,
                 )
             )
-        return tuple(said)
+        return tuple(shares)

@@ -1,4 +1,4 @@
-"""The best of all layouts of a workload, what came next, what a change would save, and what works where none does."""
+"""The best layout of a workload, the runners-up, what changes would save, and the nearest layout that works."""
 
 from meshwright.plan.search.search import make_plan
 from meshwright.plan.search.space import Space

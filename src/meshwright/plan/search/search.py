@@ -1,4 +1,4 @@
-"""The plan: what the search found, ranked by time or money among what fits, with what lost and why."""
+"""The plan: the layouts that fit, ranked by time or money, and why the others lost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from meshwright.layout import Layout
 from meshwright.plan.constants import Profile
 from meshwright.plan.cost import Estimate, Estimator
 from meshwright.plan.cost.correct import corrected
-from meshwright.plan.reliability import LEAST_USEFUL, RunForecast, outlook
+from meshwright.plan.reliability import LEAST_USEFUL, RunForecast, run_forecast
 from meshwright.plan.request import OBJECTIVES, PlanRequest
-from meshwright.plan.result import Choice, Plan
+from meshwright.plan.result import Plan
 from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.search.space import Space, degrees_of
 from meshwright.plan.search.suggest import why_no_layout, why_nothing_fits
@@ -30,11 +30,11 @@ FIELDS = tuple(Layout.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class ClusterSearch:
-    """One size of the cluster, searched."""
+    """The search on a cluster of one size."""
 
     space: Space
     estimator: Estimator
-    found: SearchResult
+    result: SearchResult
 
 
 def make_plan(
@@ -46,53 +46,53 @@ def make_plan(
     what_if: bool = True,
     suggest: bool = True,
 ) -> Plan:
-    """The best layout of `card` on `cluster` for `request`, the runners-up, and what was rejected and why; with
-    `what_if`, what changes would save; with `suggest`, where none works, the nearest that does.
+    """The best layout of `card` on `cluster` for `request`, the runners-up, and the rejected layouts with reasons; with
+    `what_if`, what changes would save.
 
     Raises InputError for a pin that is no field of the Layout, an unknown framework or objective; CannotWork when the
-    pins leave no layout or none fits, naming the nearest that does.
+    pins leave no layout or none fits, with `suggest` naming the nearest that does.
     """
-    framework = checked(request)
+    framework = requested_framework(request)
     precision = cluster.resolve_precision(request.precision)
     workload = Workload(card, cluster, request.global_batch, precision, framework)
-    asked = Space(workload, dict(request.pins))
-    several = [_searched(asked, profile)]
+    space = Space(workload, dict(request.pins))
+    whole = _search_cluster(space, profile)
+    searches = [whole]
     if request.objective == "money":
-        several += [_searched(asked.changed(cluster=smaller), profile) for smaller in fewer(cluster)]
-    whole = several[0]
-    working = [one for one in several if one.found.fitting]
-    if not working and not whole.found.missing:
-        raise CannotWork(why_no_layout(whole.space, request, whole.estimator, suggest))
+        searches += [_search_cluster(space.with_workload(cluster=part), profile) for part in smaller_clusters(cluster)]
+    working = [one for one in searches if one.result.fitting]
+    if not working and not whole.result.near_misses:
+        raise CannotWork(why_no_layout(space, request, whole.estimator, suggest))
     if not working:
-        raise CannotWork(why_nothing_fits(whole.space, whole.estimator, whole.found.missing, suggest))
+        raise CannotWork(why_nothing_fits(space, whole.estimator, whole.result.near_misses, suggest))
     return _plan(working, whole, request, what_if)
 
 
-def checked(request: PlanRequest) -> Framework:
-    """The framework that was named. Raises InputError for it, the objective or a pin where they are unknown."""
+def requested_framework(request: PlanRequest) -> Framework:
+    """The framework that the request names. Raises InputError for an unknown framework, objective or pin."""
     problems = [
         Problem(request.where(f"layout.{name}"), "unknown field of the layout", nearest_name(name, FIELDS))
         for name in request.pins
         if name not in FIELDS
     ]
     if request.objective not in OBJECTIVES:
-        known = nearest_name(request.objective, OBJECTIVES)
-        problems.append(Problem("command line: --objective", f"unknown objective '{request.objective}'", known))
+        nearest = nearest_name(request.objective, OBJECTIVES)
+        problems.append(Problem("command line: --objective", f"unknown objective '{request.objective}'", nearest))
     if request.framework not in FRAMEWORKS:
-        known = nearest_name(request.framework, list(FRAMEWORKS))
-        problems.append(Problem("command line: --for", f"unknown framework '{request.framework}'", known))
+        nearest = nearest_name(request.framework, list(FRAMEWORKS))
+        problems.append(Problem("command line: --for", f"unknown framework '{request.framework}'", nearest))
     if problems:
         raise InputError(problems)
     return FRAMEWORKS[request.framework].planned
 
 
-def _searched(space: Space, profile: Profile | None) -> ClusterSearch:
+def _search_cluster(space: Space, profile: Profile | None) -> ClusterSearch:
     estimator = Estimator(space.workload, profile)
     return ClusterSearch(space, estimator, search(space, estimator))
 
 
-def fewer(cluster: Cluster) -> list[Cluster]:
-    """The same cluster with fewer devices, what one may rent: whole nodes; of a single node its equal parts."""
+def smaller_clusters(cluster: Cluster) -> list[Cluster]:
+    """The same cluster with fewer devices: fewer whole nodes, or an equal part of a single node."""
     if cluster.nodes > 1:
         powers = {2**n for n in range(cluster.nodes.bit_length())}
         nodes = range(1, cluster.nodes) if cluster.nodes <= 16 else sorted(powers | set(divisors(cluster.nodes)))
@@ -100,61 +100,63 @@ def fewer(cluster: Cluster) -> list[Cluster]:
     return [replace(cluster, devices=d, devices_per_node=d) for d in divisors(cluster.devices)[:-1]]
 
 
-def value_of(request: PlanRequest, space: Space) -> Value:
-    """What is made small: seconds of a step, or what a step costs; prices of one cluster are equal, so device-seconds
-    rank as dollars do, those of spare nodes and of work that is lost counted in."""
+def objective_function(request: PlanRequest, space: Space) -> Value:
+    """What the plan minimises: seconds of a step, or its cost. All devices of a cluster have one price, so
+    device-seconds rank as dollars do; they include spare nodes and lost work."""
     if request.objective == "time":
         return step_seconds
     cluster = space.workload.cluster
 
     @cache
-    def paid(devices: int, about_seconds: float) -> float:
+    def devices_paid(devices: int, about_seconds: float) -> float:
         part = replace(cluster, devices=devices, devices_per_node=min(devices, cluster.devices_per_node))
-        found = forecast_of(about_seconds, space.workload.changed(cluster=part), request)
-        return (devices + found.spare_nodes * part.devices_per_node) / max(found.goodput, LEAST_USEFUL)
+        forecast = forecast_of(about_seconds, replace(space.workload, cluster=part), request)
+        return (devices + forecast.spare_nodes * part.devices_per_node) / max(forecast.goodput, LEAST_USEFUL)
 
     def cost(estimate: Estimate) -> float:
         seconds = estimate.step_seconds
-        return seconds * paid(estimate.layout.devices, float(f"{seconds:.2g}"))
+        return seconds * devices_paid(estimate.layout.devices, float(f"{seconds:.2g}"))
 
     return cost
 
 
 def _plan(working: list[ClusterSearch], whole: ClusterSearch, request: PlanRequest, what_if: bool) -> Plan:
-    value = value_of(request, whole.space)
-    place: dict[Layout, ClusterSearch] = {estimate.layout: one for one in working for estimate in one.found.fitting}
-    order = ranked([corrected(estimate, place[estimate.layout].estimator) for estimate in _fitting(working)], value)
+    value = objective_function(request, whole.space)
+    fitting = {estimate.layout: (estimate, one) for one in working for estimate in one.result.fitting}
+    order = ranked([corrected(estimate, one.estimator) for estimate, one in fitting.values()], value)
     quickest = min(order, key=value)
 
-    def again(estimate: Estimate) -> Estimate:
-        at, layout = place[estimate.layout], estimate.layout
-        plain = at.estimator.estimate(layout)
-        estimator = at.estimator.compiled if compiles(plain, at.estimator, request) else at.estimator
-        return corrected(estimator.estimate(layout, exact=_replayed(plain)), estimator)
+    def final_estimate(layout: Layout) -> Estimate:
+        """As `train` would run it: compiled where that pays, corrected, the schedule replayed where that is quick."""
+        estimator = fitting[layout][1].estimator
+        plain = estimator.estimate(layout)
+        if compiles(plain, estimator, request):
+            estimator = estimator.compiled
+        return corrected(estimator.estimate(layout, exact=_is_quick_to_replay(plain)), estimator)
 
-    best = ranked([again(estimate) for estimate in _distinct(order)], value, least=value(again(quickest)))
-    winner, mine = best[0], place[best[0].layout]
-    plain = mine.estimator.estimate(winner.layout)  # what the search compared
-    changes = what_ifs(plain, mine.space, mine.estimator, mine.found, value) if what_if else ()
-    chances = forecast_of(winner.step_seconds, mine.space.workload, request)
-    ways = len({degrees_of(estimate.layout) for estimate in order})
-    choices: list[Choice] = []
-    for estimate in best:
-        at = place[estimate.layout]
-        first = None if estimate is winner else winner
-        prospects = chances if first is None else forecast_of(estimate.step_seconds, at.space.workload, request)
-        choices.append(choice_of(estimate, first, at.estimator, request, ways, prospects, value))
-    cluster, found = mine.space.workload.cluster, whole.found
+    finalists = [final_estimate(estimate.layout) for estimate in _distinct(order)]
+    best = ranked(finalists, value, least=value(final_estimate(quickest.layout)))
+    winner, home = best[0], fitting[best[0].layout][1]
+    plain = home.estimator.estimate(winner.layout)  # as the search compared it
+    changes = what_ifs(plain, home.space, home.estimator, home.result, value) if what_if else ()
+    forecast = forecast_of(winner.step_seconds, home.space.workload, request)
+    considered = len({degrees_of(estimate.layout) for estimate in order})
+    choices = [choice_of(winner, None, home.estimator, request, considered, forecast, value)]
+    for estimate in best[1:]:
+        one = fitting[estimate.layout][1]
+        its_forecast = forecast_of(estimate.step_seconds, one.space.workload, request)
+        choices.append(choice_of(estimate, winner, one.estimator, request, considered, its_forecast, value))
+    cluster = home.space.workload.cluster
     rejected = (
         *rejected_by_rules(whole.space),
-        *oversized(found.missing, cluster),
+        *oversized(whole.result.near_misses, cluster),
         *outranked(order, [choice.layout for choice in choices], winner, value),
     )
     return Plan(
         chosen=choices[0],
         runners_up=tuple(choices[1:]),
         rejected=rejected,
-        assumed=(*cluster.assumed, *mine.estimator.profile.assumed, *whole.space.workload.framework.assumed),
+        assumed=(*cluster.assumed, *home.estimator.profile.assumed, *whole.space.workload.framework.assumed),
         model=whole.space.workload.card.name,
         parameters=whole.space.workload.card.parameter_elements,
         cluster=str(cluster),
@@ -163,20 +165,16 @@ def _plan(working: list[ClusterSearch], whole: ClusterSearch, request: PlanReque
         unit=whole.space.workload.card.unit,
         objective=request.objective,
         framework=request.framework,
-        limit=limit(plain, cluster, mine.found, mine.estimator),
-        considered=dict(sorted(_total(working + [whole] * (whole not in working)).items())),
+        limit=limit(plain, cluster, home.result, home.estimator),
+        considered=dict(sorted(_total_counts(working + [whole] * (whole not in working)).items())),
         buys=tuple(replace(b, step_seconds=b.step_seconds * winner.step_seconds / plain.step_seconds) for b in changes),
-        outlook=chances,
+        outlook=forecast,
     )
 
 
-def _fitting(working: list[ClusterSearch]) -> list[Estimate]:
-    return [estimate for one in working for estimate in one.found.fitting]
-
-
 def forecast_of(step_seconds: float, workload: Workload, request: PlanRequest) -> RunForecast:
-    """What failures and prices make of a run of such steps."""
-    return outlook(
+    """Failures, time and cost of a run of such steps."""
+    return run_forecast(
         parameters=workload.card.parameter_elements,
         cluster=workload.cluster,
         step_seconds=step_seconds,
@@ -188,22 +186,21 @@ def forecast_of(step_seconds: float, workload: Workload, request: PlanRequest) -
     )
 
 
-def _total(several: list[ClusterSearch]) -> dict[str, int]:
+def _total_counts(searches: list[ClusterSearch]) -> dict[str, int]:
     total: dict[str, int] = {}
-    for one in several:
-        for name, number in one.found.counts.items():
+    for one in searches:
+        for name, number in one.result.counts.items():
             total[name] = total.get(name, 0) + number
     return total
 
 
-def _replayed(estimate: Estimate) -> bool:
-    """Whether a replay is worth its time: a schedule of many thousand actions is as well served by its formula."""
+def _is_quick_to_replay(estimate: Estimate) -> bool:
+    """Whether to replay the schedule; for thousands of actions the closed form is as good."""
     return estimate.micro_batches * estimate.layout.pp * estimate.layout.vpp <= 2_000
 
 
 def _distinct(order: list[Estimate]) -> list[Estimate]:
-    """The first, and after it the best of each further set of degrees: runners-up that differ in no more than their
-    `shard` say the same thing again and again."""
+    """The first, then the best of each other set of degrees: runners-up that differ only in `shard` say little."""
     shown: dict[tuple[int, ...], Estimate] = {}
     for estimate in order[1:]:
         layout = estimate.layout

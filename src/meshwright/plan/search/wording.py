@@ -1,10 +1,11 @@
-"""Words for what was found: a Choice from an estimate, why it won or lost, and what was rejected, in groups."""
+"""The result of a search in words: Choices, why each won or lost, and the rejected layouts in groups."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import TypeVar
 
 from meshwright.cluster import GIB, Cluster, Device
@@ -16,14 +17,14 @@ from meshwright.plan.cost.memory import memory_interval
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.reliability import LEAST_USEFUL, RunForecast
 from meshwright.plan.request import PlanRequest
-from meshwright.plan.result import Choice, Interval, Prediction, Rejected
+from meshwright.plan.result import Choice, Interval, Prediction, RejectedLayout
 from meshwright.plan.rules import refusals
 from meshwright.plan.search.space import Space, with_micro_batch
 from meshwright.plan.search.walk import TIE, OversizedLayout, Value, step_seconds
 
-#: What torch.compile makes the first step take longer (bench/speed/train.py: 38 and 45 s on two cores).
+#: The time of torch.compile in the first step (bench/speed/train.py: 38 and 45 s on two cores).
 COMPILE_SECONDS = 60.0
-#: Entries of each kind that a plan lists as rejected; what is beyond is counted into them.
+#: The most rejected layouts of each kind in a plan; the last also stands for the rest.
 MOST_REJECTED = 40
 
 
@@ -33,20 +34,20 @@ def choice_of(
     estimator: Estimator,
     request: PlanRequest,
     considered: int,
-    chances: RunForecast,
+    forecast: RunForecast,
     value: Value = step_seconds,
 ) -> Choice:
-    """A Choice from an estimate; `winner` is None for the winner itself."""
+    """The Choice of an estimate; `winner` is None for the winner itself. `considered` ways to split fit."""
     workload = estimator.workload
     names = [block.name for block in workload.card.blocks]
     edges = zip(estimate.first_blocks, (*estimate.first_blocks[1:], len(names)), strict=True)
-    predicted = _prediction(estimate, estimator, chances)
+    predicted = _prediction(estimate, estimator, forecast)
     level = False
     if winner is None:
         why = _why_best(estimate, workload.cluster.device, considered, request.objective)
     else:
-        _, apart = estimator.profile.interval("pairs", workload.cluster.device.kind)
-        level = estimate.step_seconds <= apart * winner.step_seconds and request.objective == "time"
+        _, margin = estimator.profile.interval("pairs", workload.cluster.device.kind)
+        level = estimate.step_seconds <= margin * winner.step_seconds and request.objective == "time"
         why = why_lost(estimate, winner, value)
         why += "; cannot be told apart" if level else ""
     return Choice(
@@ -69,10 +70,10 @@ def choice_of(
 
 
 def compiles(estimate: Estimate, estimator: Estimator, request: PlanRequest) -> bool:
-    """Whether to compile: as asked; on "auto" where the run is long enough to earn back twice the time that it takes.
+    """Whether to compile: as requested; on "auto", where a run of `steps` saves twice the time that compiling takes.
 
-    Never on "auto" where kernels are fused by hand, nor in a pipeline that splits backwards, which walks the graph of
-    the backward pass: a compiled one has a single node.
+    Never on "auto" with kernels fused by hand, nor in a pipeline with split backwards, which needs the graph of the
+    backward pass: a compiled one is a single node.
     """
     if request.compile != "auto":
         return bool(request.compile)
@@ -85,16 +86,16 @@ def compiles(estimate: Estimate, estimator: Estimator, request: PlanRequest) -> 
     return request.steps * saved > 2 * COMPILE_SECONDS
 
 
-#: Parts of a step that are told even where they take nothing.
+#: Parts of a step that are listed even at zero seconds.
 ALWAYS_SHOWN = ("compute", "communication", "bubble", "optimizer")
 
 
 def parts(estimate: Estimate) -> dict[str, float]:
-    """Seconds of the step by what they go to; their sum is the step."""
+    """The step's seconds by cause."""
     return {name: seconds for name, seconds in estimate.breakdown.items() if seconds or name in ALWAYS_SHOWN}
 
 
-def _prediction(estimate: Estimate, estimator: Estimator, chances: RunForecast) -> Prediction:
+def _prediction(estimate: Estimate, estimator: Estimator, forecast: RunForecast) -> Prediction:
     workload, seconds = estimator.workload, estimate.step_seconds
     card, cluster = workload.card, workload.cluster
     low, high = time_interval(estimator.profile, workload, estimate.layout)
@@ -106,25 +107,25 @@ def _prediction(estimate: Estimate, estimator: Estimator, chances: RunForecast) 
         "peak_bytes": (least * estimate.peak_bytes, most * estimate.peak_bytes),
         "tokens_per_second": (speed / high, speed / low),
         "mfu": (mfu / high, mfu / low),
-        "goodput": chances.goodput_interval,
+        "goodput": forecast.goodput_interval,
     }
-    if chances.dollars is not None:
-        frequent, rare = (chances.goodput / max(bound, LEAST_USEFUL) for bound in chances.goodput_interval)
-        intervals["dollars"] = (chances.dollars * low * rare, chances.dollars * high * frequent)
+    if forecast.dollars is not None:
+        frequent, rare = (forecast.goodput / max(bound, LEAST_USEFUL) for bound in forecast.goodput_interval)
+        intervals["dollars"] = (forecast.dollars * low * rare, forecast.dollars * high * frequent)
     return Prediction(
         step_seconds=Interval(low * seconds, seconds, high * seconds),
         peak_bytes=estimate.peak_bytes,
         tokens_per_second=speed,
         mfu=mfu,
-        dollars=chances.dollars,
-        goodput=chances.goodput,
+        dollars=forecast.dollars,
+        goodput=forecast.goodput,
         breakdown=parts(estimate),
         intervals=intervals,
     )
 
 
 def binding(estimate: Estimate) -> str:
-    """What holds the layout back: memory where it had to recompute or offload, else the largest part of the step."""
+    """The layout's limit: "memory" where it recomputes or offloads, else the largest part of the step."""
     if estimate.layout.recompute != "none" or estimate.layout.offload:
         return "memory"
     shares = parts(estimate)
@@ -141,17 +142,17 @@ def _why_best(estimate: Estimate, device: Device, considered: int, objective: st
 
 
 def why_lost(estimate: Estimate, winner: Estimate, value: Value) -> str:
-    """How much slower, and which part of the step grew most; of fewer or more devices, which `value` says to cost
-    more, how much dearer."""
+    """How much slower, and which part of the step grew most; on other numbers of devices, how much dearer."""
     if estimate.layout.devices != winner.layout.devices:
         return _why_dearer(estimate, winner, value)
     extra = estimate.step_seconds - winner.step_seconds
-    mine, best = parts(estimate), parts(winner)
-    grew = max(mine, key=lambda name: mine[name] - best.get(name, 0.0))
+    best = parts(winner)
+    growth = {name: seconds - best.get(name, 0.0) for name, seconds in parts(estimate).items()}
+    part = max(growth, key=lambda name: growth[name])
     slower = extra / winner.step_seconds
     if extra <= TIE * winner.step_seconds:
         return f"level within {TIE:.0%}, but less simple"
-    cause = f"{mine[grew] - best.get(grew, 0.0):.3g} s more {grew}"
+    cause = f"{growth[part]:.3g} s more {part}"
     if RECOMPUTE.index(estimate.layout.recompute) > RECOMPUTE.index(winner.layout.recompute):
         cause += f", and fits only with recompute={estimate.layout.recompute}"
     elif estimate.layout.offload and not winner.layout.offload:
@@ -168,11 +169,11 @@ def _why_dearer(estimate: Estimate, winner: Estimate, value: Value) -> str:
     return f"{times - 1:.0%} dearer a sample on {estimate.layout.devices} devices, where it is {speed}"
 
 
-def oversized(missing: list[OversizedLayout], cluster: Cluster) -> list[Rejected]:
-    """What does not fit, the nearest miss first; of many, the nearest of each (tp, pp, cp, ep)."""
+def oversized(near_misses: list[OversizedLayout], cluster: Cluster) -> list[RejectedLayout]:
+    """Layouts that do not fit, the nearest miss first; of many, one for each (tp, pp, cp, ep)."""
     room = usable_bytes(cluster.device)
-    ordered = sorted(missing, key=lambda e: (e.peak_bytes, str(e.layout)))
-    return [Rejected(one.layout, does_not_fit(one.peak_bytes, room), count) for one, count in _grouped(ordered)]
+    ordered = sorted(near_misses, key=lambda e: (e.peak_bytes, str(e.layout)))
+    return [RejectedLayout(one.layout, does_not_fit(one.peak_bytes, room), count) for one, count in _group(ordered)]
 
 
 def does_not_fit(peak_bytes: int, room: int) -> str:
@@ -183,44 +184,43 @@ def does_not_fit(peak_bytes: int, room: int) -> str:
 Entry = TypeVar("Entry", Estimate, OversizedLayout)
 
 
-def _grouped(ordered: list[Entry]) -> list[tuple[Entry, int]]:
-    """All of a few; of more, the first of each group with how many it stands for, the last one for all the rest."""
+def _group(ordered: list[Entry]) -> list[tuple[Entry, int]]:
+    """Entries with the number that each stands for: all of a few; of more, the first of each (tp, pp, cp, ep), and the
+    last listed also stands for those left out."""
     if len(ordered) <= MOST_REJECTED:
         return [(one, 1) for one in ordered]
     groups: dict[tuple[int, ...], list[Entry]] = {}
     for one in ordered:
         layout = one.layout
         groups.setdefault((layout.tp, layout.pp, layout.cp, layout.ep), []).append(one)
-    firsts = [(several[0], len(several)) for several in groups.values()]
-    kept, rest = firsts[:MOST_REJECTED], firsts[MOST_REJECTED:]
-    if rest:
-        kept[-1] = (kept[-1][0], kept[-1][1] + sum(count for _, count in rest))
-    return kept
+    firsts = [(entries[0], len(entries)) for entries in groups.values()]
+    listed = firsts[:MOST_REJECTED]
+    listed[-1] = (listed[-1][0], listed[-1][1] + sum(count for _, count in firsts[MOST_REJECTED:]))
+    return listed
 
 
-def outranked(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, value: Value) -> list[Rejected]:
-    """What fits, is worse, and is no runner-up either."""
-    known = {(o.dp, o.tp, o.pp, o.cp, o.ep) for o in shown}
-    lost = [e for e in order if (e.layout.dp, e.layout.tp, e.layout.pp, e.layout.cp, e.layout.ep) not in known]
+def outranked(order: list[Estimate], shown: Sequence[Layout], winner: Estimate, value: Value) -> list[RejectedLayout]:
+    """Layouts that fit but are neither the winner nor a runner-up."""
+    degrees = attrgetter("dp", "tp", "pp", "cp", "ep")
+    shown_degrees = {degrees(layout) for layout in shown}
+    lost = [e for e in order if degrees(e.layout) not in shown_degrees]
     best = value(winner)
     return [
-        Rejected(estimate.layout, f"fits, and loses by {value(estimate) / best - 1:.0%}", count)
-        for estimate, count in _grouped(lost)
+        RejectedLayout(estimate.layout, f"fits, and loses by {value(estimate) / best - 1:.0%}", count)
+        for estimate, count in _group(lost)
     ]
 
 
-def rejected_by_rules(space: Space) -> list[Rejected]:
-    """Degrees that divide the devices, one at a time beside data parallelism, and the rule that refuses each."""
-    lost: list[Rejected] = []
+def rejected_by_rules(space: Space) -> list[RejectedLayout]:
+    """Layouts of data parallelism with one other degree that divides the devices, where a rule refuses them."""
     devices = space.workload.cluster.devices
-    tried = [Layout(dp=devices)]
-    for degree in (d for d in divisors(devices) if d > 1):
-        for name in ("tp", "pp", "cp") if space.offers("cp") else ("tp", "pp"):
-            tried.append(replace(Layout(dp=devices // degree), **{name: degree}))  # type: ignore[arg-type]
-    tried += [Layout(dp=devices, ep=d) for d in divisors(devices)[1:] if space.workload.facts.experts]
-    for layout in tried:
-        layout = with_micro_batch(space, layout)
-        broken = refusals(space.workload.query(layout))
-        if broken:
-            lost.append(Rejected(layout, broken[0].reason))
-    return lost
+    degrees, names = divisors(devices)[1:], ("tp", "pp", "cp") if space.offers("cp") else ("tp", "pp")
+    layouts = [Layout(dp=devices)]
+    for degree in degrees:
+        layouts += [replace(Layout(dp=devices // degree), **{name: degree}) for name in names]  # type: ignore[arg-type]
+    layouts += [Layout(dp=devices, ep=degree) for degree in degrees if space.workload.facts.experts]
+    rejected = []
+    for layout in (with_micro_batch(space, layout) for layout in layouts):
+        if broken := refusals(space.workload.query(layout)):
+            rejected.append(RejectedLayout(layout, broken[0].reason))
+    return rejected

@@ -1,4 +1,4 @@
-"""Bytes that one device of a replica holds while it serves, and how many sequences its cache has room for."""
+"""Memory of one device of a replica while it serves, and the number of sequences that its cache can hold."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 from meshwright.plan.serving.time import StepModel
 
-#: Of the memory left beside the weights, the most that slots may come to hold (what engine/engine.py does).
+#: The share of the memory beside the weights that slots may take (as in engine/engine.py).
 _SLOT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Bytes on one device of the fullest stage, and the room for keys and values beside them.
+    """Bytes on one device of the fullest stage, and the tokens and sequences of its cache.
 
-    `page_tokens` is 0 where a sequence has one slot of `longest` tokens. `sequences` is how many fit at once at most.
-    `needed` is what it takes at least: the weights, as often as they stand there while they are loaded, what a step
-    works in, and one sequence.
+    `page_tokens` is 0 where a sequence has one slot of `longest` tokens. At most `sequences` fit at once. `needed` is
+    the minimum: the weights (all copies that exist while they are loaded), the buffers of a step, and one sequence.
     """
 
     weights: int
@@ -38,17 +37,12 @@ class ServingMemory:
         """Whether the model and one sequence fit."""
         return self.needed <= self.usable and self.sequences >= 1
 
-    def as_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def serving_memory(
     model: StepModel, request_tokens: int, batch: int, longest: int, slot_tokens: int | None = None
 ) -> ServingMemory:
-    """What `model` holds for `batch` sequences of `request_tokens`, none longer than `longest`.
-
-    Where sequences have slots, one has room for `slot_tokens` at least (default: `longest`).
-    """
+    """The memory of `model` with `batch` sequences of `request_tokens`, none longer than `longest`. A slot has room for
+    at least `slot_tokens` (default: `longest`)."""
     server = model.server
     usable = int(model.device.memory_bytes * server.usable)
     weights = math.ceil(model.rank_weight_bytes)
@@ -73,24 +67,14 @@ def serving_memory(
         longest = min(longest, max(least if sequences > 1 else 1, int(room // (token * max(1, batch)))))
         tokens = max(1, batch) * longest
     needed = math.ceil(usable - min(at_rest, loading) + (least if page else request_tokens) * token)
+    cache = int(tokens * token)
     return ServingMemory(
-        weights,
-        workspace,
-        activations,
-        int(tokens * token),
-        token,
-        page,
-        pages,
-        tokens,
-        sequences,
-        longest,
-        needed,
-        usable,
+        weights, workspace, activations, cache, token, page, pages, tokens, sequences, longest, needed, usable
     )
 
 
 def _activations(model: StepModel, batch: int) -> int:
-    """What a step works in: rows of a chunk and of the batch, and the logits of the batch."""
+    """Bytes of a step's buffers: rows of a chunk and of the batch, and the logits of the batch."""
     shape = model.shape
     rows = model.server.chunk_tokens + batch / model.spread
     width = max(shape.ffn, shape.top_k * (shape.expert_ffn or shape.ffn) if shape.experts else 0)

@@ -1,21 +1,18 @@
-"""The serving plan: how many replicas, how split, how many sequences at once, and what a caller will see of it.
-
-`serving_search.make_serving_plan` makes it; the parts are frozen, and `as_dict` is its JSON.
-"""
+"""The serving plan: replicas, their split, sequences at once, and the speed that a caller will see; and its JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from meshwright.plan.result import Interval
 from meshwright.plan.serving.memory import ServingMemory
 
-#: What a request is like where nobody says: tokens of the prompt and of the answer.
+#: The default request: tokens of the prompt and of the answer.
 USUAL_PROMPT_TOKENS, USUAL_OUTPUT_TOKENS = 512, 128
-#: Part of a step -> what it is, in words.
+#: Part of a step -> its words.
 BINDING = {
     "weights": "reading the weights",
     "cache": "reading keys and values",
@@ -29,8 +26,8 @@ BINDING = {
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of a server; None is no goal. Times are means: to the first token, queueing included, and between
-    two tokens. Without `requests_per_second` the devices are kept busy."""
+    """The goals of a server; None is no goal. Times are means: to the first token, including the queue, and between two
+    tokens. Without `requests_per_second` the devices are kept busy."""
 
     prompt_tokens: int = USUAL_PROMPT_TOKENS
     output_tokens: int = USUAL_OUTPUT_TOKENS
@@ -40,27 +37,24 @@ class Target:
 
     @property
     def goals(self) -> tuple[str, ...]:
-        """Keys of what is wanted."""
+        """Keys of the goals."""
         keys = ("ttft_seconds", "tpot_seconds", "requests_per_second")
         return tuple(key for key in keys if getattr(self, key) is not None)
 
     def without(self, key: str) -> Target:
-        """The target less one goal."""
+        """The target without one goal."""
         goals = {name: None if name == key else getattr(self, name) for name in self.goals}
         return Target(self.prompt_tokens, self.output_tokens, **goals)
 
     def missed(self, ttft_seconds: float, tpot_seconds: float) -> tuple[str, ...]:
         """Keys of the times that are not met."""
-        found = {"ttft_seconds": ttft_seconds, "tpot_seconds": tpot_seconds}
-        return tuple(key for key, value in found.items() if (most := getattr(self, key)) is not None and value > most)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        times = {"ttft_seconds": ttft_seconds, "tpot_seconds": tpot_seconds}
+        return tuple(key for key, value in times.items() if (most := getattr(self, key)) is not None and value > most)
 
 
 @dataclass(frozen=True)
 class ServingPins:
-    """What is fixed; None is planned. `max_len` is in tokens, prompt and answer together."""
+    """Fixed settings; None is planned. `max_len` counts tokens of prompt and answer together."""
 
     tp: int | None = None
     pp: int | None = None
@@ -72,8 +66,8 @@ class ServingPins:
 
 @dataclass(frozen=True)
 class ServingFigures:
-    """What is predicted, of all replicas together but for the two times. `dollars_per_million_tokens` is of tokens
-    given out; None without a price."""
+    """Predicted figures: the times of a request, and the others of all replicas together. `dollars_per_million_tokens`
+    counts output tokens; None without a price."""
 
     ttft_seconds: Interval
     tpot_seconds: Interval
@@ -83,21 +77,11 @@ class ServingFigures:
     sequences: float
     utilisation: float
 
-    def as_dict(self) -> dict[str, Any]:
-        intervals = ("ttft_seconds", "tpot_seconds", "tokens_per_second", "requests_per_second")
-        found = {name: _interval(getattr(self, name)) for name in intervals}
-        rest = ("dollars_per_million_tokens", "sequences", "utilisation")
-        return {**found, **{name: getattr(self, name) for name in rest}}
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"low": interval.low, "mid": interval.mid, "high": interval.high}
-
 
 @dataclass(frozen=True)
 class ServingChoice:
-    """A way to serve that works. `max_batch` and `sequences` are of one replica; `breakdown` says where the seconds
-    between two tokens go. With `attention_dp` the `tp` ranks split the experts, and of attention the sequences."""
+    """A way to serve that works. `max_batch` and `sequences` are per replica; `breakdown` splits the seconds between
+    two tokens. With `attention_dp` the `tp` ranks split the experts, and for attention the sequences."""
 
     tp: int
     pp: int
@@ -128,8 +112,8 @@ class ServingChoice:
         plain = ("tp", "pp", "replicas", "devices", "attention_dp", "precision", "max_batch", "max_len")
         return {
             **{name: getattr(self, name) for name in plain},
-            "memory": self.memory.as_dict(),
-            "predicted": self.predicted.as_dict(),
+            "memory": asdict(self.memory),
+            "predicted": asdict(self.predicted),
             "breakdown": dict(self.breakdown),
             "binding": self.binding,
             "why": self.why,
@@ -138,7 +122,7 @@ class ServingChoice:
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """The way chosen, those that came next, those that cannot be or do not meet the target, and what was supposed."""
+    """The chosen way, the runners-up, the rejected ways with reasons, and the assumptions."""
 
     chosen: ServingChoice
     runners_up: tuple[ServingChoice, ...]
@@ -157,7 +141,7 @@ class ServingPlan:
             "runners_up": [choice.as_dict() for choice in self.runners_up],
             "rejected": [{"way": way, "reason": reason} for way, reason in self.rejected],
             "assumed": list(self.assumed),
-            "target": self.target.as_dict(),
+            "target": asdict(self.target),
             **{name: getattr(self, name) for name in ("model", "parameters", "cluster", "engine")},
         }
 

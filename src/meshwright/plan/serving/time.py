@@ -1,10 +1,10 @@
-"""Seconds of one serving step: some rows that decode, some tokens of prompts, on one pipeline stage of one replica.
+"""Seconds of one serving step, of decoding rows and prompt tokens, on one pipeline stage of one replica.
 
-A product takes its arithmetic and the reading of its weights, overlapped as far as the device can: with few rows it
-reads, with many it computes. A mixture reads the experts that its rows happen to choose. Attention of a decoding row
-reads the keys and values of all that came before it; that of a prompt computes. Every kernel has a start that no size
-makes shorter, on an engine without captured graphs the host's own. Tensor parallelism adds two all-reduces a layer,
-small enough for latency to rule them. Sources: Pope et al., "Efficiently Scaling Transformer Inference" (2022);
+A product takes its arithmetic and the reading of its weights, overlapped as far as the device can: reading dominates
+with few rows, arithmetic with many. A mixture reads the experts that its rows choose. Attention of a decoding row reads
+the keys and values of all earlier tokens; attention of a prompt computes. Every kernel takes a fixed time to start; on
+an engine without captured graphs, the host's. Tensor parallelism adds two all-reduces per layer, small enough for
+latency to dominate. Sources: Pope et al., "Efficiently Scaling Transformer Inference" (2022);
 DeepSeek-V2 (2024) for latent attention with absorbed projections.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from meshwright.cluster import CPU_MEMORY_BYTES_PER_SECOND, Cluster, Device
 from meshwright.families.decoder_shape import DecoderShape
@@ -20,23 +20,23 @@ from meshwright.plan.constants import Profile
 from meshwright.plan.cost.network import network
 from meshwright.plan.serving.work import LayerWork, Matrix, layer_work
 
-#: Bytes of one weight; scales of blocks of 32 to 128 weights are a few hundredths more.
+#: Bytes of one weight, including the scales of blocks of 32 to 128 weights.
 WEIGHT_BYTES: Mapping[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.01, "int8": 1.01, "fp4": 0.5625}
-#: Links on which kernels that write into each other's memory reduce faster than a ring does.
+#: From this speed on, kernels that write into each other's memory reduce faster than a ring.
 _DIRECT_BYTES_PER_SECOND = 100e9
-#: Rows that a matrix unit computes for an expert with fewer, on average: half of a tile of 16.
+#: Unused rows of the last tile of an expert, on average: half of a tile of 16.
 _EXPERT_TILE_ROWS = 8
 PARTS = ("weights", "cache", "compute", "launch", "collectives", "hops", "host")
 
 
 @dataclass(frozen=True)
 class Server:
-    """What serves: how an engine keeps its cache and runs a step. One row of `SERVERS`.
+    """How an engine keeps its cache and runs a step. One row of `SERVERS`.
 
-    `precisions` are those it has weights in; `chunk_tokens` are the prompt tokens of one step; `page_tokens` 0 means
-    that a sequence has one contiguous slot as long as the longest may get. `kernels` is how many a dense layer starts,
-    `expert_kernels` how many more a mixture; `graphs` says that they are captured and replayed, so the host does not
-    start them. `weight_copies` is how often the weights stand in memory while they are loaded.
+    `precisions` are those of its weights; `chunk_tokens` the most prompt tokens of a step; `page_tokens` 0 means one
+    contiguous slot per sequence, as long as the longest. A dense layer starts `kernels`, a mixture `expert_kernels`
+    more; with `graphs` they are captured and replayed, so the host does not start them. `weight_copies` counts the
+    weights' copies in memory while they are loaded.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Server:
     pipelines: bool
     replicas: bool
     splits_heads: bool  # tensor ranks may share a key head
-    spreads_attention: bool  # ranks that share experts may have sequences of their own
-    usable: float  # share of a device's memory that it may fill
+    spreads_attention: bool  # ranks that share experts may split the sequences
+    usable: float  # share of a device's memory
     weight_copies: float
 
 
@@ -93,8 +93,8 @@ SERVERS: Mapping[str, Server] = {server.name: server for server in (_OURS, _PAGE
 
 @dataclass(frozen=True)
 class Step:
-    """What one step holds: rows that decode, with `context` tokens before each, and `prompt` tokens being read, whose
-    queries see `prompt_context` tokens on average; `sampled` rows get a token."""
+    """The work of one step: `rows` that decode with `context` earlier tokens each, and `prompt` tokens to read, whose
+    queries see `prompt_context` tokens on average; `sampled` rows (None: `rows`) get a token."""
 
     rows: float
     context: float
@@ -105,22 +105,17 @@ class Step:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of a step by what they go to (`PARTS`)."""
+    """Seconds of a step by cause (`PARTS`)."""
 
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float]
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
 
-    @property
-    def binding(self) -> str:
-        """The part that takes longest."""
-        return max(PARTS, key=lambda part: self.parts.get(part, 0.0))
-
 
 class StepModel:
-    """Times steps of one shape on `tp` x `pp` devices of a cluster, weights and cache in given precisions."""
+    """Times the steps of one shape on `tp` x `pp` devices of a cluster, for one precision of weights and cache."""
 
     def __init__(
         self,
@@ -137,7 +132,7 @@ class StepModel:
     ) -> None:
         self.shape, self.cluster, self.server = shape, cluster, server
         self.tp, self.pp, self.precision = tp, pp, precision
-        #: Ranks that split attention and dense products, and ranks that split the rows of these instead.
+        #: The ranks that split attention and dense products, and the ranks that split their rows instead.
         self.split, self.spread = (1, tp) if attention_dp else (tp, 1)
         self.attention_dp = attention_dp
         self.profile, self.device = profile, cluster.device
@@ -148,8 +143,8 @@ class StepModel:
         self.cache_bytes = self.wide_bytes if cache_bytes is None else cache_bytes
         mixed = sum(shape.mixed(layer) for layer in range(shape.layers))
         kinds = ((False, shape.layers - mixed), (True, mixed))
-        #: (work, layers of it on the busiest stage)
         share = math.ceil(shape.layers / pp) / shape.layers
+        #: (work, number of such layers on the busiest stage)
         self.layers = tuple(
             (layer_work(shape, self.split, kind, self.spread), count * share) for kind, count in kinds if count
         )
@@ -161,7 +156,7 @@ class StepModel:
         self._exponent = self._c("roofline")
 
     def _memory_speeds(self) -> tuple[float, float]:
-        """Bytes a second of the memory and of reading weights. Cores share the memory, and have caches of their own."""
+        """Bytes per second of the memory, and of reading weights. Cores share the memory; each has its own cache."""
         device, stated = self.device, self.device.memory_bytes_per_second
         if self.kind == "cuda":
             speed = device.real_memory_bytes_per_second or stated * self._c("memory.share")
@@ -169,15 +164,14 @@ class StepModel:
         cores = max(1.0, stated / CPU_MEMORY_BYTES_PER_SECOND * self.cluster.devices)
         speed = stated * (1 + (cores - 1) * self._c("core.share")) / cores
         read = self.rank_weight_bytes - self._lookup_bytes
-        return speed, stated * self._c("cached.share") if read <= self._c("cached_bytes") else speed * self._c(
-            "weights.share"
-        )
+        cached = read <= self._c("cached_bytes")
+        return speed, stated * self._c("cached.share") if cached else speed * self._c("weights.share")
 
     def _c(self, name: str) -> float:
         return self.profile[f"serving.{self.kind}.{name}"]
 
     def _rate(self, precision: str) -> float:
-        """Flops a second that large products reach, weights that the device cannot multiply being widened first."""
+        """Flops per second of large products; weights that the device cannot multiply are widened first."""
         device = self.device
         word = next(word for word in (precision, "bf16", "fp16", "fp32") if word in device.flops)
         real = device.real_flops.get(word) if self.kind == "cuda" else None
@@ -190,7 +184,7 @@ class StepModel:
 
     @property
     def rank_weight_bytes(self) -> float:
-        """Bytes of the weights of the fullest stage on one rank, token tables and routers in the wide precision."""
+        """Bytes of the weights of the fullest stage on one rank; token tables and routers in the wide precision."""
         per_layer = 0.0
         for work, count in self.layers:
             small = sum(m.elements for m in work.matrices if m.whole)
@@ -201,33 +195,33 @@ class StepModel:
 
     @property
     def _lookup_bytes(self) -> float:
-        """Bytes of the table that tokens are looked up in, where it is not the output head's own: packed for products,
-        a tied table stands a second time."""
+        """Bytes of the table of token embeddings where it is not the output head's own; an engine that packs the head
+        for products keeps a second copy of a tied table."""
         if self.pp > 1 or (self.shape.tied and self.server.page_tokens > 0):
             return 0.0
         return self.shape.vocab * self.shape.hidden / self.split * self.wide_bytes
 
     @property
     def cache_token_bytes(self) -> float:
-        """Bytes of keys and values of one token on one rank of one stage; the mean where ranks hold other tokens."""
+        """Bytes of keys and values of a token on one rank of a stage, on average where ranks split the sequences."""
         return sum(work.cache_elements * count for work, count in self.layers) * self.cache_bytes / self.spread
 
     def step(self, step: Step) -> StepSeconds:
-        """One stage's step; `host` and `hops` are left to `decode` and `read`, which know the whole pipeline."""
+        """One stage's step, without `host` and `hops`, which are of the whole pipeline."""
         parts = dict.fromkeys(PARTS, 0.0)
-        together, step = step.rows + step.prompt, self._own(step)
+        all_rows, step = step.rows + step.prompt, self._rank_step(step)
         rows = step.rows + step.prompt
         for work, count in self.layers:
             for matrix in work.matrices:
                 self._product(parts, matrix, rows, count)
             if work.experts:
-                self._experts(parts, work, together, count)
+                self._experts(parts, work, all_rows, count)
             self._attend(parts, work, step, count)
             moved = rows * work.moved_elements * self.wide_bytes
             parts["compute"] += count * moved / (self._bandwidth * self._c("elementwise.share"))
             parts["launch"] += count * self._launch(work, step.rows)
             if sums := self._sums(work):
-                parts["collectives"] += count * sums * self._reduce(together * self.shape.hidden * self._wire_bytes)
+                parts["collectives"] += count * sums * self._reduce(all_rows * self.shape.hidden * self._wire_bytes)
         sampled = step.rows if step.sampled is None else step.sampled
         table = Matrix(self.shape.hidden, self.shape.vocab / self.split, whole=True)
         self._product(parts, table, sampled, 1 / self.pp)
@@ -235,9 +229,8 @@ class StepModel:
             parts["launch"] += self._c("shape_seconds")
         return StepSeconds(parts)
 
-    def _own(self, step: Step) -> Step:
-        """The part of a step that is one rank's: all of it, unless ranks have sequences of their own, a whole prompt
-        being one rank's."""
+    def _rank_step(self, step: Step) -> Step:
+        """One rank's part of a step: all of it, unless ranks split the sequences. A prompt is on one rank."""
         if self.spread == 1:
             return step
         rows = max(min(1.0, step.rows), step.rows / self.spread)
@@ -246,8 +239,8 @@ class StepModel:
         return Step(rows, step.context, prompt, step.prompt_context, sampled)
 
     def _sums(self, work: LayerWork) -> int:
-        """All-reduces of a layer: after attention and after the rest; with rows of their own ranks gather them for the
-        experts and scatter the sums, which is one."""
+        """All-reduces of a layer: after attention and after feed-forward. Ranks that split the rows gather them for the
+        experts and scatter the sums, which together is one."""
         if self.tp == 1:
             return 0
         if self.spread > 1:
@@ -259,16 +252,16 @@ class StepModel:
         return 4.0 if self.kind == "cpu" else 2.0  # gloo sums partial results in fp32
 
     def host_seconds(self, rows: float) -> float:
-        """What a step costs beside the model: scheduling, sampling, text."""
+        """Seconds of a step outside the model: scheduling, sampling, text."""
         return self._c("step_seconds") + rows * self._c("row_seconds")
 
     @property
     def request_seconds(self) -> float:
-        """What a request costs before and after the engine: HTTP, tokenising, the first text out."""
+        """Seconds of a request outside the engine: HTTP, tokenising, the first text."""
         return self._c("request_seconds")
 
     def hop_seconds(self, rows: float) -> float:
-        """Handing `rows` on to the next stage."""
+        """Seconds to send `rows` to the next stage."""
         if self.pp == 1:
             return 0.0
         far = self.tp * self.pp > self.cluster.domain
@@ -317,7 +310,7 @@ class StepModel:
         return kernels * each + extra
 
     def _direct_bytes_per_second(self) -> float:
-        """What kernels that write into each other's memory get between the tensor-parallel ranks; 0 without them."""
+        """Speed of kernels that write into the memory of other tensor-parallel ranks; 0 without them."""
         link = self.cluster.intra
         quick = link.bytes_per_second >= _DIRECT_BYTES_PER_SECOND and self.group.islands == 1
         return link.bytes_per_second if quick and self.kind == "cuda" and self.server.graphs else 0.0
@@ -331,5 +324,5 @@ class StepModel:
 
 
 def computes(device: Device, precision: str) -> bool:
-    """Whether a device can hold and use weights of `precision`: fp8 and fp4 need their units, int8 is widened."""
+    """Whether a device can compute with weights of `precision`: fp8 and fp4 need special units, int8 is widened."""
     return precision in device.flops or precision == "int8"

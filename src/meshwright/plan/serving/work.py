@@ -1,4 +1,4 @@
-"""What one layer of a decoder asks of one rank: products, experts, keys and values. Counted from the shape alone."""
+"""The work of one decoder layer on one rank (products, experts, keys and values), from the shape alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from meshwright.families.decoder_shape import DecoderShape
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` equal products of a layer on one rank: rows x inner by inner x columns."""
+    """A product of a layer on one rank: rows x inner by inner x columns."""
 
     inner: int
     columns: float
-    whole: bool = False  # kept in the precision of activations whatever the weights are in
+    whole: bool = False  # in the precision of activations, whatever that of the weights
 
     @property
     def elements(self) -> float:
@@ -23,13 +23,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer on one of `tp` ranks: products of every row, experts, and what attention reads and computes a token.
-
-    `cache_elements` of keys and values a token; flops of one query against one key, in decoding and in reading.
-    """
+    """One layer on one of `tp` ranks. `cache_elements` counts keys and values per token; `decode_flops` and
+    `read_flops` are of one query and one key, while decoding and while reading a prompt."""
 
     matrices: tuple[Matrix, ...]
-    expert_elements: float  # of one expert, the share of a rank
+    expert_elements: float  # of one expert, a rank's share
     experts: int
     top_k: int
     imbalance: float
@@ -37,19 +35,18 @@ class LayerWork:
     key_heads: int
     decode_flops: float
     read_flops: float
-    moved_elements: float  # elements that norms, activations and residuals read or write, a row
+    moved_elements: float  # per row, that norms, activations and residuals read or write
 
 
 @lru_cache(maxsize=256)
 def layer_work(shape: DecoderShape, tp: int, mixed: bool, spread: int = 1) -> LayerWork:
-    """What a layer, with or without a mixture, is for one of `tp` ranks; experts are split by `spread` ranks more."""
+    """The work of a dense or `mixed` layer on one of `tp` ranks; experts are split by another `spread` ranks."""
     h, heads = shape.hidden, shape.heads / tp
     if shape.latent:
         low = shape.kv_lora + shape.rope_head_dim
-        first = Matrix(h, low + (shape.q_lora or shape.q_width / tp))
-        up = [Matrix(shape.q_lora, shape.q_width / tp)] if shape.q_lora else []
-        up.append(Matrix(shape.kv_lora, heads * (shape.head_dim + shape.value_dim)))
-        matrices = [first, *up]
+        matrices = [Matrix(h, low + (shape.q_lora or shape.q_width / tp))]
+        matrices += [Matrix(shape.q_lora, shape.q_width / tp)] if shape.q_lora else []
+        matrices.append(Matrix(shape.kv_lora, heads * (shape.head_dim + shape.value_dim)))
         cache, key_heads = float(low), 1
         decode = 2 * heads * (low + shape.kv_lora)
     else:
@@ -71,22 +68,23 @@ def layer_work(shape: DecoderShape, tp: int, mixed: bool, spread: int = 1) -> La
     if dense:
         matrices += [Matrix(h, branches * dense / tp), Matrix(max(1, dense // tp), h)]
     moved = 8 * h + 2 * shape.q_width / tp + 4 * cache + (branches + 1) * (dense / tp + visited)
+    experts, top_k = (shape.experts, shape.top_k) if mixed else (0, 0)
     return LayerWork(
-        tuple(matrices),
-        expert,
-        shape.experts if mixed else 0,
-        shape.top_k if mixed else 0,
-        shape.imbalance,
-        cache,
-        key_heads,
-        decode,
-        2 * heads * (shape.key_dim + shape.value_dim),
-        moved + (2 * shape.top_k * h if mixed else 0),
+        matrices=tuple(matrices),
+        expert_elements=expert,
+        experts=experts,
+        top_k=top_k,
+        imbalance=shape.imbalance,
+        cache_elements=cache,
+        key_heads=key_heads,
+        decode_flops=decode,
+        read_flops=2 * heads * (shape.key_dim + shape.value_dim),
+        moved_elements=moved + 2 * top_k * h,
     )
 
 
 def parameter_count(shape: DecoderShape) -> int:
-    """Weights of the products and token tables; norms and biases, a ten-thousandth of them, left out."""
+    """Weights of the products and token tables, without norms and biases (a ten-thousandth of these)."""
     mixed = sum(shape.mixed(layer) for layer in range(shape.layers))
     total = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     for kind, count in ((False, shape.layers - mixed), (True, mixed)):
