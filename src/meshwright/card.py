@@ -71,7 +71,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Activation:
     """An activation kept for the backward pass: elements of one sample, and who splits it.
 
     `split`: "tp" is divided by tensor parallelism always, "sp" only with sequence parallelism, "" never.
@@ -90,7 +90,7 @@ class Saved:
     module: str = ""
     on: str = ""
 
-    def kept(self, kind: str, precision: str) -> bool:
+    def is_kept(self, kind: str, precision: str) -> bool:
         """Whether it is kept, nothing being recomputed, by a `kind` of device in `precision`."""
         return self.on in ("", kind, f"{kind} {precision}")
 
@@ -116,7 +116,7 @@ class Block:
     parameters: tuple[Parameter, ...]
     products: tuple[Product, ...] = ()
     attention: AttentionShape | None = None
-    saved: tuple[Saved, ...] = ()
+    saved: tuple[Activation, ...] = ()
     output_elements: int = 0
     elementwise_elements: int = 0  # elements read or written by memory-bound operations of one sample's forward
     experts: Experts | None = None

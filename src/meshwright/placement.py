@@ -42,7 +42,7 @@ def placements(
     mesh = {"replicate": (layout.replicate, at.replicate), "shard": (layout.shard, at.shard), "tp": (layout.tp, at.tp)}
     dims = tensor_split(card) if layout.tp > 1 else {}
     opening, stored_as = regions(dims), {alias: name for name, alias in card.tied}
-    parameters, copies = _held(card, stage)
+    parameters, copies = _stage_parameters(card, stage)
     rows = {}
     for index, parameter in enumerate(parameters):
         name, box = parameter.name, Box.whole(parameter.shape)
@@ -56,7 +56,7 @@ def placements(
             if axis not in split:
                 replicas, replica = replicas * degree, replica * degree + place
         owner, partial = index % replicas == replica, []
-        if layout.tp > 1 and name not in dims and (layout.sequence_parallel or _within(name, dims, opening)):
+        if layout.tp > 1 and name not in dims and (layout.sequence_parallel or _acts_in_region(name, dims, opening)):
             partial.append("tp")  # a rank's gradient is of its part of the sequence, or of its heads or features
         if name in copies and at.pp in (0, layout.pp - 1):
             replicas, owner = 2 * replicas, owner and at.pp == 0
@@ -82,14 +82,14 @@ def regions(dims: Mapping[str, int]) -> frozenset[str]:
     return frozenset(path for path, found in sides.items() if found >= {0, 1})
 
 
-def _within(name: str, dims: Mapping[str, int], opening: Collection[str]) -> bool:
+def _acts_in_region(name: str, dims: Mapping[str, int], opening: Collection[str]) -> bool:
     """Whether a parameter acts inside a region, and not on its sum as the bias of the layer that ends it does."""
     path = name.split(".")[:-1]
     inside = any(".".join(path[:depth]) in opening for depth in range(len(path) + 1))
     return inside and dims.get(".".join([*path, "weight"])) != 1
 
 
-def _held(card: Card, stage: Collection[str] | None) -> tuple[list[Parameter], set[str]]:
+def _stage_parameters(card: Card, stage: Collection[str] | None) -> tuple[list[Parameter], set[str]]:
     """The parameters of a stage, and the names of those tied to one of another stage: the alias is then a parameter of
     its own, the last of its block."""
     if stage is None:

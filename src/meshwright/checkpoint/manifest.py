@@ -161,7 +161,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
             Problem(where, "its digest does not match: it was cut short or changed", "use an earlier checkpoint")
         )
     record = parse_json(data, where)
-    top = _Reader(where)
+    top = _RecordReader(where)
     version = top.get(record, "version", int)
     if version != VERSION:
         raise InputError(Problem(where, f"is of version {version}", f"this Meshwright reads version {VERSION}"))
@@ -169,11 +169,11 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     top.exactly(record, keys)
     parent = None if record["parent"] is None else top.count(record, "parent")
     files = {
-        path: _decode_file(path, entry, _Reader(f"{where}: files[{path[:200]!r}]"))
+        path: _decode_file(path, entry, _RecordReader(f"{where}: files[{path[:200]!r}]"))
         for path, entry in top.get(record, "files", dict).items()
     }
     tensors = {
-        name: _decode_tensor(name, entry, files, _Reader(f"{where}: tensor {name[:200]!r}"))
+        name: _decode_tensor(name, entry, files, _RecordReader(f"{where}: tensor {name[:200]!r}"))
         for name, entry in top.get(record, "tensors", dict).items()
     }
     return CheckpointManifest(
@@ -188,7 +188,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     )
 
 
-class _Reader:
+class _RecordReader:
     """Takes typed values out of parsed JSON; `where` goes into every message."""
 
     def __init__(self, where: str) -> None:
@@ -227,7 +227,7 @@ class _Reader:
             raise self.fail("must have exactly the keys " + ", ".join(keys))
 
 
-def _decode_file(path: str, entry: Any, reader: _Reader) -> StoredFile:
+def _decode_file(path: str, entry: Any, reader: _RecordReader) -> StoredFile:
     part, _, name = path.partition("/")
     if part not in ("model", "state") or not FILE_NAME.fullmatch(name):
         raise reader.fail("a path must be model/NAME or state/NAME: no other folder, no '..', no absolute path")
@@ -238,7 +238,7 @@ def _decode_file(path: str, entry: Any, reader: _Reader) -> StoredFile:
     return StoredFile(size, digested, reader.digest(entry))
 
 
-def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _Reader) -> StoredTensor:
+def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _RecordReader) -> StoredTensor:
     if not TENSOR_NAME.fullmatch(name):
         raise reader.fail("its name is too long or has control characters")
     reader.exactly(entry, ("dtype", "global_shape", "pieces"))
@@ -256,7 +256,7 @@ def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reade
 
 
 def _decode_piece(
-    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _Reader
+    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _RecordReader
 ) -> StoredPiece:
     reader.exactly(entry, ("file", "offset", "start", "shape", "bytes", "sha256"))
     piece = StoredPiece(

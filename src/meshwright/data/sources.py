@@ -39,7 +39,7 @@ class Unreadable:
 
 
 Documents = Iterator[Document | Unreadable]
-Reader = Callable[[BinaryIO, str], Documents]
+DocumentReader = Callable[[BinaryIO, str], Documents]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextSource:
     """Files in a fixed order, each with its name for messages and the reader of its documents."""
 
     name: str
-    files: tuple[tuple[str, Path, Reader], ...]
+    files: tuple[tuple[str, Path, DocumentReader], ...]
 
     def documents(self) -> Documents:
         """Every document, and every place that should have held one. Raises InputError if a file cannot be opened."""
@@ -159,7 +159,7 @@ def _paragraphs(file: BinaryIO, name: str) -> Documents:
         yield _decoded(b"".join(kept), f"{name}:{first}")
 
 
-def _records(text_key: str) -> Reader:
+def _records(text_key: str) -> DocumentReader:
     """One JSON object a line, its text under `text_key`."""
 
     def read(file: BinaryIO, name: str) -> Documents:

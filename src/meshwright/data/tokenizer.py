@@ -14,7 +14,7 @@ from meshwright.errors import InputError, Problem
 
 END_OF_TEXT = "<|endoftext|>"
 #: Names of the end token that tokenizers of other families carry, for a tokenizer.json without its configuration.
-KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
 #: Files that belong to a tokenizer in a Hugging Face folder.
 SIDE_FILES = (
     "tokenizer.json",
@@ -55,7 +55,7 @@ class Tokenizer:
         said = _json_object(self._files.get("tokenizer_config.json", b"{}"), where).get("eos_token")
         if isinstance(said, dict):  # the older form spells the token's attributes out
             said = said.get("content")
-        for name in [said] if isinstance(said, str) else KNOWN_ENDS:
+        for name in [said] if isinstance(said, str) else END_TOKENS:
             if name in vocabulary:
                 return name
         what = f"has no token {said!r}, its eos_token" if said else "does not say which token ends a text"

@@ -39,19 +39,19 @@ class Heads:
 def attention(work: Work, heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
     """Attention for the rows of `work`, decoding slots first, with what all layers share (masks) made once."""
     slots = len(work.tokens)
-    decode = decoding(work.positions, heads, dtype, device) if slots else None
+    decode = decode_attention(work.positions, heads, dtype, device) if slots else None
     if decode is not None and not work.segments:
         return decode
     parts: list[tuple[slice, Attend]] = [(slice(0, slots), decode)] if decode is not None else []
     at = slots
     for segment in work.segments:
         rows = slice(at, at + len(segment.tokens))
-        parts.append((rows, reading(segment, heads, device)))
+        parts.append((rows, prompt_attention(segment, heads, device)))
         at = rows.stop
     return lambda q, cached: torch.cat([attend(q[rows], cached) for rows, attend in parts])
 
 
-def decoding(positions: Sequence[int], heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
+def decode_attention(positions: Sequence[int], heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
     """Row s attends to slot s up to `positions[s]`. The query heads of one key head are rows of one product."""
     slots, longest = len(positions), max(positions) + 1
     mask = None
@@ -93,7 +93,7 @@ def _batched(slots: int, longest: int, heads: Heads, mask: Tensor | None, keys_f
     return attend
 
 
-def reading(segment: Segment, heads: Heads, device: torch.device) -> Attend:
+def prompt_attention(segment: Segment, heads: Heads, device: torch.device) -> Attend:
     """A run of query tokens of one slot, causal, over what its slot holds up to each."""
     slot, start, count = segment.slot, segment.start, len(segment.tokens)
     mask = None

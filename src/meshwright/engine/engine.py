@@ -81,7 +81,7 @@ class Engine:
         if torch.cuda.is_available():
             device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        limit = _room(model, ranks, max_batch, max_len, dtype)
+        limit = _limit_len(model, ranks, max_batch, max_len, dtype)
         weights = read_weights(model, ranks, dtype, device)
         return cls(model, Decoder(model.shape, weights, ranks, max_batch, limit), ranks)
 
@@ -188,7 +188,7 @@ class Engine:
         leave(self._ranks)
 
 
-def _room(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
+def _limit_len(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
     """Tokens a request may have. Raises InputError for a `max_len` past what the model was made for."""
     longest = model.shape.longest
     if max_len is not None:
@@ -204,7 +204,7 @@ def _room(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None,
         raise CannotWork(
             Problem("max_batch", f"a cache for {max_batch} requests does not fit in memory", "a smaller one")
         )
-    return ranks.agree(min(longest, fits))
+    return ranks.minimum(min(longest, fits))
 
 
 def _free_bytes() -> int:

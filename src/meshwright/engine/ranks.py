@@ -13,7 +13,7 @@ from meshwright.engine.scheduler import Work
 from meshwright.launch import Context
 
 #: Integers that the first broadcast of a step carries; a step of decoding fits, one that reads prompts sends the rest.
-_FIRST = 128
+_FIRST_MESSAGE = 128
 #: A rank waits for the next request as long as it takes; that a rank died is seen by `launch`, which ends the others.
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
 
@@ -42,7 +42,7 @@ class Ranks:
         dist.gather(part, parts)
         return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab]
 
-    def agree(self, value: int) -> int:
+    def minimum(self, value: int) -> int:
         """The smallest of the ranks' values."""
         if self.world == 1:
             return value
@@ -55,8 +55,8 @@ class Ranks:
         if self.world == 1:
             return
         numbers = work.encode() if work is not None else []
-        first = torch.zeros(_FIRST, dtype=torch.int64)
-        sent = numbers[: _FIRST - 1]
+        first = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
+        sent = numbers[: _FIRST_MESSAGE - 1]
         first[: len(sent) + 1] = torch.tensor([len(numbers), *sent], dtype=torch.int64)
         dist.broadcast(first, 0)
         if len(numbers) > len(sent):
@@ -64,7 +64,7 @@ class Ranks:
 
     def receive(self) -> Work | None:
         """Other ranks: what `send` was given."""
-        first = torch.zeros(_FIRST, dtype=torch.int64)
+        first = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
         dist.broadcast(first, 0)
         count, *numbers = first.tolist()
         if count == 0:

@@ -26,7 +26,7 @@ CONFIG_NAME = "config.json"
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
 
 #: Fields of a DecoderShape that our modules follow; in every other one they compute the default.
-_COMPUTED = {
+_MODULE_FIELDS = {
     *("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window"),
     *("bias_of", "hf_type"),
 }
@@ -51,7 +51,7 @@ def config_of_job(job: Job, *, ours: bool = False) -> ModelConfig:
     Raises InputError where the folder or lengths are wrong, or the kind of model is not known.
     """
     if job.model.hf is None:  # a checkpoint's model is written in fp32
-        return _of_llama(llama.shape_from_job(job.model, job.data.seq_len or 1), "fp32")
+        return _llama_config(llama.shape_from_job(job.model, job.data.seq_len or 1), "fp32")
     config = config_of_folder(Path(job.model.hf), ours=ours)
     if isinstance(config.shape, llama.LlamaShape) and (job.data.seq_len or 1) > config.longest:
         limit = "positions" if config.longest == config.shape.max_positions else "tokens of the sliding window"
@@ -65,12 +65,12 @@ def config_of_folder(folder: Path, *, ours: bool = False) -> ModelConfig:
     where the kind of model is not known or its config contradicts itself."""
     config, where = read_config(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
     if ours or config.get("model_type") in llama.ARCHITECTURES:
-        return _of_llama(llama.shape_from_hf(config, where), precision_of(config))
+        return _llama_config(llama.shape_from_hf(config, where), precision_of(config))
     shape = decoder_hf.shape_from_hf_config(config, where)
     return ModelConfig(shape, *decoder_hf.numbers_of(config))
 
 
-def _of_llama(shape: llama.LlamaShape, precision: str) -> ModelConfig:
+def _llama_config(shape: llama.LlamaShape, precision: str) -> ModelConfig:
     return ModelConfig(shape, precision, shape.longest, shape.rope_theta, shape.rope_scaling, shape.norm_eps)
 
 
@@ -97,7 +97,7 @@ def own_card(shape: DecoderShape, seq_len: int) -> Card | None:
     """The card of our own model of that shape, which says what our modules keep; None where we have no such model."""
     kind = shape.hf_type or ("qwen3" if shape.qk_norm else "llama")
     usual = all(
-        field.name in _COMPUTED or getattr(shape, field.name) == field.default for field in fields(DecoderShape)
+        field.name in _MODULE_FIELDS or getattr(shape, field.name) == field.default for field in fields(DecoderShape)
     )
     if not usual or shape.bias_of not in ((), llama.biases(kind, True)):
         return None

@@ -62,7 +62,7 @@ class Job(JobSections):
         **sections: Any,
     ) -> None:
         if origins is None:
-            origins = dict.fromkeys(_keys_said(sections), "Python")
+            origins = dict.fromkeys(_dotted_keys(sections), "Python")
             sections = absolute_paths(sections, {})
         resolved = _resolve(sections, origins, data_must_exist)
         super().__init__(**resolved)
@@ -103,7 +103,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist
     return job
 
 
-def sound_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
+def valid_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
     """What a faulty job says when its faulty values are left out, so that a plan can be tried and its problems listed
     with the job's own. None where too little is left, or where a faulty value would change the plan's answer.
     """
@@ -170,14 +170,14 @@ def job_keys() -> dict[str, str]:
     }
 
 
-def _keys_said(sections: dict[str, Any]) -> list[str]:
+def _dotted_keys(sections: dict[str, Any]) -> list[str]:
     return [f"{section}.{key}" for section, content in sections.items() if isinstance(content, dict) for key in content]
 
 
 def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
     """The sections with derived values filled in; raises InputError listing all that is wrong with them."""
     resolved, problems, good = _examine(sections, origins)
-    crossed = cross_problems(good, {_key_of(path) for path in problems}, _said_at(origins), data_must_exist)
+    crossed = cross_problems(good, {_key_of(path) for path in problems}, _origin_lookup(origins), data_must_exist)
     if problems or crossed:
         raise InputError([*problems.values(), *crossed])
     return resolved
@@ -195,7 +195,7 @@ def _examine(
     except ValidationError as error:
         for entry in error.errors(include_url=False, include_context=True):
             path = [str(part) for part in entry["loc"]]
-            place = _said_at(origins)(".".join(path[:2]))
+            place = _origin_lookup(origins)(".".join(path[:2]))
             problems.setdefault(".".join(path), plain_problem(entry, path, place, keys))
     bad = {_key_of(path) for path in problems}
     good = {
@@ -210,6 +210,6 @@ def _key_of(path: str) -> str:
     return ".".join(path.split(".")[:2])
 
 
-def _said_at(origins: dict[str, str]) -> Callable[[str], str]:
+def _origin_lookup(origins: dict[str, str]) -> Callable[[str], str]:
     """Where a key was said; where its section was, for one that was not."""
     return lambda key: origins.get(key, origins.get(key.split(".")[0], ""))

@@ -25,7 +25,7 @@ from meshwright.placement import Placement, placements, tensor_split
 Source = Callable[[str, Box], Tensor]
 
 #: Kept by selective recompute: matrix products and attention, the operations dear to repeat, and what was communicated.
-_KEPT = {
+_SAVED_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -38,7 +38,7 @@ _KEPT = {
 
 
 @dataclass(frozen=True)
-class Applied:
+class ParallelModel:
     """This rank's part of a model.
 
     `placements` has a row for each parameter, by its name in the module; `local(name)` is what the rank holds of it, as
@@ -100,7 +100,7 @@ def apply(
     mesh: Mesh,
     *,
     allocating: AbstractContextManager[object] | None = None,
-) -> Applied:
+) -> ParallelModel:
     """Turns `module`, built on the meta device, into this rank's part of it on the mesh's device, unfilled.
 
     A plan's Choice is an Execution; `card` is of the same model. Order matters: cut into a stage, slice for tensor
@@ -128,14 +128,14 @@ def apply(
     _shard(execution, module, blocks, mesh, one_group={name for pair in card.tied for name in pair})
     with allocating or nullcontext():
         module.to_empty(device=mesh.device)
-        _settle_storage(module)
+        _allocate_shards(module)
     rows = placements(card, layout, mesh.at, stage)
     held = {name: tuple(_local(parameter).shape) for name, parameter in module.named_parameters()}
     assert held == {name: row.box.shape for name, row in rows.items()}, (held, rows)
-    return Applied(module, rows, output)
+    return ParallelModel(module, rows, output)
 
 
-def _settle_storage(module: nn.Module) -> None:
+def _allocate_shards(module: nn.Module) -> None:
     """FSDP2 may move a shard into padded storage before its first use; after one gathering it stays where it is, so
     that the optimizer may hold it."""
     for child in module.modules():
@@ -173,7 +173,7 @@ def _recomputing(forward: Callable[..., Tensor], mode: str) -> Callable[..., Ten
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _shard(

@@ -81,7 +81,7 @@ def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float
 
 
 @contextmanager
-def stand_in(layout: Layout, rank: int) -> Iterator[Mesh]:
+def fake_mesh(layout: Layout, rank: int) -> Iterator[Mesh]:
     """The Mesh that `rank` of `layout` would see, with nobody else there: torch's fake process group, on the CPU.
 
     Collectives return at once and leave what they should have filled as it was. For rehearsals, of any world size.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from meshwright.parallel.apply import Applied
+from meshwright.parallel.apply import ParallelModel
 from meshwright.parallel.mesh import Mesh
 
 #: Layout.schedule -> torch's schedule.
@@ -24,7 +24,7 @@ class Pipeline:
 
     def __init__(
         self,
-        applied: Applied,
+        model: ParallelModel,
         mesh: Mesh,
         micro_batches: int,
         loss: Callable[[Tensor, Tensor], Tensor],
@@ -36,7 +36,7 @@ class Pipeline:
         self._micro_batches = micro_batches
         given, handed_on = boundary or (None, None)
         stage = PipelineStage(
-            applied.module, mesh.at.pp, mesh.layout.pp, mesh.device, given, handed_on, group=mesh.pp_group
+            model.module, mesh.at.pp, mesh.layout.pp, mesh.device, given, handed_on, group=mesh.pp_group
         )
         schedule = SCHEDULES[mesh.layout.schedule]
         self._schedule = schedule(stage, micro_batches, loss_fn=loss, scale_grads=False)

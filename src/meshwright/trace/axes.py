@@ -9,7 +9,7 @@ from torch import nn
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.layout import AXIS_RULES, split_dimension
-from meshwright.trace.factory import users_code
+from meshwright.trace.factory import user_code
 
 Axes = dict[str, tuple[str | None, ...]]
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # their forward is never called
@@ -22,7 +22,7 @@ def parameter_axes(module: nn.Module) -> Axes | None:
     number of dimensions, a split parameter that is of no Linear or Embedding, and a split Linear without its
     counterpart in the same module.
     """
-    with users_code(f"reading parameter_axes of {type(module).__name__}"):
+    with user_code(f"reading parameter_axes of {type(module).__name__}"):
         table: Any = getattr(module, "parameter_axes", None)
     if table is None:
         return None

@@ -16,7 +16,7 @@ from meshwright import env
 from meshwright.card import Block, Card, Parameter
 from meshwright.errors import InputError, Problem
 from meshwright.trace.axes import parameter_axes
-from meshwright.trace.factory import describe, prints_to_stderr, users_code
+from meshwright.trace.factory import describe, print_to_stderr, user_code
 from meshwright.trace.record import BlockRecord, Recorder
 
 SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
@@ -41,8 +41,8 @@ def card_of(
     prints goes to stderr.
     """
     with (
-        prints_to_stderr(),
-        _without_reports(),
+        print_to_stderr(),
+        _silence_torch_log(),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         warnings.catch_warnings(),
         torch.random.fork_rng([]),
@@ -51,7 +51,7 @@ def card_of(
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
             module = module_factory()
-            with users_code(f"train() of {type(module).__name__}"):
+            with user_code(f"train() of {type(module).__name__}"):
                 module.train()
             x, inputs = _fake_inputs(fake, module, sample_inputs)
             axes = parameter_axes(module)
@@ -64,7 +64,7 @@ def card_of(
 
 
 @contextlib.contextmanager
-def _without_reports() -> Iterator[None]:
+def _silence_torch_log() -> Iterator[None]:
     """Keeps torch from logging the traceback of an operation that fails: the error that we raise says it in a line."""
     log = logging.getLogger(FakeTensorMode.__module__)
     before = log.disabled
@@ -82,7 +82,7 @@ def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | 
         if not callable(ask):
             what = f"the shape of {type(module).__name__}'s input is unknown"
             raise InputError(Problem(KEY, what, "add a method sample_input() that returns a batch of one"))
-        with users_code(f"sample_input() of {type(module).__name__}"):
+        with user_code(f"sample_input() of {type(module).__name__}"):
             sample = ask()
     x, inputs = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, {})
     if not isinstance(x, Tensor) or not _are_tensors(inputs):
@@ -101,7 +101,7 @@ def _are_tensors(inputs: Any) -> bool:
 
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The module's ordered blocks by name, empty when it names none."""
-    with users_code(f"reading blocks of {type(module).__name__}"):
+    with user_code(f"reading blocks of {type(module).__name__}"):
         blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.ModuleDict) or not len(blocks):
         return {}

@@ -55,7 +55,7 @@ def load_factory(
 
 
 def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
-    with users_code(f"'{reference}'"):
+    with user_code(f"'{reference}'"):
         module = function(**arguments)
     if not isinstance(module, nn.Module):
         what = f"'{reference}' returned a {type(module).__name__}, not an nn.Module"
@@ -64,11 +64,11 @@ def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str,
 
 
 @contextlib.contextmanager
-def users_code(what: str) -> Iterator[None]:
+def user_code(what: str) -> Iterator[None]:
     """Runs the user's code inside: what it prints goes to stderr, and anything that it raises, `sys.exit` too, becomes
     an InputError that `what` failed, with the line that raised it."""
     try:
-        with prints_to_stderr():
+        with print_to_stderr():
             yield
     except KeyboardInterrupt:
         raise
@@ -76,7 +76,7 @@ def users_code(what: str) -> Iterator[None]:
         raise InputError(Problem(KEY, f"{what} failed: {describe(error)}")) from error
 
 
-def prints_to_stderr() -> contextlib.redirect_stdout[ToStderr]:
+def print_to_stderr() -> contextlib.redirect_stdout[ToStderr]:
     """Within, what is printed goes to stderr."""
     return contextlib.redirect_stdout(ToStderr())
 
@@ -100,7 +100,7 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
         what = f"{found.origin or top} has the name of a module that is already loaded ({where})"
         raise InputError(Problem(KEY, what, "give your file another name"))
     try:
-        with prints_to_stderr():
+        with print_to_stderr():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):

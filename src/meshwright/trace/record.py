@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from meshwright.card import AttentionShape, Product, Saved
+from meshwright.card import AttentionShape, Product, Activation
 from meshwright.layout import split_dimension
 
 #: Operations that only pick rows of a table: they touch what they return, not the whole table.
@@ -29,8 +29,8 @@ class BlockRecord:
     saved: dict[tuple[str, int], int] = field(default_factory=dict)
     elementwise_elements: int = 0
 
-    def saved_activations(self) -> tuple[Saved, ...]:
-        return tuple(Saved(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count)
+    def saved_activations(self) -> tuple[Activation, ...]:
+        return tuple(Activation(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count)
 
 
 class Recorder(TorchDispatchMode):

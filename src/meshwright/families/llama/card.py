@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwright.card import Card, Saved
+from meshwright.card import Card, Activation
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families import decoder
 from meshwright.families.decoder_config import ConfigReader, kind_of, show
@@ -242,18 +242,18 @@ def ignored_tensors(shape: LlamaShape) -> tuple[str, ...]:
     return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if shape.tied else ()))
 
 
-def _norm_saved(name: str, t: int, h: int) -> tuple[Saved, ...]:
+def _norm_saved(name: str, t: int, h: int) -> tuple[Activation, ...]:
     """A norm keeps its input and each token's scale; on a CPU, where it is no single operation, fp32 copies of its
     input and of what it made, before the weight."""
     return (
-        Saved(f"{name} input", t * h, "sp", selective=True, on="cuda"),
-        Saved(f"{name} input", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
-        Saved(f"{name} without its weight", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
-        Saved(f"{name} scale", t, "sp", bytes_per_element=4, selective=True),
+        Activation(f"{name} input", t * h, "sp", selective=True, on="cuda"),
+        Activation(f"{name} input", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Activation(f"{name} without its weight", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Activation(f"{name} scale", t, "sp", bytes_per_element=4, selective=True),
     )
 
 
-def _layer_saved(shape: LlamaShape, t: int) -> tuple[Saved, ...]:
+def _layer_saved(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
     """What a layer keeps, operation by operation of `module.py`; recomputed selectively, what `parallel.apply` keeps.
 
     Keys and values are repeated for the query heads that share them, but for the blocked attention of bf16 on a CPU,
@@ -264,30 +264,30 @@ def _layer_saved(shape: LlamaShape, t: int) -> tuple[Saved, ...]:
     repeated = q if heads > shape.kv_heads else kv
     table = [
         *_norm_saved("attn_norm", t, h),
-        Saved("qkv input", t * h, selective=True),
-        Saved("cosines and sines", 2 * t * shape.head_dim, selective=True),
-        Saved("q", t * q, "tp", selective=True),
-        Saved("attention output", t * q, "tp"),
+        Activation("qkv input", t * h, selective=True),
+        Activation("cosines and sines", 2 * t * shape.head_dim, selective=True),
+        Activation("q", t * q, "tp", selective=True),
+        Activation("attention output", t * q, "tp"),
     ]
     for place in ("cuda", "cpu fp32"):
-        table.append(Saved("k and v", 2 * t * repeated, "tp", selective=True, on=place))
-        table.append(Saved("attention log-sum-exp", t * heads, "tp", bytes_per_element=4, on=place))
+        table.append(Activation("k and v", 2 * t * repeated, "tp", selective=True, on=place))
+        table.append(Activation("attention log-sum-exp", t * heads, "tp", bytes_per_element=4, on=place))
     table += [
-        Saved("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
-        Saved("attention probabilities", heads * kept_probabilities(t), "tp", selective=True, on="cpu bf16"),
+        Activation("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
+        Activation("attention probabilities", heads * saved_probabilities(t), "tp", selective=True, on="cpu bf16"),
         *_norm_saved("ffn_norm", t, h),
-        Saved("gate and up input", t * h, selective=True),
-        Saved("gate and up", 2 * t * ffn, "tp"),
-        Saved("silu and product", 2 * t * ffn, "tp", selective=True),
-        Saved("layer input", t * h, "sp", on="selective"),
-        Saved("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
-        Saved("products into the residual stream", 2 * t * h, on="selective"),
-        Saved("their sums over tensor-parallel ranks", 2 * t * h, "sp", on="selective tp"),
+        Activation("gate and up input", t * h, selective=True),
+        Activation("gate and up", 2 * t * ffn, "tp"),
+        Activation("silu and product", 2 * t * ffn, "tp", selective=True),
+        Activation("layer input", t * h, "sp", on="selective"),
+        Activation("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
+        Activation("products into the residual stream", 2 * t * h, on="selective"),
+        Activation("their sums over tensor-parallel ranks", 2 * t * h, "sp", on="selective tp"),
     ]
     return tuple(table)
 
 
-def kept_probabilities(t: int) -> int:
+def saved_probabilities(t: int) -> int:
     """Probabilities of one head that the blocked attention of `t` tokens keeps: none beyond PROBABILITIES_KEPT tokens,
     else of each block of queries with all keys up to its end."""
     if t > PROBABILITIES_KEPT:
@@ -302,8 +302,8 @@ def card(shape: LlamaShape, seq_len: int) -> Card:
     t = seq_len
     head = (
         *_norm_saved("norm", t, shape.hidden),
-        Saved("out input", t * shape.hidden, selective=True),
-        Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
+        Activation("out input", t * shape.hidden, selective=True),
+        Activation("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
     )
     saved = {"embedding": (), "layer": _layer_saved(shape, t), "head": head}
     paper = decoder.card(replace(shape, sliding_window=None), t)
