@@ -1,4 +1,4 @@
-"""What can be wrong with a Job, in plain English: single values (from pydantic's error kinds) and combinations."""
+"""The problems of a Job in plain English: single values (from pydantic's error kinds) and combinations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from meshwright.divisors import nearest_divisor
 from meshwright.errors import Problem, nearest_name
 from meshwright.files import toml_value
 from meshwright.job.file import nearest_file
+from meshwright.job.sections import ModelSection
 
 #: Keys that hold a path, and the words that are not one.
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 
 def plain_problem(entry: Mapping[str, Any], path: list[str], place: str, keys: Mapping[str, str]) -> Problem:
-    """One of pydantic's error entries, at `path` in the job, as a Problem that uses none of its words."""
+    """One of pydantic's error entries, at `path` in the job, as a Problem in our words."""
     key = _shown_key(path)
     where = f"{place}: {key}" if place else key
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
@@ -137,24 +138,22 @@ def show(value: Any) -> str:
 def cross_problems(
     good: Sections, bad: set[str], origin_of: Callable[[str], str], data_must_exist: bool
 ) -> list[Problem]:
-    """What is wrong between keys. `good` holds the values that are right by themselves, `bad` names the others."""
+    """Problems between keys. `good` has the values that are valid by themselves; `bad` names the other keys."""
 
     def problem(key: str, what: str, nearest: str = "") -> Problem:
         place = origin_of(key)
         return Problem(f"{place}: {key}" if place else key, what, nearest)
 
-    found = []
-    for check in (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems):
-        found += [problem(*one) for one in check(good, bad)]
-    found += [problem(*one) for one in _path_problems(good, data_must_exist)]
-    return found
+    checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
+    found = [one for check in checks for one in check(good, bad)]
+    return [problem(*one) for one in (*found, *_path_problems(good, data_must_exist))]
 
 
 KeyProblems = Iterator[tuple[str, str, str]]
 
-_SHAPE_DEFAULTS = {"rope_theta": 10000.0, "rope_scaling": None, "norm_eps": 1e-5}
-_SHAPE_DEFAULTS |= dict.fromkeys(("tied_embeddings", "qk_norm", "attention_bias"), False)
-_SHAPE_DEFAULTS |= dict.fromkeys(("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "head_dim"), None)
+#: Keys of [model] that are not a family's shape.
+NOT_SHAPE = ("family", "hf", "module", "module_folder", "arguments")
+_SHAPE_DEFAULTS = {key: field.default for key, field in ModelSection.model_fields.items() if key not in NOT_SHAPE}
 
 
 def _model_problems(good: Sections, bad: set[str]) -> KeyProblems:

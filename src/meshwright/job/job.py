@@ -1,7 +1,7 @@
 """The Job: what one job file says.
 
 `load_job(path, overrides)` reads a file; `Job(model={...}, data={...}, train={...})` is the same in Python. Both list
-every problem at once as an InputError. What can be derived (head_dim, kv_heads, warm-up, task) is filled in here, once.
+every problem at once as an InputError. Derived values (head_dim, kv_heads, warm-up, task) are filled in here, once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BaseModel, PrivateAttr, ValidationError
 
 from meshwright.errors import InputError, Problem
 from meshwright.files import toml_text
-from meshwright.job.checks import cross_problems, plain_problem
+from meshwright.job.checks import NOT_SHAPE, cross_problems, plain_problem
 from meshwright.job.defaults import absolute_paths, derived
 from meshwright.job.file import COMMAND_LINE, read_overrides, read_values
 from meshwright.job.sections import JobSections, ServeSection
@@ -46,21 +46,15 @@ global_batch = 16       # sequences a step, over all devices
 
 
 class Job(JobSections):
-    """What I want: frozen, complete, checked. `origins` says where each value came from.
+    """A complete, checked, frozen job. `origins` says where each value came from.
 
-    Raises InputError listing every problem when a section, key, type, range or combination is wrong. Relative paths
-    start from the folder of the file that says them (from the current folder in Python and on the command line).
+    Raises InputError listing every wrong section, key, type, range and combination. Relative paths start from the
+    folder of the file that has them (from the current folder in Python and on the command line).
     """
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __init__(
-        self,
-        *,
-        origins: dict[str, str] | None = None,
-        data_must_exist: bool = True,
-        **sections: Any,
-    ) -> None:
+    def __init__(self, *, origins: dict[str, str] | None = None, data_must_exist: bool = True, **sections: Any) -> None:
         if origins is None:
             origins = dict.fromkeys(_dotted_keys(sections), "Python")
             sections = absolute_paths(sections, {})
@@ -71,7 +65,7 @@ class Job(JobSections):
                 self._origins[f"{section}.{key}"] = origins.get(f"{section}.{key}", "default")
 
     def __eq__(self, other: object) -> bool:
-        """Equal values; where they came from does not count."""
+        """Whether all values are equal, whatever their origins."""
         return isinstance(other, Job) and self.as_dict() == other.as_dict()
 
     def __hash__(self) -> int:
@@ -90,7 +84,7 @@ class Job(JobSections):
 def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
     """The Job of the file at `path` with `section.key=value` overrides on top.
 
-    `data_must_exist=False` is for planning, which needs no data. Raises InputError listing every problem.
+    Planning needs no data: `data_must_exist=False`. Raises InputError listing every problem.
     """
     values = read_values(Path(path), overrides)
     sections = absolute_paths(values.sections, values.folders)
@@ -104,8 +98,9 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist
 
 
 def valid_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
-    """What a faulty job says when its faulty values are left out, so that a plan can be tried and its problems listed
-    with the job's own. None where too little is left, or where a faulty value would change the plan's answer.
+    """A faulty job without its faulty values, so that the plan's problems can be listed beside the job's own.
+
+    None if too little remains, or if a faulty value would change the plan.
     """
     values = read_values(Path(path), overrides)
     sections = absolute_paths(values.sections, values.folders)
@@ -120,18 +115,17 @@ def valid_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
 
 
 def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
-    """The [serve] section alone: of the run's job file where there is one, with `serve.key=value` overrides on top."""
+    """The [serve] section of the run's job file, if there is one, with `serve.key=value` overrides on top."""
     values = read_overrides(overrides)
-    problems = [*values.problems]
-    problems += [
+    problems = values.problems + [
         Problem(f"{COMMAND_LINE}: {section}", "only settings of [serve] can be given here", "serve.key=value")
         for section in values.sections
         if section != "serve"
     ]
-    said = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
-    asked = absolute_paths(values.sections, values.folders).get("serve", {})
+    from_job = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
+    overriding = absolute_paths(values.sections, values.folders).get("serve", {})
     try:
-        settings = ServeSection(**{**said, **asked})
+        settings = ServeSection(**{**from_job, **overriding})
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             path = ["serve", *(str(part) for part in entry["loc"])]
@@ -145,12 +139,12 @@ def job_to_toml(job: Job) -> str:
     """The resolved job as TOML that `load_job` reads back to an equal Job."""
     sections = job.as_dict()
     if job.model.family is None:  # the rest of [model] is the shape of a family
-        sections["model"] = {key: sections["model"][key] for key in ("hf", "module", "module_folder", "arguments")}
+        sections["model"] = {key: sections["model"][key] for key in NOT_SHAPE}
     return toml_text(sections)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a job file, for editors. No key is required: a file may take it from the one it `extends`."""
+    """JSON Schema of a job file, for editors. No key is required, since the file that it `extends` may have it."""
     schema = Job.model_json_schema()
     for table in (schema, *schema["$defs"].values()):
         table.pop("required", None)
@@ -175,7 +169,7 @@ def _dotted_keys(sections: dict[str, Any]) -> list[str]:
 
 
 def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
-    """The sections with derived values filled in; raises InputError listing all that is wrong with them."""
+    """The sections with derived values. Raises InputError listing every problem."""
     resolved, problems, good = _examine(sections, origins)
     crossed = cross_problems(good, {_key_of(path) for path in problems}, _origin_lookup(origins), data_must_exist)
     if problems or crossed:
@@ -186,7 +180,7 @@ def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist:
 def _examine(
     sections: dict[str, Any], origins: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Problem], dict[str, dict[str, Any]]]:
-    """The sections with derived values, what is wrong with single values by their path, and what is right."""
+    """The sections with derived values, the problems of single values by path, and the valid values."""
     sections = {"train": {}, **derived(sections)}
     keys = job_keys()
     problems: dict[str, Problem] = {}
@@ -211,5 +205,5 @@ def _key_of(path: str) -> str:
 
 
 def _origin_lookup(origins: dict[str, str]) -> Callable[[str], str]:
-    """Where a key was said; where its section was, for one that was not."""
+    """Key -> its origin, or its section's where it has none."""
     return lambda key: origins.get(key, origins.get(key.split(".")[0], ""))

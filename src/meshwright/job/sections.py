@@ -13,26 +13,19 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _not_a_number(value: Any) -> Any:
-    """Refuses 0 and 1 where true and false are meant: Python holds them equal, so a Literal does not."""
+    """Refuses 0 and 1 for true and false. A Literal does not, since Python takes them as equal."""
     if type(value) in (int, float):
         raise PydanticKnownError("literal_error", {"expected": "'auto', True or False"})
     return value
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
 CountOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
 Port = Annotated[int, Field(ge=0, le=65535)]
-
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
-
 NotNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
 
 

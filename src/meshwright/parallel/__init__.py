@@ -4,4 +4,4 @@ from meshwright.parallel.apply import ParallelModel, apply
 from meshwright.parallel.mesh import Mesh, fake_mesh, start
 from meshwright.parallel.pipeline import Pipeline
 
-__all__ = ["ParallelModel", "Mesh", "Pipeline", "apply", "fake_mesh", "start"]
+__all__ = ["Mesh", "ParallelModel", "Pipeline", "apply", "fake_mesh", "start"]

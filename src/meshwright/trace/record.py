@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from meshwright.card import AttentionShape, Product, Activation
+from meshwright.card import Activation, AttentionShape, Product
 from meshwright.layout import split_dimension
 
 #: Operations that only pick rows of a table: they touch what they return, not the whole table.
@@ -30,7 +30,9 @@ class BlockRecord:
     elementwise_elements: int = 0
 
     def saved_activations(self) -> tuple[Activation, ...]:
-        return tuple(Activation(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count)
+        return tuple(
+            Activation(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count
+        )
 
 
 class Recorder(TorchDispatchMode):

@@ -16,7 +16,7 @@ from meshwright.card import Card
 from meshwright.data import Manifest
 from meshwright.errors import Problem, RunFailed
 from meshwright.layout import Layout
-from meshwright.parallel import ParallelModel, Mesh, Pipeline
+from meshwright.parallel import Mesh, ParallelModel, Pipeline
 from meshwright.tasks import Task, Totals
 from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate, squared_norm
 from meshwright.train.spans import Spans
@@ -32,7 +32,7 @@ Record = Callable[[int, Mapping[str, Tensor], float], None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` is the largest of any rank."""
+    """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` is the worst rank's."""
 
     loss: float
     grad_norm: float

@@ -45,7 +45,9 @@ class Model:
 
 
 def model_of_job(job: Job, eos_id: int | None) -> Model:
-    """The Model of a job. Only a custom module takes memory: one copy on the CPU. Raises InputError for a folder or factory that cannot be used.
+    """The Model of a job. Only a custom module takes memory: one copy on the CPU.
+
+    Raises InputError for a folder or factory that cannot be used.
     """
     if job.model.module:
         return _custom(job)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.parallel import ParallelModel, Mesh
+from meshwright.parallel import Mesh, ParallelModel
 from meshwright.placement import Placement
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meshwright.parallel import ParallelModel, Mesh
+from meshwright.parallel import Mesh, ParallelModel
 from meshwright.train.loop import Record
 
 

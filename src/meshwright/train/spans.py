@@ -17,7 +17,7 @@ MAX_SPANS = 2000
 
 
 class Spans:
-    """The newest MAX_SPANS named spans of one rank's time. Host time: on a GPU, the time to queue work, not to do it."""
+    """The newest MAX_SPANS named spans of one rank. Host time: on a GPU, the time to queue work, not to do it."""
 
     def __init__(self) -> None:
         self._spans: deque[tuple[str, float, float, dict[str, int]]] = deque(maxlen=MAX_SPANS)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from meshwright.card import Block, Card, Parameter, Activation
+from meshwright.card import Activation, Block, Card, Parameter
 from meshwright.cluster import Cluster, cpu_cluster, named_cluster
 from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder import card as decoder_card

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwright.card import Card, Activation
+from meshwright.card import Activation, Card
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families import decoder
 from meshwright.families.decoder_config import ConfigReader, kind_of, show

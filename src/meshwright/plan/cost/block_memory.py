@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshwright.card import Block, Parameter, Activation
+from meshwright.card import Activation, Block, Parameter
 from meshwright.cluster import Device
 from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.rules import Framework
