@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
-    """The manifest in the bytes of a manifest.json, after checking digest and schema; `where` is its path for messages."""
+    """The manifest in `data`, after checking digest and schema; `where` is its path for messages."""
     line = _FIRST_LINE.match(data)
     if line is None:
         raise InputError(Problem(where, "is not a manifest: its first line has no digest"))

@@ -75,7 +75,7 @@ class Rendezvous:
         write_atomic(self.partial / "plan.json", dump_json({"ids": ids, "places": places}), durable=False)
 
     def gather_parts(self) -> list[Any]:
-        """Rank 0: every rank's report, by rank; removes the files. Raises RunFailed with the words of a rank that failed."""
+        """Rank 0: every rank's report, by rank; removes the files. Raises RunFailed with a failed rank's words."""
 
         def part_of(rank: int) -> Any:
             part = self._read(self._part(rank))

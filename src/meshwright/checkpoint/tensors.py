@@ -84,7 +84,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 
 def parse_header(data: Any, where: str) -> dict[str, Slot]:
-    """Slots of a safetensors file from its mapped bytes. Raises InputError naming file and tensor if it is malformed."""
+    """Slots of a mapped safetensors file. Raises InputError naming file and tensor if it is malformed."""
     size = len(data)
     length = int.from_bytes(data[:8], "little") if size >= 8 else 0
     if length < 2 or length > min(HEADER_CAP_BYTES, size - 8):

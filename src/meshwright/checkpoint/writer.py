@@ -94,7 +94,7 @@ class Writer:
     ) -> None:
         """Saves `model` (into the Hugging Face folder `model/`) and `state` (into `state/`) as checkpoint `step`.
 
-        A rank writes only the boxes it owns; every element of every tensor must have exactly one owner in the world. The
+        A rank writes only the boxes it owns; each element of a tensor must have exactly one owner in the world. The
         names of `model` are those of `model_files.names`, and differ from those of `state`. `meta` is JSON. Only rank
         0's `meta` and `model_files` are written.
 

@@ -1,6 +1,6 @@
-"""What each way of computing keeps of a decoder's block for the backward pass, tensor by tensor.
+"""The activations of a decoder's block that each framework keeps for the backward pass, tensor by tensor.
 
-A style is one of STYLES, and after it options joined by "+": which operations are fused decides which tensors stay.
+A style is one of STYLES, then options joined by "+": the fused operations decide which tensors are kept.
 "megatron+dropout+unfused" is Megatron-LM of 2022 (also called "megatron-legacy"): Korthikanti et al. 2022, section 4.
 """
 
@@ -10,7 +10,7 @@ from meshwright.card import Activation
 from meshwright.families.decoder_shape import DecoderShape
 
 STYLES = ("plain", "titan", "megatron", "megatron-legacy", "hf", "fsdp")
-#: What may be said after a style.
+#: Options of a style.
 OPTIONS = {
     "dropout": "masks of one byte after the embedding, attention and the feed-forward",
     "unfused": "scores of attention written to memory, with dropout of their own where there is dropout",
@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 class Style:
-    """A style's words. Raises KeyError for one that is not in STYLES or OPTIONS."""
+    """A style from its words. Raises KeyError for a word that is not in STYLES or OPTIONS."""
 
     def __init__(self, words: str) -> None:
         base, *options = words.split("+")
@@ -38,7 +38,7 @@ class Style:
 
 
 def block_saved(shape: DecoderShape, t: int, words: str, mixed: bool) -> tuple[Activation, ...]:
-    """Tensors that one sample of `t` tokens leaves in a layer; `mixed`: in one with experts."""
+    """Activations of one sample of `t` tokens in a layer, or in one with experts (`mixed`)."""
     style, h = Style(words), shape.hidden
     table = [*_norm(shape, t, "attn_norm", style), _product_input("qkv input", t * h, style)]
     table += _latent(shape, t, style) if shape.latent else []
@@ -55,7 +55,7 @@ def block_saved(shape: DecoderShape, t: int, words: str, mixed: bool) -> tuple[A
 
 
 def _between_products(elements: int) -> list[Activation]:
-    """What torchtitan's selective recompute keeps besides every second product: what the last one made, what was summed
+    """What torchtitan's selective recompute keeps besides every second product: the result of the last product, sums
     over tensor-parallel ranks, and the layer's input."""
     return [
         Activation("layer input", elements, "sp", on="selective"),
@@ -65,46 +65,46 @@ def _between_products(elements: int) -> list[Activation]:
 
 
 def embedding_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
-    """Tensors that one sample leaves in the embedding: token ids are not counted, masks are."""
+    """Activations of one sample in the embedding: masks, but not token ids."""
     style = Style(words)
     whole = [Activation("mask of every query and key", t * t, bytes_per_element=1)] if "mask" in style else []
     return (*_mask("embedding's dropout", t * shape.hidden, style), *whole)
 
 
 def head_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
-    """Tensors that one sample leaves in the last norm, the output head and the loss."""
+    """Activations of one sample in the last norm, the output head and the loss."""
     style = Style(words)
     norm = _norm(shape, t, "norm", style) if shape.final_norm else []
-    given = _product_input("out input", t * shape.hidden, style)
+    out_input = _product_input("out input", t * shape.hidden, style)
     if style.titan and "fused_loss" not in style:  # the logits are turned into fp32 whole
-        said = "log-softmax of the logits, its gradient and theirs"
-        return (*norm, given, Activation(said, 3 * t * shape.vocab, "tp", 4, module="loss"))
+        name = "log-softmax of the logits, its gradient and theirs"
+        return (*norm, out_input, Activation(name, 3 * t * shape.vocab, "tp", 4, module="loss"))
     if not style.megatron or "fused_loss" in style:
-        return (*norm, given, Activation("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"))
+        return (*norm, out_input, Activation("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"))
     # The logits, and their softmax in fp32; backward, the softmax and the gradient of the logits.
     return (
         *norm,
-        given,
+        out_input,
         Activation("logits", t * shape.vocab, "tp", module="loss"),
         Activation("softmax of the logits", t * shape.vocab, "tp", 4, module="loss"),
     )
 
 
 def join_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
-    """Tensors that one sample leaves where a layer that predicts a further token joins its two streams."""
+    """Activations of one sample where a layer that predicts a further token joins its two streams."""
     style, h = Style(words), shape.hidden
     norms = [*_norm(shape, t, "token_norm", style), *_norm(shape, t, "state_norm", style)]
     return (*norms, _product_input("join input", 2 * t * h, style))
 
 
 def _product_input(name: str, elements: int, style: Style) -> Activation:
-    """The input of a product that a norm made. Megatron keeps its own part and gathers again; in eager PyTorch the
-    gathered one is kept, unless it is recomputed from the norm's input."""
+    """The input of a product after a norm. Megatron keeps its own part and gathers again; eager PyTorch keeps the
+    gathered input, unless it is recomputed from the norm's input."""
     return Activation(name, elements, "sp" if style.megatron else "", selective=not style.megatron, module="product")
 
 
 def _norm(shape: DecoderShape, t: int, name: str, style: Style) -> list[Activation]:
-    """A norm keeps its input, and of each token its scale and, but for RMS norms, its mean."""
+    """A norm keeps its input, each token's scale and, except RMS norms, each token's mean."""
     statistics = 1 if shape.norm == "rms" else 2
     return [
         Activation(f"{name} input", t * shape.hidden, "sp", selective=style.titan),
@@ -117,7 +117,7 @@ def _mask(name: str, elements: int, style: Style) -> list[Activation]:
 
 
 def _attention(shape: DecoderShape, t: int, style: Style) -> list[Activation]:
-    """Queries, keys and values, and the output, which the product after it keeps too."""
+    """Queries, keys and values, and the output, which is also the next product's input."""
     q, out = shape.q_width, shape.out_width
     values = shape.heads * (shape.head_dim + shape.value_dim) if shape.latent else shape.kv_width
     table = [
@@ -171,7 +171,7 @@ def _feed_forward(name: str, width: int, t: int, gated: bool, style: Style) -> l
 
 
 def _mixture(shape: DecoderShape, t: int, style: Style) -> list[Activation]:
-    """Scores of the router, tokens as the experts get them, the experts, and their answers before they are weighed."""
+    """Scores of the router, inputs of the experts, the experts, and their outputs before weighting."""
     visits, width, h = t * shape.top_k, shape.expert_ffn or shape.ffn, shape.hidden
     tokens = "tp" if "whole_experts" in style else ""
     uneven = int(visits * shape.imbalance)
