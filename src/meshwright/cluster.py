@@ -294,7 +294,7 @@ def _table_cluster(
     if devices_per_node is None:
         devices_per_node = max((d for d in range(1, usual + 1) if count > 0 and count % d == 0), default=1)
         if count > usual and devices_per_node != usual:
-            assumed = (*assumed, f"{devices_per_node} devices a node, since {usual} do not divide {count}")
+            assumed = (*assumed, f"{devices_per_node} devices per node, since {usual} do not divide {count}")
     device = _table_device(row)
     switch = _number(row["switch_gbps"]) * 1e9
     peer = _number(row["peer_gbps"]) * 1e9
@@ -302,7 +302,7 @@ def _table_cluster(
     intra = Link(row["intra_name"], rate, INTRA_LATENCY_SECONDS, row["topology"], peer, switch)
     inter = Link(row["inter_name"], float(row["inter_gbps"]) * 1e9, INTER_LATENCY_SECONDS)
     if count > devices_per_node:
-        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")
+        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s per device")
     joined = int(_number(row["joined"]))
     return Cluster(device, count, devices_per_node, intra, inter, assumed=assumed, joined=joined)
 
@@ -332,7 +332,7 @@ def _number(text: str) -> float:
 
 
 def _nvidia_gpus() -> list[tuple[str, int]]:
-    """(name, memory in bytes) of each GPU that nvidia-smi lists; empty where there is none."""
+    """(name, memory in bytes) of each GPU that nvidia-smi lists."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

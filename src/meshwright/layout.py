@@ -99,7 +99,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank sits in the mesh. Rank order is pp (outermost), dp replicate, dp shard, cp, tp (innermost)."""
+    """A rank's place in the mesh. Rank order is pp (outermost), dp replicate, dp shard, cp, tp (innermost)."""
 
     pp: int
     replicate: int

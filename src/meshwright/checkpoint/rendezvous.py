@@ -123,7 +123,7 @@ class Rendezvous:
             places: dict[str, Any] = plan["places"]
             return places
 
-        return self._wait(planned, lambda: "rank 0 has not taken this save up")
+        return self._wait(planned, lambda: "rank 0 has not answered this save")
 
     def report(self, part: dict[str, Any]) -> None:
         """Reports to rank 0 what this rank wrote, or its error."""

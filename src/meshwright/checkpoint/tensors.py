@@ -201,5 +201,5 @@ def cover_fault(boxes: Sequence[Box], shape: tuple[int, ...]) -> str:
             return "two pieces hold the same elements"
         open_boxes.append(box)
     if sum(box.elements for box in boxes) != math.prod(shape):
-        return "its pieces do not cover it: a part was saved by nobody"
+        return "its pieces do not cover it: some elements were not saved"
     return ""

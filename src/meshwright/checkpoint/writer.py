@@ -224,13 +224,13 @@ def _prepare_model(save: _Save, rendezvous: Rendezvous) -> tuple[dict[str, Any],
             stream.truncate(weight_file.total_bytes)
             stream.flush()
             os.fsync(stream.fileno())
-        files[path] = _stored(weight_file.header, weight_file.total_bytes)
+        files[path] = _stored_file(weight_file.header, weight_file.total_bytes)
     beside = dict(save.model_files.side_files)
     if index is not None:
         beside["model.safetensors.index.json"] = index
     for name, data in beside.items():
         write_durably(rendezvous.partial / "model" / name, data)
-        files[f"model/{name}"] = _stored(data, len(data))
+        files[f"model/{name}"] = _stored_file(data, len(data))
     return {name: [path, slot.offset] for name, (path, slot) in places.items()}, files
 
 
@@ -269,7 +269,7 @@ def _write_state(
             write_at(stream.fileno(), staged.bytes.data, slots[name].offset)
         os.fsync(stream.fileno())
     pieces = {name: (_stored_piece(path, slots[name].offset, staged), staged) for name, staged in save.state.items()}
-    return pieces, {path: _stored(header, total_bytes)}
+    return pieces, {path: _stored_file(header, total_bytes)}
 
 
 def _commit(
@@ -308,7 +308,7 @@ def _commit(
     commit_folder(rendezvous.root, save.step, rendezvous.nonce)
 
 
-def _stored(digested: bytes, total_bytes: int) -> StoredFile:
+def _stored_file(digested: bytes, total_bytes: int) -> StoredFile:
     return StoredFile(total_bytes, len(digested), hashlib.sha256(digested).hexdigest())
 
 

@@ -1,4 +1,4 @@
-"""Samples by index, straight from mapped files: windows of a token stream, or rows of arrays."""
+"""Samples by index, from mapped files: windows of a token stream, or rows of arrays."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def build_manifest(job: Job, folder: Path | str) -> Manifest:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with _lock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             _refuse_other_data(job, folder)
         else:
@@ -288,7 +288,7 @@ def _source_if_there(job: Job) -> TextSource | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """A lock for one process at a time; the kernel releases it if that process dies."""
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -27,11 +27,11 @@ def batch_samples(
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
-        indices[mine] = shuffled(within[mine], samples, seed, int(epoch))
+        indices[mine] = permutation(within[mine], samples, seed, int(epoch))
     return indices
 
 
-def shuffled(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of 0..samples-1 that (seed, epoch) names, at `places` (int64). Memory and time follow `places`.
 
     A Feistel network permutes the numbers of the smallest even number of bits that `samples` fits in; a value outside

@@ -135,7 +135,7 @@ def _whole(file: BinaryIO, name: str) -> Documents:
         content, rest = (rest + block, b"") if last else _cut_at_character(rest + block)
         part += 1
         if content or part == 1:
-            yield _decoded(content, f"{name} (part {part})" if part > 1 else name)
+            yield _decode(content, f"{name} (part {part})" if part > 1 else name)
 
 
 def _paragraphs(file: BinaryIO, name: str) -> Documents:
@@ -147,7 +147,7 @@ def _paragraphs(file: BinaryIO, name: str) -> Documents:
         if chunks and (blank or too_long):
             content = b"".join(chunks)
             content, rest = (content, b"") if blank else _cut_at_character(content)
-            yield _decoded(content, f"{name}:{first}")
+            yield _decode(content, f"{name}:{first}")
             chunks, size, first = ([rest], len(rest), number) if rest else ([], 0, number)
         if not blank:
             if not chunks:
@@ -155,7 +155,7 @@ def _paragraphs(file: BinaryIO, name: str) -> Documents:
             chunks.append(chunk)
             size += len(chunk)
     if chunks:
-        yield _decoded(b"".join(chunks), f"{name}:{first}")
+        yield _decode(b"".join(chunks), f"{name}:{first}")
 
 
 def _records(text_key: str) -> DocumentReader:
@@ -212,7 +212,7 @@ def _cut_at_character(content: bytes) -> tuple[bytes, bytes]:
     return content, b""
 
 
-def _decoded(content: bytes, where: str) -> Document | Unreadable:
+def _decode(content: bytes, where: str) -> Document | Unreadable:
     try:
         return Document(where, content.decode())
     except UnicodeDecodeError as error:

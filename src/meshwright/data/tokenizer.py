@@ -91,7 +91,7 @@ class Tokenizer:
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:

@@ -31,6 +31,6 @@ def use_large_pages(places: Iterable[tuple[int, int]]) -> int:
     }
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    given = sum(madvise(block * _LARGE_PAGE_BYTES, _LARGE_PAGE_BYTES, _MADV_COLLAPSE) == 0 for block in sorted(blocks))
-    log.debug("%d of %d large pages given for weights", given, len(blocks))
-    return given
+    pages = sum(madvise(block * _LARGE_PAGE_BYTES, _LARGE_PAGE_BYTES, _MADV_COLLAPSE) == 0 for block in sorted(blocks))
+    log.debug("%d of %d large pages given for weights", pages, len(blocks))
+    return pages

@@ -195,7 +195,7 @@ class Decoder:
         return self.ranks.sum(F.embedding(local.where(mine, 0), self._embed) * mine[:, None])
 
     def _sampled(self, x: Tensor, work: Work) -> Tensor:
-        """The rows of x [N, E] whose logits are wanted: decoding slots, then the ends of finished prompts."""
+        """The rows of x [N, E] that need logits: decoding slots, then the ends of finished prompts."""
         if not work.segments and len(work.decoding) == len(work.tokens):
             return x
         rows, at = list(work.decoding), len(work.tokens)

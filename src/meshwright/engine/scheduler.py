@@ -15,7 +15,7 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Move:
-    """Copy the first `length` cached tokens of slot `source` to slot `target`, before anything else of a step."""
+    """A copy of the first `length` cached tokens of slot `source` to slot `target`, before the rest of a step."""
 
     source: int
     target: int

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.card import AttentionShape, Block, Card, Experts, Parameter, Product
-from meshwright.families.decoder_saved import block_saved, embedding_saved, head_saved, join_saved
+from meshwright.families.decoder_saved import (
+    block_activations,
+    embedding_activations,
+    head_activations,
+    join_activations,
+)
 from meshwright.families.decoder_shape import DecoderShape
 
 #: Norm -> its parameters.
@@ -159,7 +164,7 @@ def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
             "embed",
             "embedding",
             tuple(by_block["embed"]),
-            saved=embedding_saved(shape, t, style),
+            saved=embedding_activations(shape, t, style),
             output_elements=t * h,
             elementwise_elements=2 * t * h,
         )
@@ -177,7 +182,7 @@ def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
             "head",
             tuple(by_block.get("head", ())),
             products=(out,),
-            saved=head_saved(shape, t, style),
+            saved=head_activations(shape, t, style),
             output_elements=t * shape.vocab,
             elementwise_elements=4 * t * h + 6 * t * shape.vocab,
         )
@@ -209,7 +214,7 @@ def _layer(shape: DecoderShape, t: int, style: str, mixed: bool) -> Block:
     moved += 2 * branches * t * (visits * width + (shape.shared_ffn if mixed else 0))
     if mixed:
         moved += 4 * t * visits * shape.hidden  # tokens copied to experts, and their outputs weighted and added
-    saved = block_saved(shape, t, style, mixed)
+    saved = block_activations(shape, t, style, mixed)
     kind = "moe" if mixed else "layer"
     return Block("", kind, (), tuple(products), attention, saved, t * shape.hidden, moved, experts)
 
@@ -255,6 +260,6 @@ def _mtp(shape: DecoderShape, t: int, style: str, layer: Block) -> Block:
         layer,
         kind="mtp",
         products=(*layer.products, Product("join", t, 2 * h, h), Product("head.out", t, h, shape.vocab, "vocab")),
-        saved=(*layer.saved, *join_saved(shape, t, style), *head_saved(shape, t, style)),
+        saved=(*layer.saved, *join_activations(shape, t, style), *head_activations(shape, t, style)),
         elementwise_elements=layer.elementwise_elements + 8 * t * h + 6 * t * shape.vocab,
     )

@@ -37,7 +37,7 @@ class Style:
         return option in self.options
 
 
-def block_saved(shape: DecoderShape, t: int, words: str, mixed: bool) -> tuple[Activation, ...]:
+def block_activations(shape: DecoderShape, t: int, words: str, mixed: bool) -> tuple[Activation, ...]:
     """Activations of one sample of `t` tokens in a layer, or in one with experts (`mixed`)."""
     style, h = Style(words), shape.hidden
     table = [*_norm(shape, t, "attn_norm", style), _product_input("qkv input", t * h, style)]
@@ -64,14 +64,14 @@ def _between_products(elements: int) -> list[Activation]:
     ]
 
 
-def embedding_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
+def embedding_activations(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
     """Activations of one sample in the embedding: masks, but not token ids."""
     style = Style(words)
     whole = [Activation("mask of every query and key", t * t, bytes_per_element=1)] if "mask" in style else []
     return (*_mask("embedding's dropout", t * shape.hidden, style), *whole)
 
 
-def head_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
+def head_activations(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
     """Activations of one sample in the last norm, the output head and the loss."""
     style = Style(words)
     norm = _norm(shape, t, "norm", style) if shape.final_norm else []
@@ -90,7 +90,7 @@ def head_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...
     )
 
 
-def join_saved(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
+def join_activations(shape: DecoderShape, t: int, words: str) -> tuple[Activation, ...]:
     """Activations of one sample where a layer that predicts a further token joins its two streams."""
     style, h = Style(words), shape.hidden
     norms = [*_norm(shape, t, "token_norm", style), *_norm(shape, t, "state_norm", style)]

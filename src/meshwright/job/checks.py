@@ -145,8 +145,8 @@ def cross_problems(
         return Problem(f"{place}: {key}" if place else key, what, nearest)
 
     checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
-    found = [one for check in checks for one in check(good, bad)]
-    return [problem(*one) for one in (*found, *_path_problems(good, data_must_exist))]
+    between_keys = [entry for check in checks for entry in check(good, bad)]
+    return [problem(*entry) for entry in (*between_keys, *_path_problems(good, data_must_exist))]
 
 
 KeyProblems = Iterator[tuple[str, str, str]]
@@ -241,7 +241,7 @@ def _group_problems(good: Sections, bad: set[str]) -> KeyProblems:
         return
     for key in ("named", "devices", "devices_per_node", "dollars_per_hour"):
         if cluster.get(key) is not None:
-            yield f"cluster.{key}", "is said by each of cluster.groups", "leave it out"
+            yield f"cluster.{key}", "is given by each of cluster.groups", "leave it out"
     if len(groups) == 1:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from meshwright.job.checks import PATH_KEYS
 
 
-def derived(sections: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(sections: dict[str, Any]) -> dict[str, Any]:
     """The sections with every default that follows from other values; given values stay."""
     model, data, task, train = (_table(sections.get(name)) for name in ("model", "data", "task", "train"))
     hidden, heads, steps = model.get("hidden"), model.get("heads"), train.get("steps")

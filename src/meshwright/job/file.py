@@ -111,9 +111,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         raise InputError(Problem(str(path), "nests its values too deeply")) from None
     except ValueError as error:
         message = str(error)
-        found = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-        where = f"{path}:{found[1]}" if found else str(path)
-        what = message[: found.start()] + f" at column {found[2]}" if found else message
+        position = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+        where = f"{path}:{position[1]}" if position else str(path)
+        what = message[: position.start()] + f" at column {position[2]}" if position else message
         raise InputError(
             Problem(where, f"not valid TOML: {what}", 'write key = value, with text in "quotes"')
         ) from None

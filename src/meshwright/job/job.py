@@ -15,7 +15,7 @@ from pydantic import BaseModel, PrivateAttr, ValidationError
 from meshwright.errors import InputError, Problem
 from meshwright.files import toml_text
 from meshwright.job.checks import NOT_SHAPE, cross_problems, plain_problem
-from meshwright.job.defaults import absolute_paths, derived
+from meshwright.job.defaults import absolute_paths, with_defaults
 from meshwright.job.file import COMMAND_LINE, read_overrides, read_values
 from meshwright.job.sections import JobSections, ServeSection
 
@@ -35,13 +35,13 @@ vocab = 2048            # tokens in the vocabulary
 
 [data]
 source = "stdlib"       # or "digits", or the path of a .txt or .jsonl file or of a folder of text
-seq_len = 256           # tokens a sequence
+seq_len = 256           # tokens per sequence
 tokenizer = "bpe"       # trained on the source; or "bytes", or the path of a tokenizer.json
 
 [train]
 steps = 300
 lr = 3e-3
-global_batch = 16       # sequences a step, over all devices
+global_batch = 16       # sequences per step, over all devices
 """
 
 
@@ -181,7 +181,7 @@ def _examine(
     sections: dict[str, Any], origins: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Problem], dict[str, dict[str, Any]]]:
     """The sections with derived values, the problems of single values by path, and the valid values."""
-    sections = {"train": {}, **derived(sections)}
+    sections = {"train": {}, **with_defaults(sections)}
     keys = job_keys()
     problems: dict[str, Problem] = {}
     try:

@@ -145,7 +145,7 @@ def _allocate_shards(module: nn.Module) -> None:
 
 
 def _tie(module: nn.Module, card: Card) -> None:
-    """Ties parameters of this stage again, which slicing made two."""
+    """Ties this stage's tied parameters again, which slicing separated."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for original, alias in card.tied:
         if {original, alias} <= names:

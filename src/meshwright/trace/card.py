@@ -104,10 +104,10 @@ def _fake_inputs(module: nn.Module, sample: Any) -> SampleInputs:
         what = f"sample_input() returned a {type(sample).__name__}"
         raise InputError(Problem(KEY, what, "return a tensor [1, ...], or (tensor, {keyword: tensor})"))
 
-    def faked(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
-    return faked(x), {key: faked(value) for key, value in inputs.items()}
+    return fake(x), {key: fake(value) for key, value in inputs.items()}
 
 
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:

@@ -195,7 +195,7 @@ class Trainer:
         return (float(self._loss_sum), float(self._counted)) if self._contributes else (0.0, 0.0)
 
     def _agree(self) -> tuple[float, float, float, float, bool]:
-        """One collective for all that the ranks must agree on; each rank's peak memory has a slot of its own."""
+        """One collective for all that the ranks must agree on; each rank's peak memory has its own slot."""
         values = torch.zeros(4 + self.layout.devices, dtype=torch.float64)
         values[0], values[1] = self._loss_share()
         values[2] = squared_norm(self.optimizer, self.model.placements)

@@ -61,8 +61,8 @@ def model_of_job(job: Job, eos_id: int | None) -> Model:
     def fill(model: ParallelModel) -> None:
         model.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
-            wanted = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
-            read_model_folder(Path(job.model.hf), names, wanted, ignored=llama.ignored_tensors(shape))
+            tensors = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
+            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.ignored_tensors(shape))
 
     config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
     generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()

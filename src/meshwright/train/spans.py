@@ -1,4 +1,4 @@
-"""Where the time of a step goes on each rank, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+"""The time of each part of a step on each rank, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
 
 from __future__ import annotations
 

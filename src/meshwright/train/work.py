@@ -25,7 +25,7 @@ from meshwright.train.spans import merge
 
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains the run in folder `payload["run"]`, whose manifest is there, to its last step; rank 0 writes the events.
+    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 writes the events.
 
     `payload["resume"]`: continue from the newest committed checkpoint. `payload["record"]`: a folder where every step's
     gradients are written, for `verify`. Returns {"step", "loss", ...} of the last step.
@@ -134,7 +134,7 @@ class Session:
         return {row.name: (row, model.local(name).detach()) for name, row in model.placements.items()}
 
     def _restore(self) -> int:
-        """Loads the newest committed checkpoint; returns its step, 0 where there is none."""
+        """Loads the newest committed checkpoint; returns its step, 0 if there is none."""
         folder = checkpoint.latest(self.run.checkpoints)
         if folder is None:
             return 0

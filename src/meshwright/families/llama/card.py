@@ -242,7 +242,7 @@ def ignored_tensors(shape: LlamaShape) -> tuple[str, ...]:
     return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if shape.tied else ()))
 
 
-def _norm_saved(name: str, t: int, h: int) -> tuple[Activation, ...]:
+def _norm_activations(name: str, t: int, h: int) -> tuple[Activation, ...]:
     """A norm keeps its input and each token's scale; on a CPU, where it is several operations, fp32 copies of its input
     and of its result before the weight."""
     return (
@@ -253,7 +253,7 @@ def _norm_saved(name: str, t: int, h: int) -> tuple[Activation, ...]:
     )
 
 
-def _layer_saved(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
+def _layer_activations(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
     """The activations of a layer, by the operations of `module.py`; for selective recompute, as in `parallel.apply`.
 
     Keys and values are repeated for the query heads that share them, except in the blocked attention of bf16 on a CPU,
@@ -263,7 +263,7 @@ def _layer_saved(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
     q, kv = heads * shape.head_dim, shape.kv_heads * shape.head_dim
     repeated = q if heads > shape.kv_heads else kv
     table = [
-        *_norm_saved("attn_norm", t, h),
+        *_norm_activations("attn_norm", t, h),
         Activation("qkv input", t * h, selective=True),
         Activation("cosines and sines", 2 * t * shape.head_dim, selective=True),
         Activation("q", t * q, "tp", selective=True),
@@ -275,7 +275,7 @@ def _layer_saved(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
     table += [
         Activation("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
         Activation("attention probabilities", heads * saved_probabilities(t), "tp", selective=True, on="cpu bf16"),
-        *_norm_saved("ffn_norm", t, h),
+        *_norm_activations("ffn_norm", t, h),
         Activation("gate and up input", t * h, selective=True),
         Activation("gate and up", 2 * t * ffn, "tp"),
         Activation("silu and product", 2 * t * ffn, "tp", selective=True),
@@ -301,10 +301,10 @@ def card(shape: LlamaShape, seq_len: int) -> Card:
     `module.py`, operation by operation."""
     t = seq_len
     head = (
-        *_norm_saved("norm", t, shape.hidden),
+        *_norm_activations("norm", t, shape.hidden),
         Activation("out input", t * shape.hidden, selective=True),
         Activation("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
     )
-    saved = {"embedding": (), "layer": _layer_saved(shape, t), "head": head}
+    saved = {"embedding": (), "layer": _layer_activations(shape, t), "head": head}
     base = decoder.card(replace(shape, sliding_window=None), t)
     return replace(base, blocks=tuple(replace(block, saved=saved[block.kind]) for block in base.blocks))
