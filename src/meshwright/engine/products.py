@@ -43,21 +43,21 @@ class Linear:
 
     def plain(self) -> MatMul:
         """x -> x W^T + b."""
-        return self._then("none")
+        return self._unary("none")
 
     def silu(self) -> MatMul:
         """x -> silu(x W^T + b)."""
-        return self._then("swish")
+        return self._unary("swish")
 
     def times(self) -> FusedMatMul:
         """x, y -> (x W^T + b) * y."""
-        return self._with("mul")
+        return self._binary("mul")
 
     def plus(self) -> FusedMatMul:
         """x, y -> (x W^T + b) + y."""
-        return self._with("add")
+        return self._binary("add")
 
-    def _then(self, activation: str) -> MatMul:
+    def _unary(self, activation: str) -> MatMul:
         weight, bias = self._weight, self._bias
         if not self._packed:
             if activation == "swish":
@@ -66,7 +66,7 @@ class Linear:
         run = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: run(x, weight, bias, activation, [], "")
 
-    def _with(self, operation: str) -> FusedMatMul:
+    def _binary(self, operation: str) -> FusedMatMul:
         weight, bias = self._weight, self._bias
         if not self._packed:
             join = torch.add if operation == "add" else torch.mul

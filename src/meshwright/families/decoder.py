@@ -210,13 +210,13 @@ def _layer(shape: DecoderShape, t: int, style: str, mixed: bool) -> Block:
         experts = Experts(shape.experts, shape.top_k, width, shape.shared_ffn, shape.imbalance)
         visits = shape.top_k
     branches = 3 if shape.gated else 2
-    moved = 8 * t * shape.hidden + 4 * t * (shape.q_width + shape.kv_width)
-    moved += 2 * branches * t * (visits * width + (shape.shared_ffn if mixed else 0))
+    elementwise = 8 * t * shape.hidden + 4 * t * (shape.q_width + shape.kv_width)
+    elementwise += 2 * branches * t * (visits * width + (shape.shared_ffn if mixed else 0))
     if mixed:
-        moved += 4 * t * visits * shape.hidden  # tokens copied to experts, and their outputs weighted and added
+        elementwise += 4 * t * visits * shape.hidden  # tokens copied to experts, and their outputs weighted and added
     saved = block_activations(shape, t, style, mixed)
     kind = "moe" if mixed else "layer"
-    return Block("", kind, (), tuple(products), attention, saved, t * shape.hidden, moved, experts)
+    return Block("", kind, (), tuple(products), attention, saved, t * shape.hidden, elementwise, experts)
 
 
 def _attention_products(shape: DecoderShape, t: int) -> list[Product]:
