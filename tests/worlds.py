@@ -155,7 +155,9 @@ def train_one(case: Case, rank: int, store_path: Path, folder: Path, steps: int 
         stages = even_stages([block.name for block in paper.blocks], case.layout.pp)
         applied = apply(Execution(case.layout, stages, case.precision, case.compiled), paper, module, mesh)
         applied.fill(initial_values(0, module.init_rule))
-        trainer = Trainer(job(steps), paper, applied, mesh, tasks.get("language-model"), RandomTokens(shape.vocab))
+        trainer = Trainer(
+            job(steps), paper, applied, mesh, tasks.get("language-model"), RandomTokens(shape.vocab).batch
+        )
         record = recorder(str(folder), applied, mesh)
         results = [trainer.step(step, record) for step in range(1, steps + 1)]
     return Trained([result.loss for result in results], [result.grad_norm for result in results], folder)

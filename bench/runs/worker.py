@@ -91,7 +91,9 @@ class Runner:
         applied = apply(Execution(layout, stages, asked["precision"]), made.card, made.module, mesh)
         made.fill(applied)
         vocab = None if job.model.module else job.model.vocab
-        self.trainer = Trainer(job, made.card, applied, mesh, tasks.get(job.task.name), RandomBatches(model, vocab))
+        self.trainer = Trainer(
+            job, made.card, applied, mesh, tasks.get(job.task.name), RandomBatches(model, vocab).batch
+        )
         self.steps = 0
         self.seconds: list[list[float]] = []
         self.cpu_seconds: list[float] = []

@@ -1,4 +1,4 @@
-"""What a model is, without its arithmetic: the Card of blocks that plans, rules and the pipeline work from."""
+"""The Card of a model: its blocks with their sizes and costs, for plans, rules and the pipeline."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Parameter:
 class Product:
     """A matrix product of the forward pass of one sample: (rows x inner) @ (inner x columns).
 
-    `split` is the logical axis that tensor parallelism divides it by ("" if it does not). Experts make `groups`
-    products, each of its own matrix and, if balanced, of rows / groups rows.
+    `split` is the logical axis along which tensor parallelism divides it ("" for none). Experts make `groups` products,
+    each with its own matrix and, if balanced, rows / groups rows.
     """
 
     name: str
@@ -44,8 +44,7 @@ class Product:
 class AttentionShape:
     """Softmax attention of one sample: heads x head_dim queries over kv_heads keys and values, seq_len long.
 
-    `value_dim` is the width of a value where it differs from a key's (0: it does not). A query sees the `window`
-    last keys where there is one.
+    `value_dim` is the width of a value, 0 for that of a key. With a `window` a query sees only that many last keys.
     """
 
     heads: int
@@ -71,15 +70,15 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """An activation kept for the backward pass: elements of one sample, and who splits it.
+class Activation:
+    """An activation kept for the backward pass: elements of one sample, and what splits it.
 
-    `split`: "tp" is divided by tensor parallelism always, "sp" only with sequence parallelism, "" never.
+    `split`: "tp" is always divided by tensor parallelism, "sp" only with sequence parallelism, "" never.
     `bytes_per_element` 0 means the compute precision. `selective` is dropped by selective recompute. `module` is the
-    part of the block that leaves this behind, by Megatron-LM's words for what it may recompute, or "product" (the input
-    of one) or "loss". `on` names the only condition under which it is kept: a kind of device ("cpu"), with a precision
-    ("cpu bf16"), or "selective": a recomputed block keeps what its products made, and under tensor parallelism
-    ("selective tp") what was summed of it.
+    part of the block that keeps it, in Megatron-LM's words for what may be recomputed, or "product" (a product's input)
+    or "loss". `on` is the condition under which it is kept, "" for always: a kind of device ("cpu"), with a precision
+    ("cpu bf16"), or "selective" (results of products in a recomputed block), with tensor parallelism ("selective tp":
+    their sums over ranks).
     """
 
     name: str
@@ -90,15 +89,15 @@ class Saved:
     module: str = ""
     on: str = ""
 
-    def kept(self, kind: str, precision: str) -> bool:
-        """Whether it is kept, nothing being recomputed, by a `kind` of device in `precision`."""
+    def is_kept(self, kind: str, precision: str) -> bool:
+        """Whether a `kind` of device keeps it in `precision` without recompute."""
         return self.on in ("", kind, f"{kind} {precision}")
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture in a block: `count` experts of width `ffn`, of which a token visits `top_k`; `shared_ffn` is the width
-    of those that every token visits. `imbalance` is the busiest expert-parallel rank's tokens over the mean."""
+    """A mixture in a block: `count` experts of width `ffn`. A token visits `top_k` experts, and shared ones of width
+    `shared_ffn`. `imbalance` is the busiest expert-parallel rank's tokens over the mean."""
 
     count: int
     top_k: int
@@ -109,14 +108,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class Block:
-    """One step of the ordered list a pipeline may cut between. `output_elements` is what it hands on, a sample."""
+    """One of a model's ordered blocks, between which a pipeline may cut. `output_elements` is of one sample."""
 
     name: str
     kind: str
     parameters: tuple[Parameter, ...]
     products: tuple[Product, ...] = ()
     attention: AttentionShape | None = None
-    saved: tuple[Saved, ...] = ()
+    saved: tuple[Activation, ...] = ()
     output_elements: int = 0
     elementwise_elements: int = 0  # elements read or written by memory-bound operations of one sample's forward
     experts: Experts | None = None
@@ -133,11 +132,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Card:
-    """A model as its ordered blocks. `unit` is what speed is counted in: "tokens" or "samples".
+    """A model as its ordered blocks. `unit` is the unit of speed: "tokens" or "samples".
 
-    `units_per_sample` is the sequence length of a language model and 1 of a classifier. `tied` lists pairs of
-    parameter names that share one tensor (the second is the alias; its block lists no such parameter of its own).
-    `splittable` says what `apply` may do to it: "pp" when it names its blocks, "tp" when its parameters have axes.
+    `units_per_sample` is the sequence length of a language model, 1 for a classifier. `tied` lists pairs of parameter
+    names that share one tensor (the second is the alias, which its block does not list). `splittable` says how `apply`
+    may split it: "pp" if it names its blocks, "tp" if its parameters have axes.
     """
 
     name: str
@@ -163,26 +162,26 @@ class Card:
 
     @cached_property
     def kinds(self) -> tuple[list[tuple[Block, int]], list[int]]:
-        """Blocks that differ in more than names, each with the elements it is given, and the kind of each block of the
-        card. The first and the last block are kinds of their own."""
-        known: dict[object, int] = {}
+        """Blocks that differ in more than names, each with the elements of its input, and the index of each block's
+        kind. The first and the last block are kinds of their own."""
+        indices: dict[object, int] = {}
         kinds: list[tuple[Block, int]] = []
         index = []
-        given, end = self.blocks[0].output_elements, len(self.blocks) - 1
+        input_elements, end = self.blocks[0].output_elements, len(self.blocks) - 1
         for place, block in enumerate(self.blocks):
             shapes = tuple((p.shape, p.axes) for p in block.parameters)
             work = (block.products, block.attention, block.experts, block.elementwise_elements)
             what = (block.kind, work, block.saved, block.output_elements)
-            key = (shapes, what, given, place if place in (0, end) else -1)
-            if key not in known:
-                known[key] = len(kinds)
-                kinds.append((block, given))
-            index.append(known[key])
-            given = block.output_elements
+            key = (shapes, what, input_elements, place if place in (0, end) else -1)
+            if key not in indices:
+                indices[key] = len(kinds)
+                kinds.append((block, input_elements))
+            index.append(indices[key])
+            input_elements = block.output_elements
         return kinds, index
 
     def axis_sizes(self) -> dict[str, set[int]]:
-        """Sizes that each logical axis has, for the divisibility rules. Attention axes count heads, not features."""
+        """The sizes of each logical axis, for the divisibility rules. Attention axes count heads, not features."""
         sizes: dict[str, set[int]] = {}
         for block in self.blocks:
             if block.attention:

@@ -1,4 +1,4 @@
-"""What there is to run on: the Device, the Links between devices, and the Cluster they make. Imports no torch."""
+"""The Device, the Links between devices, and the Cluster they make. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from meshwright.divisors import divisors
 from meshwright.errors import InputError, Problem, nearest_name
+
+if TYPE_CHECKING:
+    from meshwright.job.sections import ClusterSection
 
 GIB = 1024**3
 DEVICES_FILE = Path(__file__).with_name("devices.csv")
 _CONTAINER = Path("/sys/fs/cgroup")
 
 AMD = "AuthenticAMD"
-#: Flops a cycle of one core: (vendor and family, flag, fp32, bf16); the first row that matches counts, "" any. AMD's
-#: fp32 is 32, as torch's products take the 256-bit path there; family 25 (Zen 4) halves its 512-bit instructions.
+#: Flops per cycle of one core: (vendor and family, flag, fp32, bf16); the first matching row counts, "" matches any.
+#: AMD's fp32 is 32, as torch's products take the 256-bit path there; family 25 (Zen 4) halves its 512-bit instructions.
 CPU_FLOPS_PER_CYCLE: tuple[tuple[str, str, int, int], ...] = (
     (f"{AMD} 25", "avx512_bf16", 32, 64),
     (AMD, "avx512_bf16", 32, 128),
@@ -44,26 +47,15 @@ GLOO_BYTES_PER_SECOND = 1.0e9
 GLOO_LATENCY_SECONDS = 0.35e-3
 
 
-class ClusterWish(Protocol):
-    """The job's [cluster] section: what it says about devices; None where it says nothing."""
-
-    @property
-    def devices(self) -> int | None: ...
-    @property
-    def devices_per_node(self) -> int | None: ...
-    @property
-    def named(self) -> str | None: ...
-
-
 @dataclass(frozen=True)
 class Device:
-    """One device: peak `flops` a second by precision ("fp32", "bf16", "fp16", "fp8", "fp4"; one it lacks is not
-    listed), memory, and what an operation costs to start.
+    """One device: peak `flops` per second by precision ("fp32", "bf16", "fp16", "fp8", "fp4", without those it lacks),
+    memory, and the time to start an operation.
 
-    `kind` is "cpu" where host and device are one, else "cuda", whoever made it. `real_flops` holds the rates, by
-    precision, that large matrix products were measured to reach, `real_memory_bytes_per_second` the memory's (0: never
-    measured). `units` cores share the tiles of a product (0: not known, or less than one); `generation` names the
-    architecture that kernels are built for ("sm90").
+    `kind` is "cpu" where host and device are one, else "cuda" for any maker. `real_flops` has the rates, by precision,
+    measured for large matrix products, `real_memory_bytes_per_second` the memory's (0: not measured). `units` cores
+    share the tiles of a product (0: not known, or less than one); `generation` names the architecture that kernels are
+    built for ("sm90").
     """
 
     name: str
@@ -94,12 +86,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A way between devices: bytes a second in one direction per device, and the latency of one message.
+    """A link between devices: bytes per second in one direction per device, and the latency of one message.
 
-    `topology` is "switch" (each to each at full speed), "mesh" (a direct wire to each), "ring", "pcie" (a shared
-    tree) or "host" (memory of one machine). `peer_bytes_per_second` is what one pair gets (0: all). `switch_bus`
-    is the bus bandwidth that all-reduce was measured to reach on such devices with the sums made in the switch (0: no
-    such switch), `measured_bus` on this very cluster, in whatever way (0: never measured).
+    `topology` is "switch" (any pair at full speed), "mesh" (a direct wire per pair), "ring", "pcie" (a shared tree) or
+    "host" (memory of one machine). `peer_bytes_per_second` is the rate of one pair (0: the full rate). `switch_bus` is
+    the measured bus bandwidth of all-reduce on such devices when the switch does the sums (0: no such switch),
+    `measured_bus` that of this cluster, whatever does them (0: not measured).
     """
 
     name: str
@@ -121,8 +113,8 @@ class Link:
 class Cluster:
     """`devices` equal devices, `devices_per_node` of them joined by `intra`, the nodes by `inter`.
 
-    `assumed` lists, in words, every figure that was not read or given but supposed. `intra` may join more than a node:
-    `joined` devices of a rack (0: those of a node).
+    `assumed` lists, in words, every figure that was neither read nor given. `intra` may join more than a node: `joined`
+    devices of a rack (0: those of a node).
     """
 
     device: Device
@@ -141,12 +133,12 @@ class Cluster:
             raise InputError(Problem("cluster.devices_per_node", f"{self.devices_per_node} devices", "give 1 or more"))
         if self.devices % self.devices_per_node:
             near = max(d for d in divisors(self.devices) if d <= self.devices_per_node)
-            more = -(-self.devices // self.devices_per_node) * self.devices_per_node
+            devices = -(-self.devices // self.devices_per_node) * self.devices_per_node
             raise InputError(
                 Problem(
                     "cluster.devices_per_node",
                     f"{self.devices} devices are not a whole number of nodes of {self.devices_per_node}",
-                    f"nearest: devices_per_node={near} or devices={more}",
+                    f"nearest: devices_per_node={near} or devices={devices}",
                 )
             )
 
@@ -162,8 +154,8 @@ class Cluster:
         return fits[-1]
 
     def in_processes(self, count: int) -> Cluster:
-        """The same CPU cores in `count` processes, a divisor of those that there are: each has as many times the
-        threads."""
+        """The same CPU cores in `count` processes, a divisor of `devices`; each process gets the threads of
+        devices / count."""
         device, times = self.device, self.devices // count
         cores = device.units * times
         merged = replace(
@@ -181,7 +173,7 @@ class Cluster:
         return self.intra if extent <= self.domain else self.inter
 
     def resolve_precision(self, word: str) -> str:
-        """ "auto" follows the device: bf16 where it is at least half again as fast as fp32; other words stand."""
+        """The precision for "auto": bf16 where it is at least 1.5 times as fast as fp32. Other words stay."""
         if word != "auto":
             return word
         return "bf16" if self.device.flops.get("bf16", 0.0) >= 1.5 * self.device.flops["fp32"] else "fp32"
@@ -191,14 +183,14 @@ class Cluster:
         return f"{self.devices} x {self.device.name}{nodes}"
 
 
-def resolve_cluster(wish: ClusterWish) -> Cluster:
-    """The cluster a job asks for: a named device of the table, or this machine's GPUs, or this machine's cores.
+def resolve_cluster(section: ClusterSection) -> Cluster:
+    """The cluster of a job's section: a named device of the table, or this machine's GPUs, or this machine's cores.
 
     Raises InputError for an unknown name, counts below one, nodes that do not divide, more GPUs than there are.
     """
-    if wish.named is not None:
-        return named_cluster(wish.named, wish.devices, wish.devices_per_node)
-    return this_machine(wish.devices, wish.devices_per_node)
+    if section.named is not None:
+        return named_cluster(section.named, section.devices, section.devices_per_node)
+    return this_machine(section.devices, section.devices_per_node)
 
 
 def named_cluster(name: str, devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
@@ -223,16 +215,16 @@ def this_machine(devices: int | None = None, devices_per_node: int | None = None
 
 
 def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
-    """This machine's CPU: one device is one process, by default one a core. Fewer processes than cores have several
-    threads each, as `launch` starts them; more share the cores. All share the memory."""
+    """This machine's CPU: one device is one process, by default one per core. With fewer processes than cores each has
+    several threads, as `launch` starts them; with more they share cores. All share the memory."""
     cores = available_cores()
     count = cores if devices is None else devices
     assumed = [
         f"memory speed of a core: {CPU_MEMORY_BYTES_PER_SECOND / 1e9:g} GB/s",
         f"gloo between processes: {GLOO_BYTES_PER_SECOND / 1e9:g} GB/s",
     ]
-    rates, said = _core_flops(*_cpuinfo())
-    assumed.extend(said)
+    rates, assumed_core = _core_flops(*_cpuinfo())
+    assumed.extend(assumed_core)
     threads = max(1, cores // max(count, 1))
     share = min(1.0, cores / max(count, 1))
     if share < 1.0:
@@ -253,7 +245,7 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, and the container's quota where there is one."""
+    """Cores that this process may use, by its affinity and the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     quota = _CONTAINER / "cpu.max"
     if quota.exists():
@@ -273,10 +265,10 @@ def memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that a new process may take without swapping: what the system can give, or the container if less.
+    """Memory that a new process may take without swapping: the lesser of the system's and the container's.
 
-    Cached pages of files, which are dropped when memory is needed, count as available on both sides. All of the memory
-    where the system does not tell.
+    Both count cached pages of files as available, since these are dropped when memory is needed. All memory where the
+    system does not say.
     """
     total = memory_bytes()
     limits, system, used = [total], Path("/proc/meminfo"), _CONTAINER / "memory.current"
@@ -302,7 +294,7 @@ def _table_cluster(
     if devices_per_node is None:
         devices_per_node = max((d for d in range(1, usual + 1) if count > 0 and count % d == 0), default=1)
         if count > usual and devices_per_node != usual:
-            assumed = (*assumed, f"{devices_per_node} devices a node, since {usual} do not divide {count}")
+            assumed = (*assumed, f"{devices_per_node} devices per node, since {usual} do not divide {count}")
     device = _table_device(row)
     switch = _number(row["switch_gbps"]) * 1e9
     peer = _number(row["peer_gbps"]) * 1e9
@@ -310,7 +302,7 @@ def _table_cluster(
     intra = Link(row["intra_name"], rate, INTRA_LATENCY_SECONDS, row["topology"], peer, switch)
     inter = Link(row["inter_name"], float(row["inter_gbps"]) * 1e9, INTER_LATENCY_SECONDS)
     if count > devices_per_node:
-        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s a device")
+        assumed = (*assumed, f"network between nodes: {float(row['inter_gbps']) * 8:g} Gbit/s per device")
     joined = int(_number(row["joined"]))
     return Cluster(device, count, devices_per_node, intra, inter, assumed=assumed, joined=joined)
 
@@ -340,7 +332,7 @@ def _number(text: str) -> float:
 
 
 def _nvidia_gpus() -> list[tuple[str, int]]:
-    """(name, memory in bytes) of each GPU that nvidia-smi lists; empty where there is none."""
+    """(name, memory in bytes) of each GPU that nvidia-smi lists."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -369,7 +361,7 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
     table = _device_table()
     rows = [row for row in table.values() if re.search(row["pattern"], name)]
     assumed: tuple[str, ...] = ()
-    if not rows:  # a GPU we have no figures for: the row nearest in memory, and say so
+    if not rows:  # no figures for this GPU: take the row nearest in memory
         near = min(table.values(), key=lambda row: abs(float(row["memory_gib"]) * GIB - memory_bytes))
         rows = [{**near, "name": name}]
         assumed = (f"'{name}' is not in the table of devices: speeds of {near['name']}",)
@@ -380,7 +372,7 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
 
 
 def _cpuinfo() -> tuple[str, frozenset[str], float | None]:
-    """("vendor family", flags, MHz) of the first core, as far as the system tells."""
+    """("vendor family", flags, MHz) of the first core, empty or None where the system does not say."""
     path = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     if path.exists():
@@ -393,7 +385,7 @@ def _cpuinfo() -> tuple[str, frozenset[str], float | None]:
 
 
 def _core_flops(maker: str, flags: frozenset[str], megahertz: float | None) -> tuple[dict[str, float], list[str]]:
-    """Peak flops a second of one core by precision, and what had to be supposed."""
+    """Peak flops per second of one core by precision, and what was assumed."""
     assumed = []
     if megahertz is None:
         megahertz = 2500.0

@@ -1,7 +1,8 @@
-"""How a model is split over devices: the Layout, the table of logical axes, and the boxes each rank holds."""
+"""How a model is split over devices: the Layout, the table of logical axes, and the boxes of ranks."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ RECOMPUTE = ("none", "selective", "full")
 #: Orders of work of a pipeline (`plan/pipeline/actions.py`); `plan/rules/frameworks.py` says which a framework runs.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev")
 
-#: Logical axis of a parameter's dimension -> mesh axis that splits it (None: none does). `placement.py` works from it,
+#: Logical axis of a parameter's dimension -> mesh axis that splits it, or None. `placement.py` works from this table,
 #: and `meshwright plan --layout-table` prints it.
 AXIS_RULES: dict[str, str | None] = {
     "vocab": "tp",  # token embedding and output head
@@ -34,9 +35,9 @@ def split_dimension(axes: tuple[str | None, ...]) -> int | None:
 class Layout:
     """How the work is split. devices = dp x tp x pp x cp.
 
-    `dp` is the total data-parallel degree; `shard` (FSDP degree) divides dp x cp, 1 means replicated, and what lies
-    between is hybrid; `ep` divides dp x cp; `vpp` counts virtual stages a rank; `micro_batch` is in samples;
-    `offload` keeps optimizer state in host memory.
+    `dp` is the total data-parallel degree. `shard` (FSDP degree) divides dp x cp: 1 is replicated, dp x cp fully
+    sharded, any other degree hybrid. `ep` divides dp x cp; `vpp` counts virtual stages per rank; `micro_batch` is in
+    samples; `offload` keeps optimizer state in host memory.
     """
 
     dp: int = 1
@@ -62,14 +63,14 @@ class Layout:
         return self.dp * self.cp // self.shard
 
     def micro_batches(self, global_batch: int) -> int:
-        """Micro-batches that one data-parallel rank runs a step."""
+        """Micro-batches that one data-parallel rank runs per step."""
         return global_batch // (self.dp * self.micro_batch)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __str__(self) -> str:
-        """Short name: the degrees above one, then what is unusual. "1 device" for the trivial layout."""
+        """Short name: the degrees above one ("1 device" for none), then settings other than the default."""
         words = [f"{name}{getattr(self, name)}" for name in ("dp", "tp", "pp", "cp", "ep") if getattr(self, name) > 1]
         if self.shard > 1:
             words.append(f"shard{self.shard}")
@@ -98,7 +99,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank sits in the mesh. Rank order is pp (outermost), dp replicate, dp shard, cp, tp (innermost)."""
+    """A rank's place in the mesh. Rank order is pp (outermost), dp replicate, dp shard, cp, tp (innermost)."""
 
     pp: int
     replicate: int
@@ -124,7 +125,7 @@ def coordinates(layout: Layout, rank: int) -> Coordinates:
 
 @dataclass(frozen=True)
 class Box:
-    """The part of a global tensor that one rank holds: `shape` elements from `start` on, in each dimension."""
+    """One rank's part of a global tensor: `shape` elements from `start` on, in each dimension."""
 
     global_shape: tuple[int, ...]
     start: tuple[int, ...]
@@ -132,13 +133,10 @@ class Box:
 
     @property
     def elements(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     def intersect(self, other: Box) -> Box | None:
-        """What both hold, or None where they share no element. Raises ValueError if the tensors differ in shape."""
+        """The elements in both boxes, None if there are none. Raises ValueError if the tensors differ in shape."""
         if self.global_shape != other.global_shape:
             raise ValueError(f"boxes of different tensors: {self.global_shape} and {other.global_shape}")
         start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
@@ -149,7 +147,7 @@ class Box:
         return None if any(size <= 0 for size in shape) else Box(self.global_shape, start, shape)
 
     def split(self, dim: int, parts: int, index: int) -> Box:
-        """Part `index` of `parts` along `dim`, in torch.chunk's way: ceil-sized parts, the last ones may be empty."""
+        """Part `index` of `parts` along `dim`, as torch.chunk: ceil-sized parts, the last ones may be empty."""
         size = self.shape[dim]
         step = -(-size // parts)
         low, high = min(index * step, size), min((index + 1) * step, size)

@@ -1,7 +1,7 @@
-"""The placement table: which mesh axes split a parameter, the box that a rank holds, who else holds it, who owns it.
+"""The placement table: per parameter the mesh axes that split it, a rank's box, its replicas, and its owner.
 
-`apply`, the optimizer, checkpoints and the engine work from its rows. They are computed from names, shapes and logical
-axes alone, so that the rows of any rank can be printed anywhere.
+`apply`, the optimizer, checkpoints and the engine work from its rows. They follow from names, shapes and logical axes
+alone, so any process can compute the rows of any rank.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from meshwright.layout import Box, Coordinates, Layout, split_dimension
 
 @dataclass(frozen=True)
 class Placement:
-    """What a rank holds of a parameter: one row of the table.
+    """A rank's part of a parameter: one row of the table.
 
-    `name` is what its values are stored under: of tied parameters, the first's. `replicas` ranks of the world hold
-    exactly `box`, and one of them is `owner`. `split` lists (mesh axis, dimension) in the order of the cuts. `partial`
-    names the groups over which the rank's gradient is still to be summed: "tp", or "ends" (the first and the last
-    pipeline stage, each with a copy of a tied weight).
+    Values are stored under `name`: for tied parameters, the first's. `replicas` ranks of the world hold exactly `box`,
+    and one of these is its `owner`. `split` lists (mesh axis, dimension) in the order of the cuts. The gradient must
+    still be summed over the groups in `partial`: "tp", or "ends" (the first and the last pipeline stage, each with a
+    copy of a tied weight).
     """
 
     name: str
@@ -36,13 +36,13 @@ def placements(
 ) -> dict[str, Placement]:
     """The rows of the rank at `at`, by the parameter's name in its module.
 
-    `stage` names the blocks of its pipeline stage, None for all. Owners are spread: parameter k of the stage belongs to
-    replica k modulo the number of replicas. Of a tied weight's two copies the first stage's has the owner.
+    `stage` names the blocks of its pipeline stage, None for all. Owners alternate: replica k modulo the number of
+    replicas owns parameter k of the stage. The first stage owns a tied weight that two stages hold.
     """
     mesh = {"replicate": (layout.replicate, at.replicate), "shard": (layout.shard, at.shard), "tp": (layout.tp, at.tp)}
     dims = tensor_split(card) if layout.tp > 1 else {}
-    opening, stored_as = regions(dims), {alias: name for name, alias in card.tied}
-    parameters, copies = _held(card, stage)
+    region_paths, stored_as = regions(dims), {alias: name for name, alias in card.tied}
+    parameters, tied_apart = _stage_parameters(card, stage)
     rows = {}
     for index, parameter in enumerate(parameters):
         name, box = parameter.name, Box.whole(parameter.shape)
@@ -56,9 +56,13 @@ def placements(
             if axis not in split:
                 replicas, replica = replicas * degree, replica * degree + place
         owner, partial = index % replicas == replica, []
-        if layout.tp > 1 and name not in dims and (layout.sequence_parallel or _within(name, dims, opening)):
-            partial.append("tp")  # a rank's gradient is of its part of the sequence, or of its heads or features
-        if name in copies and at.pp in (0, layout.pp - 1):
+        if (
+            layout.tp > 1
+            and name not in dims
+            and (layout.sequence_parallel or _acts_in_region(name, dims, region_paths))
+        ):
+            partial.append("tp")  # the rank's gradient is of its part of the sequence, heads or features
+        if name in tied_apart and at.pp in (0, layout.pp - 1):
             replicas, owner = 2 * replicas, owner and at.pp == 0
             partial.append("ends")
         rows[name] = Placement(stored_as.get(name, name), box, replicas, owner, tuple(split.items()), tuple(partial))
@@ -66,40 +70,42 @@ def placements(
 
 
 def tensor_split(card: Card) -> dict[str, int]:
-    """The dimension that tensor parallelism splits, by parameter (aliases too). What it leaves whole is not in it."""
+    """The dimension that tensor parallelism splits, by parameter (aliases too); whole parameters are not in it."""
     dims = {p.name: dim for p in card.parameters if (dim := split_dimension(p.axes)) is not None}
     return dims | {alias: dims[name] for name, alias in card.tied if name in dims}
 
 
 def regions(dims: Mapping[str, int]) -> frozenset[str]:
-    """Paths of the modules, such as an attention, that have a layer split by its output and one split by its input, so
-    that only what is between them is split."""
+    """Paths of the modules, such as an attention, that have a layer split by its output and one split by its input:
+    activations are split only between these layers."""
     sides: dict[str, set[int]] = {}
     for name, dim in dims.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "weight":
             sides.setdefault(layer.rpartition(".")[0], set()).add(dim)
-    return frozenset(path for path, found in sides.items() if found >= {0, 1})
+    return frozenset(path for path, split in sides.items() if split >= {0, 1})
 
 
-def _within(name: str, dims: Mapping[str, int], opening: Collection[str]) -> bool:
-    """Whether a parameter acts inside a region, and not on its sum as the bias of the layer that ends it does."""
+def _acts_in_region(name: str, dims: Mapping[str, int], region_paths: Collection[str]) -> bool:
+    """Whether a parameter acts inside a region; the bias of the layer that ends one acts on the sum."""
     path = name.split(".")[:-1]
-    inside = any(".".join(path[:depth]) in opening for depth in range(len(path) + 1))
+    inside = any(".".join(path[:depth]) in region_paths for depth in range(len(path) + 1))
     return inside and dims.get(".".join([*path, "weight"])) != 1
 
 
-def _held(card: Card, stage: Collection[str] | None) -> tuple[list[Parameter], set[str]]:
-    """The parameters of a stage, and the names of those tied to one of another stage: the alias is then a parameter of
-    its own, the last of its block."""
+def _stage_parameters(card: Card, stage: Collection[str] | None) -> tuple[list[Parameter], set[str]]:
+    """The parameters of a stage, and the names of tied parameters whose pair is in another stage: there the alias is a
+    parameter of its own, the last of its block."""
     if stage is None:
         return list(card.parameters), set()
     blocks = {name: name.split(".")[1] for pair in card.tied for name in pair}
     apart = {alias: name for name, alias in card.tied if (blocks[name] in stage) != (blocks[alias] in stage)}
     table = {parameter.name: parameter for parameter in card.parameters}
-    held: list[Parameter] = []
+    parameters: list[Parameter] = []
     for block in card.blocks:
         if block.name in stage:
-            held += block.parameters
-            held += [replace(table[name], name=alias) for alias, name in apart.items() if blocks[alias] == block.name]
-    return held, {*apart, *apart.values()}
+            parameters += block.parameters
+            parameters += [
+                replace(table[name], name=alias) for alias, name in apart.items() if blocks[alias] == block.name
+            ]
+    return parameters, {*apart, *apart.values()}

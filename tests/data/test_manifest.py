@@ -291,5 +291,5 @@ def test_the_vocabulary_of_a_hugging_face_folder_is_its_configurations(tmp_path:
     model = ModelSection(hf=str(folder))
     assert corpus.model_vocab(model) == 100
     (folder / "config.json").write_text("[")
-    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"config\.json: is not valid JSON"):
         corpus.model_vocab(model)

@@ -1,9 +1,9 @@
-"""Checkpoints: every rank writes the boxes it owns, any layout reads them back; safetensors and JSON only.
+"""Checkpoints: every rank writes the boxes it owns, and any layout reads them; safetensors and JSON only.
 
 Writer              saves, one per rank, in the background; rank 0 commits
 latest              the newest committed checkpoint of a run
-load                fills local tensors from a checkpoint of any layout, digests checked
-read_model_folder   fills local tensors from a Hugging Face folder of somebody else
+load                fills local tensors from a checkpoint of any layout and checks their digests
+read_model_folder   fills local tensors from a Hugging Face folder that others wrote
 """
 
 from meshwright.checkpoint.folder import latest

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: names, memory maps, writes that wait for the disk."""
+"""Files of a checkpoint: names, memory maps, durable writes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from meshwright.files import open_regular
 
-#: A file name inside a checkpoint: no separators, no leading dot, so it can never leave its folder.
+#: A file name inside a checkpoint: without separators or a leading dot, so it cannot leave its folder.
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
-#: One write call; the kernel takes at most 2 GiB - 4 KiB in any case.
+#: Bytes of one write call; the kernel's limit is 2 GiB - 4 KiB.
 WRITE_BYTES = 1 << 30
 
 
 def map_file(path: Path, *, follow_links: bool = False) -> mmap.mmap | bytes:
-    """The file's bytes, mapped for reading (an empty file cannot be mapped and comes as empty bytes)."""
+    """The file mapped for reading; b"" for an empty file, which cannot be mapped."""
     descriptor = open_regular(path, follow_links=follow_links)
     try:
         if os.fstat(descriptor).st_size == 0:
@@ -30,7 +30,7 @@ def map_file(path: Path, *, follow_links: bool = False) -> mmap.mmap | bytes:
 
 
 def dump_json(record: Any) -> bytes:
-    """Compact JSON; ValueError for NaN, Infinity and what JSON cannot hold."""
+    """Compact JSON. Raises ValueError for NaN and Infinity, TypeError for other values that JSON lacks."""
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -43,7 +43,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at a byte offset. OSError as the system gives it, a full disk among them."""
+    """Writes all of `data` at a byte offset. Raises the system's OSError, for a full disk too."""
     while data:
         written = os.pwrite(descriptor, data[:WRITE_BYTES], offset)
         data = data[written:]

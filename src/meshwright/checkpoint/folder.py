@@ -1,10 +1,10 @@
-"""The folder of a run's checkpoints: which are committed, which is newest, and clearing away the rest.
+"""The folder of a run's checkpoints: which are committed, which is newest, and deleting the rest.
 
-step-N                    committed: it got this name after everything in it was on the disk
+step-N                    committed: got this name after all its files were on the disk
 step-N.partial-<nonce>    being written, or left by writers that died; never read
-step-N.replaced-<nonce>   a committed step-N that a new step-N takes the place of; read if that never arrived
+step-N.replaced-<nonce>   an older committed step-N, read only if the new step-N was not committed
 step-N.removed-<nonce>    being deleted
-.saving                   how the ranks of a save find each other
+.saving                   messages between the ranks of a save
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0
 
 
 def step_folder(root: Path, step: int, state: str = "", nonce: str = "") -> Path:
-    """Path of a step's folder, plain (committed) or in one of the states of this module's table."""
+    """Path of a step's folder: committed, or in one of the states of this module's table."""
     return root / (f"step-{step}.{state}-{nonce}" if state else f"step-{step}")
 
 
 def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]], list[tuple[int, InputError]]]:
-    """Committed checkpoints, oldest commit first; and the steps whose manifest was changed since, with why."""
-    found: dict[int, Path] = {}
+    """Committed checkpoints, oldest commit first, and the errors of damaged ones by step."""
+    folders: dict[int, Path] = {}
     for step, state, folder in _scan(root):
-        if state in ("", "replaced") and (folder / MANIFEST_NAME).exists() and (state == "" or step not in found):
-            found[step] = folder
+        if state in ("", "replaced") and (folder / MANIFEST_NAME).exists() and (state == "" or step not in folders):
+            folders[step] = folder
     sound: list[tuple[Path, CheckpointManifest]] = []
     damaged: list[tuple[int, InputError]] = []
-    for step, folder in found.items():
+    for step, folder in folders.items():
         try:
             sound.append((folder, read_manifest(folder)))
         except InputError as error:
@@ -48,9 +48,9 @@ def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]]
 def latest(root: Path) -> Path | None:
     """The newest committed checkpoint under `root` (a run's `checkpoints` folder), or None if there is none.
 
-    Newest is the last committed, which after a rewind is not the highest step. Folders of writers that died do not
-    count. InputError if a checkpoint that may be newer was changed after its commit: it is not passed over silently;
-    remove its folder to go on from the one before. An older one that was changed is only warned of.
+    The newest is the last committed, which after a rewind is not the highest step. Folders left by dead writers do not
+    count. Raises InputError if a checkpoint that may be newer was changed after its commit: remove its folder to
+    continue from the one before. A changed older one only gives a warning.
     """
     sound, damaged = committed_folders(Path(root))
     newest_step = sound[-1][1].step if sound else -1
@@ -62,19 +62,19 @@ def latest(root: Path) -> Path | None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Deletes what dead writers left, and takes back a committed folder whose replacement never arrived."""
+    """Deletes what dead writers left, and restores a committed folder whose replacement was not committed."""
     for step, state, folder in _scan(root):
         plain = step_folder(root, step)
         if state == "replaced" and not (plain / MANIFEST_NAME).exists() and (folder / MANIFEST_NAME).exists():
             if plain.exists():
-                _delete(plain)
+                shutil.rmtree(plain)
             folder.rename(plain)
         elif state or not (folder / MANIFEST_NAME).exists():
-            _delete(folder)
+            shutil.rmtree(folder)
 
 
 def commit_folder(root: Path, step: int, nonce: str) -> Path:
-    """Gives a finished partial folder its name; a step-N that is there already makes way first."""
+    """Renames a finished partial folder to step-N, replacing an older step-N."""
     target = step_folder(root, step)
     if target.exists():
         target.rename(step_folder(root, step, "replaced", nonce))
@@ -82,21 +82,21 @@ def commit_folder(root: Path, step: int, nonce: str) -> Path:
     sync_folder(root)
     replaced = step_folder(root, step, "replaced", nonce)
     if replaced.exists():
-        _delete(replaced)
+        shutil.rmtree(replaced)
     return target
 
 
 def prune(root: Path, keep: int, nonce: str) -> None:
-    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to look at."""
+    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to inspect."""
     for folder, manifest in committed_folders(root)[0][:-keep]:
-        # Renamed first: a kill in the middle of deleting must not leave something that looks committed.
-        doomed = step_folder(root, manifest.step, "removed", nonce)
-        folder.rename(doomed)
-        _delete(doomed)
+        # Renamed first: a kill during deletion must not leave a folder that looks committed.
+        removed = step_folder(root, manifest.step, "removed", nonce)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _scan(root: Path) -> list[tuple[int, str, Path]]:
-    """(step, state, folder) of every checkpoint-like folder; plain ones come before others of the same step."""
+    """(step, state, folder) of every step's folder; the committed ones come first of the same step."""
     entries = []
     if root.is_dir():
         for folder in root.iterdir():
@@ -104,7 +104,3 @@ def _scan(root: Path) -> list[tuple[int, str, Path]]:
             if match and folder.is_dir() and not folder.is_symlink():
                 entries.append((int(match.group(1)), match.group(2) or "", folder))
     return sorted(entries)
-
-
-def _delete(folder: Path) -> None:
-    shutil.rmtree(folder)

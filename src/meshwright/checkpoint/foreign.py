@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder that somebody else wrote: safetensors only, nothing in it is trusted or run."""
+"""Reads a Hugging Face folder that others wrote: safetensors only, nothing in it is trusted or run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 
 from meshwright.checkpoint.files import FILE_NAME, map_file
 from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
-from meshwright.checkpoint.tensors import DTYPES, Slot, element_view, from_bytes, parse_header, slices
+from meshwright.checkpoint.tensors import DTYPES, LocalTensors, Slot, element_view, from_bytes, parse_header, slices
 from meshwright.errors import InputError, Problem
 from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
-from meshwright.placement import Placement
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,58 +23,52 @@ MAX_SHARDS = 10_000
 
 
 def read_model_folder(
-    folder: Path,
-    names: Mapping[str, str],
-    wanted: Mapping[str, tuple[Placement, torch.Tensor]],
-    *,
-    ignored: Sequence[str] = (),
+    folder: Path, names: Mapping[str, str], tensors: LocalTensors, *, ignored: Sequence[str] = ()
 ) -> None:
-    """Fills `wanted` (by our names) from a Hugging Face folder; `names` maps our names to the file's, of all tensors.
+    """Fills `tensors` (by our names) from a Hugging Face folder. `names` maps our names of all tensors to the file's.
 
-    The folder holds `model.safetensors`, or shards with `model.safetensors.index.json`. Floating-point tensors are cast
-    to the dtype wanted. `names` leaves out the alias of tied weights; `ignored` are patterns (`*.inv_freq`,
-    `lm_head.weight`) of tensors in the file that may be there and are not needed. Links are followed: the Hugging Face
-    cache is made of them.
+    The folder has `model.safetensors`, or shards with `model.safetensors.index.json`. Floating-point tensors are cast
+    to the dtype of the local tensor. `names` leaves out aliases of tied weights; `ignored` has patterns (`*.inv_freq`,
+    `lm_head.weight`) of tensors that the file may have and we do not need. Links are followed: the Hugging Face cache
+    is made of them.
 
-    Raises InputError, naming file and tensor, for a folder without safetensors, a malformed file, or tensors that are
-    missing, too many, or of another shape or kind; then nothing is filled.
+    Raises InputError, naming file and tensor, for a folder without safetensors, a malformed file, and tensors that are
+    missing, unknown, or of another shape or kind; then nothing is filled.
     """
     folder = Path(folder)
-    found = _open_folder(folder)
+    stored = _open_folder(folder)
     problems = []
     for name, file_name in names.items():
-        if file_name not in found:
+        if file_name not in stored:
             problems.append(Problem(str(folder), f"has no tensor {file_name!r} (our {name!r})"))
-    for file_name, (file, _, _) in found.items():
+    for file_name, (file, _, _) in stored.items():
         if file_name not in names.values() and not any(fnmatch.fnmatchcase(file_name, p) for p in ignored):
             problems.append(Problem(str(folder / file), f"holds tensor {file_name!r}, which this model does not have"))
-    for name, (placement, local) in wanted.items():
+    for name, (placement, local) in tensors.items():
         if tuple(local.shape) != placement.box.shape:
             raise ValueError(f"{name}: the tensor has shape {tuple(local.shape)}, its piece {placement.box.shape}")
-        file, slot, _ = found.get(names[name], ("", None, None))
+        file, slot, _ = stored.get(names[name], ("", None, None))
         if slot is None:
             continue
         if slot.shape != placement.box.global_shape:
             what = f"tensor {names[name]!r} has shape {list(slot.shape)}, wanted {list(placement.box.global_shape)}"
             problems.append(Problem(str(folder / file), what))
-        elif not _may_fill(DTYPES[slot.dtype], local.dtype):
+        elif DTYPES[slot.dtype] != local.dtype and not (
+            DTYPES[slot.dtype].is_floating_point and local.is_floating_point()
+        ):
             what = f"tensor {names[name]!r} is {slot.dtype}, which does not turn into {local.dtype}"
             problems.append(Problem(str(folder / file), what))
     if problems:
         raise InputError(problems)
-    for name, (placement, local) in wanted.items():
-        _, slot, data = found[names[name]]
+    for name, (placement, local) in tensors.items():
+        _, slot, data = stored[names[name]]
         part = element_view(data, slot)[slices(placement.box, Box.whole(slot.shape))]
         with torch.no_grad():
             local.detach().copy_(from_bytes(part, slot.dtype))
 
 
-def _may_fill(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
-
-
 def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:
-    """Every tensor in the folder by its name there: (file, slot, mapped bytes)."""
+    """Every tensor of the folder by its name in the file: (file, slot, mapped bytes)."""
     if not folder.is_dir():
         raise InputError(Problem(str(folder), "is not a folder"))
     index = folder / INDEX
@@ -86,16 +79,16 @@ def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:
     else:
         raise InputError(_no_safetensors(folder))
     files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-    found: dict[str, tuple[str, Slot, Any]] = {}
+    stored: dict[str, tuple[str, Slot, Any]] = {}
     for file in files:
         data = map_file(folder / file, follow_links=True)
         for name, slot in parse_header(data, str(folder / file)).items():
             if weight_map is not None and weight_map.get(name) != file:
                 raise InputError(Problem(str(folder / file), f"holds tensor {name!r}, which {INDEX} puts elsewhere"))
-            found[name] = (file, slot, data)
-    for name in sorted(set(weight_map or ()) - set(found)):
+            stored[name] = (file, slot, data)
+    for name in sorted(set(weight_map or ()) - set(stored)):
         raise InputError(Problem(str(index), f"names tensor {name!r}, which its file does not hold"))
-    return found
+    return stored
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, with sizes and digests. It is written last, and read before anything else."""
+"""The manifest: the contents of a checkpoint, with sizes and digests. It is written last and read first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
 
-#: The first line carries the digest of all that follows it, so it is checked before a byte is parsed.
+#: The first line has the digest of all that follows, which is checked before anything is parsed.
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -29,8 +29,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class StoredPiece:
     """A box of a tensor as one owner wrote it. `sha256` is of the box's own bytes, row-major.
 
-    `offset` is the byte in `file` where the tensor that the file declares begins: in `model/` that is the whole
-    tensor, of which the piece is a box; in `state/` it is the piece itself.
+    `offset` is the byte in `file` where the file's tensor begins: in `model/` the whole tensor, of which the piece is a
+    box; in `state/` the piece itself.
     """
 
     file: str
@@ -43,7 +43,7 @@ class StoredPiece:
         return Box(global_shape, self.start, self.shape)
 
     def container(self, global_shape: tuple[int, ...]) -> Box:
-        """What the file holds at `offset`."""
+        """The box of the file's tensor at `offset`."""
         return Box.whole(global_shape) if self.file.startswith("model/") else self.box(global_shape)
 
 
@@ -58,9 +58,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file by its size and the digest of its first `digested_bytes`.
+    """A file's size, and the digest of its first `digested_bytes`.
 
-    For a safetensors file that is the header (each piece has its own digest), for any other the whole.
+    These are the header of a safetensors file, checked by `load` (each piece has its own digest), and all of any other
+    file, whose digest is recorded and not checked.
     """
 
     bytes: int
@@ -72,8 +73,8 @@ class StoredFile:
 class CheckpointManifest:
     """A committed checkpoint. `sequence` counts commits of a run: after a rewind a lower step can be the newer one.
 
-    `parent` is the step of the checkpoint that this one was trained on from (None at the start of a run); `layout` and
-    `world` say who saved it, and nothing in loading depends on them; `meta` is the trainer's own JSON.
+    `parent` is the step of the checkpoint from which training continued (None at the start of a run); `layout` and
+    `world` are of the run that saved it, and loading does not depend on them; `meta` is the trainer's own JSON.
     """
 
     step: int
@@ -90,22 +91,17 @@ def encode_manifest(manifest: CheckpointManifest) -> bytes:
     """The bytes of manifest.json."""
     record = {
         "version": VERSION,
-        "step": manifest.step,
-        "sequence": manifest.sequence,
-        "parent": manifest.parent,
-        "world": manifest.world,
-        "layout": dict(manifest.layout),
-        "meta": dict(manifest.meta),
+        **vars(manifest),
         "tensors": {
             name: {
                 "dtype": tensor.dtype,
-                "global_shape": list(tensor.global_shape),
+                "global_shape": tensor.global_shape,
                 "pieces": [
                     {
                         "file": piece.file,
                         "offset": piece.offset,
-                        "start": list(piece.start),
-                        "shape": list(piece.shape),
+                        "start": piece.start,
+                        "shape": piece.shape,
                         "bytes": math.prod(piece.shape) * DTYPES[tensor.dtype].itemsize,
                         "sha256": piece.sha256,
                     }
@@ -114,19 +110,16 @@ def encode_manifest(manifest: CheckpointManifest) -> bytes:
             }
             for name, tensor in manifest.tensors.items()
         },
-        "files": {
-            path: {"bytes": file.bytes, "digested_bytes": file.digested_bytes, "sha256": file.sha256}
-            for path, file in manifest.files.items()
-        },
+        "files": {path: vars(file) for path, file in manifest.files.items()},
     }
     rest = dump_json(record)[1:] + b"\n"
     return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint folder, trusted only after its digest, its schema and the files' sizes agree.
+    """The manifest of a checkpoint folder, after checking its digest, its schema and the sizes of the files.
 
-    InputError, naming the file and the tensor, for a folder that is no committed checkpoint or that was changed since.
+    Raises InputError, naming file and tensor, for a folder that is not a committed checkpoint or was changed since.
     """
     folder = Path(folder)
     if not (folder / MANIFEST_NAME).exists():
@@ -151,7 +144,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
-    """Checks digest, then schema, of the bytes of a manifest.json; `where` is its path for the messages."""
+    """The manifest in `data`, after checking digest and schema; `where` is its path for messages."""
     line = _FIRST_LINE.match(data)
     if line is None:
         raise InputError(Problem(where, "is not a manifest: its first line has no digest"))
@@ -161,7 +154,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
             Problem(where, "its digest does not match: it was cut short or changed", "use an earlier checkpoint")
         )
     record = parse_json(data, where)
-    top = _Reader(where)
+    top = _RecordReader(where)
     version = top.get(record, "version", int)
     if version != VERSION:
         raise InputError(Problem(where, f"is of version {version}", f"this Meshwright reads version {VERSION}"))
@@ -169,11 +162,11 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     top.exactly(record, keys)
     parent = None if record["parent"] is None else top.count(record, "parent")
     files = {
-        path: _decode_file(path, entry, _Reader(f"{where}: files[{path[:200]!r}]"))
+        path: _decode_file(path, entry, _RecordReader(f"{where}: files[{path[:200]!r}]"))
         for path, entry in top.get(record, "files", dict).items()
     }
     tensors = {
-        name: _decode_tensor(name, entry, files, _Reader(f"{where}: tensor {name[:200]!r}"))
+        name: _decode_tensor(name, entry, files, _RecordReader(f"{where}: tensor {name[:200]!r}"))
         for name, entry in top.get(record, "tensors", dict).items()
     }
     return CheckpointManifest(
@@ -188,8 +181,8 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     )
 
 
-class _Reader:
-    """Takes typed values out of parsed JSON; `where` goes into every message."""
+class _RecordReader:
+    """Typed values of parsed JSON; `where` is in every message."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -227,7 +220,7 @@ class _Reader:
             raise self.fail("must have exactly the keys " + ", ".join(keys))
 
 
-def _decode_file(path: str, entry: Any, reader: _Reader) -> StoredFile:
+def _decode_file(path: str, entry: Any, reader: _RecordReader) -> StoredFile:
     part, _, name = path.partition("/")
     if part not in ("model", "state") or not FILE_NAME.fullmatch(name):
         raise reader.fail("a path must be model/NAME or state/NAME: no other folder, no '..', no absolute path")
@@ -238,7 +231,7 @@ def _decode_file(path: str, entry: Any, reader: _Reader) -> StoredFile:
     return StoredFile(size, digested, reader.digest(entry))
 
 
-def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _Reader) -> StoredTensor:
+def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _RecordReader) -> StoredTensor:
     if not TENSOR_NAME.fullmatch(name):
         raise reader.fail("its name is too long or has control characters")
     reader.exactly(entry, ("dtype", "global_shape", "pieces"))
@@ -256,7 +249,7 @@ def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reade
 
 
 def _decode_piece(
-    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _Reader
+    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _RecordReader
 ) -> StoredPiece:
     reader.exactly(entry, ("file", "offset", "start", "shape", "bytes", "sha256"))
     piece = StoredPiece(

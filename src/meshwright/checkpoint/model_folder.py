@@ -1,4 +1,4 @@
-"""The `model/` part of a checkpoint: what its files are called and where in them each tensor lies."""
+"""The `model/` part of a checkpoint: the names of its files, and the position of each tensor in them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MAX_SHARD_BYTES = 4_000_000_000
 class ModelFolder:
     """How the model is written: `names` maps each tensor's name in the module to its name in the file.
 
-    Aliases of tied weights are left out of `names`. `side_files` are written beside the weights as they are
-    (config.json, tokenizer.json, module.json ...). Weights above `max_shard_bytes` go into several files with an index,
-    as `transformers` expects.
+    `names` leaves out aliases of tied weights. `side_files` are written beside the weights (config.json,
+    tokenizer.json, module.json ...). Weights above `max_shard_bytes` go into several files with an index, as
+    `transformers` expects.
     """
 
     names: Mapping[str, str]
@@ -38,7 +38,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file to be: its header and its size; the tensors' bytes are filled in by their owners."""
+    """Header and size of a safetensors file, before the owners write their tensors."""
 
     header: bytes
     total_bytes: int
@@ -47,10 +47,10 @@ class WeightFile:
 def plan_files(
     folder: ModelFolder, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[dict[str, WeightFile], dict[str, tuple[str, Slot]], bytes | None]:
-    """Lays the model's tensors ({name: (dtype word, global shape)}) out over files.
+    """Distributes the model's tensors ({name: (dtype word, global shape)}) over files.
 
     Returns the files by path ("model/..."), each tensor's (path, Slot) by its name in the module, and the index file's
-    bytes if there is more than one file.
+    bytes if there are several files.
     """
     shards: list[list[str]] = [[]]
     shard_bytes = 0

@@ -1,11 +1,11 @@
-"""How the ranks of one save find each other: small JSON files in a shared folder, no collectives.
+"""Messages between the ranks of one save: small JSON files in a shared folder, no collectives.
 
-A background thread must not use the training's process group, and a file left by a run that was killed must not be
-taken for a living rank's. So each rank proves that it is alive by repeating a word that was drawn for this save:
+A background thread must not use the training's process group, and a file of a killed run must not be taken for one of a
+living rank. So each rank repeats random words that were drawn for this save:
 
     .saving/begin.json     rank 0: {nonce, step, world}          the nonce is new for every save
     .saving/hello-K.json   rank K: {nonce, id, tensors}          repeats the nonce; the id is new for every save
-    PARTIAL/plan.json      rank 0: {ids, places}                 repeats all ids; says where each tensor goes
+    PARTIAL/plan.json      rank 0: {ids, places}                 repeats all ids; the place of each tensor
     PARTIAL/state/rank-K.json  rank K: {id, pieces, files} or {id, error}    what it wrote, with digests
     .saving/end.json       rank 0: {ids, error}                  committed, or why not
 
@@ -32,7 +32,7 @@ _LONGEST_WAIT_SECONDS = 0.1
 
 
 class Rendezvous:
-    """One rank's side of one save. Every wait ends after `timeout_seconds` with RunFailed naming who is missing."""
+    """One rank's side of one save. A wait of `timeout_seconds` raises RunFailed naming the missing ranks."""
 
     def __init__(self, root: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
         self.root, self.step, self.rank, self.world = root, step, rank, world
@@ -45,7 +45,7 @@ class Rendezvous:
 
     @property
     def partial(self) -> Path:
-        """The folder this save is written into."""
+        """The folder of this save before its commit."""
         return step_folder(self.root, self.step, "partial", self.nonce)
 
     # Rank 0
@@ -59,44 +59,40 @@ class Rendezvous:
         write_atomic(self._saving / "begin.json", dump_json(record), durable=False)
 
     def gather_hellos(self) -> list[Any]:
-        """Rank 0: what each rank brought in `say_hello`, by rank, once all answered this save's nonce."""
-        hellos: dict[int, Any] = {}
+        """Rank 0: the tensors of each rank's `say_hello`, by rank, once all have repeated this save's nonce."""
 
-        def arrived() -> list[Any] | None:
-            for rank in set(range(self.world)) - set(hellos):
-                hello = self._read(self._saving / f"hello-{rank}.json")
-                if hello is not None and hello["nonce"] == self.nonce:
-                    hellos[rank], self._ids[rank] = hello["tensors"], hello["id"]
-            return [hellos[rank] for rank in range(self.world)] if len(hellos) == self.world else None
+        def hello_of(rank: int) -> Any:
+            hello = self._read(self._saving / f"hello-{rank}.json")
+            return hello if hello is not None and hello["nonce"] == self.nonce else None
 
-        return self._wait(arrived, lambda: f"no word from {_ranks(set(range(self.world)) - set(hellos))}")
+        hellos = self._gather(hello_of, "no word from")
+        self._ids = {rank: hello["id"] for rank, hello in enumerate(hellos)}
+        return [hello["tensors"] for hello in hellos]
 
     def publish_plan(self, places: dict[str, Any]) -> None:
-        """Rank 0: tells everyone where the model's tensors go; the files must be there already."""
+        """Rank 0: publishes where the model's tensors go. The files must exist."""
         ids = [self._ids[rank] for rank in range(self.world)]
         write_atomic(self.partial / "plan.json", dump_json({"ids": ids, "places": places}), durable=False)
 
     def gather_parts(self) -> list[Any]:
-        """Rank 0: every rank's report, by rank. RunFailed with a rank's own words if one failed. Removes the files."""
-        parts: dict[int, Any] = {}
+        """Rank 0: every rank's report, by rank; removes the files. Raises RunFailed with a failed rank's words."""
 
-        def arrived() -> list[Any] | None:
-            for rank in set(range(self.world)) - set(parts):
-                part = self._read(self._part(rank))
-                if part is not None and part["id"] == self._ids[rank]:
-                    if "error" in part:
-                        raise RunFailed(Problem(f"rank {rank}, step {self.step}", part["error"]))
-                    parts[rank] = part
-            return [parts[rank] for rank in range(self.world)] if len(parts) == self.world else None
+        def part_of(rank: int) -> Any:
+            part = self._read(self._part(rank))
+            if part is None or part["id"] != self._ids[rank]:
+                return None
+            if "error" in part:
+                raise RunFailed(Problem(f"rank {rank}, step {self.step}", part["error"]))
+            return part
 
-        gathered = self._wait(arrived, lambda: f"nothing written by {_ranks(set(range(self.world)) - set(parts))}")
+        parts = self._gather(part_of, "nothing written by")
         for rank in range(self.world):
             self._part(rank).unlink()
         (self.partial / "plan.json").unlink()
-        return gathered
+        return parts
 
     def end(self, error: str = "") -> None:
-        """Rank 0: tells everyone that the checkpoint is committed, or why it is not."""
+        """Rank 0: publishes that the checkpoint is committed, or why it is not."""
         ids = {str(rank): word for rank, word in self._ids.items()}
         write_atomic(self._saving / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
 
@@ -108,9 +104,9 @@ class Rendezvous:
         write_atomic(self._saving / f"hello-{self.rank}.json", dump_json(record), durable=False)
 
     def await_plan(self, tensors: Any) -> dict[str, Any]:
-        """Answers announcements of this step until rank 0 takes the answer up; returns where the tensors go.
+        """Answers announcements of this step until rank 0 publishes a plan; returns where the tensors go.
 
-        An announcement left by a dead run gets an answer too, but its plan can never repeat our id.
+        An announcement of a dead run is answered too, but its plan can never repeat our id.
         """
 
         def planned() -> dict[str, Any] | None:
@@ -127,14 +123,14 @@ class Rendezvous:
             places: dict[str, Any] = plan["places"]
             return places
 
-        return self._wait(planned, lambda: "rank 0 has not taken this save up")
+        return self._wait(planned, lambda: "rank 0 has not answered this save")
 
     def report(self, part: dict[str, Any]) -> None:
-        """Leaves what this rank wrote (or why it could not) for rank 0."""
+        """Reports to rank 0 what this rank wrote, or its error."""
         write_atomic(self._part(self.rank), dump_json({"id": self.id, **part}), durable=False)
 
     def await_end(self) -> None:
-        """Waits for the commit. RunFailed with rank 0's words if there is none."""
+        """Waits for the commit. Raises RunFailed with rank 0's words if it failed."""
 
         def ended() -> bool | None:
             return True if self._raise_if_failed() else None
@@ -142,7 +138,7 @@ class Rendezvous:
         self._wait(ended, lambda: "rank 0 has not committed the checkpoint")
 
     def _raise_if_failed(self) -> bool:
-        """Whether rank 0 ended this save well; RunFailed if it ended badly."""
+        """Whether rank 0 has committed this save. Raises RunFailed if it failed."""
         end = self._read(self._saving / "end.json")
         if end is None or end["ids"].get(str(self.rank)) != self.id:
             return False
@@ -159,6 +155,18 @@ class Rendezvous:
         except FileNotFoundError:
             return None
         return parse_json(data, str(path))
+
+    def _gather(self, message_of: Callable[[int], Any], missing: str) -> list[Any]:
+        """Every rank's message, by rank, once `message_of` returns one for all."""
+        messages: dict[int, Any] = {}
+
+        def arrived() -> list[Any] | None:
+            for rank in set(range(self.world)) - set(messages):
+                if (message := message_of(rank)) is not None:
+                    messages[rank] = message
+            return [messages[rank] for rank in range(self.world)] if len(messages) == self.world else None
+
+        return self._wait(arrived, lambda: f"{missing} {_ranks(set(range(self.world)) - set(messages))}")
 
     def _wait(self, ready: Callable[[], T | None], missing: Callable[[], str]) -> T:
         deadline_seconds = time.monotonic() + self.timeout_seconds

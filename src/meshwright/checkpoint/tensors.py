@@ -1,4 +1,4 @@
-"""The safetensors format and boxes inside it.
+"""The safetensors format, and boxes in its tensors.
 
 A file is 8 bytes (little endian: length of the header), a JSON header {name: {dtype, shape, data_offsets}}, and the
 tensors' bytes, row-major, without holes. https://huggingface.co/docs/safetensors
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,12 @@ from meshwright.checkpoint.files import dump_json
 from meshwright.errors import InputError, Problem
 from meshwright.files import parse_json
 from meshwright.layout import Box
+from meshwright.placement import Placement
 
-#: The format's word for an element type -> torch's.
+#: By name: the placement of a rank's part of a tensor, and the local tensor of shape placement.box.shape.
+LocalTensors = Mapping[str, tuple[Placement, torch.Tensor]]
+
+#: Element type in the format's word -> in torch's.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,7 +51,7 @@ TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies in a file: `offset` in bytes from the file's first byte; `dtype` in the format's word."""
+    """The position of a tensor in a file: `offset` in bytes from the file's start; `dtype` in the format's word."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,7 +63,7 @@ class Slot:
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Slot], int]:
-    """Header for tensors of (name, dtype word, shape): its bytes, each tensor's Slot, and the size of the whole file.
+    """The header for tensors of (name, dtype word, shape), each tensor's Slot, and the size of the whole file.
 
     Wider elements come first, so that every tensor begins at a multiple of its element size.
     """
@@ -80,7 +84,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 
 def parse_header(data: Any, where: str) -> dict[str, Slot]:
-    """Slots of a safetensors file given as its mapped bytes; InputError naming file and tensor for anything unsound."""
+    """Slots of a mapped safetensors file. Raises InputError naming file and tensor if it is malformed."""
     size = len(data)
     length = int.from_bytes(data[:8], "little") if size >= 8 else 0
     if length < 2 or length > min(HEADER_CAP_BYTES, size - 8):
@@ -127,7 +131,7 @@ def _is_offsets(value: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a JSON value is a list of sizes: whole numbers, not negative, not absurdly many or large."""
+    """Whether a JSON value is a list of sizes: whole numbers from 0, within MAX_DIMENSIONS and MAX_BYTES."""
     if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
         return False
     if not all(type(size) is int and 0 <= size <= MAX_BYTES for size in value):
@@ -136,7 +140,7 @@ def is_shape(value: Any) -> bool:
 
 
 def element_view(data: Any, slot: Slot) -> np.ndarray:
-    """Bytes of a tensor in a mapped file as an array of shape [*slot.shape, bytes of an element], read in place."""
+    """Bytes of a tensor in a mapped file as an array of shape [*slot.shape, bytes per element], not copied."""
     itemsize = DTYPES[slot.dtype].itemsize
     if slot.bytes == 0:
         return np.empty((*slot.shape, itemsize), dtype=np.uint8)
@@ -156,7 +160,7 @@ def from_bytes(elements: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def slices(inner: Box, outer: Box) -> tuple[slice, ...]:
-    """Index that picks `inner` out of an array that holds `outer`."""
+    """The index of `inner` in an array of `outer`."""
     return tuple(
         slice(start - base, start - base + size)
         for start, base, size in zip(inner.start, outer.start, inner.shape, strict=True)
@@ -164,27 +168,27 @@ def slices(inner: Box, outer: Box) -> tuple[slice, ...]:
 
 
 def runs(inner: Box, outer: Box, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """(byte offset in `inner`, byte offset in `outer`, bytes) of each stretch of `inner` that is contiguous in `outer`.
+    """(byte offset in `inner`, byte offset in `outer`, bytes) of each part of `inner` that is contiguous in `outer`.
 
-    Rows of whole tensors are one stretch; a column split is a stretch a row.
+    Whole rows are one part; a split by columns has one part per row.
     """
     if inner.elements == 0:
         return
     dims = len(inner.shape)
-    # Trailing dimensions held whole, and the one before them, make a stretch.
+    # Whole trailing dimensions and the one before them are contiguous.
     first = dims
     while first > 0 and inner.shape[first - 1] == outer.shape[first - 1]:
         first -= 1
     first = max(first - 1, 0)
-    stretch_bytes = math.prod(inner.shape[first:]) * itemsize
+    part_bytes = math.prod(inner.shape[first:]) * itemsize
     strides = [math.prod(outer.shape[d + 1 :]) * itemsize for d in range(dims)]
     base = sum((inner.start[d] - outer.start[d]) * strides[d] for d in range(dims))
     for count, index in enumerate(itertools.product(*(range(inner.shape[d]) for d in range(first)))):
-        yield count * stretch_bytes, base + sum(i * strides[d] for d, i in enumerate(index)), stretch_bytes
+        yield count * part_bytes, base + sum(i * strides[d] for d, i in enumerate(index)), part_bytes
 
 
 def cover_fault(boxes: Sequence[Box], shape: tuple[int, ...]) -> str:
-    """ "" if the boxes tile a tensor of `shape` exactly, otherwise what is wrong. Near-linear for splits by rows."""
+    """What is wrong unless the boxes tile a tensor of `shape` exactly, then "". Near-linear for splits by rows."""
     for box in boxes:
         if any(start + size > whole for start, size, whole in zip(box.start, box.shape, shape, strict=True)):
             return "a piece reaches outside the tensor"
@@ -197,5 +201,5 @@ def cover_fault(boxes: Sequence[Box], shape: tuple[int, ...]) -> str:
             return "two pieces hold the same elements"
         open_boxes.append(box)
     if sum(box.elements for box in boxes) != math.prod(shape):
-        return "its pieces do not cover it: a part was saved by nobody"
+        return "its pieces do not cover it: some elements were not saved"
     return ""

@@ -1,4 +1,4 @@
-"""Saving: each rank stages what it owns on the host and writes it in the background; rank 0 commits."""
+"""Saving: each rank copies the boxes it owns to the host and writes them in the background; rank 0 commits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from meshwright.checkpoint.manifest import (
 )
 from meshwright.checkpoint.model_folder import ModelFolder, plan_files
 from meshwright.checkpoint.rendezvous import Rendezvous
-from meshwright.checkpoint.tensors import CODES, DTYPES, build_header, cover_fault, runs, to_bytes
+from meshwright.checkpoint.tensors import CODES, DTYPES, LocalTensors, build_header, cover_fault, runs, to_bytes
 from meshwright.errors import MeshwrightError, Problem, RunFailed
 from meshwright.files import sync_folder, write_atomic
 from meshwright.layout import Box, Layout
@@ -35,12 +35,10 @@ from meshwright.placement import Placement
 
 log = logging.getLogger(__name__)
 
-Parts = Mapping[str, tuple[Placement, torch.Tensor]]
-
 
 @dataclass(frozen=True)
 class _HostBox:
-    """A box this rank owns, as host bytes that nobody else changes. `bytes` is flat and may be empty."""
+    """A box that this rank owns, as host bytes that only the save uses. `bytes` is flat and may be empty."""
 
     box: Box
     dtype: str
@@ -49,7 +47,7 @@ class _HostBox:
 
 @dataclass(frozen=True)
 class _Save:
-    """All that the background thread needs of one call of `save`."""
+    """What the background thread needs from one call of `save`."""
 
     step: int
     parent: int | None
@@ -60,10 +58,10 @@ class _Save:
 
 
 class Writer:
-    """Saves checkpoints under `root`; every rank of the world has one, and all call `save` for the same steps.
+    """Saves checkpoints under `root`. Every rank of the world has a Writer, and all call `save` for the same steps.
 
-    The ranks share only the folder: nothing is gathered, and no collective runs. `keep` committed checkpoints are kept.
-    `parent` is the step this run was resumed from. A rank that does not show up fails the save after
+    The ranks share only the folder: nothing is gathered, and no collective runs. The newest `keep` committed
+    checkpoints stay. `parent` is the step that this run was resumed from. A missing rank fails the save after
     `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed.
     """
 
@@ -91,22 +89,22 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, step: int, model: Parts, state: Parts, meta: Mapping[str, Any], model_files: ModelFolder) -> None:
+    def save(
+        self, step: int, model: LocalTensors, state: LocalTensors, meta: Mapping[str, Any], model_files: ModelFolder
+    ) -> None:
         """Saves `model` (into the Hugging Face folder `model/`) and `state` (into `state/`) as checkpoint `step`.
 
-        Both map names to a placement and this rank's local tensor of shape placement.box.shape; only what it owns is
-        written, and every element of every tensor must have exactly one owner in the world. The names of `model`
-        are those of `model_files.names`, and differ from those of `state`. `meta` is JSON, and `meta` and
-        `model_files` count on rank 0 (the others' are not written).
+        A rank writes only the boxes it owns; each element of a tensor must have exactly one owner in the world. The
+        names of `model` are those of `model_files.names`, and differ from those of `state`. `meta` is JSON. Only rank
+        0's `meta` and `model_files` are written.
 
-        Returns once the values are copied, so the tensors may change at once. Waits first for the save before, whose
-        error, if it had one, is raised here: RunFailed naming rank and step.
+        Returns once the values are copied; the tensors may then change. Waits first for the previous save and raises
+        its error: RunFailed naming rank and step.
         """
         self.wait()
-        both = set(model) & set(state)
-        if both:
+        if both := set(model) & set(state):
             raise ValueError(f"in the model and in the state: {sorted(both)[0]!r}")
-        dump_json(meta)  # a value that is not JSON is the caller's mistake: say so here, not in the background
+        dump_json(meta)  # a value that is not JSON is the caller's mistake: raise here, not in the background
         staged = {
             part: {name: self._stage(f"{part}/{name}", *entry) for name, entry in pieces.items() if entry[0].owner}
             for part, pieces in (("model", model), ("state", state))
@@ -121,7 +119,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is committed (at once if there is none); raises its error if it had one."""
+        """Returns when the last save, if any, is committed; raises its error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -136,7 +134,7 @@ class Writer:
             raise ValueError(f"{key}: {tensor.dtype} cannot be saved as safetensors")
         source = tensor.detach()
         if self.asynchronous or source.is_cuda:
-            # Fresh memory (and pinned memory more so) costs more than the copy: buffers are kept from save to save.
+            # Allocating memory (pinned memory even more) costs more than the copy: buffers are kept between saves.
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
                 buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
@@ -147,7 +145,7 @@ class Writer:
         return _HostBox(placement.box, CODES[tensor.dtype], to_bytes(buffer))
 
     def _run(self, save: _Save) -> None:
-        """The background thread: whatever goes wrong is told to the other ranks and kept for the next call."""
+        """The background thread: reports an error to the other ranks and keeps it for the next call."""
         try:
             rendezvous = Rendezvous(self.root, save.step, self.rank, self.world, self.timeout_seconds)
             try:
@@ -165,13 +163,13 @@ class Writer:
 
 
 def _tell_others(rendezvous: Rendezvous, error: Exception) -> None:
-    """Leaves this rank's error for the others, so that they need not wait until the time is up."""
+    """Reports this rank's error to the others, so that they do not wait for the timeout."""
     try:
         if rendezvous.rank == 0 and rendezvous.nonce:
             rendezvous.end(error=_words(error))
         elif rendezvous.nonce and rendezvous.partial.is_dir():
             rendezvous.report({"error": _words(error)})
-    except OSError as second:  # a full disk takes this file no more than the others
+    except OSError as second:  # a full disk has no room for this file either
         log.warning("rank %d could not tell the others that its save failed: %s", rendezvous.rank, second)
 
 
@@ -180,7 +178,7 @@ def _words(error: Exception) -> str:
 
 
 def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, Any]) -> None:
-    """One rank's part of a save, from finding the others to the commit."""
+    """One rank's part of a save, from the first message to the commit."""
     tensors = {name: [staged.dtype, list(staged.box.global_shape)] for name, staged in save.model.items()}
     files: dict[str, StoredFile] = {}
     if rendezvous.rank == 0:
@@ -193,7 +191,10 @@ def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, 
         places = rendezvous.await_plan(tensors)
     pieces = _write_model(save, rendezvous.partial, places)
     state_pieces, state_files = _write_state(save, rendezvous.partial, rendezvous.rank)
-    record = {name: _piece_record(piece, staged) for name, (piece, staged) in (pieces | state_pieces).items()}
+    record = {
+        name: vars(piece) | {"dtype": staged.dtype, "global_shape": list(staged.box.global_shape)}
+        for name, (piece, staged) in (pieces | state_pieces).items()
+    }
     rendezvous.report({"pieces": record, "files": {path: vars(file) for path, file in state_files.items()}})
     if rendezvous.rank == 0:
         parts = rendezvous.gather_parts()
@@ -205,15 +206,14 @@ def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, 
 
 
 def _prepare_model(save: _Save, rendezvous: Rendezvous) -> tuple[dict[str, Any], dict[str, StoredFile]]:
-    """Rank 0: makes the model's files at their full size, headers written, and the files beside them."""
+    """Rank 0: writes the model's files at their full size with headers only, and the files beside them."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for rank, hello in enumerate(rendezvous.gather_hellos()):
         for name, (dtype, shape) in hello.items():
             if shapes.setdefault(name, (dtype, tuple(shape))) != (dtype, tuple(shape)):
                 raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
-    odd = set(shapes) ^ set(save.model_files.names)
-    if odd:
-        name = sorted(odd)[0]
+    if unpaired := set(shapes) ^ set(save.model_files.names):
+        name = sorted(unpaired)[0]
         what = "has no name in the model folder" if name in shapes else "is owned by no rank"
         raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name} of the model {what}"))
     planned, places, index = plan_files(save.model_files, shapes)
@@ -224,18 +224,18 @@ def _prepare_model(save: _Save, rendezvous: Rendezvous) -> tuple[dict[str, Any],
             stream.truncate(weight_file.total_bytes)
             stream.flush()
             os.fsync(stream.fileno())
-        files[path] = _stored(weight_file.header, weight_file.total_bytes)
+        files[path] = _stored_file(weight_file.header, weight_file.total_bytes)
     beside = dict(save.model_files.side_files)
     if index is not None:
         beside["model.safetensors.index.json"] = index
     for name, data in beside.items():
         write_durably(rendezvous.partial / "model" / name, data)
-        files[f"model/{name}"] = _stored(data, len(data))
+        files[f"model/{name}"] = _stored_file(data, len(data))
     return {name: [path, slot.offset] for name, (path, slot) in places.items()}, files
 
 
 def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[str, tuple[StoredPiece, _HostBox]]:
-    """Writes this rank's boxes of the model at their place in the shared files."""
+    """Writes this rank's boxes of the model at their places in the shared files."""
     pieces = {}
     with ExitStack() as stack:
         open_files: dict[str, int] = {}
@@ -257,7 +257,7 @@ def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[
 def _write_state(
     save: _Save, partial: Path, rank: int
 ) -> tuple[dict[str, tuple[StoredPiece, _HostBox]], dict[str, StoredFile]]:
-    """Writes this rank's pieces of the training state into its own file (no file if it owns none)."""
+    """Writes this rank's boxes of the training state into its own file, if it owns any."""
     if not save.state:
         return {}, {}
     path = f"state/rank-{rank}.safetensors"
@@ -269,25 +269,25 @@ def _write_state(
             write_at(stream.fileno(), staged.bytes.data, slots[name].offset)
         os.fsync(stream.fileno())
     pieces = {name: (_stored_piece(path, slots[name].offset, staged), staged) for name, staged in save.state.items()}
-    return pieces, {path: _stored(header, total_bytes)}
+    return pieces, {path: _stored_file(header, total_bytes)}
 
 
 def _commit(
     save: _Save, rendezvous: Rendezvous, parts: list[Any], files: dict[str, StoredFile], layout: Mapping[str, Any]
 ) -> None:
-    """Rank 0: joins the parts into the manifest, writes it last and gives the folder its name."""
-    found: dict[str, tuple[str, tuple[int, ...], list[StoredPiece]]] = {}
+    """Rank 0: joins the parts into the manifest, writes it last and renames the folder."""
+    tensors: dict[str, tuple[str, tuple[int, ...], list[StoredPiece]]] = {}
     for rank, part in enumerate(parts):
         files |= {path: StoredFile(**file) for path, file in part["files"].items()}
         for name, record in part["pieces"].items():
             dtype, global_shape = record.pop("dtype"), tuple(record.pop("global_shape"))
             piece = StoredPiece(**record | {"start": tuple(record["start"]), "shape": tuple(record["shape"])})
-            known = found.setdefault(name, (dtype, global_shape, []))
-            if known[:2] != (dtype, global_shape):
+            tensor = tensors.setdefault(name, (dtype, global_shape, []))
+            if tensor[:2] != (dtype, global_shape):
                 raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
             if 0 not in piece.shape:
-                known[2].append(piece)
-    for name, (_, global_shape, pieces) in found.items():
+                tensor[2].append(piece)
+    for name, (_, global_shape, pieces) in tensors.items():
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
@@ -299,7 +299,7 @@ def _commit(
         world=rendezvous.world,
         layout=layout,
         meta=save.meta,
-        tensors={name: StoredTensor(dtype, shape, tuple(pieces)) for name, (dtype, shape, pieces) in found.items()},
+        tensors={name: StoredTensor(dtype, shape, tuple(pieces)) for name, (dtype, shape, pieces) in tensors.items()},
         files=files,
     )
     for part in ("model", "state"):
@@ -308,14 +308,10 @@ def _commit(
     commit_folder(rendezvous.root, save.step, rendezvous.nonce)
 
 
-def _stored(digested: bytes, total_bytes: int) -> StoredFile:
+def _stored_file(digested: bytes, total_bytes: int) -> StoredFile:
     return StoredFile(total_bytes, len(digested), hashlib.sha256(digested).hexdigest())
 
 
 def _stored_piece(path: str, offset: int, staged: _HostBox) -> StoredPiece:
     digest = hashlib.sha256(staged.bytes.data).hexdigest()
     return StoredPiece(path, offset, staged.box.start, staged.box.shape, digest)
-
-
-def _piece_record(piece: StoredPiece, staged: _HostBox) -> dict[str, Any]:
-    return vars(piece) | {"dtype": staged.dtype, "global_shape": list(staged.box.global_shape)}

@@ -1,4 +1,4 @@
-"""Samples by index, straight from mapped files: windows of a token stream, or rows of arrays."""
+"""Samples by index, from mapped files: windows of a token stream, or rows of arrays."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ Batch = dict[str, np.ndarray]
 
 
 class Samples(Protocol):
-    """What a split of a manifest offers."""
+    """The samples of one split of a manifest."""
 
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> Batch:
-        """The samples at `indices`; an index from len() on gives padding, of which no target counts."""
+        """The samples at `indices`; an index from len() on gives padding, whose targets do not count."""
         ...
 
     def text_bytes(self, indices: np.ndarray) -> int:
-        """Bytes of text that the counted targets of these samples stand for; 0 where there is no text."""
+        """Bytes of text behind the counted targets of these samples; 0 without text."""
         ...
+
+
+def window_count(tokens: int, seq_len: int) -> int:
+    """Windows of seq_len + 1 tokens that overlap by one in a stream of `tokens`, the last one padded."""
+    return max(0, -(-(tokens - 1) // seq_len))
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class TokenWindows:
     """A stream of documents, each ended by `eos`, cut into windows of seq_len + 1 tokens that overlap by one.
 
     Every token but the stream's first is a target exactly once. The last window is padded. Positions start at 0 in
-    each window, and attention may look across documents inside it.
+    each window, and attention may cross the documents in it.
 
-    tokens: [tokens] uint16 or uint32; documents: [documents, 2] uint64, where each one ends, in tokens (its end
-    token included) and in bytes of text; byte_lengths: [vocab], or None where ids do not determine bytes.
+    tokens: [tokens] uint16 or uint32; documents: [documents, 2] uint64, the end of each document in tokens (its end
+    token included) and in bytes of text; byte_lengths: [vocab], or None if ids do not determine bytes.
     """
 
     tokens: np.ndarray
@@ -45,15 +50,15 @@ class TokenWindows:
     byte_lengths: np.ndarray | None
 
     def __len__(self) -> int:
-        return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
+        return window_count(len(self.tokens), self.seq_len)
 
     def take(self, indices: np.ndarray) -> Batch:
         """input_ids, positions and targets, each int64 [samples, seq_len]."""
         places = indices[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        there = places < len(self.tokens)
+        inside = places < len(self.tokens)
         window = np.full(places.shape, self.eos, dtype=np.int64)
-        window[there] = self.tokens[places[there]]
-        targets = np.where(there[:, 1:], window[:, 1:], IGNORED)
+        window[inside] = self.tokens[places[inside]]
+        targets = np.where(inside[:, 1:], window[:, 1:], IGNORED)
         positions = np.broadcast_to(np.arange(self.seq_len), targets.shape).copy()
         return {"input_ids": window[:, :-1].copy(), "positions": positions, "targets": targets}
 
@@ -65,9 +70,9 @@ class TokenWindows:
         return int(self._shared_bytes(places).sum())
 
     def _shared_bytes(self, places: np.ndarray) -> np.ndarray:
-        """Bytes at each place where an id alone does not tell: a document's bytes, spread evenly over its tokens.
+        """Bytes at each place where ids do not determine them: a document's bytes, spread evenly over its tokens.
 
-        Over a whole document the sum is exact; its end token stands for none.
+        The sum over a whole document is exact; its end token has no bytes.
         """
         ends = self.documents[:, 0].astype(np.int64)
         begins = np.concatenate(([0], ends[:-1]))
@@ -94,11 +99,11 @@ class Rows:
 
     def take(self, indices: np.ndarray) -> Batch:
         """inputs float32 [samples, ...] and targets int64 [samples]."""
-        there = indices < len(self)
+        inside = indices < len(self)
         inputs = np.zeros((len(indices), *self.inputs.shape[1:]), dtype=np.float32)
-        inputs[there] = self.inputs[indices[there]]
+        inputs[inside] = self.inputs[indices[inside]]
         targets = np.full(len(indices), IGNORED, dtype=np.int64)
-        targets[there] = self.targets[indices[there]]
+        targets[inside] = self.targets[indices[inside]]
         return {"inputs": inputs, "targets": targets}
 
     def text_bytes(self, indices: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""The simplest model of text: the next byte given the last. What a language model must beat by far."""
+"""A bigram model of bytes: the baseline that a language model must beat by far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 def bigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
     """Bits per byte of `held_out` under the byte pairs counted in `train`, one added to every count.
 
-    -log2((count(a, b) + 1) / (count(a) + 256)), averaged; the first byte, which follows nothing, costs 8 bits.
+    The mean of -log2((count(a, b) + 1) / (count(a) + 256)); the first byte costs 8 bits.
     Raises ValueError if `held_out` is empty.
     """
     if not held_out:

@@ -1,4 +1,4 @@
-"""From a source to token files: what is there, what is kept aside, which tokenizer, and the packed stream."""
+"""From a source to token files: count the documents, hold some out, choose a tokenizer, pack the tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("meshwright")
 
-#: A tokenizer is trained on at most about this much text, chosen over the whole corpus by hash.
+#: A tokenizer is trained on about this much text at most, sampled from the whole corpus by hash.
 TOKENIZER_BYTES = 64 * 2**20
 _PROBLEMS_SHOWN = 20
 _BATCH_BYTES = 4 * 2**20
@@ -30,7 +30,7 @@ _BATCH_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of a source found. `bytes` is of the text of `documents`; `held_out_below` is the split."""
+    """Counts from one reading of a source. `bytes` is of the text of `documents`; `held_out_below` sets the split."""
 
     documents: int
     bytes: int
@@ -42,30 +42,30 @@ class Scan:
     held_out_below: int  # a document is held out if the first 64 bits of its hash are below
 
     def is_held_out(self, text: str) -> bool:
-        """Equal texts fall on the same side, whatever else is in the corpus."""
+        """Whether a document is held out: equal texts are on the same side, whatever else is in the corpus."""
         return _hash(text)[0] < self.held_out_below
 
 
-def scan(source: TextSource, held_out: float) -> Scan:
-    """Read every document once. Broken records are counted and the first ones described, not raised."""
+def scan_source(source: TextSource, held_out: float) -> Scan:
+    """Reads every document once. Counts broken records and describes the first ones; raises nothing for them."""
     seen: set[tuple[int, int]] = set()
     documents = size = empty = undecodable = broken = 0
     problems: list[Problem] = []
-    for found in source.documents():
-        if isinstance(found, Document):
-            if not found.text.strip():
+    for record in source.documents():
+        if isinstance(record, Document):
+            if not record.text.strip():
                 empty += 1
                 continue
             documents += 1
-            size += len(found.text.encode())
-            seen.add(_hash(found.text))
+            size += len(record.text.encode())
+            seen.add(_hash(record.text))
             continue
-        broken += found.broken
-        undecodable += not found.broken
-        if not found.broken:
-            logger.info("left out: %s", found.problem)
-        if found.broken and len(problems) < _PROBLEMS_SHOWN:
-            problems.append(found.problem)
+        broken += record.broken
+        undecodable += not record.broken
+        if not record.broken:
+            logger.info("left out: %s", record.problem)
+        if record.broken and len(problems) < _PROBLEMS_SHOWN:
+            problems.append(record.problem)
     below = int(held_out * 2**64)
     if held_out > 0 and len({first for first, _ in seen}) > 1:  # at least one document on each side
         below = min(max(below, min(seen)[0] + 1), max(seen)[0])
@@ -74,32 +74,32 @@ def scan(source: TextSource, held_out: float) -> Scan:
     return Scan(documents, size, empty, undecodable, documents - len(seen), broken, tuple(problems), below)
 
 
-def broken_records(found: Scan, source: TextSource) -> tuple[Problem, ...]:
-    """The first broken records, and how many more there are."""
-    more = found.broken - len(found.problems)
-    return (*found.problems, Problem(source.name, f"{more} more broken records")) if more else found.problems
+def broken_records(scan: Scan, source: TextSource) -> tuple[Problem, ...]:
+    """The first broken records, and the number of the others."""
+    more = scan.broken - len(scan.problems)
+    return (*scan.problems, Problem(source.name, f"{more} more broken records")) if more else scan.problems
 
 
-def refuse_broken(found: Scan, source: TextSource) -> None:
-    """Raise InputError if a record is broken or there is no text at all."""
-    if found.broken:
-        raise InputError(broken_records(found, source))
-    if not found.documents:
-        what = f"{source.name!r} holds no text ({found.empty} empty, {found.undecodable} not UTF-8)"
+def refuse_broken(scan: Scan, source: TextSource) -> None:
+    """Raises InputError if a record is broken or there is no text."""
+    if scan.broken:
+        raise InputError(broken_records(scan, source))
+    if not scan.documents:
+        what = f"{source.name!r} holds no text ({scan.empty} empty, {scan.undecodable} not UTF-8)"
         raise InputError(Problem("data.source", what, 'nearest: data.source = "stdlib"'))
 
 
-def make_tokenizer(name: str, vocab: int | None, source: TextSource, found: Scan) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; "bpe" is trained on what is not held out.
+def make_tokenizer(name: str, vocab: int | None, source: TextSource, scan: Scan) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; "bpe" is trained on documents that are not held out.
 
-    vocab: rows of the model's embedding, None where the model does not say. Raises InputError where they do not fit.
+    vocab: rows of the model's embedding, None if unknown. Raises InputError if the tokenizer does not fit.
     """
     if name == "bpe":
         if vocab is None:
             near = 'nearest: data.tokenizer = "bytes"'
             raise InputError(Problem("data.tokenizer", '"bpe" needs model.vocab to know its size', near))
-        share = min(1.0, TOKENIZER_BYTES / max(1, found.bytes))
-        texts = (text for text in _texts(source) if not found.is_held_out(text) and _hash(text)[1] < share * 2**64)
+        share = min(1.0, TOKENIZER_BYTES / max(1, scan.bytes))
+        texts = (text for text in _texts(source) if not scan.is_held_out(text) and _hash(text)[1] < share * 2**64)
         return train_bpe(texts, vocab)
     tokenizer = bytes_tokenizer() if name == "bytes" else Tokenizer.load(name)
     if vocab is not None and tokenizer.vocab > vocab:
@@ -109,7 +109,7 @@ def make_tokenizer(name: str, vocab: int | None, source: TextSource, found: Scan
 
 
 class _SplitWriter:
-    """Running totals of one split, and its files where there is a folder."""
+    """Running totals of one split, and its files if there is a folder."""
 
     def __init__(self, name: str, folder: Path | None, files: ExitStack) -> None:
         self.documents = self.tokens = self.bytes = 0
@@ -132,8 +132,8 @@ class _SplitWriter:
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
 
 
-def pack(source: TextSource, found: Scan, tokenizer: Tokenizer, folder: Path | None) -> dict[str, dict[str, int]]:
-    """Encode every document and append it to the files of its split in `folder` (None: only count).
+def pack(source: TextSource, scan: Scan, tokenizer: Tokenizer, folder: Path | None) -> dict[str, dict[str, int]]:
+    """Encodes every document and appends it to the files of its split in `folder` (None: only counts).
 
     Writes SPLIT.tokens.bin (each document followed by the end token) and SPLIT.documents.bin. Returns the totals.
     """
@@ -142,29 +142,24 @@ def pack(source: TextSource, found: Scan, tokenizer: Tokenizer, folder: Path | N
         train, held_out = (_SplitWriter(name, folder, files) for name in ("train", "held_out"))
         for texts in _batches(_texts(source)):
             for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-                (held_out if found.is_held_out(text) else train).add(text, ids, tokenizer.eos, kind)
+                (held_out if scan.is_held_out(text) else train).add(text, ids, tokenizer.eos, kind)
     return {"train": train.totals(), "held_out": held_out.totals()}
 
 
 def token_type(vocab: int) -> str:
-    """Little-endian type that token ids are stored in."""
+    """The little-endian type of stored token ids."""
     return "<u2" if vocab <= 2**16 else "<u4"
 
 
-def windows(tokens: int, seq_len: int) -> int:
-    """Samples that a stream of `tokens` gives: windows of seq_len + 1 that overlap by one, the last one padded."""
-    return max(0, -(-(tokens - 1) // seq_len))
-
-
 def refuse_too_short(tokens: int, seq_len: int) -> None:
-    """Raise InputError if the training split does not fill one window of seq_len + 1 tokens."""
+    """Raises InputError if the training split does not fill one window of seq_len + 1 tokens."""
     if tokens < seq_len + 1:
         near = f"nearest: data.seq_len = {tokens - 1}" if tokens > 2 else 'nearest: data.source = "stdlib"'
         raise InputError(Problem("data.seq_len", f"{seq_len} needs {seq_len + 1} tokens; there are {tokens}", near))
 
 
 def model_vocab(model: ModelSection) -> int | None:
-    """Rows of the model's embedding as its job section says: vocab, or a Hugging Face folder's, or an argument."""
+    """Rows of a model's embedding: its vocab, its Hugging Face folder's, or its argument; None if unknown."""
     if model.hf is not None:
         return vocab_of_folder(Path(model.hf))
     vocab = model.vocab if model.vocab is not None else model.arguments.get("vocab")
@@ -172,10 +167,10 @@ def model_vocab(model: ModelSection) -> int | None:
 
 
 def _texts(source: TextSource) -> Iterator[str]:
-    """The documents that are kept: readable and not empty."""
-    for found in source.documents():
-        if isinstance(found, Document) and found.text.strip():
-            yield found.text
+    """The texts of the documents that are not empty."""
+    for record in source.documents():
+        if isinstance(record, Document) and record.text.strip():
+            yield record.text
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -193,6 +188,6 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _hash(text: str) -> tuple[int, int]:
-    """128 bits of the text: the first half splits, both halves together tell texts apart."""
+    """128 bits of the text: the first half decides the split, both halves identify the text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")

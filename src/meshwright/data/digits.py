@@ -23,9 +23,9 @@ class Images:
 
 
 def load(held_out: float) -> Images:
-    """All images, with `held_out` of them (by hash, so equal images stay together) kept aside.
+    """All images, the fraction `held_out` marked as held out by hash, so that equal images stay together.
 
-    Raises InputError naming the extra to install when scikit-learn is missing.
+    Raises InputError naming the extra to install if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""The manifest: data indexed once into files that open at once, and give any batch of any step."""
+"""The manifest: data indexed once into mapped files, from which any batch of any step is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshwright.data import corpus, digits
-from meshwright.data.batch import Batch, Rows, Samples, TokenWindows
+from meshwright.data.batch import Batch, Rows, Samples, TokenWindows, window_count
 from meshwright.data.order import batch_samples
 from meshwright.data.sources import TextSource, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
@@ -37,9 +37,8 @@ _MANIFEST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Survey:
-    """What `check` tells of the data. `bytes` is of the documents; `problems` are broken records, which leave the
-    numbers of tokens and samples at 0, as images leave the number of tokens.
-    """
+    """Counts of a job's data, for `check`; `bytes` is of the documents. Broken records are in `problems`; then tokens
+    and samples are 0. Images have no tokens."""
 
     source: str
     documents: int
@@ -56,17 +55,15 @@ class Survey:
 
 
 class Manifest:
-    """Indexed data of a run, mapped read-only. Opening reads a few lines of JSON, whatever the size of the data."""
+    """Indexed data of a run, mapped read-only. Opening reads a few lines of JSON for data of any size."""
 
     def __init__(self, folder: Path, content: dict[str, Any], train: Samples, held_out: Samples) -> None:
-        self.folder = folder
-        #: manifest.json: settings, source, and totals by split.
-        self.content = content
+        self.folder, self.content = folder, content  # of manifest.json: settings, source, and totals by split
         self._train, self._held_out = train, held_out
 
     @staticmethod
     def open(folder: Path | str) -> Manifest:
-        """Raises InputError if there is none, or one of its files is not as long as it says."""
+        """The manifest in `folder`. Raises InputError if there is none, or if a file has another size than it says."""
         folder = Path(folder)
         content = _read_content(folder)
         open_split = _open_tokens if content["kind"] == "text" else _open_rows
@@ -77,12 +74,12 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """Training samples of an epoch."""
+        """Training samples per epoch."""
         return len(self._train)
 
     @property
     def held_out_samples(self) -> int:
-        """Held-out samples; 0 if nothing is kept aside."""
+        """Held-out samples; 0 if nothing is held out."""
         return len(self._held_out)
 
     def batch(self, seed: int, step: int, global_batch: int, start: int, stop: int, skips: Sequence[int] = ()) -> Batch:
@@ -90,20 +87,20 @@ class Manifest:
 
         A language model gets input_ids, positions and targets, int64 [stop - start, seq_len]; a classifier inputs
         float32 [stop - start, ...] and targets int64 [stop - start]; a target of -100 does not count. `skips` lists
-        batches left out for good. The same arguments always give the same arrays.
+        batches that are never trained on. The same arguments always give the same arrays.
         """
         return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips))
 
     def held_out(self, start: int, count: int) -> Batch:
-        """`count` held-out samples from `start` on, always in this order; past the last they are padding, uncounted."""
+        """`count` held-out samples from `start` on, in a fixed order; past the last come uncounted padding samples."""
         return self._held_out.take(np.arange(start, start + count))
 
     def held_out_bytes(self, start: int, count: int) -> int:
-        """Bytes of text that the counted targets of `held_out(start, count)` stand for; 0 where there is no text."""
+        """Bytes of text behind the counted targets of `held_out(start, count)`; 0 without text."""
         return self._held_out.text_bytes(np.arange(start, start + count))
 
     def text(self, split: str) -> bytes:
-        """The text of "train" or "held_out" as bytes, its documents one after another without a mark between."""
+        """The text of "train" or "held_out" as bytes: its documents, joined without separators."""
         samples = self._held_out if split == "held_out" else self._train
         if not isinstance(samples, TokenWindows):
             raise InputError(Problem("data.source", "these are images, which have no text", 'nearest: "stdlib"'))
@@ -113,24 +110,24 @@ class Manifest:
         return "".join(tokenizer.decode_documents(documents)).encode()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text. Raises InputError where the data is no text."""
+        """The tokenizer of the text. Raises InputError if the data is not text."""
         return Tokenizer(self.side_files(), where=str(self.folder / "tokenizer"))
 
     def side_files(self) -> dict[str, bytes]:
-        """Name -> content of the tokenizer's files, for a checkpoint; {} where the data is no text."""
+        """Name -> content of the tokenizer's files, for a checkpoint; {} if the data is not text."""
         folder = self.folder / "tokenizer"
         return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
 
 
 def build_manifest(job: Job, folder: Path | str) -> Manifest:
-    """The manifest in `folder` (a run's manifest/), built there if it is missing. Any number of processes may ask.
+    """The manifest in `folder` (a run's manifest/), built if it is missing. Any number of processes may call this.
 
-    Raises InputError where the data is broken, empty or too short, and where `folder` was built from other data: a
-    run keeps the data that it began with.
+    Raises InputError if the data is broken, empty or too short, or if `folder` was built from other data: a run keeps
+    the data that it began with.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with _lock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             _refuse_other_data(job, folder)
         else:
@@ -147,38 +144,37 @@ def build_manifest(job: Job, folder: Path | str) -> Manifest:
 
 
 def survey(job: Job) -> Survey:
-    """Read all of the job's data and count it, writing nothing. Raises InputError like `build_manifest`, except
-    that broken records are returned in `problems`.
-    """
+    """Reads and counts all of the job's data and writes nothing. Raises InputError like `build_manifest`, except that
+    broken records are returned in `problems`."""
     if _kind(job) == "rows":
         images = digits.load(job.data.held_out)
-        kept, count = int(images.held_out.sum()), len(images.targets)
-        found_rows = Survey("digits", count, images.inputs.nbytes, images.duplicates)
-        return replace(found_rows, held_out_documents=kept, samples=count - kept, held_out_samples=kept)
+        held_out, count = int(images.held_out.sum()), len(images.targets)
+        rows = Survey("digits", count, images.inputs.nbytes, images.duplicates)
+        return replace(rows, held_out_documents=held_out, samples=count - held_out, held_out_samples=held_out)
     source = open_source(job.data.source, job.data.text_key)
-    found = corpus.scan(source, job.data.held_out)
-    counted = Survey(source.name, found.documents, found.bytes, found.duplicates, found.empty, found.undecodable)
-    if found.broken:
-        return replace(counted, problems=corpus.broken_records(found, source))
-    tokenizer, totals = _index(job, source, found, None)
+    scan = corpus.scan_source(source, job.data.held_out)
+    counted = Survey(source.name, scan.documents, scan.bytes, scan.duplicates, scan.empty, scan.undecodable)
+    if scan.broken:
+        return replace(counted, problems=corpus.broken_records(scan, source))
+    tokenizer, totals = _index(job, source, scan, None)
     tokens = {split: totals[split]["tokens"] for split in SPLITS}
     return replace(
         counted,
         tokens=sum(tokens.values()),
         vocab=tokenizer.vocab,
         held_out_documents=totals["held_out"]["documents"],
-        samples=corpus.windows(tokens["train"], _seq_len(job)),
-        held_out_samples=corpus.windows(tokens["held_out"], _seq_len(job)),
+        samples=window_count(tokens["train"], _seq_len(job)),
+        held_out_samples=window_count(tokens["held_out"], _seq_len(job)),
     )
 
 
 def _index(
-    job: Job, source: TextSource, found: corpus.Scan, folder: Path | None
+    job: Job, source: TextSource, scan: corpus.Scan, folder: Path | None
 ) -> tuple[Tokenizer, dict[str, dict[str, int]]]:
-    """The tokenizer and the totals by split, the token files written to `folder` if there is one."""
-    corpus.refuse_broken(found, source)
-    tokenizer = corpus.make_tokenizer(job.data.tokenizer, corpus.model_vocab(job.model), source, found)
-    totals = corpus.pack(source, found, tokenizer, folder)
+    """The tokenizer and the totals by split; writes the token files to `folder` if there is one."""
+    corpus.refuse_broken(scan, source)
+    tokenizer = corpus.make_tokenizer(job.data.tokenizer, corpus.model_vocab(job.model), source, scan)
+    totals = corpus.pack(source, scan, tokenizer, folder)
     corpus.refuse_too_short(totals["train"]["tokens"], _seq_len(job))
     return tokenizer, totals
 
@@ -209,16 +205,16 @@ def _build(job: Job, folder: Path) -> None:
 
 def _build_text(job: Job, folder: Path) -> dict[str, Any]:
     source = open_source(job.data.source, job.data.text_key)
-    found = corpus.scan(source, job.data.held_out)
-    tokenizer, totals = _index(job, source, found, folder)
+    scan = corpus.scan_source(source, job.data.held_out)
+    tokenizer, totals = _index(job, source, scan, folder)
     (folder / "tokenizer").mkdir()
     for name, text in tokenizer.side_files().items():
         (folder / "tokenizer" / name).write_bytes(text)
     lengths = tokenizer.byte_lengths()
     if lengths is not None:
         lengths.astype("<u2").tofile(folder / "byte_lengths.bin")
-    if found.undecodable:
-        logger.warning("%s: %d files or records are not UTF-8 and were left out", source.name, found.undecodable)
+    if scan.undecodable:
+        logger.warning("%s: %d files or records are not UTF-8 and were left out", source.name, scan.undecodable)
     if not totals["held_out"]["documents"] and job.data.held_out:
         logger.warning("%s is one document: nothing can be held out to measure on", source.name)
     return {
@@ -229,7 +225,7 @@ def _build_text(job: Job, folder: Path) -> dict[str, Any]:
         "vocab": tokenizer.vocab,
         "eos": tokenizer.eos,
         "exact_bytes": lengths is not None,
-        "found": {key: value for key, value in asdict(found).items() if isinstance(value, int)},
+        "found": {key: value for key, value in asdict(scan).items() if isinstance(value, int)},
         "splits": totals,
     }
 
@@ -252,7 +248,7 @@ def _build_rows(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What, besides the source, the files of a manifest follow from."""
+    """The settings, besides the source, that determine the files of a manifest."""
     if _kind(job) == "rows":
         return {"kind": "rows", "held_out": job.data.held_out}
     return {
@@ -283,7 +279,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
 
 
 def _source_if_there(job: Job) -> TextSource | None:
-    """The source again, or None if it has gone: a run can go on from its manifest alone."""
+    """The source, or None if it cannot be opened any more: the manifest is enough to continue a run."""
     try:
         return open_source(job.data.source, job.data.text_key)
     except InputError as error:
@@ -292,8 +288,8 @@ def _source_if_there(job: Job) -> TextSource | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; released by the kernel if that one dies."""
+def _lock(path: Path) -> Iterator[None]:
+    """A lock for one process at a time; the kernel releases it if that process dies."""
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -320,14 +316,16 @@ def _no_manifest(folder: Path, error: Exception) -> InputError:
 
 
 def _map(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The file at `path` as a read-only array; raises InputError unless it has exactly that many bytes."""
+    """The file at `path` as a read-only array. Raises InputError unless its size is that of `shape`."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     try:
-        there = path.stat().st_size
+        file_size = path.stat().st_size
     except OSError as error:
         raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
-    if there != size:
-        raise InputError(Problem(str(path), f"has {there} bytes instead of {size}", "remove the folder to build anew"))
+    if file_size != size:
+        raise InputError(
+            Problem(str(path), f"has {file_size} bytes instead of {size}", "remove the folder to build anew")
+        )
     if size == 0:
         return np.zeros(shape, dtype=kind)
     return np.memmap(path, dtype=kind, mode="r", shape=shape)

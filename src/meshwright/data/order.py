@@ -1,4 +1,4 @@
-"""Which sample comes when: a permutation for each epoch, computed where it is asked, never stored."""
+"""The order of samples: a permutation per epoch, computed on demand and never stored."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ def batch_samples(
 ) -> np.ndarray:
     """Indices (int64 [stop - start]) of the samples at places start..stop of the batch of `step`, counted from 0.
 
-    `skips` lists batches that are never trained on, by their number in the order without skips. Epochs follow each
-    other without a gap, so a batch may hold the end of one and the start of the next; a function of the arguments
-    alone.
+    `skips` lists batches that are never trained on, by their number in the order without skips. A batch may have the
+    end of one epoch and the start of the next. The result depends on the arguments alone.
     """
     if not 0 <= start <= stop <= global_batch:
         raise ValueError(f"places {start}..{stop} are not in a batch of {global_batch}")
@@ -28,24 +27,24 @@ def batch_samples(
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
-        indices[mine] = shuffled(within[mine], samples, seed, int(epoch))
+        indices[mine] = permutation(within[mine], samples, seed, int(epoch))
     return indices
 
 
-def shuffled(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of 0..samples-1 that (seed, epoch) names, at `places` (int64). Memory and time follow `places`.
 
-    A Feistel network permutes the smallest even number of bits that holds `samples`; a value outside the range is
-    put through again until it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network permutes the numbers of the smallest even number of bits that `samples` fits in; a value outside
+    the range is permuted again until it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = np.uint64(max(1, ((samples - 1).bit_length() + 1) // 2))
     keys = _mix(np.array([seed % 2**64, epoch], dtype=np.uint64))
     keys = _mix((keys[0] ^ _mix(keys[1:])[0]) + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
     values = places.astype(np.uint64)
-    todo = np.arange(len(values))
-    while len(todo):
-        values[todo] = _feistel(values[todo], half, keys)
-        todo = todo[values[todo] >= samples]
+    outside = np.arange(len(values))
+    while len(outside):
+        values[outside] = _feistel(values[outside], half, keys)
+        outside = outside[values[outside] >= samples]
     return values.astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: files that can be listed, read again, and give the same documents in the same order."""
+"""Sources of text: files that can be listed and read again, with the same documents in the same order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 from meshwright.errors import InputError, Problem
 
-#: Longer documents are cut, so that a file without a line end cannot fill the memory.
+#: Longer documents are cut, so that a file without line ends cannot fill the memory.
 DOCUMENT_BYTES = 16 * 2**20
 #: A longer line of a .jsonl file is reported as a broken record.
 RECORD_BYTES = 64 * 2**20
-#: Folders of the standard library that are not the library: packages installed beside it, and its tests.
+#: Folders of the standard library that are left out: packages installed beside it, and its tests.
 NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 
 
@@ -32,25 +32,25 @@ class Document:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A place that gives no document. `broken` is a record to be mended; otherwise it is left out and counted."""
+    """Data that is not a document. `broken`: the record must be mended; otherwise it is left out and counted."""
 
     problem: Problem
     broken: bool
 
 
 Documents = Iterator[Document | Unreadable]
-Reader = Callable[[BinaryIO, str], Documents]
+DocumentReader = Callable[[BinaryIO, str], Documents]
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Files in a fixed order, each with its name for messages and the reader of its documents."""
+    """Files in a fixed order, each with its name for messages and its reader."""
 
     name: str
-    files: tuple[tuple[str, Path, Reader], ...]
+    files: tuple[tuple[str, Path, DocumentReader], ...]
 
     def documents(self) -> Documents:
-        """Every document, and every place that should have held one. Raises InputError if a file cannot be opened."""
+        """Every document, and an Unreadable for all other data. Raises InputError if a file cannot be opened."""
         for name, path, reader in self.files:
             try:
                 with open(path, "rb") as file:
@@ -59,7 +59,7 @@ class TextSource:
                 raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this source from another: how many files, their bytes, a digest of their names and sizes."""
+        """The identity of this source: number of files, their bytes, a digest of their names and sizes."""
         sizes = [(name, path.stat().st_size) for name, path, _ in self.files]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
         return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
@@ -68,7 +68,7 @@ class TextSource:
 def open_source(source: str, text_key: str) -> TextSource:
     """The TextSource that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text.
 
-    Raises InputError for what is missing, has no reader, or cannot be indexed (a pipe, a socket, an address).
+    Raises InputError for a source that is missing, has no reader, or cannot be indexed (a pipe, a socket, an address).
     """
     if source == "stdlib":
         return _standard_library()
@@ -99,9 +99,8 @@ def _not_indexable(source: str, what: str) -> InputError:
 
 def _standard_library() -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
-    found = _walk(root, skip=NOT_LIBRARY)
-    files = tuple((name, path, _whole) for name, path in found if path.suffix == ".py" and path.stem[:5] != "test_")
-    return TextSource("stdlib", files)
+    sources = [(name, path) for name, path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
+    return TextSource("stdlib", tuple((name, path, _whole) for name, path in sources if path.stem[:5] != "test_"))
 
 
 def _folder(root: Path, text_key: str) -> TextSource:
@@ -118,49 +117,49 @@ def _folder(root: Path, text_key: str) -> TextSource:
 
 def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     """(name relative to root, path) of all files below it, sorted by name; hidden ones are left out."""
-    found = []
+    files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.exists()]
-    return sorted(found)
+        files += [(path.relative_to(root).as_posix(), path) for path in paths if path.exists()]
+    return sorted(files)
 
 
 def _whole(file: BinaryIO, name: str) -> Documents:
-    """The file is one document (cut where it is longer than DOCUMENT_BYTES)."""
+    """The file as one document, cut if it is longer than DOCUMENT_BYTES."""
     part, rest, last = 0, b"", False
     while not last:
-        asked = DOCUMENT_BYTES - len(rest)
-        block = file.read(asked)
-        last = len(block) < asked
+        room = DOCUMENT_BYTES - len(rest)
+        block = file.read(room)
+        last = len(block) < room
         content, rest = (rest + block, b"") if last else _cut_at_character(rest + block)
         part += 1
         if content or part == 1:
-            yield _decoded(content, f"{name} (part {part})" if part > 1 else name)
+            yield _decode(content, f"{name} (part {part})" if part > 1 else name)
 
 
 def _paragraphs(file: BinaryIO, name: str) -> Documents:
-    """Documents are divided by blank lines."""
-    kept: list[bytes] = []
+    """Documents separated by blank lines."""
+    chunks: list[bytes] = []
     size, first = 0, 1
     for number, chunk, whole in _chunks(file, DOCUMENT_BYTES):
         blank, too_long = whole and not chunk.strip(), size + len(chunk) > DOCUMENT_BYTES
-        if kept and (blank or too_long):
-            content = b"".join(kept)
+        if chunks and (blank or too_long):
+            content = b"".join(chunks)
             content, rest = (content, b"") if blank else _cut_at_character(content)
-            yield _decoded(content, f"{name}:{first}")
-            kept, size, first = ([rest], len(rest), number) if rest else ([], 0, number)
+            yield _decode(content, f"{name}:{first}")
+            chunks, size, first = ([rest], len(rest), number) if rest else ([], 0, number)
         if not blank:
-            if not kept:
+            if not chunks:
                 first = number
-            kept.append(chunk)
+            chunks.append(chunk)
             size += len(chunk)
-    if kept:
-        yield _decoded(b"".join(kept), f"{name}:{first}")
+    if chunks:
+        yield _decode(b"".join(chunks), f"{name}:{first}")
 
 
-def _records(text_key: str) -> Reader:
-    """One JSON object a line, its text under `text_key`."""
+def _records(text_key: str) -> DocumentReader:
+    """A reader of JSON lines: one object per line, its text under `text_key`."""
 
     def read(file: BinaryIO, name: str) -> Documents:
         too_long = 0
@@ -195,7 +194,7 @@ def _record(line: bytes, text_key: str, where: str) -> Document | Unreadable:
 
 
 def _chunks(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, at most `limit` bytes of that line, whether they are all of it) until the end of the file."""
+    """(line number, at most `limit` bytes of that line, whether this is the whole line) until the end of the file."""
     number, begins = 1, True
     while chunk := file.readline(limit):
         ends = chunk.endswith(b"\n") or len(chunk) < limit
@@ -204,7 +203,7 @@ def _chunks(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _cut_at_character(content: bytes) -> tuple[bytes, bytes]:
-    """`content` up to the last whole UTF-8 character, and the bytes of one that has only begun."""
+    """`content` up to its last whole UTF-8 character, and the bytes of an incomplete one after it."""
     for back in range(1, min(4, len(content) + 1)):
         lead = content[-back]
         if lead & 0b1100_0000 != 0b1000_0000:  # not a continuation byte
@@ -213,7 +212,7 @@ def _cut_at_character(content: bytes) -> tuple[bytes, bytes]:
     return content, b""
 
 
-def _decoded(content: bytes, where: str) -> Document | Unreadable:
+def _decode(content: bytes, where: str) -> Document | Unreadable:
     try:
         return Document(where, content.decode())
     except UnicodeDecodeError as error:

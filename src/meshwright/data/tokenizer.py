@@ -1,4 +1,4 @@
-"""Text to tokens and back: a byte-level BPE trained on the corpus, plain bytes, or a tokenizer.json that is there."""
+"""Text to tokens and back: a byte-level BPE trained on the corpus, plain bytes, or an existing tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import tokenizers
 from meshwright.errors import InputError, Problem
 
 END_OF_TEXT = "<|endoftext|>"
-#: Names of the end token that tokenizers of other families carry, for a tokenizer.json without its configuration.
-KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+#: End tokens of other families' tokenizers, for a tokenizer.json without its configuration.
+END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
 #: Files that belong to a tokenizer in a Hugging Face folder.
 SIDE_FILES = (
     "tokenizer.json",
@@ -30,12 +30,12 @@ _FILE_BYTES = 256 * 2**20  # largest tokenizer file that is read
 class Tokenizer:
     """A tokenizer with its end-of-text token.
 
-    vocab: ids are below it; eos: id of the end of a text. Text that spells a special token is encoded as plain
-    text, so that no document can end another.
+    vocab: one more than the largest id; eos: id of the end of a text. Text that spells a special token is encoded as
+    plain text, so that no document can end another.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer") -> None:
-        """From the files of a tokenizer, of which tokenizer.json must be one. Raises InputError if it is broken."""
+        """From a tokenizer's files, tokenizer.json among them. Raises InputError if that is broken."""
         self._files = dict(files)
         try:
             self._inner = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
@@ -52,13 +52,13 @@ class Tokenizer:
         self._files.setdefault("tokenizer_config.json", _configuration(end))
 
     def _end_token(self, vocabulary: Mapping[str, int], where: str) -> str:
-        said = _json_object(self._files.get("tokenizer_config.json", b"{}"), where).get("eos_token")
-        if isinstance(said, dict):  # the older form spells the token's attributes out
-            said = said.get("content")
-        for name in [said] if isinstance(said, str) else KNOWN_ENDS:
+        eos = _json_object(self._files.get("tokenizer_config.json", b"{}"), where).get("eos_token")
+        if isinstance(eos, dict):  # the older form has the token's attributes
+            eos = eos.get("content")
+        for name in [eos] if isinstance(eos, str) else END_TOKENS:
             if name in vocabulary:
                 return name
-        what = f"has no token {said!r}, its eos_token" if said else "does not say which token ends a text"
+        what = f"has no token {eos!r}, its eos_token" if eos else "does not say which token ends a text"
         raise InputError(Problem(where, what, "name one as eos_token in tokenizer_config.json"))
 
     @classmethod
@@ -67,18 +67,18 @@ class Tokenizer:
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         json_file = path / "tokenizer.json" if path.is_dir() else path
-        wanted = {"tokenizer.json": json_file, **{name: folder / name for name in SIDE_FILES[1:]}}
-        if json_file.name != "tokenizer.json":  # its neighbours may belong to another
-            wanted = {"tokenizer.json": json_file}
+        paths = {"tokenizer.json": json_file}
+        if json_file.name == "tokenizer.json":  # files beside one of another name may belong to another tokenizer
+            paths |= {name: folder / name for name in SIDE_FILES[1:]}
         try:
-            files = {name: _read(file) for name, file in wanted.items() if name == "tokenizer.json" or file.is_file()}
+            files = {name: _read(file) for name, file in paths.items() if name == "tokenizer.json" or file.is_file()}
         except OSError as error:
             near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
             raise InputError(Problem(str(json_file), f"cannot be read: {error.strerror}", near)) from error
         return cls(files, where=str(json_file))
 
     def side_files(self) -> dict[str, bytes]:
-        """Name -> content of the files that make a folder loadable by `transformers`."""
+        """Name -> content of the files from which `transformers` loads this tokenizer."""
         return dict(self._files)
 
     def encode(self, text: str) -> list[int]:
@@ -91,19 +91,18 @@ class Tokenizer:
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
-        """Text of each array of ids; special tokens are text here, since no document holds one."""
-        return [
-            str(text) for text in self._inner.decode_batch([d.tolist() for d in documents], skip_special_tokens=False)
-        ]
+        """Text of each array of ids, special tokens included, since no document has one."""
+        texts = self._inner.decode_batch([ids.tolist() for ids in documents], skip_special_tokens=False)
+        return [str(text) for text in texts]
 
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text that each id stands for, uint16 [vocab]; None where an id alone does not determine them.
+        """Bytes of text of each id, uint16 [vocab]; None if an id alone does not determine them.
 
-        Exact for byte-level tokenizers without a normalizer. Special tokens stand for no text.
+        Exact for byte-level tokenizers without a normalizer. Special tokens have 0.
         """
         content = json.loads(self._inner.to_str())
         decoder = content.get("decoder") or {}
@@ -122,9 +121,9 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids, the end of a text being id 0. The same texts give the same tokenizer.
+    """A byte-level BPE of at most `vocab` ids; id 0 ends a text. The same texts give the same tokenizer.
 
-    Raises InputError if `vocab` has no room for the 256 bytes and the end token.
+    Raises InputError if `vocab` is too small for the 256 bytes and the end token.
     """
     if vocab < BYTES_VOCAB:
         near = f"at least {BYTES_VOCAB}: 256 bytes and the end of a text"
@@ -143,7 +142,7 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """Ids 0..255 are the bytes of UTF-8, 256 ends a text."""
+    """A tokenizer whose ids 0..255 are the bytes of UTF-8; 256 ends a text."""
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -153,7 +152,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 class _Bytes(Tokenizer):
-    """The same ids without the detour through merges that are not there."""
+    """Encodes bytes to the same ids directly."""
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]

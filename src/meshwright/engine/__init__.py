@@ -2,7 +2,7 @@
 
 Engine       open a model folder, submit requests, step, read events
 Request      one completion to make
-TokenEvent        one token of one request
+TokenEvent   one token of one request
 TextStream   tokens to text: whole characters, stop strings
 """
 

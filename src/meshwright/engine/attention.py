@@ -1,7 +1,7 @@
-"""Attention over the key-value cache: one query token a slot when decoding, a run of them when reading a prompt.
+"""Attention over the key-value cache: one query token per slot when decoding, several when reading a prompt.
 
-Tensor names: N query rows, H query heads, K key heads, G = H / K, D head_dim, S slots, T cached tokens. Queries arrive
-scaled by 1 / sqrt(D). A layer's cache is [2, slots, K, length, D], keys first.
+Tensor names: N query rows, H query heads, K key heads, G = H / K, D head_dim, S slots, T cached tokens. Queries are
+scaled by 1 / sqrt(D) already. A layer's cache is [2, slots, K, length, D], keys first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BATCHED_FROM_SLOTS = 3
 
 @dataclass(frozen=True)
 class Heads:
-    """This rank's heads."""
+    """The numbers of this rank's heads, and their width."""
 
     query: int
     key: int
@@ -37,22 +37,22 @@ class Heads:
 
 
 def attention(work: Work, heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
-    """Attention for the rows of `work`, decoding slots first, with what all layers share (masks) made once."""
+    """Attention for the rows of `work`, decoding slots first. Masks, which all layers share, are made once."""
     slots = len(work.tokens)
-    decode = decoding(work.positions, heads, dtype, device) if slots else None
+    decode = decode_attention(work.positions, heads, dtype, device) if slots else None
     if decode is not None and not work.segments:
         return decode
     parts: list[tuple[slice, Attend]] = [(slice(0, slots), decode)] if decode is not None else []
     at = slots
     for segment in work.segments:
         rows = slice(at, at + len(segment.tokens))
-        parts.append((rows, reading(segment, heads, device)))
+        parts.append((rows, prompt_attention(segment, heads, device)))
         at = rows.stop
     return lambda q, cached: torch.cat([attend(q[rows], cached) for rows, attend in parts])
 
 
-def decoding(positions: Sequence[int], heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
-    """Row s attends to slot s up to `positions[s]`. The query heads of one key head are rows of one product."""
+def decode_attention(positions: Sequence[int], heads: Heads, dtype: torch.dtype, device: torch.device) -> Attend:
+    """Row s attends to slot s up to `positions[s]`. The query heads of a key head are rows of one product."""
     slots, longest = len(positions), max(positions) + 1
     mask = None
     if min(positions) + 1 < longest:
@@ -75,9 +75,8 @@ def _fused(slots: int, longest: int, heads: Heads, mask: Tensor | None) -> Atten
 
 
 def _batched(slots: int, longest: int, heads: Heads, mask: Tensor | None, keys_first: bool) -> Attend:
-    """`keys_first` multiplies keys by queries instead of the reverse: the faster way round for oneDNN in bf16."""
+    """`keys_first` multiplies keys by queries instead of queries by keys, which oneDNN does faster in bf16."""
     pairs, group, head_dim = slots * heads.key, heads.group, heads.head_dim
-    tall = (slots, heads.key, group, longest)
 
     def attend(q: Tensor, cached: Tensor) -> Tensor:
         keys, values = cached[:, :slots].flatten(1, 2)[:, :, :longest].unbind(0)  # [S K, T, D] each, not copied
@@ -87,14 +86,14 @@ def _batched(slots: int, longest: int, heads: Heads, mask: Tensor | None, keys_f
         else:
             scores = torch.bmm(query, keys.transpose(1, 2))
         if mask is not None:
-            scores = (scores.unflatten(0, tall[:2]) + mask).flatten(0, 1)
+            scores = (scores.unflatten(0, (slots, heads.key)) + mask).flatten(0, 1)
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(slots, -1)
 
     return attend
 
 
-def reading(segment: Segment, heads: Heads, device: torch.device) -> Attend:
-    """A run of query tokens of one slot, causal, over what its slot holds up to each."""
+def prompt_attention(segment: Segment, heads: Heads, device: torch.device) -> Attend:
+    """The query tokens of `segment`, causal over the cached tokens of its slot."""
     slot, start, count = segment.slot, segment.start, len(segment.tokens)
     mask = None
     if start:

@@ -1,4 +1,4 @@
-"""Keys and values of past tokens: one contiguous slot a request, growing by doubling up to a fixed limit."""
+"""Keys and values of past tokens: one contiguous slot per request, growing by doubling up to a fixed limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class KeyValueCache:
 
     Grows on demand to max_batch slots of max_len tokens, never past it.
 
-    Slots instead of pages: on a CPU a gather through a page table costs as much as the attention itself, while the
-    scheduler keeps the slots in use without holes, so a batch of requests is a slice. New room is zero, so that rows
-    nobody reads never hold a NaN.
+    Slots instead of pages: on a CPU a gather through a page table costs as much as the attention itself. The scheduler
+    keeps the slots in use without holes, so a batch of requests is a slice. New rows are zero, so that masked ones
+    never have a NaN.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class KeyValueCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held now."""
+        """Memory in use."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Have room for `slots` slots of `length` tokens. Past the limits is a bug of the caller."""
+        """Grows the cache to at least `slots` slots of `length` tokens, which must be within the limits."""
         assert slots <= self.max_batch and length <= self.max_len, (slots, length)
         if slots <= self.slots and length <= self.length:
             return
@@ -55,7 +55,7 @@ class KeyValueCache:
         self.slots, self.length = new_slots, new_length
 
     def apply(self, moves: tuple[Move, ...]) -> None:
-        """Carry out the scheduler's moves, in order."""
+        """Applies the scheduler's moves, in order."""
         for move in moves:
             for tensor in self.tensors:
                 tensor[:, move.target, :, : move.length] = tensor[:, move.source, :, : move.length]
@@ -65,7 +65,7 @@ class KeyValueCache:
         return [tensor.view(-1, self._head_dim) for tensor in self.tensors]
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Indices into `flat` for tokens at slots [N], positions [N]: N times the key of every head, then the value."""
+        """Indices into `flat` of tokens at slots [N], positions [N]: per token the keys of all heads, then values."""
         heads = torch.arange(self._kv_heads, device=slots.device) * self.length
         each = torch.cat((heads, heads + self.slots * self._kv_heads * self.length))
         return ((slots * (self._kv_heads * self.length) + positions)[:, None] + each).view(-1)

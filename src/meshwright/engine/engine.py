@@ -24,15 +24,15 @@ from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.launch import Context
 
 PRECISIONS = ("auto", "fp32", "bf16")
-#: Of the memory free at the start, the most that the cache may come to hold when `max_len` is left to the engine.
+#: The largest share of the free memory at the start that the cache may grow to when the engine chooses `max_len`.
 _CACHE_SHARE = 0.5
 
 
 class Engine:
     """Completions for many requests at once, from one model.
 
-    `step` makes one token for every request that runs; requests join and leave between steps. `submit` and `cancel`
-    may be called from any thread; `step` from one at a time. On ranks other than 0 there is only `follow`.
+    `step` makes one token for every running request; requests join and leave between steps. Any thread may call
+    `submit` and `cancel`, one at a time `step`. Ranks other than 0 only `follow`.
     """
 
     def __init__(self, model: EngineModel, decoder: Decoder, ranks: Ranks) -> None:
@@ -58,12 +58,12 @@ class Engine:
     ) -> Engine:
         """An engine for a run, a checkpoint, or a Hugging Face folder of Llama, Mistral, Qwen2 or Qwen3.
 
-        max_batch: requests that run at once. max_len: tokens of a request, prompt and completion; None is what the
-        model allows, less where max_batch such requests would not fit half of the free memory. precision: "auto" is
-        what the folder's config names. threads: None leaves torch's setting. context: this process's place among
-        tensor-parallel ones; every one of them opens the engine, rank 0 uses it and the others call `follow`.
+        max_batch: requests that run at once. max_len: tokens of a request, prompt and completion; None is the model's
+        limit, or less if max_batch such requests would not fit in half of the free memory. precision: "auto" is that of
+        the folder's config. threads: None leaves torch's setting. context: this process's rank among tensor-parallel
+        ones; all of them open the engine, rank 0 uses it and the others call `follow`.
 
-        Raises InputError for a folder that cannot be read or a wrong argument, CannotWork if it does not split so.
+        Raises InputError for an unreadable folder or a wrong argument, CannotWork if the model cannot be split so.
         """
         if precision not in PRECISIONS:
             raise InputError(Problem("precision", f"{precision!r} is not known", nearest_name(precision, PRECISIONS)))
@@ -81,7 +81,7 @@ class Engine:
         if torch.cuda.is_available():
             device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        limit = _room(model, ranks, max_batch, max_len, dtype)
+        limit = _limit_len(model, ranks, max_batch, max_len, dtype)
         weights = read_weights(model, ranks, dtype, device)
         return cls(model, Decoder(model.shape, weights, ranks, max_batch, limit), ranks)
 
@@ -93,29 +93,28 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests that hold a slot."""
+        """Requests that have a slot."""
         return self._scheduler.running
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for one."""
+        """Requests that wait for a slot."""
         return self._scheduler.waiting
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that this rank's cache holds now."""
+        """Memory of this rank's cache."""
         return self._decoder.cache.bytes
 
     def submit(self, request: Request) -> int:
-        """Queue `request`; its id is in its events. Raises InputError for one that this model cannot answer."""
+        """Queues `request` and returns the id of its events. Raises InputError if this model cannot answer it."""
         check(request, self.vocab, self.max_len)
         stop_ids = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
-        most = self.max_len - len(request.prompt_ids)
         with self._lock:
             running = RunningRequest(
                 id=next(self._ids),
                 request=request,
-                max_tokens=most if request.max_tokens is None else request.max_tokens,
+                max_tokens=request.max_tokens or self.max_len - len(request.prompt_ids),
                 stop_ids=stop_ids,
                 random=random.Random(request.seed),
             )
@@ -123,13 +122,13 @@ class Engine:
         return running.id
 
     def cancel(self, id: int) -> bool:
-        """Forget a request: its slot is free at once and no event of it follows. False if it has ended already."""
+        """Drops a request: its slot is free at once and it has no more events. False if it has ended already."""
         with self._lock:
             return self._scheduler.remove(id)
 
     def step(self) -> list[TokenEvent]:
-        """Run one step: at most one token for each running request. An empty list when prompts are still being read,
-        or when there is nothing to do (`running` and `waiting` are then 0)."""
+        """Runs one step: at most one token for each running request. Returns [] while prompts are read, or if there is
+        nothing to do (`running` and `waiting` are then 0)."""
         with self._lock:
             scheduled = self._scheduler.schedule()
         if scheduled is None:
@@ -141,16 +140,16 @@ class Engine:
         if not sampled:
             return []
         tokens, logprobs = sample(logits, sampled)
-        chances = dict(zip((running.id for running in sampled), logprobs, strict=True))
+        logprob_of = dict(zip((running.id for running in sampled), logprobs, strict=True))
         with self._lock:
-            done = self._scheduler.postprocess(zip(sampled, tokens, strict=True))
-        return [TokenEvent(running.id, token, reason, chances[running.id]) for running, token, reason in done]
+            events = self._scheduler.postprocess(zip(sampled, tokens, strict=True))
+        return [TokenEvent(running.id, token, reason, logprob_of[running.id]) for running, token, reason in events]
 
     def generate(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Iterator[tuple[int, TokenEvent]]:
-        """Complete every prompt; yields (index of the prompt, event) as tokens come. `fields` are those of Request.
+        """Completes every prompt; yields (index of the prompt, event) as tokens come. `fields` are those of Request.
 
-        For an engine of one's own: raises CannotWork while other requests run, whose events it would swallow. Request
-        `seed` s becomes s + index, so that equal prompts differ. Left early, it cancels what still runs.
+        Raises CannotWork while other requests run, since it would lose their events. A request's `seed` is s + index,
+        so that equal prompts differ. A caller that stops early cancels the rest.
         """
         if self.running or self.waiting:
             raise CannotWork(Problem("generate", "other requests are running", "use submit and step"))
@@ -172,14 +171,14 @@ class Engine:
                 self.cancel(id)
 
     def follow(self) -> None:
-        """Ranks other than 0: do what rank 0 does until it closes."""
+        """Ranks other than 0: runs rank 0's steps until it closes."""
         assert self._ranks.rank > 0, "rank 0 leads"
         while (work := self._ranks.receive()) is not None:
             self._decoder.run(work)
         self.close()
 
     def close(self) -> None:
-        """Let the other ranks go. The engine cannot be used afterwards; closing twice is fine."""
+        """Ends the other ranks too. The engine cannot be used afterwards; closing twice is allowed."""
         if self._closed:
             return
         self._closed = True
@@ -188,26 +187,19 @@ class Engine:
         leave(self._ranks)
 
 
-def _room(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
-    """Tokens a request may have. Raises InputError for a `max_len` past what the model was made for."""
-    longest = model.shape.longest
+def _limit_len(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | None, dtype: torch.dtype) -> int:
+    """Most tokens of a request. Raises InputError for a `max_len` past the model's limit."""
+    shape, longest = model.shape, model.shape.longest
     if max_len is not None:
         if max_len > longest:
-            window = model.shape.sliding_window
+            window = shape.sliding_window
             why = f"its sliding window is {window} tokens" if window == longest else f"it has {longest} positions"
             raise InputError(Problem("max_len", f"{max_len} is past what the model does: {why}", f"at most {longest}"))
         return max_len
-    shape = model.shape
     token_bytes = bytes_per_token(shape.layers, shape.kv_heads // ranks.world, shape.head_dim, dtype)
-    fits = int(_free_bytes() * _CACHE_SHARE / ranks.world) // (token_bytes * max_batch)
+    free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory_bytes()
+    fits = int(free_bytes * _CACHE_SHARE / ranks.world) // (token_bytes * max_batch)
     if fits < 2:
-        raise CannotWork(
-            Problem("max_batch", f"a cache for {max_batch} requests does not fit in memory", "a smaller one")
-        )
-    return ranks.agree(min(longest, fits))
-
-
-def _free_bytes() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return available_memory_bytes()
+        what = f"a cache for {max_batch} requests does not fit in memory"
+        raise CannotWork(Problem("max_batch", what, "a smaller one"))
+    return ranks.minimum(min(longest, fits))

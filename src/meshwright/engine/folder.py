@@ -1,4 +1,4 @@
-"""From a folder to a decoder's weights: which folder is meant, what model it says it is, this rank's slices of it."""
+"""From a folder to a decoder's weights: the model folder, its config, this rank's slices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("meshwright")
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A Hugging Face folder as the engine reads it. `precision` is the element type that its config names."""
+    """What the engine reads of a Hugging Face folder. `precision` is the element type that its config names."""
 
     folder: Path
     shape: LlamaShape
@@ -33,9 +33,9 @@ class EngineModel:
 
 
 def find_model(folder: Path) -> Path:
-    """The Hugging Face folder meant by `folder`: itself, a checkpoint's `model/`, or a run's newest checkpoint's.
+    """The Hugging Face folder for `folder`: itself, a checkpoint's `model/`, or that of a run's newest checkpoint.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     if (folder / "config.json").exists():
         return folder
@@ -48,17 +48,14 @@ def find_model(folder: Path) -> Path:
     if (folder / "model").is_dir():
         return find_model(folder / "model")
     if (folder / "module.json").exists():
-        raise InputError(
-            Problem(
-                str(folder), "holds a module of yours; the engine decodes the built-in families", 'family = "llama"'
-            )
-        )
+        what = "holds a module of yours; the engine decodes the built-in families"
+        raise InputError(Problem(str(folder), what, 'family = "llama"'))
     what = "holds no model: no config.json" if folder.is_dir() else "is not a folder"
     raise InputError(Problem(str(folder), what, "name a run, a checkpoint, or a Hugging Face folder"))
 
 
 def read_config(folder: Path) -> EngineModel:
-    """What `config.json` and `generation_config.json` say. Only data is read: code that they name is never run."""
+    """The model of `config.json` and `generation_config.json`. Code that they name is never run."""
     config = families.read_config(folder / "config.json")
     if "auto_map" in config:
         log.warning("%s names code of its own (auto_map); it is not run", folder / "config.json")
@@ -74,26 +71,25 @@ def read_config(folder: Path) -> EngineModel:
 
 
 def check_split(shape: LlamaShape, ranks: Ranks) -> None:
-    """Raises CannotWork where attention heads do not divide over the ranks."""
+    """Raises CannotWork if attention heads do not divide over the ranks."""
     for word, count in (("heads", shape.heads), ("kv_heads", shape.kv_heads)):
         if count % ranks.world:
             good = [n for n in range(1, ranks.world) if shape.heads % n == 0 and shape.kv_heads % n == 0]
-            raise CannotWork(
-                Problem("tp", f"{word} {count} does not divide by tp {ranks.world}", f"tp {good[-1]} does")
-            )
+            what = f"{word} {count} does not divide by tp {ranks.world}"
+            raise CannotWork(Problem("tp", what, f"tp {good[-1]} does"))
 
 
 def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
-    """This rank's slices by our names, cut as the placement table says; a short last part of a vocabulary is padded."""
+    """This rank's slices by our names, from the placement table; a short last part of a vocabulary is padded."""
     model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
     rows = placements(model_card, layout, coordinates(layout, ranks.rank))
-    wanted = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
+    tensors = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
     ignored = ignored_tensors(model.shape)
-    checkpoint.read_model_folder(model.folder, hf_names(model.shape), wanted, ignored=ignored)
+    checkpoint.read_model_folder(model.folder, hf_names(model.shape), tensors, ignored=ignored)
     part = -(-model.shape.vocab // ranks.world)
     out = {}
     for parameter in model_card.parameters:
-        tensor = wanted[parameter.name][1]
+        tensor = tensors[parameter.name][1]
         if parameter.axes[0] == "vocab" and tensor.shape[0] < part:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, part - tensor.shape[0]))
         out[parameter.name] = tensor.to(device)

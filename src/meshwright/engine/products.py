@@ -1,4 +1,4 @@
-"""Matrix products with weights laid out once for the machine: what decoding spends nearly all its time in."""
+"""Matrix products with weights laid out once for the machine: nearly all the time of decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FusedMatMul = Callable[[Tensor, Tensor], Tensor]
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN can hold weights of `dtype` in its own blocked layout here (about twice as fast at batch 1)."""
+    """Whether oneDNN has a blocked layout for weights of `dtype` here (about twice as fast at batch 1)."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
@@ -24,10 +24,9 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Linear:
-    """y = x W^T + b for a weight W [columns, inner], kept packed where that is possible and plain elsewhere.
+    """y = x W^T + b for a weight W [columns, inner], packed in oneDNN's layout where possible, else plain.
 
-    The weight is copied into oneDNN's layout, so the caller may drop its own. Both ways compute the same; packing
-    changes the order of additions only.
+    Packing copies the weight, so the caller may drop its own, and changes only the order of additions.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -37,36 +36,37 @@ class Linear:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where the weight lies in this process's memory: (address, bytes)."""
+        """The weight's memory in this process: (address, bytes)."""
         if self._packed:
             return torch.ops.mkldnn.data_ptr(self._weight), torch.ops.mkldnn._nbytes(self._weight)
         return self._weight.data_ptr(), self._weight.nbytes
 
     def plain(self) -> MatMul:
         """x -> x W^T + b."""
-        weight, bias = self._weight, self._bias
-        if not self._packed:
-            return lambda x: F.linear(x, weight, bias)
-        run = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: run(x, weight, bias, "none", [], "")
+        return self._unary("none")
 
     def silu(self) -> MatMul:
         """x -> silu(x W^T + b)."""
-        weight, bias = self._weight, self._bias
-        if not self._packed:
-            return lambda x: F.silu(F.linear(x, weight, bias))
-        run = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: run(x, weight, bias, "swish", [], "")
+        return self._unary("swish")
 
     def times(self) -> FusedMatMul:
         """x, y -> (x W^T + b) * y."""
-        return self._with("mul")
+        return self._binary("mul")
 
     def plus(self) -> FusedMatMul:
         """x, y -> (x W^T + b) + y."""
-        return self._with("add")
+        return self._binary("add")
 
-    def _with(self, operation: str) -> FusedMatMul:
+    def _unary(self, activation: str) -> MatMul:
+        weight, bias = self._weight, self._bias
+        if not self._packed:
+            if activation == "swish":
+                return lambda x: F.silu(F.linear(x, weight, bias))
+            return lambda x: F.linear(x, weight, bias)
+        run = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: run(x, weight, bias, activation, [], "")
+
+    def _binary(self, operation: str) -> FusedMatMul:
         weight, bias = self._weight, self._bias
         if not self._packed:
             join = torch.add if operation == "add" else torch.mul

@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks send each other: work as integers from rank 0, sums, and logits back to it."""
+"""Communication of tensor-parallel ranks: work as integers from rank 0, sums, and logits back to it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from meshwright.engine.scheduler import Work
 from meshwright.launch import Context
 
-#: Integers that the first broadcast of a step carries; a step of decoding fits, one that reads prompts sends the rest.
-_FIRST = 128
-#: A rank waits for the next request as long as it takes; that a rank died is seen by `launch`, which ends the others.
+#: Integers in the first broadcast of a step: enough for decoding; a step that reads prompts sends the rest after it.
+_FIRST_MESSAGE = 128
+#: A rank waits for the next request without limit; `launch` ends the others if a rank dies.
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` tensor-parallel ones. With a world of one every method gives back its input."""
+    """This process among `world` tensor-parallel ones. In a world of one every method returns its input."""
 
     rank: int = 0
     world: int = 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of x over the ranks, on every rank. In fp32 between processes: partial sums of bf16 lose digits."""
+        """Sum of x over the ranks, on every rank, in fp32: partial sums of bf16 lose digits."""
         if self.world == 1:
             return x
         total = x.float() if x.dtype is not torch.float32 else x
@@ -42,7 +42,7 @@ class Ranks:
         dist.gather(part, parts)
         return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab]
 
-    def agree(self, value: int) -> int:
+    def minimum(self, value: int) -> int:
         """The smallest of the ranks' values."""
         if self.world == 1:
             return value
@@ -51,20 +51,20 @@ class Ranks:
         return int(smallest)
 
     def send(self, work: Work | None) -> None:
-        """Rank 0: tell the others what to do next; None is the end."""
+        """Rank 0: sends the next step to the others; None is the end."""
         if self.world == 1:
             return
         numbers = work.encode() if work is not None else []
-        first = torch.zeros(_FIRST, dtype=torch.int64)
-        sent = numbers[: _FIRST - 1]
+        first = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
+        sent = numbers[: _FIRST_MESSAGE - 1]
         first[: len(sent) + 1] = torch.tensor([len(numbers), *sent], dtype=torch.int64)
         dist.broadcast(first, 0)
         if len(numbers) > len(sent):
             dist.broadcast(torch.tensor(numbers[len(sent) :], dtype=torch.int64), 0)
 
     def receive(self) -> Work | None:
-        """Other ranks: what `send` was given."""
-        first = torch.zeros(_FIRST, dtype=torch.int64)
+        """Other ranks: the argument of rank 0's `send`."""
+        first = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
         dist.broadcast(first, 0)
         count, *numbers = first.tolist()
         if count == 0:
@@ -77,7 +77,7 @@ class Ranks:
 
 
 def join(context: Context | None) -> Ranks:
-    """The ranks of `context`, joined through the file store in its private folder; one rank without a context."""
+    """The ranks of `context`, connected through the file store in its private folder; one rank without a context."""
     if context is None or context.world == 1:
         return Ranks()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -89,6 +89,6 @@ def join(context: Context | None) -> Ranks:
 
 
 def leave(ranks: Ranks) -> None:
-    """Take the process group down."""
+    """Destroys the process group."""
     if ranks.world > 1 and dist.is_initialized():
         dist.destroy_process_group()

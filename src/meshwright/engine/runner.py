@@ -1,13 +1,12 @@
 """The decoder: Llama-family weights, folded and packed for speed, run over a key-value cache.
 
-It computes what `families/llama/module.py` computes, which is its slow twin in the tests, in fewer and larger steps:
+It computes the same as `families/llama/module.py`, its slow twin in the tests, in fewer and larger steps:
 
-- q, k and v are one product. What follows each is folded into the product where it can be: silu, the gate and the
-  residual addition.
+- q, k and v are one product. Silu, the gate and the residual addition are parts of the products before them.
 - A norm's weight is folded into the columns of the products that read it, so a norm is three small operations:
   x * sqrt(E) / hypot(|x|, sqrt(eps E)) is x / sqrt(mean(x^2) + eps).
-- Rows of q and k are reordered within each head so that the two numbers which rotary positions turn lie side by side,
-  and turning is one complex product. Scores are sums over the head, so the order does not show.
+- Rows of q and k are reordered within each head so that the two numbers of a rotation are adjacent, and a rotation is
+  one complex product. Scores are sums over the head, so the order does not matter.
 - The factor 1 / sqrt(D) of the scores is in the weights that make the queries.
 
 Tensor names: N tokens of a step, E hidden, H query heads, K key heads, D head_dim, S slots, T cached tokens.
@@ -31,8 +30,8 @@ from meshwright.engine.scheduler import Work
 from meshwright.families.llama.card import LlamaShape
 from meshwright.nn import Rotary
 
-#: A step this small, of a model whose weights fit in a core's share of the cache, is faster on one thread, or as fast
-#: and much steadier: its products take microseconds, and threads wait for each other after every one.
+#: A step this small, of a model whose weights fit in a core's share of the cache, is as fast or faster on one thread,
+#: and much steadier: its products take microseconds, and threads would wait for each other after each.
 _LIGHT_BYTES = 16 << 20
 _LIGHT_TOKENS = 2
 
@@ -84,7 +83,7 @@ class Decoder:
 
     def _pack(self, weights: Mapping[str, Tensor], at: str) -> PackedLayer:
         shape, heads = self.shape, self.heads
-        scale = 1 / math.sqrt(shape.head_dim)  # of the scores; a norm of the queries would undo it, so it goes behind
+        scale = 1 / math.sqrt(shape.head_dim)  # of the scores; after a norm of the queries, which would undo it
 
         def qkv(kind: str) -> Tensor:
             q, k, v = (weights[f"{at}attn.{name}.{kind}"].float() for name in "qkv")
@@ -110,7 +109,7 @@ class Decoder:
         )
 
     def _in_rotary_order(self, rows: Tensor) -> Tensor:
-        """Weight or bias of q or k with each head's rows reordered: i and i + D/2 side by side."""
+        """Weight or bias of q or k with each head's rows reordered: i and i + D/2 are adjacent."""
         return rows.unflatten(0, (-1, self.shape.head_dim))[:, self._rotary_order].flatten(0, 1)
 
     def _into_residual(self, linear: Linear) -> FusedMatMul:
@@ -123,7 +122,7 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, work: Work) -> Tensor | None:
-        """Carry out `work`: moves, then one pass over all its tokens."""
+        """Applies the moves of `work`, then makes one pass over all its tokens."""
         threads = torch.get_num_threads()
         light = self._light and len(work.tokens) + sum(len(s.tokens) for s in work.segments) <= _LIGHT_TOKENS
         if not light or threads == 1:
@@ -196,7 +195,7 @@ class Decoder:
         return self.ranks.sum(F.embedding(local.where(mine, 0), self._embed) * mine[:, None])
 
     def _sampled(self, x: Tensor, work: Work) -> Tensor:
-        """The rows of x [N, E] whose logits are wanted: decoding slots, then the ends of finished prompts."""
+        """The rows of x [N, E] that need logits: decoding slots, then the ends of finished prompts."""
         if not work.segments and len(work.decoding) == len(work.tokens):
             return x
         rows, at = list(work.decoding), len(work.tokens)

@@ -1,4 +1,4 @@
-"""From logits to tokens. Each request draws from a generator of its own, so its neighbours do not show."""
+"""From logits to tokens. Each request draws from its own generator, so others do not change its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meshwright.engine.scheduler import RunningRequest
 
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Sequence[RunningRequest]) -> tuple[list[int], list[float | None]]:
-    """A token for each row of logits [R, V], and its log-probability where the request asks for it."""
+    """A token for each row of logits [R, V], and its log-probability if the request asks for it."""
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     logprobs: list[float | None] = [None] * len(tokens)
     for row, sequence in enumerate(sequences):
@@ -27,10 +27,10 @@ def sample(logits: Tensor, sequences: Sequence[RunningRequest]) -> tuple[list[in
 
 
 def draw(logits: Tensor, request: Request, chance: float) -> int:
-    """The token at quantile `chance` (0 <= chance < 1) of softmax(logits [V] / temperature), cut as asked.
+    """The token at quantile `chance` (0 <= chance < 1) of softmax(logits [V] / temperature), after the request's cuts.
 
-    The cuts follow the usual order: the `top_k` likeliest; of those the fewest likeliest that hold `top_p` of what is
-    left; then those at least `min_p` times as likely as the best.
+    These are, in order: the `top_k` likeliest; of these the fewest likeliest with at least `top_p` of their
+    probability; then those at least `min_p` times as likely as the best.
     """
     scaled = logits.double() / request.temperature
     if request.top_k == 0 and request.top_p >= 1 and request.min_p == 0:
@@ -48,7 +48,7 @@ def draw(logits: Tensor, request: Request, chance: float) -> int:
 
 
 def _at_quantile(weights: Tensor, chance: float) -> int:
-    """Index at which the running sum of weights [V] passes `chance` of their total; never one of weight 0."""
+    """Index at which the cumulative sum of weights [V] passes `chance` of their total; never one of weight 0."""
     running = weights.cumsum(-1)
     index = int(torch.searchsorted(running, running[-1] * chance, right=True))
     return min(index, int(weights.nonzero()[-1]))

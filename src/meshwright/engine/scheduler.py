@@ -1,4 +1,4 @@
-"""Who runs in the next step: continuous batching over a fixed number of slots, in plain integers (no torch)."""
+"""The work of the next step: continuous batching over a fixed number of slots, in plain integers (no torch)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 from meshwright.engine.request import Request
 
-#: Prompt tokens that one step takes in, over all requests: bounds how long a new prompt delays the running ones.
+#: Prompt tokens of one step, over all requests: bounds how long a new prompt delays running requests.
 CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Move:
-    """Copy the first `length` cached tokens of slot `source` to slot `target`, before anything else of a step."""
+    """A copy of the first `length` cached tokens of slot `source` to slot `target`, before the rest of a step."""
 
     source: int
     target: int
@@ -24,7 +24,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of prompt tokens of one slot, at positions `start` on. After the `last` one a token is sampled."""
+    """Consecutive prompt tokens of one slot, from position `start` on. After the `last` segment a token is sampled."""
 
     slot: int
     start: int
@@ -34,12 +34,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Work:
-    """One step, as every rank sees it.
+    """One step, the same on every rank.
 
-    `tokens[s]` at `positions[s]` is what slot s decodes. Slots in use are 0..n-1 without holes, and one that still
-    reads its prompt takes part with token 0 at the next free position, which the step after overwrites: so attention
-    runs over a plain slice of the cache. `decoding` lists the slots whose row is sampled. Both tuples are empty when
-    nothing decodes.
+    Slot s decodes `tokens[s]` at `positions[s]`. Slots in use are 0..n-1 without holes. A slot that still reads its
+    prompt decodes token 0 at the next free position, which a later step overwrites: attention runs over a plain slice
+    of the cache. `decoding` lists the slots whose row is sampled. All three are empty if nothing decodes.
     """
 
     moves: tuple[Move, ...] = ()
@@ -49,7 +48,7 @@ class Work:
     segments: tuple[Segment, ...] = ()
 
     def encode(self) -> list[int]:
-        """As plain integers, the only form in which work crosses processes."""
+        """As plain integers, the form in which work is sent to other processes."""
         head = [len(self.moves), len(self.tokens), len(self.decoding), len(self.segments)]
         moves = [number for move in self.moves for number in (move.source, move.target, move.length)]
         out = [*head, *moves, *self.tokens, *self.positions, *self.decoding]
@@ -59,8 +58,8 @@ class Work:
 
     @staticmethod
     def decode(numbers: Sequence[int]) -> Work:
-        """What `encode` wrote."""
-        moves, rows, decoding, segments = numbers[:4]
+        """The Work that `encode` wrote."""
+        move_count, rows, sampled_count, segment_count = numbers[:4]
         at = 4
 
         def take(count: int) -> tuple[int, ...]:
@@ -68,17 +67,17 @@ class Work:
             at += count
             return tuple(numbers[at - count : at])
 
-        moved = tuple(Move(*take(3)) for _ in range(moves))
-        tokens, positions, sampled = take(rows), take(rows), take(decoding)
-        parts = []
-        for _ in range(segments):
+        moves = tuple(Move(*take(3)) for _ in range(move_count))
+        tokens, positions, decoding = take(rows), take(rows), take(sampled_count)
+        segments = []
+        for _ in range(segment_count):
             slot, start, last, length = take(4)
-            parts.append(Segment(slot, start, take(length), bool(last)))
-        return Work(moved, tokens, positions, sampled, tuple(parts))
+            segments.append(Segment(slot, start, take(length), bool(last)))
+        return Work(moves, tokens, positions, decoding, tuple(segments))
 
 
 class Slots:
-    """Hands out cache slots so that those in use are always 0..n-1: what makes a batch a slice, never a gather."""
+    """Assigns cache slots so that those in use are always 0..n-1: a batch is then a slice, not a gather."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -94,24 +93,24 @@ class Slots:
         return tuple(self._owners)
 
     def acquire(self, owner: int) -> int | None:
-        """The slot now owned by `owner`, or None when all are taken."""
+        """Gives `owner` a slot; None if all are in use."""
         if len(self._owners) == self.count:
             return None
         self._owners.append(owner)
         return len(self._owners) - 1
 
     def release(self, slot: int) -> int | None:
-        """Free `slot`. Where that would leave a hole, the highest slot's owner moves in: its id is returned."""
-        moved = self._owners.pop()
+        """Frees `slot`. If that would leave a hole, the highest slot's owner moves in, and its id is returned."""
+        last_owner = self._owners.pop()
         if slot == len(self._owners):
             return None
-        self._owners[slot] = moved
-        return moved
+        self._owners[slot] = last_owner
+        return last_owner
 
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request on its way: `cached` tokens are in the cache or in the step now running."""
+    """A request in progress: `cached` tokens are in the cache or in the current step."""
 
     id: int
     request: Request
@@ -124,12 +123,12 @@ class RunningRequest:
 
     @property
     def reading(self) -> bool:
-        """Whether a part of the prompt is still to be read."""
+        """Whether a part of the prompt is not read yet."""
         return self.cached < len(self.request.prompt_ids)
 
 
 class Scheduler:
-    """First come, first served: running requests decode every step; free slots take in the next prompts, in chunks."""
+    """First come, first served: running requests decode every step; free slots read the next prompts, in chunks."""
 
     def __init__(self, max_batch: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self.slots = Slots(max_batch)
@@ -147,29 +146,29 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: RunningRequest) -> None:
-        """Queue a request."""
+        """Queues a request."""
         self._waiting.append(sequence)
 
     def remove(self, id: int) -> bool:
-        """Forget a request, waiting or running; its slot is free at once. False if there is none of that id."""
+        """Drops a request, waiting or running; its slot is free at once. False if there is none with that id."""
         sequence = self._running.pop(id, None)
         if sequence is None:
             before = len(self._waiting)
             self._waiting = deque(waiting for waiting in self._waiting if waiting.id != id)
             return len(self._waiting) < before
-        moved = self.slots.release(sequence.slot)
-        if moved is not None:
-            other = self._running[moved]
+        moved_id = self.slots.release(sequence.slot)
+        if moved_id is not None:
+            other = self._running[moved_id]
             self._moves.append(Move(other.slot, sequence.slot, other.cached))
             other.slot = sequence.slot
         return True
 
     def __contains__(self, sequence: object) -> bool:
-        """Whether this very sequence still runs: it may have been cancelled while a step was under way."""
+        """Whether this sequence still runs: it may have been cancelled during a step."""
         return isinstance(sequence, RunningRequest) and self._running.get(sequence.id) is sequence
 
     def schedule(self) -> tuple[Work, list[RunningRequest]] | None:
-        """The next step and the sequences that it samples a token for, in the order of its logits; None when idle."""
+        """The next step and the sequences that get a token, in the order of its logits; None if there is no work."""
         self._admit()
         if not self._running:
             self._moves.clear()
@@ -177,8 +176,8 @@ class Scheduler:
         moves, self._moves = tuple(self._moves), []
         segments, finishing = self._read_prompts()
         by_slot = [self._running[owner] for owner in self.slots.owners]
-        fresh = {id(sequence) for sequence in finishing}
-        decoding = [s for s in by_slot if not s.reading and id(s) not in fresh]
+        finished = {id(sequence) for sequence in finishing}
+        decoding = [s for s in by_slot if not s.reading and id(s) not in finished]
         if not decoding:
             return Work(moves=moves, segments=tuple(segments)), finishing
         sampled = {id(sequence) for sequence in decoding}
@@ -199,7 +198,7 @@ class Scheduler:
             self._running[sequence.id] = sequence
 
     def _read_prompts(self) -> tuple[list[Segment], list[RunningRequest]]:
-        """Segments for this step, oldest request first, and the sequences whose prompt they complete."""
+        """The segments of this step, oldest request first, and the sequences whose prompt they complete."""
         room = self._chunk_tokens
         segments: list[Segment] = []
         finishing: list[RunningRequest] = []
@@ -218,7 +217,7 @@ class Scheduler:
     def postprocess(
         self, sampled: Iterable[tuple[RunningRequest, int]]
     ) -> list[tuple[RunningRequest, int, str | None]]:
-        """Record a token a sequence and free the slots of those that end; what was cancelled meanwhile is left out."""
+        """Records one token per sequence and frees the slots of those that end; leaves out cancelled ones."""
         out = []
         for sequence, token in sampled:
             if sequence not in self:

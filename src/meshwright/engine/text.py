@@ -1,34 +1,34 @@
-"""Tokens to text as they come: whole characters only, and stop strings found across token borders."""
+"""Tokens to text as they come: whole characters only, with stop strings detected across tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: What a decoder writes for bytes that are not (yet) a character.
+#: A decoder's text for bytes that are not (yet) a character.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-#: A character has at most four bytes, so at most three of them can be waiting for the next token.
-_LONGEST_WAIT = 3
+#: A character has at most four bytes, so at most three can be incomplete.
+_MOST_BROKEN = 3
 
 
 class TextStream:
-    """Text of one completion, grown a token at a time.
+    """Text of one completion, token by token.
 
-    `decode` turns token ids into text (a tokenizer's decode, special tokens skipped or not, as the caller wants).
-    What `push` and `finish` return, joined, is the text up to the first of the `stop` strings, which is left out.
-    `stopped` is the stop string that was met, or None. After it, `push` returns "".
+    `decode` turns token ids into text (a tokenizer's decode, with or without special tokens). The results of `push` and
+    `finish`, joined, are the text before the first of the `stop` strings. `stopped` is that stop string, or None; after
+    it `push` returns "".
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
-        self._ids: list[int] = []  # the window: tokens whose text may still change, and those before that shape it
-        self._emitted_tokens = 0  # tokens of the window whose text is out
-        self._emitted_characters = 0  # characters of the window's text that are out
-        self._withheld = ""  # whole characters kept back because they may begin a stop string
+        self._ids: list[int] = []  # the window: tokens whose text may still change, and their context
+        self._emitted_tokens = 0  # tokens of the window whose text was returned
+        self._emitted_characters = 0  # characters of the window's text that were returned
+        self._withheld = ""  # whole characters that may begin a stop string
         self.stopped: str | None = None
 
     def push(self, token: int) -> str:
-        """The text that is certain once `token` is known; often "", never half a character."""
+        """The new text that is certain after `token`; often "", never half a character."""
         if self.stopped is not None:
             return ""
         self._ids.append(token)
@@ -44,7 +44,7 @@ class TextStream:
         return self._pass(fresh)
 
     def finish(self) -> str:
-        """What is still kept back, broken characters as U+FFFD: the completion has ended."""
+        """The text withheld so far, broken characters as U+FFFD: the completion has ended."""
         if self.stopped is not None:
             return ""
         rest = self._pass(self._decode(self._ids)[self._emitted_characters :] if self._ids else "")
@@ -53,11 +53,11 @@ class TextStream:
         return rest
 
     def _pass(self, fresh: str) -> str:
-        """`fresh` behind the stop strings: cut at the first one, its possible beginnings kept back."""
+        """`fresh` up to the first stop string, without an end that may begin one."""
         text = self._withheld + fresh
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if found:
-            at, self.stopped = min(found, key=lambda item: (item[0], -len(item[1])))
+        matches = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if matches:
+            at, self.stopped = min(matches, key=lambda item: (item[0], -len(item[1])))
             self._withheld = ""
             return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -66,9 +66,9 @@ class TextStream:
 
 
 def _without_broken_end(text: str) -> str:
-    """`text` less the broken characters at its end that further bytes may still complete."""
+    """`text` without the broken characters at its end that further bytes may complete."""
     end = len(text)
-    while end > 0 and len(text) - end < _LONGEST_WAIT and text[end - 1] == _BROKEN:
+    while end > 0 and len(text) - end < _MOST_BROKEN and text[end - 1] == _BROKEN:
         end -= 1
     return text[:end]
 

@@ -1,7 +1,7 @@
 """Model families: each a folder of two files, the card (no torch) and the module.
 
-`config_of_job` and `card_of_job` say what a job's model is, from its `[model]` table or its Hugging Face folder. More
-models have a card than a module: decoders that are planned and not trained (decoder.py).
+`config_of_job` and `card_of_job` read a job's model from its `[model]` table or its Hugging Face folder. Some models
+have a card and no module: decoders that can be planned and not trained (decoder.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
 
-#: Fields of a DecoderShape that our modules follow; in every other one they compute the default.
-_COMPUTED = {
+#: Fields of a DecoderShape that our modules support; every other one must have its default.
+_MODULE_FIELDS = {
     *("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window"),
     *("bias_of", "hf_type"),
 }
@@ -34,8 +34,8 @@ _COMPUTED = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a config.json or a job's [model] table says of a model. `shape` is a LlamaShape where the model is of a
-    family of ours, `precision` that of the weights as they are saved, `longest` the most tokens of a sequence."""
+    """A model by its config.json or a job's [model] table. `shape` is a LlamaShape for a family of ours, `precision`
+    that of the saved weights, `longest` the most tokens of a sequence."""
 
     shape: DecoderShape
     precision: str
@@ -46,12 +46,12 @@ class ModelConfig:
 
 
 def config_of_job(job: Job, *, ours: bool = False) -> ModelConfig:
-    """The config of a job with `model.family` or `model.hf`; `ours`: only of a family of ours.
+    """The config of a job with `model.family` or `model.hf`; `ours` accepts only a family of ours.
 
-    Raises InputError where the folder or lengths are wrong, or the kind of model is not known.
+    Raises InputError if the folder or lengths are wrong, or the kind of model is unknown.
     """
     if job.model.hf is None:  # a checkpoint's model is written in fp32
-        return _of_llama(llama.shape_from_job(job.model, job.data.seq_len or 1), "fp32")
+        return _llama_config(llama.shape_from_job(job.model, job.data.seq_len or 1), "fp32")
     config = config_of_folder(Path(job.model.hf), ours=ours)
     if isinstance(config.shape, llama.LlamaShape) and (job.data.seq_len or 1) > config.longest:
         limit = "positions" if config.longest == config.shape.max_positions else "tokens of the sliding window"
@@ -61,16 +61,16 @@ def config_of_job(job: Job, *, ours: bool = False) -> ModelConfig:
 
 
 def config_of_folder(folder: Path, *, ours: bool = False) -> ModelConfig:
-    """The config of a Hugging Face folder; `ours`: only of a family of ours. Raises InputError, as `read_config`, and
-    where the kind of model is not known or its config contradicts itself."""
+    """The config of a Hugging Face folder; `ours` accepts only a family of ours. Raises InputError as `read_config`,
+    and if the kind of model is unknown or its config contradicts itself."""
     config, where = read_config(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
     if ours or config.get("model_type") in llama.ARCHITECTURES:
-        return _of_llama(llama.shape_from_hf(config, where), precision_of(config))
+        return _llama_config(llama.shape_from_hf(config, where), precision_of(config))
     shape = decoder_hf.shape_from_hf_config(config, where)
     return ModelConfig(shape, *decoder_hf.numbers_of(config))
 
 
-def _of_llama(shape: llama.LlamaShape, precision: str) -> ModelConfig:
+def _llama_config(shape: llama.LlamaShape, precision: str) -> ModelConfig:
     return ModelConfig(shape, precision, shape.longest, shape.rope_theta, shape.rope_scaling, shape.norm_eps)
 
 
@@ -84,7 +84,7 @@ def shape_of_job(job: Job) -> llama.LlamaShape:
 def card_of_job(job: Job, style: str = "plain") -> Card:
     """The card of a job with `model.family` or `model.hf`, of a family of ours or of any decoder that can be planned.
 
-    `style` says who computes it (decoder_saved.py): another framework keeps other activations of the same model.
+    `style` is the framework that computes it (decoder_saved.py), which decides the saved activations.
     Raises InputError as `config_of_job`.
     """
     shape, seq_len = config_of_job(job).shape, job.data.seq_len or 1
@@ -94,18 +94,18 @@ def card_of_job(job: Job, style: str = "plain") -> Card:
 
 
 def own_card(shape: DecoderShape, seq_len: int) -> Card | None:
-    """The card of our own model of that shape, which says what our modules keep; None where we have no such model."""
+    """The card of our own model of that shape, with what our modules keep; None if we have no such model."""
     kind = shape.hf_type or ("qwen3" if shape.qk_norm else "llama")
-    usual = all(
-        field.name in _COMPUTED or getattr(shape, field.name) == field.default for field in fields(DecoderShape)
+    supported = all(
+        field.name in _MODULE_FIELDS or getattr(shape, field.name) == field.default for field in fields(DecoderShape)
     )
-    if not usual or shape.bias_of not in ((), llama.biases(kind, True)):
+    if not supported or shape.bias_of not in ((), llama.biases(kind, True)):
         return None
     return llama.card(llama.LlamaShape(**{**vars(shape), "hf_type": kind}), seq_len)
 
 
 def require_trainable(job: Job) -> None:
-    """Raises CannotWork where a job's model has a card and no module: it can be planned, for others to train."""
+    """Raises CannotWork if a job's model has a card and no module: it can be planned and not trained."""
     if job.model.module is not None or job.model.hf is None:
         return
     path = Path(job.model.hf) / CONFIG_NAME
@@ -117,13 +117,13 @@ def require_trainable(job: Job) -> None:
 
 
 def vocab_of_folder(folder: Path) -> int | None:
-    """Rows of the embedding of the model in a Hugging Face folder, None where its config does not say."""
+    """Rows of the embedding of the model in a Hugging Face folder; None if its config does not say."""
     vocab = read_config(folder / CONFIG_NAME).get("vocab_size")
     return vocab if isinstance(vocab, int) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json. Raises InputError where it is not a JSON object, or its `model_type` is no text."""
+    """A config.json. Raises InputError if it is not a JSON object, or its `model_type` is not text."""
     content = read_object(path, _CONFIG_BYTES)
     kind_of(content, str(path))
     return content

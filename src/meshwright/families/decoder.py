@@ -1,19 +1,24 @@
 """Any decoder-only transformer on paper: dense or a mixture of experts, with grouped or latent attention.
 
-It is for planning models whether or not we train them: a shape (decoder_shape.py) gives its parameters, its products
-and what each framework keeps for the backward pass (decoder_saved.py). Shapes come from a measured case or a Hugging
-Face config (decoder_hf.py).
+For planning models that we may not train: from a shape (decoder_shape.py) follow parameters, products and what each
+framework keeps for the backward pass (decoder_saved.py). Shapes come from a measured case or a Hugging Face config
+(decoder_hf.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.card import AttentionShape, Block, Card, Experts, Parameter, Product
-from meshwright.families.decoder_saved import block_saved, embedding_saved, head_saved, join_saved
+from meshwright.families.decoder_saved import (
+    block_activations,
+    embedding_activations,
+    head_activations,
+    join_activations,
+)
 from meshwright.families.decoder_shape import DecoderShape
 
-__all__ = ["DecoderShape", "card", "layer_parameters", "parameters"]
-
-#: Norm -> the leaves it has.
+#: Norm -> its parameters.
 NORMS: dict[str, tuple[str, ...]] = {
     "rms": ("weight",),
     "layer": ("weight", "bias"),
@@ -93,7 +98,7 @@ def _attention(shape: DecoderShape, at: str) -> list[Parameter]:
 
 
 def _latent_attention(shape: DecoderShape, at: str) -> list[Parameter]:
-    """DeepSeek-V2's: queries and keys/values each through a low rank with a norm; the rotary key is one for all."""
+    """DeepSeek-V2's: queries and keys/values each through a low rank with a norm; all heads share the rotary key."""
     hidden, table = shape.hidden, []
     if shape.q_lora:
         table += _linear(at + "attn.q_down", shape.q_lora, hidden, ("latent", "embed"), shape.bias("qkv"))
@@ -117,7 +122,7 @@ def _feed_forward(shape: DecoderShape, at: str, width: int) -> list[Parameter]:
 
 
 def _mixture(shape: DecoderShape, at: str) -> list[Parameter]:
-    """A router, the experts as one tensor a matrix, and the experts that all tokens share."""
+    """A router, the experts with one tensor per matrix, and the experts that all tokens share."""
     count, width, hidden = shape.experts, shape.expert_ffn or shape.ffn, shape.hidden
     table = _linear(at + "moe.router", count, hidden, (None, "embed"), shape.bias("router"))
     for name in ("gate", "up") if shape.gated else ("up",):
@@ -135,7 +140,7 @@ def _mixture(shape: DecoderShape, at: str) -> list[Parameter]:
 
 
 def _mtp_parameters(shape: DecoderShape, at: str) -> list[Parameter]:
-    """A layer that predicts a token further on: two norms, the join of state and embedding, a layer, a last norm."""
+    """A layer that predicts a further token: two norms, the join of state and embedding, a layer, a last norm."""
     table = _norm(shape, at + "token_norm") + _norm(shape, at + "state_norm")
     table += _linear(at + "join", shape.hidden, 2 * shape.hidden, ("embed", None), False)
     table += layer_parameters(shape, at, mixed=shape.experts > 0)
@@ -143,33 +148,33 @@ def _mtp_parameters(shape: DecoderShape, at: str) -> list[Parameter]:
 
 
 def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
-    """The Card for sequences of `seq_len` tokens; `style` says who computes it, and so what is kept for backward.
+    """The Card for sequences of `seq_len` tokens. `style` is the framework, which decides what is kept for backward.
 
-    "plain" is eager PyTorch as our own modules are; "titan" as torchtitan's are; "megatron" is Megatron-Core with
-    Transformer Engine's fused kernels; "megatron-legacy" the unfused attention of 2022; "hf" and "fsdp" are eager
-    blocks of Hugging Face's kind.
-    Options follow a "+" (decoder_saved.OPTIONS). Raises KeyError for another word.
+    "plain" is eager PyTorch as in our modules, "titan" as in torchtitan's; "megatron" is Megatron-Core with Transformer
+    Engine's fused kernels, "megatron-legacy" the unfused attention of 2022; "hf" and "fsdp" are eager blocks as in
+    Hugging Face's. Options follow a "+" (decoder_saved.OPTIONS). Raises KeyError for another word.
     """
     t, h = seq_len, shape.hidden
     by_block: dict[str, list[Parameter]] = {}
     for parameter in parameters(shape):
         by_block.setdefault(parameter.name.split(".")[1], []).append(parameter)
-    plain, mixed = _layer_facts(shape, t, style, False), _layer_facts(shape, t, style, True)
+    plain, mixed = (_layer(shape, t, style, mixed) for mixed in (False, True))
     blocks = [
         Block(
             "embed",
             "embedding",
             tuple(by_block["embed"]),
-            saved=embedding_saved(shape, t, style),
+            saved=embedding_activations(shape, t, style),
             output_elements=t * h,
             elementwise_elements=2 * t * h,
         )
     ]
     for index in range(shape.layers):
-        facts = mixed if shape.mixed(index) else plain
-        blocks.append(_with(facts, str(index), tuple(by_block[str(index)])))
+        layer = mixed if shape.mixed(index) else plain
+        blocks.append(replace(layer, name=str(index), parameters=tuple(by_block[str(index)])))
     for index in range(shape.mtp_layers):
-        blocks.append(_mtp_block(shape, t, style, mixed if shape.experts else plain, f"mtp{index}", by_block))
+        mtp = _mtp(shape, t, style, mixed if shape.experts else plain)
+        blocks.append(replace(mtp, name=f"mtp{index}", parameters=tuple(by_block[f"mtp{index}"])))
     out = Product("head.out", t, shape.embed_width or h, shape.vocab, "vocab")
     blocks.append(
         Block(
@@ -177,7 +182,7 @@ def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
             "head",
             tuple(by_block.get("head", ())),
             products=(out,),
-            saved=head_saved(shape, t, style),
+            saved=head_activations(shape, t, style),
             output_elements=t * shape.vocab,
             elementwise_elements=4 * t * h + 6 * t * shape.vocab,
         )
@@ -193,22 +198,8 @@ def card(shape: DecoderShape, seq_len: int, style: str = "plain") -> Card:
     )
 
 
-def _with(facts: Block, name: str, table: tuple[Parameter, ...]) -> Block:
-    return Block(
-        name,
-        facts.kind,
-        table,
-        products=facts.products,
-        attention=facts.attention,
-        saved=facts.saved,
-        output_elements=facts.output_elements,
-        elementwise_elements=facts.elementwise_elements,
-        experts=facts.experts,
-    )
-
-
-def _layer_facts(shape: DecoderShape, t: int, style: str, mixed: bool) -> Block:
-    """A layer without its name and parameters: equal layers share these."""
+def _layer(shape: DecoderShape, t: int, style: str, mixed: bool) -> Block:
+    """A layer without its name and parameters, which equal layers share."""
     products = [*_attention_products(shape, t), *_ffn_products(shape, t, mixed)]
     heads, kv = shape.heads, shape.heads if shape.latent else shape.kv_heads
     value = shape.value_dim if shape.value_dim != shape.key_dim else 0
@@ -219,13 +210,13 @@ def _layer_facts(shape: DecoderShape, t: int, style: str, mixed: bool) -> Block:
         experts = Experts(shape.experts, shape.top_k, width, shape.shared_ffn, shape.imbalance)
         visits = shape.top_k
     branches = 3 if shape.gated else 2
-    moved = 8 * t * shape.hidden + 4 * t * (shape.q_width + shape.kv_width)
-    moved += 2 * branches * t * (visits * width + (shape.shared_ffn if mixed else 0))
+    elementwise = 8 * t * shape.hidden + 4 * t * (shape.q_width + shape.kv_width)
+    elementwise += 2 * branches * t * (visits * width + (shape.shared_ffn if mixed else 0))
     if mixed:
-        moved += 4 * t * visits * shape.hidden  # tokens copied out to experts and their answers weighed and added
-    saved = block_saved(shape, t, style, mixed)
+        elementwise += 4 * t * visits * shape.hidden  # tokens copied to experts, and their outputs weighted and added
+    saved = block_activations(shape, t, style, mixed)
     kind = "moe" if mixed else "layer"
-    return Block("", kind, (), tuple(products), attention, saved, t * shape.hidden, moved, experts)
+    return Block("", kind, (), tuple(products), attention, saved, t * shape.hidden, elementwise, experts)
 
 
 def _attention_products(shape: DecoderShape, t: int) -> list[Product]:
@@ -262,21 +253,13 @@ def _ffn_products(shape: DecoderShape, t: int, mixed: bool) -> list[Product]:
     return table
 
 
-def _mtp_block(
-    shape: DecoderShape, t: int, style: str, facts: Block, name: str, by_block: dict[str, list[Parameter]]
-) -> Block:
-    """A layer that predicts a further token: beside a layer it joins two streams and has the output head's product."""
+def _mtp(shape: DecoderShape, t: int, style: str, layer: Block) -> Block:
+    """A layer that predicts a further token: beside `layer` it joins two streams and has the output head's product."""
     h = shape.hidden
-    extra = (Product("join", t, 2 * h, h), Product("head.out", t, h, shape.vocab, "vocab"))
-    block = _with(facts, name, tuple(by_block[name]))
-    return Block(
-        name,
-        "mtp",
-        block.parameters,
-        products=(*block.products, *extra),
-        attention=block.attention,
-        saved=(*block.saved, *join_saved(shape, t, style), *head_saved(shape, t, style)),
-        output_elements=block.output_elements,
-        elementwise_elements=block.elementwise_elements + 8 * t * h + 6 * t * shape.vocab,
-        experts=block.experts,
+    return replace(
+        layer,
+        kind="mtp",
+        products=(*layer.products, Product("join", t, 2 * h, h), Product("head.out", t, h, shape.vocab, "vocab")),
+        saved=(*layer.saved, *join_activations(shape, t, style), *head_activations(shape, t, style)),
+        elementwise_elements=layer.elementwise_elements + 8 * t * h + 6 * t * shape.vocab,
     )

@@ -1,7 +1,7 @@
-"""Values of a Hugging Face `config.json`, each read as what it must be and then held against each other.
+"""Values of a Hugging Face `config.json`: each is checked by itself, then against the others.
 
-What is wrong is collected, with its key and the nearest value that works, so that one error lists all of it. Nothing is
-taken on trust: a size of no number, or one that no machine holds, ends here and not where a plan is made of it.
+Problems are collected, each with its key and the nearest value that works, so that one error lists all of them. A size
+that is not a number, or too large for any machine, is refused here, before a plan uses it.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from meshwright.errors import InputError, Problem
 
 ShapeFields = dict[str, Any]
 
-#: As in a job: the largest size and number, and the most layers.
+#: The limits of a job's keys: the largest size and number, and the most layers.
 LARGEST_SIZE = 2**31 - 1
 LARGEST_NUMBER = 1e12
 MOST_LAYERS = 10_000
 
-#: Sizes of a shape -> the keys that they are usually under.
-USUAL_KEYS: Mapping[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers",),
-    "hidden": ("hidden_size",),
-    "heads": ("num_attention_heads",),
+#: Sizes of a shape -> their keys in different kinds of model, the usual one first.
+SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "vocab": ("vocab_size",),
 }
-#: Numbers that change no size, each with a usual one; some are written into the configurations of other frameworks.
+#: Numbers that are not sizes, with their usual values; some are written into the configurations of other frameworks.
 NUMBERS: Mapping[str, float] = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"), 1e-5),
     "rope_theta": 10000.0,
 }
 
-#: Element types by torch's names -> ours.
+#: Torch's names of element types -> ours.
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def kind_of(config: Mapping[str, Any], where: str) -> str | None:
-    """The `model_type`, None where the config has none. Raises InputError where it is no text."""
+    """The `model_type`, None if there is none. Raises InputError if it is not text."""
     kind = config.get("model_type")
     if kind is None or isinstance(kind, str):
         return kind
@@ -47,7 +47,7 @@ def kind_of(config: Mapping[str, Any], where: str) -> str | None:
 
 
 def precision_of(config: Mapping[str, Any]) -> str:
-    """Our word for the element type that a config names for its weights, fp32 where it names none that we know."""
+    """Our word for the element type of a config's weights, fp32 for an unknown one or none."""
     return PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
 
 
@@ -61,10 +61,9 @@ def show(value: Any) -> str:
 
 
 class ConfigReader:
-    """Reads a config key by key. A key that holds null is taken for absent, but for flags, where null is false.
+    """Reads a config key by key. A null counts as an absent key, except for flags, where it is false.
 
-    A wrong value is noted in `problems`, which `raise_problems` raises, and its place is taken by one that can be
-    reckoned with.
+    A wrong value is noted in `problems`, which `raise_problems` raises, and replaced by a valid one.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -73,7 +72,7 @@ class ConfigReader:
         self._keys: dict[str, str] = {}
 
     def raise_problems(self) -> None:
-        """Raises InputError with all that was noted."""
+        """Raises InputError with all noted problems."""
         if self.problems:
             raise InputError(self.problems)
 
@@ -88,8 +87,8 @@ class ConfigReader:
     def size(
         self, field: str, *keys: str, otherwise: int | None = None, least: int = 1, most: int = LARGEST_SIZE
     ) -> int:
-        """The whole number from `least` to `most` under the first of `keys` that is there; without `otherwise` one must
-        be. `field` is the shape's word for it, and its key where `keys` are left out."""
+        """The whole number from `least` to `most` under the first of `keys` in the config, which is required without
+        `otherwise`. `field` is the shape's word for it, and its key if there are no `keys`."""
         names = keys or (field,)
         key = next((name for name in names if self.has(name)), None)
         self._keys[field] = key or names[0]
@@ -109,8 +108,7 @@ class ConfigReader:
     def number(
         self, key: str, usual: float, *, needed: bool = False, least: float = 0.0, most: float = LARGEST_NUMBER
     ) -> float:
-        """The number above 0, from `least` to `most`, under `key`; the `usual` one where there is none, unless one is
-        `needed`."""
+        """The number above 0, from `least` to `most`, under `key`; if absent, the `usual` one, unless `needed`."""
         value = self.config.get(key)
         if value is None and not needed:
             return usual
@@ -122,7 +120,7 @@ class ConfigReader:
         return usual
 
     def flag(self, key: str, otherwise: bool = False) -> bool:
-        """True or false under `key`; `otherwise` where there is no such key."""
+        """True or false under `key`; `otherwise` if it is absent."""
         value = self.config.get(key, otherwise)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -132,7 +130,7 @@ class ConfigReader:
         return otherwise
 
     def table(self, key: str) -> Mapping[str, Any]:
-        """The object under `key`, empty where there is none."""
+        """The object under `key`, {} if it is absent."""
         value = self.config.get(key)
         if value is None or isinstance(value, Mapping):
             return value or {}
@@ -140,7 +138,7 @@ class ConfigReader:
         return {}
 
     def items(self, key: str, of: type, field: str = "") -> list[Any]:
-        """The list under `key`, whose items are all of the type `of`; empty where there is none. `field` as in size."""
+        """The list under `key` with items of type `of`, [] if it is absent. `field` as in size."""
         self._keys[field or key] = key
         value = self.config.get(key)
         if value is None:
@@ -153,21 +151,22 @@ class ConfigReader:
 
     def sizes(
         self,
-        keys: Mapping[str, tuple[str, ...]] = USUAL_KEYS,
         *,
+        usual_keys: bool = False,
         ffn: str = "intermediate_size",
         ffn_of_hidden: int = 0,
         head_dim: int = 0,
         rotary: bool = True,
     ) -> ShapeFields:
-        """The sizes that every decoder has. The feed-forward width is under the key `ffn`, else `ffn_of_hidden` times
-        the model's; a head's is `head_dim` where the config does not say, and where that is 0 its part of the model's.
-        `rotary`: positions turn whole heads, in pairs.
+        """The sizes of every decoder, under SIZE_KEYS or only the usual ones.
+
+        The feed-forward width is under the key `ffn`, by default `ffn_of_hidden` times the model's. A head's is by
+        default `head_dim`, and if that is 0 its share of the model's. `rotary`: positions rotate whole heads, in pairs.
         """
-        limits = {"layers": MOST_LAYERS}
-        facts: ShapeFields = {
-            field: self.size(field, *names, most=limits.get(field, LARGEST_SIZE)) for field, names in keys.items()
-        }
+        facts: ShapeFields = {}
+        for field, keys in SIZE_KEYS.items():
+            most = MOST_LAYERS if field == "layers" else LARGEST_SIZE
+            facts[field] = self.size(field, *(keys[:1] if usual_keys else keys), most=most)
         heads, hidden = facts["heads"], facts["hidden"]
         facts["kv_heads"] = self.size("kv_heads", "num_key_value_heads", otherwise=heads)
         each = head_dim or max(1, hidden // heads)
@@ -176,7 +175,7 @@ class ConfigReader:
         return facts
 
     def check_numbers(self) -> None:
-        """Checks what a shape does not have and others read: epsilons, rotary positions, the longest sequence."""
+        """Checks values that are not part of a shape: epsilons, rotary positions, the longest sequence."""
         for key, usual in NUMBERS.items():
             self.number(key, usual)
         for key in ("rope_scaling", "rope_parameters"):
@@ -185,13 +184,13 @@ class ConfigReader:
             self.size("positions", "max_position_embeddings")
 
     def note_contradictions(self, facts: ShapeFields, *, shared_width: bool = True, rotary: bool = True) -> None:
-        """Notes where sizes of one shape contradict each other: those of `facts`, by the words of DecoderShape.
+        """Notes contradictions between the sizes in `facts`, by the words of DecoderShape.
 
-        `shared_width`: without a head_dim of its own, each head has its part of the model's width. `rotary`: positions
-        turn whole heads.
+        `shared_width`: without a head_dim, each head has its share of the model's width. `rotary`: positions rotate
+        whole heads.
         """
         if self.problems:
-            return  # some of these are no sizes
+            return  # some of these are not sizes
         for what, nearest in self._contradictions(facts, shared_width and not self.has("head_dim"), rotary):
             self.refuse(what, nearest)
 
@@ -223,7 +222,7 @@ class ConfigReader:
 
 
 def _nearest_size(value: Any, least: int, most: int) -> str:
-    """The size closest to what was said, where that is near a number at all."""
+    """A hint of the size closest to `value`, "" if that is not a number."""
     quoted = isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,12}", value)
     if isinstance(value, float) and math.isfinite(value):
         value = round(value)
@@ -235,7 +234,7 @@ def _nearest_size(value: Any, least: int, most: int) -> str:
 
 
 def _nearest_heads(heads: int, kv_heads: int, hidden: int) -> int | None:
-    """The multiple of `kv_heads` closest to `heads` that divides `hidden`, where that is not 0; None: there is none."""
+    """The multiple of `kv_heads` closest to `heads` that divides `hidden` (0: any); None if there is none."""
     if not hidden:
         return max(1, round(heads / kv_heads)) * kv_heads
     fitting = [n for n in divisors(hidden) if n % kv_heads == 0]

@@ -1,7 +1,7 @@
-"""The decoder that a Hugging Face `config.json` describes: one row for each kind of model that is known.
+"""The decoder that a Hugging Face `config.json` describes: one row per known kind of model.
 
-A row says under which keys the sizes are, and what the kind computes whatever its config says. `numbers_of` reads what
-changes no size.
+A row has the keys of the sizes and the facts that hold for every model of the kind. `numbers_of` reads values that are
+not part of a shape.
 """
 
 from __future__ import annotations
@@ -11,41 +11,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, ShapeFields, kind_of, precision_of, show
+from meshwright.families.decoder_shape import DecoderShape
 
 Config = Mapping[str, Any]
 
-#: Tokens of a sequence where a config does not say.
+#: Most tokens of a sequence if a config does not say.
 USUAL_POSITIONS = 4096
-
-#: Sizes of a shape -> the keys that kinds of model keep them under, the usual one first.
-SIZES: dict[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "vocab": ("vocab_size",),
-}
 
 
 @dataclass(frozen=True)
 class ModelType:
-    """A `model_type`: facts that hold for all of it, and `more`, what follows from a config."""
+    """A `model_type`: `facts` of all its models, and `more`, which reads others from a config."""
 
     facts: ShapeFields = field(default_factory=dict)
     more: Callable[[ConfigReader, ShapeFields], ShapeFields] = lambda config, sizes: {}
-    tied: bool = False  # where the config does not say
+    tied: bool = False  # if the config does not say
     ffn: str = "intermediate_size"  # the key of ffn
-    ffn_of_hidden: int = 0  # ffn = this x hidden where the config does not say
-    head_dim: int = 0  # where the config does not say; 0: hidden / heads
-    rotary: bool = True  # positions turn whole heads
+    ffn_of_hidden: int = 0  # ffn = this x hidden if the config does not say
+    head_dim: int = 0  # if the config does not say; 0: hidden / heads
+    rotary: bool = True  # positions rotate whole heads
 
 
 def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderShape:
-    """The shape of a decoder's config; a config with a `text_config` is taken for its text part.
+    """The shape of a decoder's config; of a config with a `text_config`, its text part's.
 
-    Raises InputError for a kind that is not known, a value that is missing or not what it must be, sizes that
-    contradict each other, or a feature that a shape does not have.
+    Raises InputError for an unknown kind, a missing or wrong value, contradicting sizes, or a feature that a shape does
+    not have.
     """
     config = _text_part(config)
     name = kind_of(config, where)
@@ -54,9 +46,7 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
         close = nearest_name(str(name)[:60], list(KINDS))
         raise InputError(Problem(where, what, f"{close}; known: {', '.join(KINDS)}"))
     kind, reader = KINDS[name], ConfigReader(config, where)
-    sizes = reader.sizes(
-        SIZES, ffn=kind.ffn, ffn_of_hidden=kind.ffn_of_hidden, head_dim=kind.head_dim, rotary=kind.rotary
-    )
+    sizes = reader.sizes(ffn=kind.ffn, ffn_of_hidden=kind.ffn_of_hidden, head_dim=kind.head_dim, rotary=kind.rotary)
     sizes["tied"] = reader.flag("tie_word_embeddings", otherwise=kind.tied)
     facts = {**sizes, **kind.facts, **kind.more(reader, sizes), "hf_type": name}
     reader.check_numbers()
@@ -67,8 +57,8 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
 
 
 def numbers_of(config: Config) -> tuple[str, int, float, Config | None, float]:
-    """What changes no size, of a config that `shape_from_hf_config` took: precision of the saved weights, most tokens
-    of a sequence, base and scaling of the rotary positions, epsilon of the norms; usual ones where it says none."""
+    """Values of a valid config that are not part of a shape, or usual ones: precision of the saved weights, most tokens
+    of a sequence, base and scaling of the rotary positions, epsilon of the norms."""
     quantized, longest = config.get("quantization_config"), config.get("max_position_embeddings")
     fp8 = isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
     text = _text_part(config)
@@ -86,7 +76,7 @@ def _text_part(config: Config) -> dict[str, Any]:
 
 
 def _window(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    """A sliding window, where every layer has it."""
+    """A sliding window, if every layer has it."""
     everywhere = set(config.items("layer_types", str)) <= {"sliding_attention"}
     used = config.flag("use_sliding_window", otherwise=True) and everywhere and config.has("sliding_window")
     return {"sliding_window": config.size("sliding_window") if used else None}
@@ -118,7 +108,7 @@ def _experts(config: ConfigReader, count: str, width: str) -> ShapeFields:
 
 
 def _every(config: ConfigReader) -> ShapeFields:
-    """Qwen's rule: every `decoder_sparse_step`-th layer, less those named. Only a head of dense layers is a shape."""
+    """Qwen's rule: every `decoder_sparse_step`-th layer but the named ones. In a shape dense layers must come first."""
     dense = sorted(config.items("mlp_only_layers", int, field="first_dense_layers"))
     step = config.size("moe_every", "decoder_sparse_step", otherwise=1)
     if dense != list(range(len(dense))):
@@ -131,8 +121,8 @@ def _every(config: ConfigReader) -> ShapeFields:
 
 
 def _deepseek(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    """Latent attention (head_dim is what has no rotary positions) and, past the first layers, a mixture."""
-    # Before kv_heads is set to what latent attention has.
+    """Latent attention (head_dim is the part without rotary positions) and, after the first layers, a mixture."""
+    # Before kv_heads becomes that of latent attention.
     config.note_contradictions(sizes, shared_width=False, rotary=False)
     facts: ShapeFields = {
         "q_lora": config.size("q_lora", "q_lora_rank", otherwise=0, least=0),
@@ -154,8 +144,7 @@ def _deepseek(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
 
 
 def _mixtral(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    facts = _experts(config, "num_local_experts", "intermediate_size")
-    return {**facts, **_window(config, sizes)}
+    return {**_experts(config, "num_local_experts", "intermediate_size"), **_window(config, sizes)}
 
 
 def _positions(key: str) -> Callable[[ConfigReader, ShapeFields], ShapeFields]:
@@ -175,7 +164,7 @@ def _opt(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
 
 
 def _falcon(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    """Falcon 40B and later have groups of heads and two norms, 7B one key and one norm, the first ones neither."""
+    """Falcon 40B and later: groups of heads and two norms. 7B: one key and one norm. The first models: neither."""
     biases = config.flag("bias")
     if config.flag("new_decoder_architecture"):
         kv_heads = config.size("kv_heads", "num_kv_heads", otherwise=sizes["heads"])
@@ -201,10 +190,6 @@ def _mpt(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
 def _gpt_neox(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
     biases = config.flag("attention_bias", otherwise=True)
     return {"bias_of": () if biases else ("ffn",), "biases": biases}
-
-
-def _gemma3(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    return {**_llama(config, sizes), "qk_norm": "head"}
 
 
 def _refuse(config: ConfigReader, flag: str) -> None:
@@ -233,17 +218,11 @@ def _starcoder2(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
 
 
 def _olmoe(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    facts = _experts(config, "num_experts", "intermediate_size")
-    return {**facts, **_llama(config, sizes)}
-
-
-def _gpt_oss(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:
-    facts = _experts(config, "num_local_experts", "intermediate_size")
-    return {**facts, "bias_of": ("qkv", "out", "ffn", "router")}
+    return {**_experts(config, "num_experts", "intermediate_size"), **_llama(config, sizes)}
 
 
 _GPT = {"gated": False, "biases": True, "norm": "layer"}
-#: `model_type` -> how to read it. The order is that of the list in the error.
+#: `model_type` -> how to read it, in the order of the error's list.
 KINDS: dict[str, ModelType] = {
     "llama": ModelType(more=_llama),
     "mistral": ModelType(more=_window),
@@ -270,15 +249,18 @@ KINDS: dict[str, ModelType] = {
         rotary=False,
     ),
     "gpt_bigcode": ModelType(_GPT, _gpt_bigcode, tied=True, ffn="n_inner", ffn_of_hidden=4, rotary=False),
-    "gpt_oss": ModelType({"sinks": True}, _gpt_oss),
+    "gpt_oss": ModelType(
+        {"sinks": True, "bias_of": ("qkv", "out", "ffn", "router")},
+        lambda c, s: _experts(c, "num_local_experts", "intermediate_size"),
+    ),
     "opt": ModelType({"gated": False}, _opt, tied=True, ffn="ffn_dim", rotary=False),
     "falcon": ModelType(
         {"gated": False, "norm": "layer"}, _falcon, tied=True, ffn="ffn_hidden_size", ffn_of_hidden=4, rotary=False
     ),
     "gemma": ModelType(more=_llama, tied=True, head_dim=256),
     "gemma2": ModelType({"norms": 4}, _llama, tied=True, head_dim=256),
-    "gemma3_text": ModelType({"norms": 4}, _gemma3, tied=True, head_dim=256),
-    "gemma3": ModelType({"norms": 4}, _gemma3, tied=True, head_dim=256),
+    "gemma3_text": ModelType({"norms": 4, "qk_norm": "head"}, _llama, tied=True, head_dim=256),
+    "gemma3": ModelType({"norms": 4, "qk_norm": "head"}, _llama, tied=True, head_dim=256),
     "phi": ModelType({**_GPT, "norms": 1, "bias_of": ("head",)}, _phi, rotary=False),
     "phi3": ModelType(more=_window),
     "mpt": ModelType({"gated": False, "norm": "layer_nobias"}, _mpt, tied=True, ffn_of_hidden=4, rotary=False),

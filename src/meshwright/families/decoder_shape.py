@@ -1,4 +1,4 @@
-"""The numbers that make a decoder."""
+"""The shape of a decoder."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Every number that makes a decoder. Sizes are element counts; `ffn` is one feed-forward matrix's width.
+    """All numbers of a decoder. Sizes are element counts; `ffn` is the width of one feed-forward matrix.
 
-    Attention is latent (DeepSeek-V2, arXiv 2405.04434) where `kv_lora` is above 0: then `head_dim` is the part of a
-    key without rotary positions, `rope_head_dim` the part with, and `q_lora` 0 means whole queries. Experts are in
-    every `moe_every`-th layer after `first_dense_layers`. `biases` puts one on every product of attention and
-    feed-forward; `bias_of` names single places: "qkv", "out", "ffn", "head", "router". `norms` counts those of a layer:
-    1 where attention and feed-forward share it, 4 where their outputs have one too. `qk_norm` is "" or "head" (one
-    width of a head) or "full" (all heads together). `mtp_layers` are extra layers that predict further tokens
-    (DeepSeek-V3, arXiv 2412.19437).
+    Attention is latent (DeepSeek-V2, arXiv 2405.04434) if `kv_lora` is above 0: then `head_dim` is the part of a key
+    without rotary positions, `rope_head_dim` the part with them, and `q_lora` 0 means queries without a low rank.
+    Every `moe_every`-th layer after `first_dense_layers` has experts. `biases` puts one on every product of attention
+    and feed-forward; `bias_of` names single places: "qkv", "out", "ffn", "head", "router". `norms` is the number per
+    layer: 1 if attention and feed-forward share it, 4 if their outputs have one too. `qk_norm` is False or "" for none,
+    True or "head" (of each head) or "full" (of all heads together). `mtp_layers` are extra layers that predict further
+    tokens (DeepSeek-V3, arXiv 2412.19437).
     """
 
     layers: int
@@ -50,7 +50,7 @@ class DecoderShape:
     final_norm: bool = True
     shared_gate: bool = False
     sinks: bool = False
-    embed_width: int = 0  # of the token table where it is not `hidden` and projected (OPT-350M)
+    embed_width: int = 0  # of a token table that is projected to `hidden` (OPT-350M); 0: `hidden`
     hf_type: str = ""
 
     @property

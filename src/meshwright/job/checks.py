@@ -1,4 +1,4 @@
-"""What can be wrong with a Job, in plain English: single values (from pydantic's error kinds) and combinations."""
+"""The problems of a Job in plain English: single values (from pydantic's error kinds) and combinations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from meshwright.divisors import nearest_divisor
 from meshwright.errors import Problem, nearest_name
 from meshwright.files import toml_value
 from meshwright.job.file import nearest_file
+from meshwright.job.sections import ModelSection
 
 #: Keys that hold a path, and the words that are not one.
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 
 def plain_problem(entry: Mapping[str, Any], path: list[str], place: str, keys: Mapping[str, str]) -> Problem:
-    """One of pydantic's error entries, at `path` in the job, as a Problem that uses none of its words."""
+    """One of pydantic's error entries, at `path` in the job, as a Problem in our words."""
     key = _shown_key(path)
     where = f"{place}: {key}" if place else key
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
@@ -135,29 +136,27 @@ def show(value: Any) -> str:
 
 
 def cross_problems(
-    good: Sections, bad: set[str], said_at: Callable[[str], str], data_must_exist: bool
+    good: Sections, bad: set[str], origin_of: Callable[[str], str], data_must_exist: bool
 ) -> list[Problem]:
-    """What is wrong between keys. `good` holds the values that are right by themselves, `bad` names the others."""
+    """Problems between keys. `good` has the values that are valid by themselves; `bad` names the other keys."""
 
     def problem(key: str, what: str, nearest: str = "") -> Problem:
-        place = said_at(key)
+        place = origin_of(key)
         return Problem(f"{place}: {key}" if place else key, what, nearest)
 
-    found = []
-    for check in (_one_model, _shape, _module, _task, _lengths, _groups):
-        found += [problem(*one) for one in check(good, bad)]
-    found += [problem(*one) for one in _files(good, data_must_exist)]
-    return found
+    checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
+    between_keys = [entry for check in checks for entry in check(good, bad)]
+    return [problem(*entry) for entry in (*between_keys, *_path_problems(good, data_must_exist))]
 
 
 KeyProblems = Iterator[tuple[str, str, str]]
 
-_SHAPE_DEFAULTS = {"rope_theta": 10000.0, "rope_scaling": None, "norm_eps": 1e-5}
-_SHAPE_DEFAULTS |= dict.fromkeys(("tied_embeddings", "qk_norm", "attention_bias"), False)
-_SHAPE_DEFAULTS |= dict.fromkeys(("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "head_dim"), None)
+#: Keys of [model] that are not a family's shape.
+NOT_SHAPE = ("family", "hf", "module", "module_folder", "arguments")
+_SHAPE_DEFAULTS = {key: field.default for key, field in ModelSection.model_fields.items() if key not in NOT_SHAPE}
 
 
-def _one_model(good: Sections, bad: set[str]) -> KeyProblems:
+def _model_problems(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     named = [key for key in ("family", "hf", "module") if model.get(key) is not None]
     if not named and not bad & {"model", "model.family", "model.hf", "model.module"}:
@@ -178,7 +177,7 @@ def _one_model(good: Sections, bad: set[str]) -> KeyProblems:
             yield f"model.{key}", "is for `module` only", "leave it out"
 
 
-def _shape(good: Sections, bad: set[str]) -> KeyProblems:
+def _shape_problems(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     hidden, heads, kv_heads = model.get("hidden"), model.get("heads"), model.get("kv_heads")
     head_dim = model.get("head_dim")
@@ -192,7 +191,7 @@ def _shape(good: Sections, bad: set[str]) -> KeyProblems:
         yield "model.kv_heads", f"{kv_heads} does not divide heads = {heads}", f"nearest: {near}"
 
 
-def _module(good: Sections, bad: set[str]) -> KeyProblems:
+def _module_problems(good: Sections, bad: set[str]) -> KeyProblems:
     model = good.get("model", {})
     module = model.get("module")
     if module is not None and not re.fullmatch(r"([^:\0]+\.py|[^\W\d]\w*(\.[^\W\d]\w*)*):[^\W\d]\w*", module):
@@ -214,7 +213,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _task(good: Sections, bad: set[str]) -> KeyProblems:
+def _task_problems(good: Sections, bad: set[str]) -> KeyProblems:
     data, name = good.get("data", {}), good.get("task", {}).get("name", "language-model")
     if bad & {"task", "task.name", "data", "data.source", "data.seq_len"}:
         return
@@ -228,26 +227,26 @@ def _task(good: Sections, bad: set[str]) -> KeyProblems:
         yield "task.name", "classification needs model.module", 'nearest: "language-model"'
 
 
-def _lengths(good: Sections, bad: set[str]) -> KeyProblems:
+def _length_problems(good: Sections, bad: set[str]) -> KeyProblems:
     train = good.get("train", {})
     steps, warmup = train.get("steps"), train.get("warmup_steps")
     if steps is not None and warmup is not None and warmup > steps:
         yield "train.warmup_steps", f"{warmup} is more than steps = {steps}", f"nearest: {steps}"
 
 
-def _groups(good: Sections, bad: set[str]) -> KeyProblems:
+def _group_problems(good: Sections, bad: set[str]) -> KeyProblems:
     cluster = good.get("cluster", {})
     groups = cluster.get("groups")
     if not groups:
         return
     for key in ("named", "devices", "devices_per_node", "dollars_per_hour"):
         if cluster.get(key) is not None:
-            yield f"cluster.{key}", "is said by each of cluster.groups", "leave it out"
+            yield f"cluster.{key}", "is given by each of cluster.groups", "leave it out"
     if len(groups) == 1:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 
 
-def _files(good: Sections, data_must_exist: bool) -> KeyProblems:
+def _path_problems(good: Sections, data_must_exist: bool) -> KeyProblems:
     for key, words in PATH_KEYS.items():
         section, _, name = key.partition(".")
         value = good.get(section, {}).get(name)

@@ -1,4 +1,4 @@
-"""What a job leaves unsaid: values that follow from others, and where relative paths start. Knows no types."""
+"""Defaults that follow from other values, and absolute paths. Knows no types."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 from meshwright.job.checks import PATH_KEYS
 
 
-def derived(sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections with every default that follows from other values; nothing that was said is changed."""
+def with_defaults(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections with every default that follows from other values; given values stay."""
     model, data, task, train = (_table(sections.get(name)) for name in ("model", "data", "task", "train"))
     hidden, heads, steps = model.get("hidden"), model.get("heads"), train.get("steps")
     if _whole(heads) and not (model.get("hf") or model.get("module")):
@@ -38,10 +38,10 @@ def _whole(value: Any) -> TypeGuard[int]:
 
 
 def absolute_paths(sections: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
-    """Relative paths made absolute, from the folder of the file that says them."""
+    """The sections with relative paths made absolute, from the folder of the file that has them."""
     result = dict(sections)
     model = result.get("model")
-    if isinstance(model, dict) and "module" in model:  # found where the file that names it is, from any run folder
+    if isinstance(model, dict) and "module" in model:  # beside the file that names it, from any run folder
         result["model"] = {"module_folder": str(folders.get("model.module", Path()) / "."), **model}
     for key, words in PATH_KEYS.items():
         section, _, name = key.partition(".")

@@ -21,12 +21,12 @@ _KEY_LINE = re.compile(r"\s*([A-Za-z0-9_.\s-]+?)\s*=")
 
 @dataclass
 class Values:
-    """Raw values by section, where each dotted key was said, and the folder that its relative paths start from."""
+    """Raw values by section; by dotted key, its origin and the folder that its relative paths start from."""
 
     sections: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)  # malformed overrides, to be listed with all else
+    problems: list[Problem] = field(default_factory=list)  # malformed overrides, to be listed with the others
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
@@ -111,9 +111,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         raise InputError(Problem(str(path), "nests its values too deeply")) from None
     except ValueError as error:
         message = str(error)
-        found = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-        where = f"{path}:{found[1]}" if found else str(path)
-        what = message[: found.start()] + f" at column {found[2]}" if found else message
+        position = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+        where = f"{path}:{position[1]}" if position else str(path)
+        what = message[: position.start()] + f" at column {position[2]}" if position else message
         raise InputError(
             Problem(where, f"not valid TOML: {what}", 'write key = value, with text in "quotes"')
         ) from None
@@ -140,7 +140,7 @@ def key_lines(text: str) -> dict[str, int]:
 
 
 def _is_complete(text: str) -> bool:
-    """Whether a stretch of lines is whole statements: false in the middle of a string or list of several lines."""
+    """Whether lines are whole statements: false within a string or list of several lines."""
     try:
         tomllib.loads(text)
     except (ValueError, RecursionError):
@@ -181,7 +181,7 @@ def _apply_override(override: str, values: Values) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value: TOML where it is TOML, otherwise a bare string."""
+    """A command-line value: TOML if it parses, otherwise a bare string."""
     try:
         table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
@@ -190,7 +190,7 @@ def parse_value(text: str) -> Any:
 
 
 def nearest_file(path: Path) -> str:
-    """A phrase naming the closest thing there is to a path that is missing."""
+    """A phrase that names the entry closest to a missing path."""
     try:
         here = sorted(entry.name for entry in path.parent.iterdir())[:1000]
     except (OSError, ValueError):

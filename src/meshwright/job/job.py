@@ -1,7 +1,7 @@
 """The Job: what one job file says.
 
 `load_job(path, overrides)` reads a file; `Job(model={...}, data={...}, train={...})` is the same in Python. Both list
-every problem at once as an InputError. What can be derived (head_dim, kv_heads, warm-up, task) is filled in here, once.
+every problem at once as an InputError. Derived values (head_dim, kv_heads, warm-up, task) are filled in here, once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pydantic import BaseModel, PrivateAttr, ValidationError
 
 from meshwright.errors import InputError, Problem
 from meshwright.files import toml_text
-from meshwright.job.checks import cross_problems, plain_problem
-from meshwright.job.defaults import absolute_paths, derived
+from meshwright.job.checks import NOT_SHAPE, cross_problems, plain_problem
+from meshwright.job.defaults import absolute_paths, with_defaults
 from meshwright.job.file import COMMAND_LINE, read_overrides, read_values
 from meshwright.job.sections import JobSections, ServeSection
 
@@ -35,34 +35,28 @@ vocab = 2048            # tokens in the vocabulary
 
 [data]
 source = "stdlib"       # or "digits", or the path of a .txt or .jsonl file or of a folder of text
-seq_len = 256           # tokens a sequence
+seq_len = 256           # tokens per sequence
 tokenizer = "bpe"       # trained on the source; or "bytes", or the path of a tokenizer.json
 
 [train]
 steps = 300
 lr = 3e-3
-global_batch = 16       # sequences a step, over all devices
+global_batch = 16       # sequences per step, over all devices
 """
 
 
 class Job(JobSections):
-    """What I want: frozen, complete, checked. `origins` says where each value came from.
+    """A complete, checked, frozen job. `origins` says where each value came from.
 
-    Raises InputError listing every problem when a section, key, type, range or combination is wrong. Relative paths
-    start from the folder of the file that says them (from the current folder in Python and on the command line).
+    Raises InputError listing every wrong section, key, type, range and combination. Relative paths start from the
+    folder of the file that has them (from the current folder in Python and on the command line).
     """
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __init__(
-        self,
-        *,
-        origins: dict[str, str] | None = None,
-        data_must_exist: bool = True,
-        **sections: Any,
-    ) -> None:
+    def __init__(self, *, origins: dict[str, str] | None = None, data_must_exist: bool = True, **sections: Any) -> None:
         if origins is None:
-            origins = dict.fromkeys(_keys_said(sections), "Python")
+            origins = dict.fromkeys(_dotted_keys(sections), "Python")
             sections = absolute_paths(sections, {})
         resolved = _resolve(sections, origins, data_must_exist)
         super().__init__(**resolved)
@@ -71,7 +65,7 @@ class Job(JobSections):
                 self._origins[f"{section}.{key}"] = origins.get(f"{section}.{key}", "default")
 
     def __eq__(self, other: object) -> bool:
-        """Equal values; where they came from does not count."""
+        """Whether all values are equal, whatever their origins."""
         return isinstance(other, Job) and self.as_dict() == other.as_dict()
 
     def __hash__(self) -> int:
@@ -90,7 +84,7 @@ class Job(JobSections):
 def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
     """The Job of the file at `path` with `section.key=value` overrides on top.
 
-    `data_must_exist=False` is for planning, which needs no data. Raises InputError listing every problem.
+    Planning needs no data: `data_must_exist=False`. Raises InputError listing every problem.
     """
     values = read_values(Path(path), overrides)
     sections = absolute_paths(values.sections, values.folders)
@@ -103,9 +97,10 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist
     return job
 
 
-def sound_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
-    """What a faulty job says when its faulty values are left out, so that a plan can be tried and its problems listed
-    with the job's own. None where too little is left, or where a faulty value would change the plan's answer.
+def valid_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
+    """A faulty job without its faulty values, so that the plan's problems can be listed beside the job's own.
+
+    None if too little remains, or if a faulty value would change the plan.
     """
     values = read_values(Path(path), overrides)
     sections = absolute_paths(values.sections, values.folders)
@@ -120,18 +115,17 @@ def sound_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
 
 
 def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
-    """The [serve] section alone: of the run's job file where there is one, with `serve.key=value` overrides on top."""
+    """The [serve] section of the run's job file, if there is one, with `serve.key=value` overrides on top."""
     values = read_overrides(overrides)
-    problems = [*values.problems]
-    problems += [
+    problems = values.problems + [
         Problem(f"{COMMAND_LINE}: {section}", "only settings of [serve] can be given here", "serve.key=value")
         for section in values.sections
         if section != "serve"
     ]
-    said = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
-    asked = absolute_paths(values.sections, values.folders).get("serve", {})
+    from_job = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
+    overriding = absolute_paths(values.sections, values.folders).get("serve", {})
     try:
-        settings = ServeSection(**{**said, **asked})
+        settings = ServeSection(**{**from_job, **overriding})
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             path = ["serve", *(str(part) for part in entry["loc"])]
@@ -145,12 +139,12 @@ def job_to_toml(job: Job) -> str:
     """The resolved job as TOML that `load_job` reads back to an equal Job."""
     sections = job.as_dict()
     if job.model.family is None:  # the rest of [model] is the shape of a family
-        sections["model"] = {key: sections["model"][key] for key in ("hf", "module", "module_folder", "arguments")}
+        sections["model"] = {key: sections["model"][key] for key in NOT_SHAPE}
     return toml_text(sections)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a job file, for editors. No key is required: a file may take it from the one it `extends`."""
+    """JSON Schema of a job file, for editors. No key is required, since the file that it `extends` may have it."""
     schema = Job.model_json_schema()
     for table in (schema, *schema["$defs"].values()):
         table.pop("required", None)
@@ -170,14 +164,14 @@ def job_keys() -> dict[str, str]:
     }
 
 
-def _keys_said(sections: dict[str, Any]) -> list[str]:
+def _dotted_keys(sections: dict[str, Any]) -> list[str]:
     return [f"{section}.{key}" for section, content in sections.items() if isinstance(content, dict) for key in content]
 
 
 def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
-    """The sections with derived values filled in; raises InputError listing all that is wrong with them."""
+    """The sections with derived values. Raises InputError listing every problem."""
     resolved, problems, good = _examine(sections, origins)
-    crossed = cross_problems(good, {_key_of(path) for path in problems}, _said_at(origins), data_must_exist)
+    crossed = cross_problems(good, {_key_of(path) for path in problems}, _origin_lookup(origins), data_must_exist)
     if problems or crossed:
         raise InputError([*problems.values(), *crossed])
     return resolved
@@ -186,8 +180,8 @@ def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist:
 def _examine(
     sections: dict[str, Any], origins: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Problem], dict[str, dict[str, Any]]]:
-    """The sections with derived values, what is wrong with single values by their path, and what is right."""
-    sections = {"train": {}, **derived(sections)}
+    """The sections with derived values, the problems of single values by path, and the valid values."""
+    sections = {"train": {}, **with_defaults(sections)}
     keys = job_keys()
     problems: dict[str, Problem] = {}
     try:
@@ -195,7 +189,7 @@ def _examine(
     except ValidationError as error:
         for entry in error.errors(include_url=False, include_context=True):
             path = [str(part) for part in entry["loc"]]
-            place = _said_at(origins)(".".join(path[:2]))
+            place = _origin_lookup(origins)(".".join(path[:2]))
             problems.setdefault(".".join(path), plain_problem(entry, path, place, keys))
     bad = {_key_of(path) for path in problems}
     good = {
@@ -210,6 +204,6 @@ def _key_of(path: str) -> str:
     return ".".join(path.split(".")[:2])
 
 
-def _said_at(origins: dict[str, str]) -> Callable[[str], str]:
-    """Where a key was said; where its section was, for one that was not."""
+def _origin_lookup(origins: dict[str, str]) -> Callable[[str], str]:
+    """Key -> its origin, or its section's where it has none."""
     return lambda key: origins.get(key, origins.get(key.split(".")[0], ""))

@@ -13,26 +13,19 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _not_a_number(value: Any) -> Any:
-    """Refuses 0 and 1 where true and false are meant: Python holds them equal, so a Literal does not."""
+    """Refuses 0 and 1 for true and false. A Literal does not, since Python takes them as equal."""
     if type(value) in (int, float):
         raise PydanticKnownError("literal_error", {"expected": "'auto', True or False"})
     return value
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
 CountOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
 Port = Annotated[int, Field(ge=0, le=65535)]
-
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
-
 NotNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
 
 
@@ -73,7 +66,7 @@ class DataSection(_Section):
     """What it is trained on."""
 
     source: Text = _key("stdlib", '"stdlib", "digits", or the path of a .txt or .jsonl file or of a folder')
-    seq_len: Annotated[int, Field(ge=1, le=2**27)] | None = _key(None, "tokens a sequence (language models)")
+    seq_len: Annotated[int, Field(ge=1, le=2**27)] | None = _key(None, "tokens per sequence (language models)")
     tokenizer: Text = _key(
         "bpe", '"bpe" (trained on the source), "bytes", or the path of a tokenizer.json or its folder'
     )
@@ -94,7 +87,7 @@ class TrainSection(_Section):
 
     steps: Count = Field(description="optimizer steps")
     lr: Positive = Field(description="peak learning rate")
-    global_batch: Count = Field(description="sequences (or samples) a step, over all devices")
+    global_batch: Count = Field(description="sequences (or samples) per step, over all devices")
     precision: Literal["auto", "fp32", "bf16"] = _key("auto", "of the arithmetic; auto follows the device")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _key(0, "of the initial weights and the order of samples")
     warmup_steps: CountOrNone = _key(0, "steps of linear warm-up; default: a tenth of the steps, at most 100")
@@ -118,7 +111,7 @@ class GroupOfDevices(_Section):
     """Devices of one kind in a cluster of several."""
 
     named: Text = Field(description="a device of the table")
-    devices: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="how many of them")
+    devices: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="number of devices")
     devices_per_node: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "of one machine")
 
 
@@ -127,7 +120,7 @@ class ClusterSection(_Section):
 
     devices: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices in all")
     devices_per_node: Annotated[int, Field(ge=1, le=1_000_000)] | None = _key(None, "devices of one machine")
-    named: Text | None = _key(None, "a device of the table, to plan for what is not here")
+    named: Text | None = _key(None, "a device of the table, to plan for another machine")
     groups: Annotated[tuple[GroupOfDevices, ...], BeforeValidator(_as_tuple)] = _key(
         (), 'devices of several kinds, to plan for: [{named = "a100-sxm-80gb", devices = 8}, ...]'
     )
@@ -143,7 +136,7 @@ class LayoutSection(_Section):
     shard: Count | None = _key(None, "how many share one copy of the weights (FSDP); divides dp x cp")
     tp: Count | None = _key(None, "tensor-parallel degree")
     pp: Count | None = _key(None, "pipeline stages")
-    vpp: Count | None = _key(None, "virtual stages a rank")
+    vpp: Count | None = _key(None, "virtual stages per rank")
     cp: Count | None = _key(None, "context-parallel degree")
     ep: Count | None = _key(None, "expert-parallel degree; divides dp x cp")
     sequence_parallel: bool | None = _key(None, "split activations between tensor-parallel products too")
@@ -163,7 +156,7 @@ class CheckpointSection(_Section):
     """When the state is saved."""
 
     every: CountOrNone | None = _key(
-        None, "steps between checkpoints; 0: at the end only; default: as the plan reckons from failures"
+        None, "steps between checkpoints; 0: at the end only; default: planned from failure rates"
     )
     keep: Count = _key(2, "newest checkpoints kept")
     asynchronous: bool = _key(True, "write while training goes on")
@@ -190,9 +183,9 @@ class ServeSection(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "fp4"] = _key(
         "auto", "of the weights; auto: the model's own, fewer bits only where the target asks for it"
     )
-    ttft_seconds: Positive | None = _key(None, "wish: mean time to the first token, waiting included")
-    tpot_seconds: Positive | None = _key(None, "wish: mean time between two tokens of an answer")
-    requests_per_second: Positive | None = _key(None, "wish: requests answered, over all replicas")
+    ttft_seconds: Positive | None = _key(None, "target: mean time to the first token, waiting included")
+    tpot_seconds: Positive | None = _key(None, "target: mean time between two tokens of an answer")
+    requests_per_second: Positive | None = _key(None, "target: requests answered, over all replicas")
     prompt_tokens: Count | None = _key(None, "tokens of a prompt that is planned for; default: 512 or what fits")
     output_tokens: Count | None = _key(None, "tokens of an answer that is planned for; default: 128 or what fits")
 

@@ -17,9 +17,9 @@ class Attention(nn.Module):
     """Causal softmax attention over whole sequences: the seam that the engine and context parallelism replace.
 
     q is [B, T, H, D], k and v are [B, T, K, D] with H a multiple of K (grouped-query); returns [B, T, H, D].
-    `positions` [B, T] is unused here because a training sample holds all its keys, in order; a replacement that
-    holds a part of the keys, or a cache of them, masks by it. In bf16 on a CPU it is computed in blocks (blocked.py),
-    elsewhere by torch's fused kernels.
+    `positions` [B, T] is unused here because a training sample has all its keys, in order; a replacement with a part
+    or a cache of the keys masks by it. bf16 on a CPU is computed in blocks (blocked.py), the rest by torch's fused
+    kernels.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:

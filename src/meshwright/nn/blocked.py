@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries, for bf16 on a CPU, where torch's fused kernel falls far behind plain products.
 
-Each block of queries meets only the keys up to its end, so that the masked half is mostly left out, and every product
-is one that the CPU's bf16 units do at full speed. Its slow twin is torch's scaled_dot_product_attention.
+A block of queries is multiplied only by the keys up to its end, which leaves out most of the masked half, in products
+that the CPU's bf16 units do at full speed. Its slow twin is torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 QUERIES_AT_ONCE = 128
 
-#: Up to this length the probabilities are kept for the backward pass; beyond, where they would outgrow the other
-#: activations, they are computed again.
+#: Up to this length the probabilities are kept for the backward pass. Beyond it they would outgrow the other
+#: activations, and are computed again.
 KEPT_LENGTH = 512
 
 

@@ -27,8 +27,8 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, split: Split | None = Non
     """Sum of -log softmax(logits)[target] over the counted targets, as an fp32 scalar.
 
     logits [..., V] in any float type, V being this rank's part when `split` is given; targets [...] int64 with
-    IGNORED for padding, global ids. With `split` every rank of the group gets the same sum. The gradient is formed
-    in the forward pass, rows at a time, in the type of the logits: fp32 softmax is never held for all rows.
+    IGNORED for padding, global ids. With `split` every rank of the group gets the same sum. The gradient is computed
+    in the forward pass, some rows at a time, in the type of the logits: the fp32 softmax never exists for all rows.
     """
     result: Tensor = _CrossEntropySum.apply(logits.flatten(0, -2), targets.flatten(), split)
     return result

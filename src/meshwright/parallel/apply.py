@@ -24,8 +24,8 @@ from meshwright.placement import Placement, placements, tensor_split
 #: Gives the values of a parameter's box: (name, box) -> tensor of box.shape.
 Source = Callable[[str, Box], Tensor]
 
-#: Kept by selective recompute: matrix products and attention, the operations dear to repeat, and what was communicated.
-_KEPT = {
+#: Selective recompute keeps the results of matrix products, attention and collectives: dear to repeat.
+_SAVED_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -38,11 +38,11 @@ _KEPT = {
 
 
 @dataclass(frozen=True)
-class Applied:
+class ParallelModel:
     """This rank's part of a model.
 
-    `placements` has a row for each parameter, by its name in the module; `local(name)` is what the rank holds of it, as
-    a plain tensor sharing storage with the parameter. `output` is how the output is split.
+    `placements` has a row per parameter, by its name in the module; `local(name)` is the rank's box of it, a plain
+    tensor that shares the parameter's storage. `output` is how the output is split.
     """
 
     module: nn.Module
@@ -62,7 +62,7 @@ class Applied:
 
     @torch.no_grad()
     def fill(self, source: Source, buffers: Mapping[str, Tensor] | None = None) -> None:
-        """Sets every parameter from `source`, and buffers by name or by their module's own `reset_buffers`."""
+        """Sets every parameter from `source`, and every buffer from `buffers` or its module's `reset_buffers`."""
         for name, placement in self.placements.items():
             if placement.box.elements:
                 self.local(name).copy_(source(placement.name, placement.box))
@@ -75,7 +75,7 @@ class Applied:
                 buffer.copy_(buffers[name])
 
     def sync_gradients(self, now: bool) -> None:
-        """Whether the next backward pass reduces gradients over the data-parallel ranks, or only accumulates."""
+        """Whether the next backward pass reduces gradients over the data-parallel ranks or only accumulates them."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(now)
 
@@ -100,12 +100,12 @@ def apply(
     mesh: Mesh,
     *,
     allocating: AbstractContextManager[object] | None = None,
-) -> Applied:
+) -> ParallelModel:
     """Turns `module`, built on the meta device, into this rank's part of it on the mesh's device, unfilled.
 
-    A plan's Choice is an Execution; `card` is of the same model. Order matters: cut into a stage, slice for tensor
-    parallelism, recompute, compile, shard. What takes memory happens within `allocating`: a rehearsal gives a mode
-    there whose tensors are fake.
+    A plan's Choice is an Execution; `card` is of the same model. The order matters: cut into a stage, slice for tensor
+    parallelism, recompute, compile, shard. Memory is allocated within `allocating`: a rehearsal passes a mode whose
+    tensors are fake.
     """
     layout = execution.layout
     stage = execution.stages[mesh.at.pp] if layout.pp > 1 else None
@@ -125,19 +125,19 @@ def apply(
     if execution.compiled:
         for block in blocks.values():
             block.compile(dynamic=False)
-    _shard(execution, module, blocks, mesh, one_group={name for pair in card.tied for name in pair})
+    _shard(execution, module, blocks, mesh, tied={name for pair in card.tied for name in pair})
     with allocating or nullcontext():
         module.to_empty(device=mesh.device)
-        _settle_storage(module)
+        _allocate_shards(module)
     rows = placements(card, layout, mesh.at, stage)
-    held = {name: tuple(_local(parameter).shape) for name, parameter in module.named_parameters()}
-    assert held == {name: row.box.shape for name, row in rows.items()}, (held, rows)
-    return Applied(module, rows, output)
+    shapes = {name: tuple(_local(parameter).shape) for name, parameter in module.named_parameters()}
+    assert shapes == {name: row.box.shape for name, row in rows.items()}, (shapes, rows)
+    return ParallelModel(module, rows, output)
 
 
-def _settle_storage(module: nn.Module) -> None:
-    """FSDP2 may move a shard into padded storage before its first use; after one gathering it stays where it is, so
-    that the optimizer may hold it."""
+def _allocate_shards(module: nn.Module) -> None:
+    """FSDP2 may move a shard into padded storage at its first use. Gathering once moves it before the optimizer takes
+    references."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.unshard()
@@ -145,7 +145,7 @@ def _settle_storage(module: nn.Module) -> None:
 
 
 def _tie(module: nn.Module, card: Card) -> None:
-    """Makes tied parameters of this stage one again after slicing."""
+    """Ties this stage's tied parameters again, which slicing separated."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for original, alias in card.tied:
         if {original, alias} <= names:
@@ -154,7 +154,7 @@ def _tie(module: nn.Module, card: Card) -> None:
 
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The units of recompute, compilation and sharding: the model's blocks, or the whole where it names none."""
+    """The units of recompute, compilation and sharding: the model's blocks, or the whole model if it names none."""
     blocks = getattr(module, "blocks", None)
     return dict(blocks.named_children()) if isinstance(blocks, nn.Module) else {"": module}
 
@@ -173,16 +173,16 @@ def _recomputing(forward: Callable[..., Tensor], mode: str) -> Callable[..., Ten
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _shard(
-    execution: Execution, module: nn.Module, blocks: Mapping[str, nn.Module], mesh: Mesh, one_group: set[str]
+    execution: Execution, module: nn.Module, blocks: Mapping[str, nn.Module], mesh: Mesh, tied: set[str]
 ) -> None:
     """FSDP2 carries every kind of data parallelism: replicated is a shard degree of one.
 
-    Tied blocks stay with the root group, because one parameter cannot be in two groups. Between micro-batches of a
-    pipeline the gathered weights are kept, or each would be gathered once a micro-batch.
+    Tied blocks stay in the root group, because one parameter cannot be in two groups. A pipeline keeps the gathered
+    weights between micro-batches, or every micro-batch would gather them again.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
@@ -191,8 +191,8 @@ def _shard(
         "reshard_after_forward": execution.layout.shard > 1 and execution.layout.pp == 1,
     }
     for name, block in blocks.items():
-        holds_tied = any(f"blocks.{name}.{inner}" in one_group for inner, _ in block.named_parameters())
-        if block is not module and not holds_tied and any(True for _ in block.parameters()):
+        has_tied = any(f"blocks.{name}.{inner}" in tied for inner, _ in block.named_parameters())
+        if block is not module and not has_tied and any(True for _ in block.parameters()):
             fully_shard(block, **options)
     fully_shard(module, **options)
 

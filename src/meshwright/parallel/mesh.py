@@ -1,4 +1,4 @@
-"""The process mesh of a layout: who talks to whom."""
+"""The process mesh of a layout: the groups of ranks that communicate."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Mesh:
 def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float = 300.0) -> Iterator[Mesh]:
     """Joins the job's processes through the private file `store_path` and yields this rank's Mesh.
 
-    NCCL where there are GPUs, gloo otherwise. The group is destroyed on leaving. A rank that does not arrive, or a
-    collective that stalls, raises after `timeout_seconds`.
+    NCCL where there are GPUs, gloo otherwise. The group is destroyed on exit. A missing rank or a stalled collective
+    raises after `timeout_seconds`.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
@@ -81,10 +81,10 @@ def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float
 
 
 @contextmanager
-def stand_in(layout: Layout, rank: int) -> Iterator[Mesh]:
-    """The Mesh that `rank` of `layout` would see, with nobody else there: torch's fake process group, on the CPU.
+def fake_mesh(layout: Layout, rank: int) -> Iterator[Mesh]:
+    """The Mesh of `rank` in `layout` without the other processes: torch's fake process group, on the CPU.
 
-    Collectives return at once and leave what they should have filled as it was. For rehearsals, of any world size.
+    Collectives return at once and leave their outputs unchanged. For rehearsals of any world size.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend in older torch
 
@@ -102,7 +102,7 @@ def _mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
 
 
 def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:
-    """Every rank makes every group, in the same order, as torch demands; each keeps the one it is in."""
+    """The group of this rank's pipeline ends. Torch demands that every rank makes every group, in the same order."""
     if layout.pp == 1:
         return None
     column = layout.devices // layout.pp

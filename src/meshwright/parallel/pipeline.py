@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from meshwright.parallel.apply import Applied
+from meshwright.parallel.apply import ParallelModel
 from meshwright.parallel.mesh import Mesh
 
 #: Layout.schedule -> torch's schedule.
@@ -18,26 +18,23 @@ SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 class Pipeline:
     """Runs forward and backward of a step's micro-batches through the stages.
 
-    `loss` maps (output, targets) of one micro-batch to a scalar, on the last stage alone. It must be pure: torch also
-    calls it once on made-up values, to learn the shapes.
+    `loss` maps (output, targets) of one micro-batch to a scalar, on the last stage only. It must be pure: torch calls
+    it once more on invented values, to learn the shapes.
     """
 
     def __init__(
         self,
-        applied: Applied,
+        model: ParallelModel,
         mesh: Mesh,
         micro_batches: int,
         loss: Callable[[Tensor, Tensor], Tensor],
         boundary: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`boundary` is an example of what this stage is given and of what it hands on, for one micro-batch; without
-        it the stages tell each other when they first run."""
+        """`boundary` is an example input and output of this stage for one micro-batch; without it the stages exchange
+        shapes when they first run."""
         self._mesh = mesh
-        self._micro_batches = micro_batches
-        given, handed_on = boundary or (None, None)
-        stage = PipelineStage(
-            applied.module, mesh.at.pp, mesh.layout.pp, mesh.device, given, handed_on, group=mesh.pp_group
-        )
+        x, output = boundary or (None, None)
+        stage = PipelineStage(model.module, mesh.at.pp, mesh.layout.pp, mesh.device, x, output, group=mesh.pp_group)
         schedule = SCHEDULES[mesh.layout.schedule]
         self._schedule = schedule(stage, micro_batches, loss_fn=loss, scale_grads=False)
 
@@ -58,7 +55,7 @@ class Pipeline:
     ) -> list[Tensor]:
         arguments = (x,) if self._mesh.first_stage else ()
         losses: list[Tensor] = []
-        # Outputs not asked for: torch would keep the logits of every micro-batch, and then join them.
+        # No outputs: torch would keep the logits of every micro-batch and join them.
         if self._mesh.last_stage:
             run(*arguments, target=targets, losses=losses, return_outputs=False, **inputs)
         else:

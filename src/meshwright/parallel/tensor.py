@@ -1,9 +1,9 @@
-"""Tensor parallelism, Megatron's way (arXiv 1909.08053, 2205.05198), read off the table of logical axes.
+"""Tensor parallelism as in Megatron (arXiv 1909.08053, 2205.05198), by the table of logical axes.
 
 Weights become plain local slices. A region, such as an attention or a feed-forward, opens where its input meets the
 first weight split by output and closes at the weight split by input. With sequence parallelism the residual stream
-outside regions is split along the sequence: opening gathers it and closing reduce-scatters; without, opening is free
-and closing all-reduces. The backward pass does the mirror image.
+outside regions is split along the sequence: opening gathers it and closing reduce-scatters. Without it, opening is
+free and closing all-reduces. The backward pass does the reverse.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Region:
     sequence_parallel: bool
 
     def enter(self, x: Tensor) -> Tensor:
-        op = _Gather if self.sequence_parallel else _SumGradient
-        result: Tensor = op.apply(x, self.split.group)
-        return funcol.wait_tensor(result) if isinstance(result, funcol.AsyncCollectiveTensor) else result
+        return self._wait(_Gather if self.sequence_parallel else _SumGradient, x)
 
     def leave(self, x: Tensor) -> Tensor:
-        op = _ReduceScatter if self.sequence_parallel else _Sum
-        result: Tensor = op.apply(x, self.split.group)
+        return self._wait(_ReduceScatter if self.sequence_parallel else _Sum, x)
+
+    def _wait(self, operation: type[torch.autograd.Function], x: Tensor) -> Tensor:
+        result: Tensor = operation.apply(x, self.split.group)
         return funcol.wait_tensor(result) if isinstance(result, funcol.AsyncCollectiveTensor) else result
 
 
@@ -99,16 +99,15 @@ class RowLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def vocabulary_lookup(weight: Tensor, ids: Tensor, region: Region) -> Tensor:
-    """Rows of an embedding table split by vocabulary: ids outside this rank's part contribute zero."""
-    local = ids - region.split.index * weight.shape[0]
-    elsewhere = (local < 0) | (local >= weight.shape[0])
-    found = F.embedding(local.masked_fill(elsewhere, 0), weight)
-    return region.leave(found.masked_fill(elsewhere[..., None], 0.0))
-
-
 def _lookup(embedding: Any, region: Region) -> None:
-    embedding.forward = lambda x, **_: vocabulary_lookup(embedding.weight, x, region)
+    def forward(ids: Tensor, **_: Any) -> Tensor:
+        weight = embedding.weight
+        local = ids - region.split.index * weight.shape[0]
+        elsewhere = (local < 0) | (local >= weight.shape[0])
+        rows = F.embedding(local.masked_fill(elsewhere, 0), weight)
+        return region.leave(rows.masked_fill(elsewhere[..., None], 0.0))
+
+    embedding.forward = forward
 
 
 def _columns(layer: Any, region: Region) -> None:
@@ -122,7 +121,7 @@ def _rows(linear: Any, region: Region) -> None:
 
 #: What a layer does with its part of a weight, by the dimension that is split.
 USES: dict[tuple[type[nn.Module], int], Callable[[Any, Region], None]] = {
-    (nn.Embedding, 0): _lookup,  # ids of other ranks' rows give zeros; the parts are summed
+    (nn.Embedding, 0): _lookup,  # zeros for ids of other ranks' rows; the parts are summed
     (nn.Linear, 0): _columns,  # some of the outputs, from the whole input
     (nn.Linear, 1): _rows,  # all outputs, from some of the inputs; the parts are summed
 }
@@ -134,9 +133,9 @@ def split_module(module: nn.Module, dims: Mapping[str, int], region: Region) -> 
     `dims` is `placement.tensor_split` of its card. Returns how the module's output is split along its last dimension,
     None where it is whole. Raises ValueError for a layer that is not in USES.
     """
-    output, opening = None, regions(dims)
+    output, region_paths = None, regions(dims)
     for path, child in list(module.named_modules()):
-        if path in opening:
+        if path in region_paths:
             _columns(child, region)
         dim = dims.get(f"{path}.weight")
         if dim is None:
@@ -150,8 +149,8 @@ def split_module(module: nn.Module, dims: Mapping[str, int], region: Region) -> 
                 shape = whole.split(dims[f"{path}.{name}"], region.split.parts, region.split.index).shape
                 setattr(child, name, nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad))
         if use is _columns:
-            if path.rpartition(".")[0] in opening:
-                continue  # the region is entered as one
+            if path.rpartition(".")[0] in region_paths:
+                continue  # the region's input is entered once, for all its layers
             output = region.split
         use(child, region)
     return output

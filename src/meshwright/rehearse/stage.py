@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright import tasks
 from meshwright.job import Job
 from meshwright.layout import Box, Execution, Layout
-from meshwright.parallel import Mesh, apply, stand_in, start
+from meshwright.parallel import Mesh, apply, fake_mesh, start
 from meshwright.rehearse import device
 from meshwright.rehearse.peak import Peak, extrapolated
 from meshwright.rehearse.tracker import Parts, Tracker, follow
@@ -140,7 +140,7 @@ def rehearsed_moments(run: TrackedRun, rank: int) -> dict[tuple[str, str], Peak]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what torch says of fake tensors is no matter of the user's
-        mesh = stack.enter_context(stand_in(run.layout, rank))
+        mesh = stack.enter_context(fake_mesh(run.layout, rank))
         stack.enter_context(device.holding_sent(run.kind))
         trainer = _trainer(run, mesh, modes, fake=True)
         _watched(tracker, trainer)
@@ -163,12 +163,12 @@ def _trainer(run: TrackedRun, mesh: Mesh, modes: Callable[[], Any], *, fake: boo
         applied.fill(
             _constant, {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in applied.module.named_buffers()}
         )
-        return Trainer(run.job, model.card, applied, mesh, task, data, outline)
+        return Trainer(run.job, model.card, applied, mesh, task, data.batch, outline)
 
 
 def _watched(tracker: Tracker, trainer: Trainer) -> None:
     """Tells the tracker what the trainer holds, and has it told where in a step it is."""
-    follow(tracker, trainer.applied.module, trainer.mesh.last_stage)
+    follow(tracker, trainer.model.module, trainer.mesh.last_stage)
     tracker.mark("optimizer", trainer.optimizer.state_tensors())
     trainer.spans = Parts(tracker)  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""Tasks: what a batch means. `tasks.get("language-model")` gives inputs, targets, loss, count and metrics."""
+"""Tasks: the meaning of a batch. `tasks.get("language-model")` has inputs, targets, loss, count and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meshwright.tasks.task import Task, Totals
 
 __all__ = ["TASKS", "Task", "Totals", "get"]
 
-#: Every task by the name that `task.name` of a job says.
+#: Every task by the `task.name` of a job.
 TASKS: dict[str, Task] = {task.name: task for task in (LanguageModel(), Classification())}
 
 

@@ -1,4 +1,4 @@
-"""One class a sample."""
+"""Classification: one class per sample."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from meshwright.errors import CannotWork, Problem
 from meshwright.nn import Split
-from meshwright.tasks.task import IGNORED, Totals, count_targets
+from meshwright.nn.loss import IGNORED
+from meshwright.tasks.task import Task, Totals
 
 
-class Classification:
+class Classification(Task):
     """inputs float32 [B, ...] and targets int64 [B]; the model's output is logits [B, classes]."""
 
     name = "classification"
@@ -24,16 +25,10 @@ class Classification:
     def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
         return torch.as_tensor(batch["inputs"]).to(device), {}
 
-    def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
-        return torch.as_tensor(batch["targets"]).to(device)
-
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         if split is not None:
             raise CannotWork(Problem("layout.tp", "a classifier's outputs are not split", "nearest: layout.tp = 1"))
         return F.cross_entropy(output.float(), targets, ignore_index=IGNORED, reduction="sum")
-
-    def count(self, targets: Tensor) -> int:
-        return count_targets(targets)
 
     def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
         """correct: counted samples whose largest logit is the target's."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from meshwright.nn import Split, cross_entropy_sum
-from meshwright.tasks.task import Totals, count_targets
+from meshwright.tasks.task import Task, Totals
 
 
-class LanguageModel:
+class LanguageModel(Task):
     """input_ids, positions and targets, int64 [B, T]; the model's output is logits [B, T, V]."""
 
     name = "language-model"
@@ -24,20 +24,11 @@ class LanguageModel:
         positions = torch.as_tensor(batch["positions"]).to(device)
         return torch.as_tensor(batch["input_ids"]).to(device), {"positions": positions}
 
-    def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
-        return torch.as_tensor(batch["targets"]).to(device)
-
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         return cross_entropy_sum(output, targets, split)
 
-    def count(self, targets: Tensor) -> int:
-        return count_targets(targets)
-
-    def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
-        return {}
-
     def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
-        """perplexity, and bits_per_byte = loss sum / ln 2 / bytes of text where those are known."""
+        """perplexity, and bits_per_byte = loss sum / ln 2 / bytes of text if these are known."""
         metrics = {"perplexity": math.exp(min(loss_per_unit, 700.0))}
         if totals.text_bytes:
             metrics["bits_per_byte"] = loss_per_unit * totals.units / math.log(2) / totals.text_bytes

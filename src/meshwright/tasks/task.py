@@ -1,4 +1,4 @@
-"""What every task answers; the training loop knows nothing else of what is learnt."""
+"""The Task: all that the training loop knows of what is learnt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from meshwright.nn import Split
-
-#: Target that is not counted, as in torch's cross_entropy.
-IGNORED = -100
+from meshwright.nn.loss import IGNORED
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over held-out batches, from which metrics follow: counted units, the bytes of their text, and extras."""
+    """Sums over held-out batches, for metrics: counted units, the bytes of their text, and extras."""
 
     units: int
     text_bytes: int = 0
@@ -33,29 +31,25 @@ class Task(Protocol):
     extra_names: tuple[str, ...]
 
     def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
-        """What the model's first block gets (x), and what every block gets beside it. Arrays become tensors."""
+        """The input of the model's first block, and the keyword inputs of every block. Arrays become tensors."""
         ...
 
     def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
-        """int64, IGNORED where nothing is counted."""
-        ...
+        """int64, IGNORED where a target does not count."""
+        return torch.as_tensor(batch["targets"]).to(device)
 
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
-        """fp32 scalar: the loss summed over counted targets. `split`: an nn.Split when classes are split over ranks."""
+        """fp32 scalar: the loss summed over counted targets. `split`: how classes are split over ranks, if they are."""
         ...
 
     def count(self, targets: Tensor) -> int:
-        """Counted targets."""
-        ...
+        """The number of targets that count."""
+        return int((targets != IGNORED).sum())
 
     def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
-        """Further sums for `Totals.sums`, from unsplit outputs; {} if the task has none."""
-        ...
+        """Further sums for `Totals.sums`, from unsplit outputs."""
+        return {}
 
     def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
-        """What a person reads beside the loss."""
+        """Figures for people beside the loss."""
         ...
-
-
-def count_targets(targets: Tensor) -> int:
-    return int((targets != IGNORED).sum())

@@ -1,6 +1,6 @@
-"""Any `nn.Module` -> Card: `load_factory` finds the user's build function, `card_of` traces one forward pass.
+"""Any `nn.Module` -> Card: `load_factory` imports the user's build function, `card_of` traces one forward pass.
 
-`factory_of_job` and `card_of_job` do the same for the `[model]` section of a job that names a `module`.
+`factory_of_job` and `card_of_job` do this for a job with `model.module`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def factory_of_job(job: Job) -> Callable[[], nn.Module]:
 
 
 def card_of_job(job: Job, sample_inputs: SampleInputs | None = None) -> Card:
-    """The Card of a job with `model.module`. Without `sample_inputs` the module must state its own `sample_input()`.
+    """The Card of a job with `model.module`. Without `sample_inputs` the module must have a `sample_input()`.
 
     Raises InputError as `load_factory` and `card_of` do.
     """

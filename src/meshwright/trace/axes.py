@@ -1,4 +1,4 @@
-"""A module's own table of logical axes, checked: what tensor parallelism could not split is refused, not guessed."""
+"""A module's own table of logical axes, checked: a split that tensor parallelism does not support is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.layout import AXIS_RULES, split_dimension
-from meshwright.trace.factory import users_code
+from meshwright.trace.factory import user_code
 
 Axes = dict[str, tuple[str | None, ...]]
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # their forward is never called
@@ -18,11 +18,11 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # their forward is never called
 def parameter_axes(module: nn.Module) -> Axes | None:
     """`module.parameter_axes`: {parameter name: an axis of AXIS_RULES, or None, for each dimension}; None without one.
 
-    Raises InputError listing every wrong entry: one that is no list of axes, an unknown parameter or axis, a wrong
-    number of dimensions, a split parameter that is of no Linear or Embedding, and a split Linear without its
+    Raises InputError listing every wrong entry: one that is not a list of axes, an unknown parameter or axis, a wrong
+    number of dimensions, a split parameter of anything but a Linear or Embedding, and a split Linear without its
     counterpart in the same module.
     """
-    with users_code(f"reading parameter_axes of {type(module).__name__}"):
+    with user_code(f"reading parameter_axes of {type(module).__name__}"):
         table: Any = getattr(module, "parameter_axes", None)
     if table is None:
         return None
@@ -76,7 +76,7 @@ def _wrong_splits(module: nn.Module, axes: Axes) -> Iterator[Problem]:
 def _wrong_linear(owners: Mapping[str, nn.Module], axes: Axes, path: str, dim: int) -> Iterator[Problem]:
     """A Linear split by output needs one in the same module split by input, and the reverse, so that parts are summed.
 
-    The head alone may end split: the loss takes its parts.
+    Only the output of the head may stay split: the loss takes its parts.
     """
     name = f"{path}.weight"
     axis = axes[name][dim]

@@ -1,4 +1,4 @@
-"""`card_of`: builds a module without memory, runs one forward pass of fake tensors, and writes down its Card."""
+"""`card_of`: builds a module on fake tensors, runs one forward pass, and returns its Card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meshwright import env
 from meshwright.card import Block, Card, Parameter
 from meshwright.errors import InputError, Problem
 from meshwright.trace.axes import parameter_axes
-from meshwright.trace.factory import describe, prints_to_stderr, users_code
+from meshwright.trace.factory import describe, print_to_stderr, user_code
 from meshwright.trace.record import BlockRecord, Recorder
 
 SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
@@ -34,16 +34,16 @@ def card_of(
 ) -> Card:
     """The Card of the module that `module_factory` builds. Takes no memory: everything runs on fake tensors.
 
-    `sample_inputs` is a batch of one: x [1, ...], or (x, keyword arguments) as `Task.inputs` returns; None asks the
+    `sample_inputs` is a batch of one: x [1, ...], or (x, keyword arguments) as `Task.inputs` returns; None calls the
     module's own `sample_input()`. A module with `blocks` (nn.ModuleDict) whose forward folds them gets a block per
     entry and may be a pipeline ("pp" in `splittable`); `parameter_axes` ({name: (axis or None, ...)}) adds "tp".
-    Raises InputError when the module cannot be built or run so, or when what it declares is not true. What the module
-    prints goes to stderr.
+    Raises InputError if the module cannot be built or run so, or if its declarations are wrong. The module's output
+    goes to stderr.
     """
     with (
-        prints_to_stderr(),
-        _without_reports(),
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        print_to_stderr(),
+        _silence_torch_log(),
+        FakeTensorMode(allow_non_fake_inputs=True),
         warnings.catch_warnings(),
         torch.random.fork_rng([]),
     ):
@@ -51,21 +51,37 @@ def card_of(
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
             module = module_factory()
-            with users_code(f"train() of {type(module).__name__}"):
+            with user_code(f"train() of {type(module).__name__}"):
                 module.train()
-            x, inputs = _fake_inputs(fake, module, sample_inputs)
+            x, inputs = _fake_inputs(module, sample_inputs)
             axes = parameter_axes(module)
             blocks = _declared_blocks(module)
             recorder = Recorder(module, blocks, axes or {})
-            chain, output = _run(module, blocks, recorder, x, inputs)
+            calls, output = _run(module, blocks, recorder, x, inputs)
             if blocks:
-                _check_fold(blocks, chain, x, output)
-            return _card(module, name, unit, units_per_sample, blocks, chain, output, recorder, axes)
+                _check_fold(blocks, calls, x, output)
+            parameters = [
+                Parameter(key, tuple(p.shape), (axes or {}).get(key, (None,) * p.dim()))
+                for key, p in module.named_parameters()
+            ]
+            sizes = {block: returned.numel() for block, _, returned in calls}
+            return Card(
+                name=name,
+                blocks=tuple(
+                    _block(key, block, parameters, recorder.records[key], sizes[key]) for key, block in blocks.items()
+                )
+                or (_block("", module, parameters, recorder.records[""], output.numel()),),
+                unit=unit,
+                units_per_sample=units_per_sample,
+                tied=_tied(module),
+                splittable=frozenset(({"pp"} if len(blocks) > 1 else set()) | ({"tp"} if axes is not None else set())),
+                stateful_buffers=_stateful_buffers(module, recorder.written_buffers),
+            )
 
 
 @contextlib.contextmanager
-def _without_reports() -> Iterator[None]:
-    """Keeps torch from logging the traceback of an operation that fails: the error that we raise says it in a line."""
+def _silence_torch_log() -> Iterator[None]:
+    """Keeps torch from logging the traceback of a failed operation: our error says it in one line."""
     log = logging.getLogger(FakeTensorMode.__module__)
     before = log.disabled
     log.disabled = before or not env.debug()
@@ -75,33 +91,28 @@ def _without_reports() -> Iterator[None]:
         log.disabled = before
 
 
-def _fake_inputs(fake: FakeTensorMode, module: nn.Module, given: SampleInputs | Tensor | None) -> SampleInputs:
-    sample: Any = given
+def _fake_inputs(module: nn.Module, sample: Any) -> SampleInputs:
     if sample is None:
-        ask: Any = getattr(module, "sample_input", None)
-        if not callable(ask):
+        sample_input: Any = getattr(module, "sample_input", None)
+        if not callable(sample_input):
             what = f"the shape of {type(module).__name__}'s input is unknown"
             raise InputError(Problem(KEY, what, "add a method sample_input() that returns a batch of one"))
-        with users_code(f"sample_input() of {type(module).__name__}"):
-            sample = ask()
+        with user_code(f"sample_input() of {type(module).__name__}"):
+            sample = sample_input()
     x, inputs = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, {})
-    if not isinstance(x, Tensor) or not _are_tensors(inputs):
+    if not isinstance(inputs, Mapping) or not all(isinstance(tensor, Tensor) for tensor in (x, *inputs.values())):
         what = f"sample_input() returned a {type(sample).__name__}"
         raise InputError(Problem(KEY, what, "return a tensor [1, ...], or (tensor, {keyword: tensor})"))
 
-    def faked(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
-    return faked(x), {key: faked(value) for key, value in inputs.items()}
-
-
-def _are_tensors(inputs: Any) -> bool:
-    return isinstance(inputs, Mapping) and all(isinstance(value, Tensor) for value in inputs.values())
+    return fake(x), {key: fake(value) for key, value in inputs.items()}
 
 
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The module's ordered blocks by name, empty when it names none."""
-    with users_code(f"reading blocks of {type(module).__name__}"):
+    """The module's ordered blocks by name, {} if it has none."""
+    with user_code(f"reading blocks of {type(module).__name__}"):
         blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.ModuleDict) or not len(blocks):
         return {}
@@ -112,16 +123,16 @@ def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     return dict(blocks.items())
 
 
-Chain = list[tuple[str, Any, Any]]  # (block, what it was given, what it returned), in the order of the calls
+Calls = list[tuple[str, Any, Any]]  # (block, its input, its output), in the order of the calls
 
 
 def _run(
     module: nn.Module, blocks: Mapping[str, nn.Module], recorder: Recorder, x: Tensor, inputs: Mapping[str, Tensor]
-) -> tuple[Chain, Tensor]:
-    chain: Chain = []
+) -> tuple[Calls, Tensor]:
+    calls: Calls = []
 
     def note(block: str) -> Callable[..., None]:
-        return lambda _, args, output: chain.append((block, args[0] if args else None, output))
+        return lambda _, args, output: calls.append((block, args[0] if args else None, output))
 
     handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
     try:
@@ -132,7 +143,7 @@ def _run(
         raise InputError(Problem(KEY, what, "use torch.where instead of `if`, and no .item() or boolean index")) from (
             error
         )
-    except (Exception, SystemExit) as error:  # the user's forward may raise anything; reported with the line that did
+    except (Exception, SystemExit) as error:  # the user's forward may raise anything
         what = f"the forward pass of an input {list(x.shape)} {str(x.dtype).removeprefix('torch.')} failed"
         raise InputError(Problem(KEY, f"{what}: {describe(error)}")) from error
     finally:
@@ -141,18 +152,18 @@ def _run(
     if not isinstance(output, Tensor):
         what = f"forward returned a {type(output).__name__}"
         raise InputError(Problem(KEY, what, "return one tensor: the logits"))
-    return chain, output
+    return calls, output
 
 
-def _check_fold(blocks: Mapping[str, nn.Module], chain: Chain, x: Tensor, output: Tensor) -> None:
+def _check_fold(blocks: Mapping[str, nn.Module], calls: Calls, x: Tensor, output: Tensor) -> None:
     """Raises InputError unless the forward was the fold of the blocks: each once, in order, nothing between."""
-    called = [name for name, _, _ in chain]
+    called = [name for name, _, _ in calls]
     wrong = ""
     if called != list(blocks):
         wrong = f"forward called the blocks {called}, and they are named in the order {list(blocks)}"
     current: Any = x
-    for name, given, returned in chain:
-        if not wrong and given is not current:
+    for name, received, returned in calls:
+        if not wrong and received is not current:
             wrong = f"something happens before block '{name}': it is not given what the one before it returned"
         if not wrong and not isinstance(returned, Tensor):
             wrong = f"block '{name}' returned a {type(returned).__name__}, not one tensor"
@@ -163,58 +174,20 @@ def _check_fold(blocks: Mapping[str, nn.Module], chain: Chain, x: Tensor, output
         raise InputError(Problem(KEY, wrong, f"let forward be nothing but: {FOLD}"))
 
 
-def _card(
-    module: nn.Module,
-    name: str,
-    unit: str,
-    units_per_sample: int,
-    blocks: Mapping[str, nn.Module],
-    chain: Chain,
-    output: Tensor,
-    recorder: Recorder,
-    axes: Mapping[str, tuple[str | None, ...]] | None,
-) -> Card:
-    parameters = [
-        Parameter(key, tuple(p.shape), (axes or {}).get(key, (None,) * p.dim())) for key, p in module.named_parameters()
-    ]
-    tied = _tied(module)
-    if blocks:
-        sizes = {block: returned.numel() for block, _, returned in chain}
-        listed = tuple(
-            _block(key, type(block).__name__, _under(parameters, key), recorder.records[key], sizes[key])
-            for key, block in blocks.items()
-        )
-    else:
-        listed = (_block(WHOLE, type(module).__name__, parameters, recorder.records[""], output.numel()),)
-    splittable = {"pp"} if len(blocks) > 1 else set()
-    if axes is not None:
-        splittable.add("tp")
-    return Card(
-        name=name,
-        blocks=listed,
-        unit=unit,
-        units_per_sample=units_per_sample,
-        tied=tied,
-        splittable=frozenset(splittable),
-        stateful_buffers=_stateful_buffers(module, recorder.written_buffers),
-    )
-
-
-def _block(name: str, kind: str, parameters: Sequence[Parameter], record: BlockRecord, output_elements: int) -> Block:
+def _block(
+    name: str, module: nn.Module, parameters: Sequence[Parameter], record: BlockRecord, output_elements: int
+) -> Block:
+    """The Block of `module`, the block called `name`; "" is the whole module, of all `parameters`."""
     return Block(
-        name=name,
-        kind=kind,
-        parameters=tuple(parameters),
+        name=name or WHOLE,
+        kind=type(module).__name__,
+        parameters=tuple(p for p in parameters if not name or p.name.startswith(f"blocks.{name}.")),
         products=tuple(record.products),
         attention=record.attention,
         saved=record.saved_activations(),
         output_elements=output_elements,
         elementwise_elements=record.elementwise_elements,
     )
-
-
-def _under(parameters: Sequence[Parameter], block: str) -> list[Parameter]:
-    return [p for p in parameters if p.name.startswith(f"blocks.{block}.")]
 
 
 def _tied(module: nn.Module) -> tuple[tuple[str, str], ...]:

@@ -28,11 +28,11 @@ def load_factory(
 ) -> Callable[[], nn.Module]:
     """The build function that `reference` ("package.file:function") names, with `arguments` bound to it.
 
-    `folders` (the job's `model.module_folder`) and the current folder are importable, in that order, and stay so, as
-    with `python -m`. Nothing is built here: each call of the result builds one module.
-    Raises InputError when the file or function is not there, is not callable, or does not take the arguments; the
-    result raises it when the function fails or returns something that is not an `nn.Module`. What the user's code
-    prints goes to stderr: stdout is the result of the command.
+    `folders` (the job's `model.module_folder`) and then the current folder are added to the import path, for good, as
+    with `python -m`. Each call of the result builds one module.
+    Raises InputError if the file or function is missing, is not callable, or does not take the arguments; the result
+    raises it if the function fails or does not return an `nn.Module`. The user's code prints to stderr: stdout is the
+    result of the command.
     """
     module_name, _, attribute = reference.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
@@ -55,7 +55,7 @@ def load_factory(
 
 
 def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
-    with users_code(f"'{reference}'"):
+    with user_code(f"'{reference}'"):
         module = function(**arguments)
     if not isinstance(module, nn.Module):
         what = f"'{reference}' returned a {type(module).__name__}, not an nn.Module"
@@ -64,11 +64,11 @@ def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str,
 
 
 @contextlib.contextmanager
-def users_code(what: str) -> Iterator[None]:
-    """Runs the user's code inside: what it prints goes to stderr, and anything that it raises, `sys.exit` too, becomes
-    an InputError that `what` failed, with the line that raised it."""
+def user_code(what: str) -> Iterator[None]:
+    """For running the user's code: its output goes to stderr, and any exception, `sys.exit` too, becomes an InputError
+    that `what` failed, with the line that raised it."""
     try:
-        with prints_to_stderr():
+        with print_to_stderr():
             yield
     except KeyboardInterrupt:
         raise
@@ -76,13 +76,13 @@ def users_code(what: str) -> Iterator[None]:
         raise InputError(Problem(KEY, f"{what} failed: {describe(error)}")) from error
 
 
-def prints_to_stderr() -> contextlib.redirect_stdout[ToStderr]:
-    """Within, what is printed goes to stderr."""
+def print_to_stderr() -> contextlib.redirect_stdout[ToStderr]:
+    """Redirects stdout to stderr."""
     return contextlib.redirect_stdout(ToStderr())
 
 
 class ToStderr(io.TextIOBase):
-    """Writes to stderr, and closes nothing."""
+    """Writes to stderr and never closes it."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -94,13 +94,13 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
             sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     top = name.partition(".")[0]
-    found = PathFinder.find_spec(top, [str(folder) for folder in folders])
-    if found is not None and top in sys.modules and not _is_from(sys.modules[top], found):
+    spec = PathFinder.find_spec(top, [str(folder) for folder in folders])
+    if spec is not None and top in sys.modules and not _is_from(sys.modules[top], spec):
         where = getattr(sys.modules[top], "__file__", None) or "Python itself"
-        what = f"{found.origin or top} has the name of a module that is already loaded ({where})"
+        what = f"{spec.origin or top} has the name of a module that is already loaded ({where})"
         raise InputError(Problem(KEY, what, "give your file another name"))
     try:
-        with prints_to_stderr():
+        with print_to_stderr():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
@@ -111,7 +111,7 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
 
 
 def _is_from(module: ModuleType, spec: ModuleSpec) -> bool:
-    """Whether `module`, loaded earlier, is what `spec` would load now. Folders without __init__.py have no file."""
+    """Whether `spec` would load `module`, which is loaded already. Folders without __init__.py have no file."""
     if module.__spec__ is not None and module.__spec__.origin is None and spec.origin is None:
         here = {str(Path(path).resolve()) for path in spec.submodule_search_locations or ()}
         return bool(here & {str(Path(path).resolve()) for path in module.__spec__.submodule_search_locations or ()})
@@ -142,7 +142,7 @@ def _check_arguments(reference: str, function: Callable[..., Any], arguments: Ma
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return  # written in C: Python cannot tell its arguments; a wrong one shows when it is called
+        return  # written in C: wrong arguments show when it is called
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     problems = [

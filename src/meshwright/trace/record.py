@@ -1,4 +1,4 @@
-"""Watches one forward pass under fake tensors: products, attention, memory-bound work and saved activations."""
+"""Records one forward pass under fake tensors: products, attention, memory-bound work and saved activations."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from meshwright.card import AttentionShape, Product, Saved
+from meshwright.card import Activation, AttentionShape, Product
 from meshwright.layout import split_dimension
 
-#: Operations that only pick rows of a table: they touch what they return, not the whole table.
+#: Operations that pick rows of a table: they read the rows that they return, not the whole table.
 PICKS = ("embedding", "gather", "index", "index_select", "take", "slice_scatter")
 
 
 @dataclass
 class BlockRecord:
-    """What one block did. `saved` sums bytes by (module path, bytes of an element; 0 for floating point)."""
+    """The work of one block. `saved` sums elements by (module path, bytes per element; 0 for floating point)."""
 
     products: list[Product] = field(default_factory=list)
     attention: AttentionShape | None = None
     saved: dict[tuple[str, int], int] = field(default_factory=dict)
     elementwise_elements: int = 0
 
-    def saved_activations(self) -> tuple[Saved, ...]:
-        return tuple(Saved(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count)
+    def saved_activations(self) -> tuple[Activation, ...]:
+        return tuple(
+            Activation(name, count, bytes_per_element=size) for (name, size), count in self.saved.items() if count
+        )
 
 
 class Recorder(TorchDispatchMode):
-    """Files each operation under the block that is running ("" outside every block).
+    """Adds each operation to the record of the running block ("" outside every block).
 
-    `axes`: logical axes of a parameter by name. Parameters' and buffers' storage is never counted as an activation.
+    `axes`: logical axes by parameter name. Storage of parameters and buffers is not counted as activations.
     """
 
     def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], axes: Mapping[str, tuple[str | None, ...]]):
@@ -48,7 +50,7 @@ class Recorder(TorchDispatchMode):
         self._path: list[str] = [""]
         self._parameters = {_storage(p): name for name, p in module.named_parameters()}
         self._buffers = {_storage(b): name for name, b in module.named_buffers()}
-        self._kept: dict[int, Tensor] = {}  # holding the tensor keeps its storage's address from being used again
+        self._saved: dict[int, Tensor] = {}  # the reference keeps the address of the storage from being reused
 
     @property
     def _record(self) -> BlockRecord:
@@ -56,11 +58,11 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Records everything that runs inside."""
+        """Records all operations within."""
         handles = []
         for name, block in self._blocks.items():
-            handles.append(block.register_forward_pre_hook(self._enter_block(name)))
-            handles.append(block.register_forward_hook(self._leave_block, always_call=True))
+            handles.append(block.register_forward_pre_hook(self._set_block(name)))
+            handles.append(block.register_forward_hook(self._set_block(""), always_call=True))
         prefixes = {id(block): name for name, block in self._blocks.items()}
         for path, child in self._module.named_modules():
             if id(child) not in prefixes and child is not self._module:
@@ -80,14 +82,8 @@ class Recorder(TorchDispatchMode):
                 return path.removeprefix(f"blocks.{name}.")
         return path
 
-    def _enter_block(self, name: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._block = name
-
-        return enter
-
-    def _leave_block(self, *_: Any) -> None:
-        self._block = ""
+    def _set_block(self, name: str) -> Callable[..., None]:
+        return lambda *_: setattr(self, "_block", name)
 
     def _enter(self, path: str) -> Callable[..., None]:
         return lambda *_: self._path.append(path)
@@ -97,8 +93,8 @@ class Recorder(TorchDispatchMode):
 
     def _save(self, tensor: Tensor) -> Tensor:
         key = _storage(tensor)
-        if key not in self._parameters and key not in self._buffers and key not in self._kept:
-            self._kept[key] = tensor
+        if key not in self._parameters and key not in self._buffers and key not in self._saved:
+            self._saved[key] = tensor
             size = 0 if tensor.is_floating_point() else tensor.element_size()
             elements = tensor.untyped_storage().nbytes() // tensor.element_size()
             name = (self._path[-1], size)
@@ -142,7 +138,7 @@ class Recorder(TorchDispatchMode):
                 self.written_buffers.add(self._buffers[_storage(value)])
 
     def _note_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """One plain attention of the whole sequence is the block's `attention`; windows and further ones are products.
+        """A block's first attention of a whole sequence is its `attention`; windows and further ones are products.
 
         query [B, H, T, D], key [B, KH, S, D].
         """
@@ -163,9 +159,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _is_view(inputs: list[Tensor], outputs: list[Tensor], writes: bool) -> bool:
-    """Whether an operation only renames what is there: it returns an input's memory and writes to none."""
-    known = {_storage(tensor) for tensor in inputs}
-    return not writes and bool(outputs) and all(_storage(tensor) in known for tensor in outputs)
+    """Whether an operation only returns views of its inputs and writes to none."""
+    storages = {_storage(tensor) for tensor in inputs}
+    return not writes and bool(outputs) and all(_storage(tensor) in storages for tensor in outputs)
 
 
 def _product_dims(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> tuple[int, int, int] | None:

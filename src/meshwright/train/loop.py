@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from meshwright.card import Card
+from meshwright.data import Manifest
 from meshwright.errors import Problem, RunFailed
 from meshwright.layout import Layout
-from meshwright.parallel import Applied, Mesh, Pipeline
+from meshwright.parallel import Mesh, ParallelModel, Pipeline
 from meshwright.tasks import Task, Totals
 from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate, squared_norm
 from meshwright.train.spans import Spans
@@ -23,47 +24,49 @@ from meshwright.train.spans import Spans
 if TYPE_CHECKING:
     from meshwright.job import Job
 
-#: Called with (step, {name: gradient}) after the gradients are complete and before they are clipped.
+#: (step, start, stop) -> samples start..stop of the global batch of that step.
+BatchReader = Callable[[int, int, int], Mapping[str, Any]]
+#: Called with (step, {name: gradient}, factor to the true gradient) before the gradients are clipped.
 Record = Callable[[int, Mapping[str, Tensor], float], None]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` of the worst rank."""
+    """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` is the worst rank's."""
 
     loss: float
     grad_norm: float
     rate: float
     counted: int
     peak_bytes: int
-    stop_asked: bool
+    stop_requested: bool
 
 
 class Trainer:
-    """One rank's loop over an applied model.
+    """One rank's loop over its part of a model.
 
-    `data.batch(step, start, stop)` gives this rank's samples of a step; `task` turns them into inputs, targets and a
-    summed loss. `boundary` is the Pipeline's.
+    `batch(step, start, stop)` returns samples start..stop of the global batch of `step` (from 1); `task` turns them
+    into inputs, targets and a summed loss. `boundary` is the Pipeline's.
     """
 
     def __init__(
         self,
         job: Job,
         card: Card,
-        applied: Applied,
+        model: ParallelModel,
         mesh: Mesh,
         task: Task,
-        data: Any,
+        batch: BatchReader,
         boundary: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.job, self.card, self.applied, self.mesh, self.task, self.data = job, card, applied, mesh, task, data
+        self.job, self.card, self.model, self.mesh, self.task, self.batch = job, card, model, mesh, task, batch
         self.layout: Layout = mesh.layout
-        self.optimizer = Optimizer(applied, job.train)
+        self.optimizer = Optimizer(model, job.train)
         self.micro_batches = self.layout.micro_batches(job.train.global_batch)
-        self.stop_asked = False
+        self.stop_requested = False
         self.spans = Spans()
-        # Gradients are averaged over the data-parallel ranks, so each is scaled up by their number; the constant
-        # keeps magnitudes near one, and what it gets wrong (samples with padding) is corrected exactly in `step`.
+        # Gradients are averaged over the data-parallel ranks, so each is scaled up by their number. Dividing by all
+        # units keeps magnitudes near one; `step` then corrects exactly for targets that do not count (padding).
         self._units = job.train.global_batch * card.units_per_sample
         self._scale = self.layout.dp * self.layout.cp / self._units
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -71,22 +74,22 @@ class Trainer:
         self._extras: dict[str, float] | None = None  # sums for metrics, while measuring
         self._pipeline: Pipeline | None = None
         if self.layout.pp > 1:
-            self._pipeline = Pipeline(applied, mesh, self.micro_batches, self._loss, boundary)
+            self._pipeline = Pipeline(model, mesh, self.micro_batches, self._loss, boundary)
 
     def step(self, step: int, record: Record | None = None) -> StepResult:
         """Optimizer update number `step` (from 1). Raises RunFailed when loss or gradient is not finite."""
         self._reset()
         torch.manual_seed(self._noise_seed(step))
-        self.applied.module.train()
+        self.model.module.train()
         with self.spans("batch", step):
-            batch = self._share(self.data.batch, step)
+            batch = self.batch(step, *self._share())
         with self.spans("forward and backward", step):
             self._forward_backward(batch, step)
         with self.spans("complete gradients", step):
             self.optimizer.collect()
-            complete_gradients(self.applied, self.optimizer, self.mesh)
+            complete_gradients(self.model, self.optimizer, self.mesh)
         with self.spans("agree", step):
-            loss_sum, counted, squared, peak_bytes, stop_asked = self._agree()
+            loss_sum, counted, squared, peak_bytes, stop_requested = self._agree()
         if not counted:
             raise RunFailed(Problem(f"step {step}", "no target of the batch counts", "see meshwright check"))
         correction = self._units / counted
@@ -102,26 +105,26 @@ class Trainer:
             self._clip(norm, correction)
             self.optimizer.step(rate)
             self.optimizer.clear()
-        return StepResult(loss, norm, rate, round(counted), round(peak_bytes), stop_asked)
+        return StepResult(loss, norm, rate, round(counted), round(peak_bytes), stop_requested)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss per unit over `train.eval_batches` batches at most, with the task's metrics; equal on every
-        rank, and {} where nothing is held out."""
+    def evaluate(self, manifest: Manifest) -> dict[str, float]:
+        """Loss per unit of at most `train.eval_batches` held-out batches, with the task's metrics: equal on every rank,
+        {} where nothing is held out."""
         self._reset()
         self._extras = dict.fromkeys(self.task.extra_names, 0.0)
-        self.applied.module.eval()
+        self.model.module.eval()
         text_bytes = 0
-        size = self.job.train.global_batch
-        for index in range(min(self.job.train.eval_batches, -(-self.data.held_out_samples // size))):
-            text_bytes += self.data.held_out_bytes(index * size, size)
-            x, inputs, targets = self._tensors(self._share(self.data.held_out, index))
+        size, (start, stop) = self.job.train.global_batch, self._share()
+        for index in range(min(self.job.train.eval_batches, -(-manifest.held_out_samples // size))):
+            text_bytes += manifest.held_out_bytes(index * size, size)
+            x, inputs, targets = self._tensors(manifest.held_out(index * size + start, stop - start))
             self._counted += self.task.count(targets)
             if self._pipeline:
-                self._add(self._pipeline.evaluate(x, inputs, targets))
+                self._add_losses(self._pipeline.evaluate(x, inputs, targets))
             else:
-                for part in self._micro(x, inputs, targets):
-                    self._add([self._loss(self.applied.module(part[0], **part[1]), part[2])])
+                for part in self._split_micro_batches(x, inputs, targets):
+                    self._add_losses([self._loss(self.model.module(part[0], **part[1]), part[2])])
         extras, self._extras = self._extras, None
         return self._held_out_metrics(text_bytes, extras)
 
@@ -134,17 +137,17 @@ class Trainer:
         sizes = Totals(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
         return {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, sizes)}
 
-    def _share(self, source: Callable[..., Any], step: int) -> Any:
-        """This data-parallel rank's contiguous share of global batch `step`."""
+    def _share(self) -> tuple[int, int]:
+        """Start and stop, in a global batch, of this data-parallel rank's samples."""
         size = self.job.train.global_batch // self.layout.dp
         start = self.mesh.at.dp(self.layout) * size
-        return source(step, start, start + size)
+        return start, start + size
 
     def _tensors(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         x, inputs = self.task.inputs(batch, self.mesh.device)
         return x, inputs, self.task.targets(batch, self.mesh.device)
 
-    def _micro(self, x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor) -> list[Any]:
+    def _split_micro_batches(self, x: Tensor, inputs: Mapping[str, Tensor], targets: Tensor) -> list[Any]:
         size = self.layout.micro_batch
         return [
             (x[i : i + size], {name: value[i : i + size] for name, value in inputs.items()}, targets[i : i + size])
@@ -155,25 +158,25 @@ class Trainer:
         x, inputs, targets = self._tensors(batch)
         self._counted = self.task.count(targets)
         if self._pipeline:
-            self._add(self._pipeline.step(x, inputs, targets))
+            self._add_losses(self._pipeline.step(x, inputs, targets))
             return
-        parts = self._micro(x, inputs, targets)
+        parts = self._split_micro_batches(x, inputs, targets)
         for index, (x, inputs, targets) in enumerate(parts):
-            self.applied.sync_gradients(index == len(parts) - 1)
+            self.model.sync_gradients(index == len(parts) - 1)
             with self.spans("forward", step):
-                loss = self._loss(self.applied.module(x, **inputs), targets)
+                loss = self._loss(self.model.module(x, **inputs), targets)
             with self.spans("backward", step):
                 loss.backward()
-            self._add([loss])
+            self._add_losses([loss])
 
     def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
         if self._extras is not None:
             for name, value in self.task.extras(output, targets).items():
                 self._extras[name] += value
-        loss: Tensor = self.task.loss_sum(output, targets, self.applied.output)
+        loss: Tensor = self.task.loss_sum(output, targets, self.model.output)
         return loss * self._scale
 
-    def _add(self, losses: list[Tensor]) -> None:
+    def _add_losses(self, losses: list[Tensor]) -> None:
         for loss in losses:
             self._loss_sum += loss.detach() / self._scale
 
@@ -183,8 +186,8 @@ class Trainer:
 
     @property
     def _contributes(self) -> bool:
-        """Whether this rank adds to the world's sums: on the last stage, and of tensor-parallel ranks, which know the
-        same, one."""
+        """Whether this rank adds to the world's sums: it is on the last stage, and the first of tensor-parallel ranks,
+        which all have the same values."""
         return self.mesh.last_stage and self.mesh.at.tp == 0
 
     def _loss_share(self) -> tuple[float, float]:
@@ -192,11 +195,11 @@ class Trainer:
         return (float(self._loss_sum), float(self._counted)) if self._contributes else (0.0, 0.0)
 
     def _agree(self) -> tuple[float, float, float, float, bool]:
-        """One collective for all that the ranks must agree on; each rank's peak memory has a slot of its own."""
+        """One collective for all that the ranks must agree on; each rank's peak memory has its own slot."""
         values = torch.zeros(4 + self.layout.devices, dtype=torch.float64)
         values[0], values[1] = self._loss_share()
-        values[2] = squared_norm(self.optimizer, self.applied.placements)
-        values[3] = float(self.stop_asked)
+        values[2] = squared_norm(self.optimizer, self.model.placements)
+        values[3] = float(self.stop_requested)
         values[4 + self.mesh.rank] = peak_bytes(self.mesh.device)
         loss_sum, counted, squared, stop, *peaks = self.mesh.sum_over_world(values.to(self.mesh.device)).tolist()
         return loss_sum, counted, squared, max(peaks), stop > 0
@@ -209,14 +212,14 @@ class Trainer:
             torch._foreach_mul_(self.optimizer.gradients(), factor)
 
     def _noise_seed(self, step: int) -> int:
-        """Seed of what is random inside a model (dropout): by step and data-parallel rank, so that a resumed run
-        draws what the uninterrupted one would."""
+        """Seed of a model's own randomness (dropout), by step and data-parallel rank: a resumed run draws what the
+        uninterrupted one would."""
         seed = (self.job.train.seed * 1_000_003 + step) * 65_537 + self.mesh.at.dp(self.layout)
         return int(seed % 2**63)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory this process has held: allocated on the GPU, or resident in the host's memory."""
+    """The most memory that this process has had: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""From a job's `[model]` section to what training needs: a meta module, where its values come from, how it is saved."""
+"""From a job's `[model]` section to what training needs: a meta module, its first values, how it is saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from meshwright.checkpoint import ModelFolder, read_model_folder
 from meshwright.families.llama import card as llama
 from meshwright.families.llama.module import build
 from meshwright.layout import Box
-from meshwright.parallel import Applied
+from meshwright.parallel import ParallelModel
 from meshwright.trace import card_of_job, factory_of_job
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ _ELEMENTS_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class Model:
-    """A model before it is split. `fill` gives an Applied its first values; `folder` says how `model/` is written."""
+    """A model before it is split. `fill` sets the first values of a ParallelModel; `folder` says how `model/` is
+    written."""
 
     card: Card
     module: nn.Module
-    fill: Callable[[Applied], None]
+    fill: Callable[[ParallelModel], None]
     names: Mapping[str, str]
     side_files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -44,7 +45,7 @@ class Model:
 
 
 def model_of_job(job: Job, eos_id: int | None) -> Model:
-    """Reads the job; nothing is allocated but, for a custom module, its own CPU copy.
+    """The Model of a job. Only a custom module takes memory: one copy on the CPU.
 
     Raises InputError for a folder or factory that cannot be used.
     """
@@ -57,11 +58,11 @@ def model_of_job(job: Job, eos_id: int | None) -> Model:
         module = build(shape)
     names = llama.hf_names(shape)
 
-    def fill(applied: Applied) -> None:
-        applied.fill(initial_values(job.train.seed, module.init_rule))
+    def fill(model: ParallelModel) -> None:
+        model.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
-            wanted = {row.name: (row, applied.local(name)) for name, row in applied.placements.items()}
-            read_model_folder(Path(job.model.hf), names, wanted, ignored=llama.ignored_tensors(shape))
+            tensors = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
+            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.ignored_tensors(shape))
 
     config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
     generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()
@@ -80,21 +81,20 @@ def _custom(job: Job) -> Model:
     def source(name: str, box: Box) -> Tensor:
         return values[name][tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))]
 
-    def fill(applied: Applied) -> None:
-        applied.fill(source, buffers)
+    def fill(model: ParallelModel) -> None:
+        model.fill(source, buffers)
 
-    made_by = {"factory": job.model.module, "arguments": job.model.arguments}
+    factory_record = {"factory": job.model.module, "arguments": job.model.arguments}
     names = {parameter.name: parameter.name for parameter in card.parameters}
-    side_files = {"module.json": json.dumps(made_by, indent=2, sort_keys=True).encode()}
+    side_files = {"module.json": json.dumps(factory_record, indent=2, sort_keys=True).encode()}
     return Model(card, whole.to("meta"), fill, names, side_files)
 
 
 def initial_values(seed: int, rule: Callable[[str], tuple[str, float]]) -> Callable[[str, Box], Tensor]:
-    """A source of first values that depends on seed, name and place alone, so every layout starts from the same
-    model and a rank draws only the rows it holds.
+    """A source of first values that depend on seed, name and position alone: every layout starts from the same model,
+    and a rank draws only the runs of rows that overlap its box.
 
-    A parameter is drawn in runs of whole rows; run k of parameter `name` has the generator seeded by a digest of
-    (seed, name, k).
+    Run k of whole rows of parameter `name` has a generator seeded by a digest of (seed, name, k).
     """
 
     def source(name: str, box: Box) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW over this rank's shards, the learning-rate schedule, and the norm of a gradient that no rank holds whole."""
+"""AdamW over this rank's shards, the learning-rate schedule, and the norm of a sharded gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.parallel import Applied, Mesh
+from meshwright.parallel import Mesh, ParallelModel
 from meshwright.placement import Placement
 
 if TYPE_CHECKING:
@@ -35,19 +35,19 @@ def learning_rate(step: int, train: TrainSection) -> float:
 
 
 class Optimizer:
-    """AdamW on the plain local tensors of `applied`. Weights of two or more dimensions decay, vectors do not."""
+    """AdamW on the plain local tensors of `model`. Parameters of two or more dimensions decay, vectors do not."""
 
-    def __init__(self, applied: Applied, train: TrainSection) -> None:
-        self._applied = applied
+    def __init__(self, model: ParallelModel, train: TrainSection) -> None:
+        self._model = model
         self.parameters = {
-            name: applied.local(name).detach()
-            for name, parameter in applied.module.named_parameters()
-            if parameter.requires_grad and applied.placements[name].box.elements
+            name: model.local(name).detach()
+            for name, parameter in model.module.named_parameters()
+            if parameter.requires_grad and model.placements[name].box.elements
         }
         decays: list[Tensor] = []
         stays: list[Tensor] = []
         for name, local in self.parameters.items():
-            (decays if len(applied.placements[name].box.global_shape) >= 2 else stays).append(local)
+            (decays if len(model.placements[name].box.global_shape) >= 2 else stays).append(local)
         groups = [{"params": decays, "weight_decay": train.weight_decay}, {"params": stays, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -66,7 +66,7 @@ class Optimizer:
     def collect(self) -> None:
         """Takes this step's gradients; a parameter that the loss did not touch gets zeros, as on one device."""
         for name, local in self.parameters.items():
-            gradient = self._applied.local_gradient(name)
+            gradient = self._model.local_gradient(name)
             local.grad = torch.zeros_like(local) if gradient is None else gradient
 
     def gradients(self) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Optimizer:
     def clear(self) -> None:
         for local in self.parameters.values():
             local.grad = None
-        self._applied.module.zero_grad(set_to_none=True)
+        self._model.module.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> list[Tensor]:
         """Every tensor of the state: moments and counts of updates."""
@@ -93,7 +93,7 @@ class Optimizer:
         """The moments by name, for a checkpoint to write or fill."""
         entries = {}
         for name, local in self.parameters.items():
-            row = self._applied.placements[name]
+            row = self._model.placements[name]
             for moment in ("exp_avg", "exp_avg_sq"):
                 entry = dataclasses.replace(row, name=f"{moment}.{row.name}")
                 entries[entry.name] = (entry, self._adamw.state[local][moment])
@@ -105,9 +105,9 @@ class Optimizer:
             self._adamw.state[local]["step"].fill_(step)
 
 
-def complete_gradients(applied: Applied, optimizer: Optimizer, mesh: Mesh) -> None:
-    """Sums what is still partial: over tensor-parallel ranks, and over the two ends that share a tied weight."""
-    gradients = [(applied.placements[name], gradient) for name, gradient in optimizer.named_gradients().items()]
+def complete_gradients(model: ParallelModel, optimizer: Optimizer, mesh: Mesh) -> None:
+    """Sums partial gradients: over tensor-parallel ranks, and over the two pipeline ends that share a tied weight."""
+    gradients = [(model.placements[name], gradient) for name, gradient in optimizer.named_gradients().items()]
     _all_reduce_together([gradient for row, gradient in gradients if "tp" in row.partial], mesh.tp_group)
     for row, gradient in sorted(gradients, key=lambda pair: pair[0].name):
         if "ends" in row.partial:

@@ -1,4 +1,4 @@
-"""Writes every step's gradients, so that `verify` can say which tensor parts first."""
+"""Writes every step's gradients, so that `verify` can name the first tensor that differs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meshwright.parallel import Applied, Mesh
+from meshwright.parallel import Mesh, ParallelModel
 from meshwright.train.loop import Record
 
 
-def recorder(folder: str | None, applied: Applied, mesh: Mesh) -> Record | None:
+def recorder(folder: str | None, model: ParallelModel, mesh: Mesh) -> Record | None:
     """A Record that writes step-N/rank-K.safetensors: the boxes this rank owns, scaled to the true gradient.
 
     Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}. None for no folder.
@@ -26,7 +26,7 @@ def recorder(folder: str | None, applied: Applied, mesh: Mesh) -> Record | None:
     def record(step: int, gradients: Mapping[str, Tensor], correction: float) -> None:
         tensors, boxes = {}, {}
         for name, gradient in gradients.items():
-            row = applied.placements[name]
+            row = model.placements[name]
             if row.owner:
                 tensors[row.name] = (gradient * correction).to("cpu", torch.float32).contiguous()
                 boxes[row.name] = {"start": row.box.start, "global_shape": row.box.global_shape}

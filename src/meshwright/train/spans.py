@@ -1,4 +1,4 @@
-"""Where the time of a step goes on each rank, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+"""The time of each part of a step on each rank, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from meshwright.files import write_atomic
 from meshwright.run import RunFolder
 
-#: Spans kept a rank: the last steps of a run. A step has five, and two for each micro-batch.
-KEPT = 2000
+#: Spans that a rank keeps: the last steps of a run. A step has five, and two for each micro-batch.
+MAX_SPANS = 2000
 
 
 class Spans:
-    """Named stretches of one rank's time, the newest KEPT of them. Host time: on a GPU, work is queued, not done."""
+    """The newest MAX_SPANS named spans of one rank. Host time: on a GPU, the time to queue work, not to do it."""
 
     def __init__(self) -> None:
-        self._spans: deque[tuple[str, float, float, dict[str, int]]] = deque(maxlen=KEPT)
+        self._spans: deque[tuple[str, float, float, dict[str, int]]] = deque(maxlen=MAX_SPANS)
 
     @contextmanager
     def __call__(self, name: str, step: int) -> Iterator[None]:
@@ -31,24 +31,16 @@ class Spans:
             self._spans.append((name, start, time.time() - start, {"step": step}))
 
     def write(self, run: RunFolder, rank: int) -> None:
-        """Leaves this rank's part beside its log; `merge` makes one trace of all."""
+        """Writes this rank's part beside its log; `merge` makes one trace of all parts."""
         events = [
-            {
-                "name": name,
-                "ph": "X",
-                "ts": start * 1e6,
-                "dur": seconds * 1e6,
-                "pid": rank,
-                "tid": 0,
-                "args": args,
-            }
+            {"name": name, "ph": "X", "ts": start * 1e6, "dur": seconds * 1e6, "pid": rank, "tid": 0, "args": args}
             for name, start, seconds, args in self._spans
         ]
         _part(run, rank).write_text(json.dumps(events))
 
 
 def merge(run: RunFolder, world: int) -> None:
-    """trace.json out of the parts of all ranks, a row a rank."""
+    """Writes trace.json from the parts of all ranks, one row per rank."""
     events = []
     for rank in range(world):
         events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})

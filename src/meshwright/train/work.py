@@ -25,10 +25,10 @@ from meshwright.train.spans import merge
 
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains the run in folder `payload["run"]`, whose manifest is there, to its last step; rank 0 writes the events.
+    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 writes the events.
 
-    `payload["resume"]`: go on from the newest committed checkpoint. `payload["record"]`: a folder where every step's
-    gradients are written, for `verify`. Returns {"step", "loss", ...} of the end.
+    `payload["resume"]`: continue from the newest committed checkpoint. `payload["record"]`: a folder where every step's
+    gradients are written, for `verify`. Returns {"step", "loss", ...} of the last step.
     """
     run = RunFolder(payload["run"])
     job = load_job(run.job, data_must_exist=False)
@@ -37,7 +37,7 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     with start(layout, context.rank, context.store_path, timeout_seconds=job.launch.timeout_seconds) as mesh:
         session = Session(job, plan, run, mesh, resume=bool(payload.get("resume")))
-        session.record = recorder(payload.get("record"), session.trainer.applied, mesh)
+        session.record = recorder(payload.get("record"), session.trainer.model, mesh)
         return session.train()
 
 
@@ -48,16 +48,14 @@ class Session:
         self.job, self.plan, self.run, self.mesh = job, plan, run, mesh
         self.record: Record | None = None
         self.manifest = data.Manifest.open(run.manifest)
-        self.task = tasks.get(job.task.name)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
         chosen = plan.chosen
-        applied = apply(chosen, self.model.card, self.model.module, mesh)
-        self.model.fill(applied)
-        view = DataView(self.manifest, job)
-        self.trainer = Trainer(job, self.model.card, applied, mesh, self.task, view)
-        self.done = self._restore() if resume else 0
-        asked, outlook = job.checkpoint.every, plan.outlook
-        self.checkpoint_steps = asked if asked is not None else (outlook.checkpoint_steps if outlook else 0)
+        parallel_model = apply(chosen, self.model.card, self.model.module, mesh)
+        self.model.fill(parallel_model)
+        self.trainer = Trainer(job, self.model.card, parallel_model, mesh, tasks.get(job.task.name), self._batch)
+        self.first_step = 1 + (self._restore() if resume else 0)
+        every, planned = job.checkpoint.every, plan.outlook.checkpoint_steps if plan.outlook else 0
+        self.checkpoint_steps = planned if every is None else every
         self.writer = checkpoint.Writer(
             run.checkpoints,
             mesh.rank,
@@ -65,47 +63,46 @@ class Session:
             asynchronous=job.checkpoint.asynchronous,
             keep=job.checkpoint.keep,
             layout=chosen.layout,
-            parent=self.done or None,
+            parent=self.first_step - 1 or None,
         )
 
     def train(self) -> dict[str, Any]:
-        """Steps until the job's last one, or until asked to stop (SIGTERM, SIGINT), which saves first."""
+        """Steps to the job's last one, or until SIGTERM or SIGINT; both end with a checkpoint."""
         for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self._ask_stop)
-        self._event("start", step=self.done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
+            signal.signal(kind, self._request_stop)
+        done = self.first_step - 1
+        self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
         clock = Clock(self.mesh.device)
         held_out: dict[str, float] = {}
-        result, saved = None, self.done if self.done else None
-        for step in range(self.done + 1, self.job.train.steps + 1):
+        result, saved_step = None, done
+        for step in range(self.first_step, self.job.train.steps + 1):
             result = self.trainer.step(step, self.record)
             seconds = clock.tick()
-            self._say_step(step, result, seconds)
-            last = step == self.job.train.steps or result.stop_asked
-            if self._due(self.job.train.eval_every, step) or step == self.job.train.steps:
+            self._append_step_event(step, result, seconds)
+            last = step == self.job.train.steps or result.stop_requested
+            if self._is_due(self.job.train.eval_every, step) or step == self.job.train.steps:
                 with self.trainer.spans("evaluate", step):
-                    held_out = self.trainer.evaluate()
+                    held_out = self.trainer.evaluate(self.manifest)
                 self._event("eval", step=step, **held_out)
-            if self._due(self.checkpoint_steps, step) or last:
+            if self._is_due(self.checkpoint_steps, step) or last:
                 with self.trainer.spans("checkpoint", step):
                     self._save(step)
-                saved = step
+                saved_step = step
             clock.tick()
-            if result.stop_asked:
+            if result.stop_requested:
                 break
         self.writer.wait()
         self.trainer.spans.write(self.run, self.mesh.rank)
         dist.barrier()
         if self.mesh.rank == 0:
             merge(self.run, self.mesh.layout.devices)
-        step = saved or 0
-        self._event("end", step=step, finished=step == self.job.train.steps, **held_out)
-        return {"step": step, "loss": result.loss if result else None, **held_out}
+        self._event("end", step=saved_step, finished=saved_step == self.job.train.steps, **held_out)
+        return {"step": saved_step, "loss": result.loss if result else None, **held_out}
 
-    def _due(self, every: int, step: int) -> bool:
+    def _is_due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0
 
-    def _say_step(self, step: int, result: StepResult, seconds: float) -> None:
-        predicted = self.plan.chosen.predicted.step_seconds.mid
+    def _append_step_event(self, step: int, result: StepResult, seconds: float) -> None:
         self._event(
             "step",
             step=step,
@@ -114,7 +111,7 @@ class Session:
             lr=result.rate,
             tokens_per_second=result.counted / seconds,
             step_seconds=seconds,
-            predicted_step_seconds=predicted,
+            predicted_step_seconds=self.plan.chosen.predicted.step_seconds.mid,
             peak_bytes=result.peak_bytes,
         )
 
@@ -122,8 +119,8 @@ class Session:
         if self.mesh.rank == 0:
             self.run.append_event(kind, **fields)
 
-    def _ask_stop(self, *_: Any) -> None:
-        self.trainer.stop_asked = True
+    def _request_stop(self, *_: Any) -> None:
+        self.trainer.stop_requested = True
 
     def _save(self, step: int) -> None:
         clock = Clock(self.mesh.device)
@@ -133,11 +130,11 @@ class Session:
         self._event("checkpoint", step=step, seconds=clock.tick())
 
     def _weights(self) -> dict[str, tuple[Placement, Tensor]]:
-        applied = self.trainer.applied
-        return {row.name: (row, applied.local(name).detach()) for name, row in applied.placements.items()}
+        model = self.trainer.model
+        return {row.name: (row, model.local(name).detach()) for name, row in model.placements.items()}
 
     def _restore(self) -> int:
-        """Loads the newest committed checkpoint; returns its step, 0 where there is none."""
+        """Loads the newest committed checkpoint; returns its step, 0 if there is none."""
         folder = checkpoint.latest(self.run.checkpoints)
         if folder is None:
             return 0
@@ -150,17 +147,5 @@ class Session:
         self._event("recovery", step=manifest.step, checkpoint=folder.name)
         return int(manifest.step)
 
-
-class DataView:
-    """The manifest as the trainer asks for it: shares of a training or a held-out batch. Steps count from 1."""
-
-    def __init__(self, manifest: data.Manifest, job: Job) -> None:
-        self._manifest, self._train = manifest, job.train
-        self.held_out_samples = manifest.held_out_samples
-        self.held_out_bytes = manifest.held_out_bytes
-
-    def batch(self, step: int, start: int, stop: int) -> data.Batch:
-        return self._manifest.batch(self._train.seed, step - 1, self._train.global_batch, start, stop)
-
-    def held_out(self, index: int, start: int, stop: int) -> data.Batch:
-        return self._manifest.held_out(index * self._train.global_batch + start, stop - start)
+    def _batch(self, step: int, start: int, stop: int) -> data.Batch:
+        return self.manifest.batch(self.job.train.seed, step - 1, self.job.train.global_batch, start, stop)

@@ -28,7 +28,7 @@ def read_job(
 
     Raises InputError listing every problem, those too that `also` meets with the valid part of a faulty job.
     """
-    from meshwright.job import Job, load_job, sound_part
+    from meshwright.job import Job, load_job, valid_part
 
     if isinstance(job, Job):
         if overrides:
@@ -39,7 +39,7 @@ def read_job(
     except InputError as error:
         problems = list(error.problems)
         try:
-            rest = None if also is None else sound_part(job, overrides)
+            rest = None if also is None else valid_part(job, overrides)
             if also is not None and rest is not None and rest.model.module is None:  # a module's code would be run
                 also(rest)
         except (InputError, CannotWork) as further:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from meshwright.card import Block, Card, Parameter, Saved
+from meshwright.card import Activation, Block, Card, Parameter
 from meshwright.cluster import Cluster, cpu_cluster, named_cluster
 from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder import card as decoder_card
@@ -53,7 +53,7 @@ def toy(blocks: int = 4, parameters: int = 1000, saved: int = 500) -> Card:
                 str(i),
                 "block",
                 (Parameter(f"blocks.{i}.w", (parameters,), (None,)),),
-                saved=(Saved("x", saved),),
+                saved=(Activation("x", saved),),
                 output_elements=10,
             )
             for i in range(blocks)

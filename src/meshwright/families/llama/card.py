@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwright.card import Card, Saved
+from meshwright.card import Activation, Card
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.families import decoder
 from meshwright.families.decoder_config import ConfigReader, kind_of, show
@@ -22,10 +22,10 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-#: Of `nn/blocked.py`, which cannot be imported here, where torch is not: a test holds them together.
+#: As in `nn/blocked.py`, which cannot be imported without torch: a test compares them.
 QUERIES_AT_ONCE, PROBABILITIES_KEPT = 128, 512
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-#: Numbers of a table of rotary scaling, each with a usual one.
+#: Numbers of a table of rotary scaling, with their usual values.
 ROPE_NUMBERS: Mapping[str, float] = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -39,9 +39,9 @@ ROPE_NUMBERS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class LlamaShape(DecoderShape):
-    """A decoder that we train and serve: its sizes, and the numbers that change no size.
+    """A decoder that we train and serve: its sizes and its other numbers.
 
-    A bias is on all of attention's products or on none; Qwen2 has none on the output (`biases`).
+    All of attention's products have a bias or none; Qwen2 has none on the output (`biases`).
     """
 
     max_positions: int = 2048
@@ -54,9 +54,9 @@ class LlamaShape(DecoderShape):
 
     @property
     def longest(self) -> int:
-        """Tokens a sequence may have: the positions, or the sliding window where that is shorter.
+        """Most tokens of a sequence: the positions, or the sliding window if that is shorter.
 
-        Within its window a model with sliding-window attention is an ordinary one; past it ours would be another.
+        Within its window a model with sliding-window attention is an ordinary one; past it ours would differ.
         """
         return min(self.max_positions, self.sliding_window or self.max_positions)
 
@@ -67,11 +67,11 @@ def biases(hf_type: str, attention_bias: bool) -> tuple[str, ...]:
 
 
 def shape_from_job(model: ModelSection, seq_len: int) -> LlamaShape:
-    """The shape a job's `[model]` section names. `seq_len` becomes the longest position."""
+    """The shape of a job's `[model]` section, with `seq_len` positions."""
     assert model.layers and model.hidden and model.heads and model.ffn and model.vocab, (
         "a Job of a family has its sizes"
     )
-    # transformers refuses a Llama whose hidden is no multiple of its heads; its Mistral is the same model without that.
+    # transformers refuses a Llama whose hidden is not a multiple of its heads, and allows the same model as a Mistral.
     plain = "mistral" if model.hidden % model.heads else "llama"
     hf_type = "qwen3" if model.qk_norm else "qwen2" if model.attention_bias else plain
     return LlamaShape(
@@ -96,7 +96,7 @@ def shape_from_job(model: ModelSection, seq_len: int) -> LlamaShape:
 def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlamaShape:
     """The shape of a Hugging Face folder's `config.json`.
 
-    Raises InputError for a model type or a feature that this family does not compute.
+    Raises InputError for a model type or a feature that this family does not have.
     """
     kind = kind_of(config, where)
     if kind not in ARCHITECTURES:
@@ -107,7 +107,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
         reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
     if reader.flag("mlp_bias"):
         reader.refuse("mlp_bias is not supported", "supported: mlp_bias false")
-    sizes = reader.sizes()
+    sizes = reader.sizes(usual_keys=True)
     sliding = reader.flag("use_sliding_window", otherwise=kind == "mistral") and reader.has("sliding_window")
     theta, scaling = _rope_of_hf(reader)
     more: dict[str, Any] = {
@@ -129,7 +129,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
 
 
 def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
-    """The token id under `key`, or a tuple of `several`; None where there is none."""
+    """The token id under `key`, or a tuple of `several`; None if there is none."""
     value = reader.config.get(key)
     if value is None or type(value) is int:
         return value
@@ -141,7 +141,7 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
 
 
 def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of the rotary positions, which a config may keep in one table."""
+    """Base and scaling of the rotary positions, which a config may have in one table."""
     key = "rope_parameters" if reader.config.get("rope_parameters") else "rope_scaling"
     rope = dict(reader.table(key))
     theta = reader.number("rope_theta", 10000.0)
@@ -156,7 +156,7 @@ def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
 
 
 def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
-    """The scaling table with its kind under `rope_type`, or None for plain rotary positions."""
+    """The scaling table with its kind under `rope_type`; None for plain rotary positions."""
     if not rope:
         return None
     scaling = {key: value for key, value in rope.items() if key != "type"}
@@ -180,7 +180,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
 
 
 def hf_config(shape: LlamaShape) -> dict[str, Any]:
-    """The `config.json` with which `transformers` builds the same model."""
+    """The `config.json` of the same model in `transformers`."""
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[shape.hf_type]],
         "model_type": shape.hf_type,
@@ -237,59 +237,59 @@ def hf_names(shape: LlamaShape) -> dict[str, str]:
 
 
 def ignored_tensors(shape: LlamaShape) -> tuple[str, ...]:
-    """Patterns of tensors that some writers add to a folder and no model needs: frequencies, which are computed, and
+    """Patterns of tensors that a folder may have and a model does not need: rotary frequencies, which are computed, and
     the alias of a tied embedding."""
     return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if shape.tied else ()))
 
 
-def _norm_saved(name: str, t: int, h: int) -> tuple[Saved, ...]:
-    """A norm keeps its input and each token's scale; on a CPU, where it is no single operation, fp32 copies of its
-    input and of what it made, before the weight."""
+def _norm_activations(name: str, t: int, h: int) -> tuple[Activation, ...]:
+    """A norm keeps its input and each token's scale; on a CPU, where it is several operations, fp32 copies of its input
+    and of its result before the weight."""
     return (
-        Saved(f"{name} input", t * h, "sp", selective=True, on="cuda"),
-        Saved(f"{name} input", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
-        Saved(f"{name} without its weight", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
-        Saved(f"{name} scale", t, "sp", bytes_per_element=4, selective=True),
+        Activation(f"{name} input", t * h, "sp", selective=True, on="cuda"),
+        Activation(f"{name} input", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Activation(f"{name} without its weight", t * h, "sp", bytes_per_element=4, selective=True, on="cpu"),
+        Activation(f"{name} scale", t, "sp", bytes_per_element=4, selective=True),
     )
 
 
-def _layer_saved(shape: LlamaShape, t: int) -> tuple[Saved, ...]:
-    """What a layer keeps, operation by operation of `module.py`; recomputed selectively, what `parallel.apply` keeps.
+def _layer_activations(shape: LlamaShape, t: int) -> tuple[Activation, ...]:
+    """The activations of a layer, by the operations of `module.py`; for selective recompute, as in `parallel.apply`.
 
-    Keys and values are repeated for the query heads that share them, but for the blocked attention of bf16 on a CPU,
-    which keeps its probabilities while they are few (`nn/blocked.py`).
+    Keys and values are repeated for the query heads that share them, except in the blocked attention of bf16 on a CPU,
+    which keeps its probabilities for short sequences (`nn/blocked.py`).
     """
     h, ffn, heads = shape.hidden, shape.ffn, shape.heads
     q, kv = heads * shape.head_dim, shape.kv_heads * shape.head_dim
     repeated = q if heads > shape.kv_heads else kv
     table = [
-        *_norm_saved("attn_norm", t, h),
-        Saved("qkv input", t * h, selective=True),
-        Saved("cosines and sines", 2 * t * shape.head_dim, selective=True),
-        Saved("q", t * q, "tp", selective=True),
-        Saved("attention output", t * q, "tp"),
+        *_norm_activations("attn_norm", t, h),
+        Activation("qkv input", t * h, selective=True),
+        Activation("cosines and sines", 2 * t * shape.head_dim, selective=True),
+        Activation("q", t * q, "tp", selective=True),
+        Activation("attention output", t * q, "tp"),
     ]
     for place in ("cuda", "cpu fp32"):
-        table.append(Saved("k and v", 2 * t * repeated, "tp", selective=True, on=place))
-        table.append(Saved("attention log-sum-exp", t * heads, "tp", bytes_per_element=4, on=place))
+        table.append(Activation("k and v", 2 * t * repeated, "tp", selective=True, on=place))
+        table.append(Activation("attention log-sum-exp", t * heads, "tp", bytes_per_element=4, on=place))
     table += [
-        Saved("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
-        Saved("attention probabilities", heads * kept_probabilities(t), "tp", selective=True, on="cpu bf16"),
-        *_norm_saved("ffn_norm", t, h),
-        Saved("gate and up input", t * h, selective=True),
-        Saved("gate and up", 2 * t * ffn, "tp"),
-        Saved("silu and product", 2 * t * ffn, "tp", selective=True),
-        Saved("layer input", t * h, "sp", on="selective"),
-        Saved("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
-        Saved("products into the residual stream", 2 * t * h, on="selective"),
-        Saved("their sums over tensor-parallel ranks", 2 * t * h, "sp", on="selective tp"),
+        Activation("k and v", 2 * t * kv, "tp", selective=True, on="cpu bf16"),
+        Activation("attention probabilities", heads * saved_probabilities(t), "tp", selective=True, on="cpu bf16"),
+        *_norm_activations("ffn_norm", t, h),
+        Activation("gate and up input", t * h, selective=True),
+        Activation("gate and up", 2 * t * ffn, "tp"),
+        Activation("silu and product", 2 * t * ffn, "tp", selective=True),
+        Activation("layer input", t * h, "sp", on="selective"),
+        Activation("q, k and v before rotation", t * (q + 2 * kv), "tp", on="selective"),
+        Activation("products into the residual stream", 2 * t * h, on="selective"),
+        Activation("their sums over tensor-parallel ranks", 2 * t * h, "sp", on="selective tp"),
     ]
     return tuple(table)
 
 
-def kept_probabilities(t: int) -> int:
-    """Probabilities of one head that the blocked attention of `t` tokens keeps: none beyond PROBABILITIES_KEPT tokens,
-    else of each block of queries with all keys up to its end."""
+def saved_probabilities(t: int) -> int:
+    """Probabilities of one head that the blocked attention of `t` tokens keeps: those of each block of queries with all
+    keys up to its end, none beyond PROBABILITIES_KEPT tokens."""
     if t > PROBABILITIES_KEPT:
         return 0
     ends = [min(start + QUERIES_AT_ONCE, t) for start in range(0, t, QUERIES_AT_ONCE)]
@@ -297,14 +297,14 @@ def kept_probabilities(t: int) -> int:
 
 
 def card(shape: LlamaShape, seq_len: int) -> Card:
-    """The Card for sequences of `seq_len` tokens, at most `shape.longest`: a decoder's, but that its saved activations
-    follow `module.py` operation by operation."""
+    """The Card for sequences of `seq_len` tokens, at most `shape.longest`: a decoder's, with the saved activations of
+    `module.py`, operation by operation."""
     t = seq_len
     head = (
-        *_norm_saved("norm", t, shape.hidden),
-        Saved("out input", t * shape.hidden, selective=True),
-        Saved("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
+        *_norm_activations("norm", t, shape.hidden),
+        Activation("out input", t * shape.hidden, selective=True),
+        Activation("logits and their gradient", 2 * t * shape.vocab, "tp", module="loss"),
     )
-    saved = {"embedding": (), "layer": _layer_saved(shape, t), "head": head}
-    paper = decoder.card(replace(shape, sliding_window=None), t)
-    return replace(paper, blocks=tuple(replace(block, saved=saved[block.kind]) for block in paper.blocks))
+    saved = {"embedding": (), "layer": _layer_activations(shape, t), "head": head}
+    base = decoder.card(replace(shape, sliding_window=None), t)
+    return replace(base, blocks=tuple(replace(block, saved=saved[block.kind]) for block in base.blocks))

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as one plain module: no mesh, rank or wrapper in sight."""
+"""Llama, Mistral, Qwen2 and Qwen3 as one plain module, without meshes, ranks or wrappers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meshwright.nn import Attention, Rotary
 class SelfAttention(nn.Module):
     """Grouped-query self-attention with rotary positions. x [B, T, hidden] -> [B, T, hidden].
 
-    The number of heads is read off the projections' outputs, so a slice of the heads works unchanged.
+    The number of heads follows from the projections' outputs, so a slice of the heads works unchanged.
     """
 
     def __init__(self, shape: LlamaShape) -> None:
@@ -105,7 +105,7 @@ class Llama(nn.Module):
     def init_rule(self, name: str) -> tuple[str, float]:
         """How parameter `name` starts: ("normal", standard deviation) or ("constant", value).
 
-        GPT-2's rule: 0.02, and 0.02 / sqrt(2 x layers) for what writes into the residual stream.
+        GPT-2's rule: 0.02, and 0.02 / sqrt(2 x layers) for products added to the residual stream.
         """
         if "norm.weight" in name:
             return "constant", 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshwright.card import Block, Parameter, Saved
+from meshwright.card import Activation, Block, Parameter
 from meshwright.cluster import Device
 from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.rules import Framework
@@ -15,7 +15,7 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
 PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
 
 
-def saved_bytes(saved: Saved, *, tp: int, sequence_parallel: bool, precision: str) -> int:
+def saved_bytes(saved: Activation, *, tp: int, sequence_parallel: bool, precision: str) -> int:
     """Bytes that one sample leaves of `saved` on a rank of `tp`."""
     width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
     size = saved.elements * (saved.bytes_per_element or width)
@@ -63,12 +63,12 @@ class BlockMemory:
         """Bytes of one block, which is handed `given` elements a sample."""
         micro, tp = layout.micro_batch, layout.tp
 
-        def size(saved: Saved) -> int:
+        def size(saved: Activation) -> int:
             split = layout.sequence_parallel
             each = saved_bytes(saved, tp=tp, sequence_parallel=split, precision=self.precision)
             return each * micro // layout.cp
 
-        sizes = [(saved, size(saved)) for saved in block.saved if saved.kept(self.kind, self.precision)]
+        sizes = [(saved, size(saved)) for saved in block.saved if saved.is_kept(self.kind, self.precision)]
         whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
         entry = given * self.width * micro // layout.cp
         kept = whole

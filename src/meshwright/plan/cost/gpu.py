@@ -269,7 +269,7 @@ def kept_share(block: Block, layout: Layout, kind: str, precision: str) -> float
     tp = layout.tp
     if tp == 1:
         return 1.0
-    kept = [saved for saved in block.saved if saved.kept(kind, precision)]
+    kept = [saved for saved in block.saved if saved.is_kept(kind, precision)]
     whole = sum(saved.elements for saved in kept)
     if not whole:
         return 1 / tp if layout.sequence_parallel else 1.0
