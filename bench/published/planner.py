@@ -33,7 +33,7 @@ from meshwright.plan.calibrate.from_cases import (
     held_out,
     held_out_keys,
     pair_intervals,
-    rows_of,
+    resolve_rows,
 )
 from meshwright.plan.cases import Predictor, measured_cases
 from meshwright.plan.constants import DATASHEET, Profile, default_profile
@@ -275,7 +275,7 @@ def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Every figure."""
     begin = time.process_time()
     cases, bad = measured_cases(data / "train_cases.jsonl")
-    rows, skipped = rows_of(cases)
+    rows, skipped = resolve_rows(cases)
     say(f"{len(rows)} rows, {len(bad) + len(skipped)} that could not be read")
     datasheet = predicted(rows, DATASHEET)
     say(f"datasheet done, {time.process_time() - begin:.0f} s of CPU")
@@ -327,7 +327,7 @@ def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
 def write_default(data: Path, say: Callable[[str], None]) -> None:
     """The shipped profile: every row, one set of constants, equal weight a source."""
     cases, _ = measured_cases(data / "train_cases.jsonl")
-    rows, _ = rows_of(cases)
+    rows, _ = resolve_rows(cases)
     found = calibrate_rows(rows, DATASHEET, name="default", correct=False)
     sources = sorted({row.source for row in rows})
     head = [

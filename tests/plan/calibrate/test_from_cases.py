@@ -15,9 +15,9 @@ from meshwright.cli.main import main
 from meshwright.errors import InputError
 from meshwright.plan.calibrate import calibrate
 from meshwright.plan.calibrate.fit import spread_rows
-from meshwright.plan.calibrate.from_cases import Calibration, conformal, pair_intervals, rows_of, weighted_quantile
+from meshwright.plan.calibrate.from_cases import Calibration, conformal, pair_intervals, resolve_rows, weighted_quantile
 from meshwright.plan.cases import MeasuredCase, Predictor
-from meshwright.plan.cases.read import measured_of
+from meshwright.plan.cases.read import parse_measured_case
 from meshwright.plan.constants import DATASHEET, load_profile
 from meshwright.plan.rules import FRAMEWORKS
 
@@ -66,9 +66,11 @@ def made_up(bump: float = 1.0) -> list[MeasuredCase]:
     machine = Predictor(DATASHEET.changed(truth()))
     cases = []
     for line in lines():
-        seconds = machine.predict(measured_of({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"]["mid"]  # type: ignore[union-attr]
+        seconds = machine.predict(parse_measured_case({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"][
+            "mid"
+        ]  # type: ignore[union-attr]
         seconds *= noise.gauss(1, 0.01) * (bump if line["layout"]["tp"] == 8 else 1.0)
-        case = measured_of({**line, "measured": {"step_seconds": seconds}})
+        case = parse_measured_case({**line, "measured": {"step_seconds": seconds}})
         assert isinstance(case, MeasuredCase)
         cases.append(case)
     return cases
@@ -139,7 +141,7 @@ def test_too_few_runs_are_bad_input() -> None:
 
 def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
     """Runs of one source that are off by a percent, and a fifth as many of another that are off by half."""
-    rows, _ = rows_of(made_up()[::2])
+    rows, _ = resolve_rows(made_up()[::2])
     many = [row for row in rows for _ in range(5)]
     other = [type(row)(row.id, row.run, row.seconds, "other", row.group) for row in rows]
     draw = random.Random(1)
@@ -154,7 +156,7 @@ def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
 
 def test_runs_of_one_kind_promise_nothing_of_others() -> None:
     """One layout again and again has no interval of its own; one regime has none that wider ones would share."""
-    rows, _ = rows_of(made_up())
+    rows, _ = resolve_rows(made_up())
     again = [rows[0]] * 100
     assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
     assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
@@ -169,7 +171,7 @@ def test_runs_of_one_kind_promise_nothing_of_others() -> None:
 
 def test_what_layouts_of_a_group_have_in_common_does_not_blur_which_is_quicker() -> None:
     """Every group is off by a factor of its own, up to two; its layouts by 2 % beside it."""
-    rows, _ = rows_of(made_up())
+    rows, _ = resolve_rows(made_up())
     draw = random.Random(2)
     common = {group: draw.uniform(-0.7, 0.7) for group in sorted({row.group for row in rows})}
     logs = [common[row.group] + draw.gauss(0, 0.02) for row in rows]

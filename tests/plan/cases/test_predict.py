@@ -12,8 +12,8 @@ from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import PlanRequest, make_plan
 from meshwright.plan.cases import Predictor, predictions, read_cases
-from meshwright.plan.cases.read import ABOUT, Case, case_of
-from meshwright.plan.cases.resolve import shape_of
+from meshwright.plan.cases.read import ABOUT, Case, parse_case
+from meshwright.plan.cases.resolve import case_shape
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.constants.profile import DATASHEET_INTERVALS
 
@@ -35,7 +35,7 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
 
 
 def answer(line: dict[str, Any]) -> dict[str, Any]:
-    case = case_of(line)
+    case = parse_case(line)
     assert isinstance(case, Case), case
     return Predictor(DATASHEET).predict(case)
 
@@ -131,11 +131,11 @@ def test_the_count_of_parameters_decides_what_the_table_leaves_open() -> None:
         "layers": 24, "hidden": 2048, "heads": 16, "kv_heads": 16, "ffn": 8192, "vocab": 50368, "seq_len": 2048,
         "gated": False,
     }  # fmt: skip
-    assert shape_of({**model, "params_b": 1.316}, "llm-foundry").tied
-    assert not shape_of({**model, "params_b": 1.42}, "llm-foundry").tied
-    assert shape_of(model, "megatron-lm").biases
+    assert case_shape({**model, "params_b": 1.316}, "llm-foundry").tied
+    assert not case_shape({**model, "params_b": 1.42}, "llm-foundry").tied
+    assert case_shape(model, "megatron-lm").biases
     llama = {**model, "gated": True}
-    assert not shape_of(llama, "torchtitan").tied
+    assert not case_shape(llama, "torchtitan").tied
 
 
 def test_what_was_measured_of_a_device_is_used() -> None:

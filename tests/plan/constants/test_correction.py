@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright.errors import InputError
-from meshwright.plan.constants.correction import SCALES, Correction, corrections_of, learn
+from meshwright.plan.constants.correction import SCALES, Correction, learn, parse_corrections
 
 WIDTH = len(SCALES)
 
@@ -76,7 +76,7 @@ def test_noise_alone_teaches_little() -> None:
 )
 def test_a_file_that_holds_no_correction_is_refused(wrong: object) -> None:
     with pytest.raises(InputError):
-        corrections_of(wrong, "p.toml")
+        parse_corrections(wrong, "p.toml")
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -84,5 +84,5 @@ def test_what_is_written_is_read_again() -> None:
     found = learn("r", places, logs)
     told = found.as_dict()
     rows = [[*centre, y] for centre, y in zip(told["centres"], told["residuals"], strict=True)]
-    again = corrections_of([{**told, "points": rows}], "p.toml")["r"]
+    again = parse_corrections([{**told, "points": rows}], "p.toml")["r"]
     assert again == Correction("r", found.amplitude, found.noise, found.centres, found.residuals)

@@ -75,7 +75,7 @@ def test_recomputing_all_stops_before_the_last_product_and_selective_leaves_ever
     products, blocked = compute("bf16"), compute("bf16").block(layer, Layout(micro_batch=4, recompute="selective"))
     again = products.attention(layer.attention, Layout(micro_batch=4))[0]  # type: ignore[arg-type]
     assert blocked.recompute == pytest.approx(again + products.elementwise(layer, Layout(micro_batch=4)))
-    assert some.host_again > full.host_again > 0
+    assert some.host_recompute > full.host_recompute > 0
 
 
 def test_threads_share_what_one_device_counts_as_whole() -> None:
@@ -109,7 +109,7 @@ def test_fsdp_gathers_once_more_where_shards_are_let_go() -> None:
     replicated, sharded = (unit.sharding(LAYER, layout) for layout in (Layout(dp=2), Layout(dp=2, shard=2)))
     piped = unit.sharding(LAYER, Layout(pp=2))
     assert sharded[0] == pytest.approx(replicated[0]) and sharded[1] > replicated[1]
-    assert piped[0] < replicated[0]  # gathered once a step, which `once` counts
+    assert piped[0] < replicated[0]  # gathered once per step, which `step` counts
 
 
 @pytest.mark.parametrize(("name", "times"), [("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)])

@@ -46,7 +46,7 @@ def test_more_bytes_never_take_less_time(size: float, n: int) -> None:
 
 
 def test_half_of_the_ramp_is_lost_at_the_stated_size() -> None:
-    seconds = NET.moving(NET.ramp_bytes, 1e9) - NET.ramp_bytes / 1e9
+    seconds = NET.wire_seconds(NET.ramp_bytes, 1e9) - NET.ramp_bytes / 1e9
     assert seconds == pytest.approx(NET.ramp / 2)
 
 

@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.layout import SCHEDULES
-from meshwright.plan.pipeline import TABLE, balance_costs, held_bytes, length, span_seconds
-from meshwright.plan.pipeline.actions import Action, actions, fewer, places, problem
+from meshwright.plan.pipeline import TABLE, balance_costs, length, peak_activation_bytes, span_seconds
+from meshwright.plan.pipeline.actions import Action, actions, micro_batches_to_draw, schedule_problem, stage_ranks
 from meshwright.plan.pipeline.in_flight import in_flight
 from meshwright.plan.pipeline.replay import Timeline, replay
 
@@ -26,7 +26,7 @@ def runs(draw: st.DrawFn, most_stages: int = 6, most_rounds: int = 5) -> tuple[s
     row = TABLE[schedule]
     stages, vpp = draw(st.integers(1, most_stages)), draw(st.integers(row.least_vpp, min(row.most_vpp, 4)))
     micro = draw(st.one_of(st.integers(1, most_rounds).map(lambda n: n * stages), st.integers(1, 5 * stages)))
-    assume(problem(schedule, stages, micro, vpp) is None)
+    assume(schedule_problem(schedule, stages, micro, vpp) is None)
     return schedule, stages, micro, vpp
 
 
@@ -52,7 +52,7 @@ def test_the_table_is_the_layouts() -> None:
 @given(runs())
 def test_every_virtual_stage_does_every_micro_batch_once_in_order(run: tuple[str, int, int, int]) -> None:
     schedule, stages, micro, vpp = run
-    home = places(schedule, stages, vpp)
+    home = stage_ranks(schedule, stages, vpp)
     assert Counter(home) == Counter(dict.fromkeys(range(stages), vpp))
     seen: Counter[tuple[str, int, int]] = Counter()
     for rank, order in enumerate(ready_orders(run)):
@@ -73,7 +73,7 @@ def test_every_virtual_stage_does_every_micro_batch_once_in_order(run: tuple[str
 def test_no_schedule_waits_for_ever_and_each_keeps_its_order(run) -> None:  # type: ignore[no-untyped-def]
     schedule, stages, micro, vpp, forward, backward, weight, transfer = run
     timeline = replay(actions(schedule, stages, micro, vpp), forward, backward, transfer, weight_seconds=weight)
-    home = places(schedule, stages, vpp)
+    home = stage_ranks(schedule, stages, vpp)
     for row in timeline.rows():
         assert all(a.stop_seconds <= b.start_seconds + 1e-9 for a, b in pairwise(row))
     stop = {("B" if e.kind == "I" else e.kind, e.stage, e.micro_batch): e.stop_seconds for e in timeline.events}
@@ -208,7 +208,7 @@ def test_held_bytes_are_the_most_of_all_moments(run: tuple[str, int, int, int], 
                 held -= kept[stage] if kind == "B" else pending[stage]
             most = max(most, held)
         expected.append(most)
-    found = held_bytes(schedule, stages, micro, kept, pending, vpp=vpp)
+    found = peak_activation_bytes(schedule, stages, micro, kept, pending, vpp=vpp)
     # The halves of a backward trade one for the other: the moment counted is the one before, or after, not both.
     assert found == pytest.approx(expected)
 
@@ -270,7 +270,7 @@ def test_a_blocking_transfer_takes_the_senders_time() -> None:
 def test_one_stage_is_no_pipeline_whatever_the_schedules_name(schedule: str) -> None:
     (order,) = actions(schedule, 1, 3)
     assert [action.kind for action in order] == ["F", "B"] * 3
-    assert in_flight(schedule, 1, 0, 3) == 1 and held_bytes(schedule, 1, 3, [5.0]) == (5.0,)
+    assert in_flight(schedule, 1, 0, 3) == 1 and peak_activation_bytes(schedule, 1, 3, [5.0]) == (5.0,)
     assert span_seconds(schedule, 3, [1.0], [2.0]) == pytest.approx(9.0)
 
 
@@ -283,8 +283,8 @@ def test_lists_that_wait_for_each_other_are_found() -> None:
     ("run", "why"),
     [
         (("zigzag", 2, 2, 1), "no schedule 'zigzag'"),
-        (("1f1b", 2, 2, 2), "1 virtual stages a rank, not 2"),
-        (("interleaved", 2, 2, 1), "2 or more virtual stages a rank, not 1"),
+        (("1f1b", 2, 2, 2), "1 virtual stages per rank, not 2"),
+        (("interleaved", 2, 2, 1), "2 or more virtual stages per rank, not 1"),
         (("interleaved", 4, 9, 2), r"whole rounds of micro-batches \(8\), not 9"),
         (("dualpipev", 4, 7, 2), "needs 8 micro-batches or more, not 7"),
         (("gpipe", 0, 1, 1), "needs a stage"),
@@ -305,10 +305,10 @@ def test_split_backwards_need_their_halves() -> None:
 @given(runs(), st.integers(1, 12))
 def test_a_picture_shows_few_micro_batches_that_can_run(run: tuple[str, int, int, int], most: int) -> None:
     schedule, stages, micro, vpp = run
-    count = fewer(schedule, stages, micro, most, vpp)
-    assert 1 <= count <= micro and problem(schedule, stages, count, vpp) is None
+    count = micro_batches_to_draw(schedule, stages, micro, most, vpp)
+    assert 1 <= count <= micro and schedule_problem(schedule, stages, count, vpp) is None
     if count > most:
-        assert all(problem(schedule, stages, n, vpp) for n in range(1, most + 1))
+        assert all(schedule_problem(schedule, stages, n, vpp) for n in range(1, most + 1))
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=9), st.data())

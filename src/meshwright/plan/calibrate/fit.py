@@ -68,18 +68,18 @@ def fit(
     measured: np.ndarray,
     weights: np.ndarray,
     priors: Sequence[Prior],
-    known_slopes: tuple[np.ndarray, np.ndarray] | None = None,
+    start_slopes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> FitResult:
     """The values that make the weighted losses of log(predicted / measured) and the distance from the priors least.
 
     `model(values, rows)` answers the logarithms of the predicted seconds of the rows whose indices are given.
-    `known_slopes` are those of `slopes`, if they are there already. Deterministic; constants whose prior width or start
+    `start_slopes` are those of `slopes`, if they are there already. Deterministic; constants whose prior width or start
     is zero must not be among the priors.
     """
     import numpy as np
 
     task = _Task(model, measured, weights, priors)
-    logs, first = known_slopes or slopes(model, len(measured), priors)
+    logs, first = start_slopes or slopes(model, len(measured), priors)
     theta, r, table = task.start.copy(), (logs - measured) / NOISE, first / NOISE
     spoken = np.abs(table).max(axis=0, initial=0.0) * task.widths > LEAST_EFFECT
     known = (np.abs(table) > 1e-9) & spoken  # rows that a constant was last seen to matter to

@@ -118,7 +118,7 @@ class Calibration:
         }
 
 
-def rows_of(cases: Sequence[MeasuredCase]) -> tuple[list[Row], list[BadCase]]:
+def resolve_rows(cases: Sequence[MeasuredCase]) -> tuple[list[Row], list[BadCase]]:
     """Cases that the estimator takes, and those that it does not with the reason."""
     rows, skipped = [], []
     for one in cases:
@@ -145,7 +145,7 @@ def calibrate(
 
     Raises InputError where no case can be used, or fewer than three.
     """
-    rows, more = rows_of(cases)
+    rows, more = resolve_rows(cases)
     skipped = [*skipped, *more]
     if len(rows) < 3:
         what = f"{len(rows)} measured runs that can be used"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from meshwright.errors import InputError, Problem
-from meshwright.plan.calibrate.from_cases import rows_of
+from meshwright.plan.calibrate.from_cases import resolve_rows
 from meshwright.plan.cases import BadCase, MeasuredCase, Predictor
 from meshwright.plan.constants import Profile
 
@@ -45,7 +45,7 @@ def plausible_cases(
     good: list[MeasuredCase] = []
     bad: list[BadCase] = []
     for one in cases:
-        rows, _ = rows_of([one])
+        rows, _ = resolve_rows([one])
         predicted += len(rows)
         times = [(row.seconds, predictor.seconds(row.run)) for row in rows]
         if times and implausible(*times[0]):

@@ -158,7 +158,7 @@ def read_cases(path: str | Path) -> Iterator[Case | BadCase]:
     """Each line of a file of cases, in order; empty lines are passed over. Raises InputError where there is no such
     file or it is larger than a file of cases can be."""
     for _, found in _lines(Path(path)):
-        yield found if isinstance(found, BadCase) else case_of(found)
+        yield found if isinstance(found, BadCase) else parse_case(found)
 
 
 def measured_cases(path: str | Path) -> tuple[list[MeasuredCase], list[BadCase]]:
@@ -166,7 +166,7 @@ def measured_cases(path: str | Path) -> tuple[list[MeasuredCase], list[BadCase]]
     good: list[MeasuredCase] = []
     bad: list[BadCase] = []
     for _, found in _lines(Path(path)):
-        one = found if isinstance(found, BadCase) else measured_of(found)
+        one = found if isinstance(found, BadCase) else parse_measured_case(found)
         (bad if isinstance(one, BadCase) else good).append(one)  # type: ignore[arg-type]
     return good, bad
 
@@ -206,7 +206,7 @@ def parse_line(line: bytes, number: int = 1) -> dict[str, Any] | BadCase:
     return found
 
 
-def case_of(line: Mapping[str, Any]) -> Case | BadCase:
+def parse_case(line: Mapping[str, Any]) -> Case | BadCase:
     """The checked case of a line's object."""
     problems: list[Problem] = []
     name = line.get("id")
@@ -226,9 +226,9 @@ def case_of(line: Mapping[str, Any]) -> Case | BadCase:
     return Case(str(name), model, tables["cluster"], tables["train"], tables["layout"], tables["software"], assumed)
 
 
-def measured_of(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
+def parse_measured_case(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
     """The case with its measured figures."""
-    case = case_of(line)
+    case = parse_case(line)
     if isinstance(case, BadCase):
         return case
     measured = line.get("measured")

@@ -18,7 +18,7 @@ from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.cases.read import Case, nearest_word
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost import MemoryModel, usable_bytes
-from meshwright.plan.pipeline.actions import problem
+from meshwright.plan.pipeline.actions import schedule_problem
 from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.workload import Workload
 
@@ -82,7 +82,7 @@ def resolve(case: Case) -> ResolvedCase:
     """What the case comes to. Raises InputError for an unknown device without figures, for a precision that the device
     does not have, and for figures that contradict each other."""
     assumed = list(case.assumed)
-    cluster = cluster_of(case.cluster)
+    cluster = case_cluster(case.cluster)
     assumed += cluster.assumed
     framework = _framework(case.software, assumed)
     precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
@@ -90,7 +90,7 @@ def resolve(case: Case) -> ResolvedCase:
     layout, framework = _layout(case, framework, assumed)
     word, known = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
     drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
-    style = style_of(framework.name, precision, drops)
+    style = card_style(framework.name, precision, drops)
     if style == "megatron-legacy" and framework.attention != "unfused":
         assumed.append("fp16 in Megatron-LM: the unfused attention of its releases of 2022")
         framework = replace(framework, attention="unfused")
@@ -113,7 +113,7 @@ def resolve(case: Case) -> ResolvedCase:
     return replace(found, layout=replace(layout, recompute=word), assumed=tuple(assumed), guessed=guesses)
 
 
-def style_of(framework: str, precision: str, drops: str | None) -> str:
+def card_style(framework: str, precision: str, drops: str | None) -> str:
     """How the framework's blocks compute. Megatron-LM left fp16, and attention worth recomputing, behind in 2023."""
     if framework == "megatron-lm" and (precision == "fp16" or drops == "attention"):
         return "megatron-legacy"
@@ -161,7 +161,7 @@ def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layou
         framework = replace(framework, optimizer_shard="dp" if given["optimizer_shard"] > 1 else "none")
         if 1 < given["optimizer_shard"] < (ranks := given["dp"] * given["cp"]):
             assumed.append(f"optimizer_shard={given['optimizer_shard']}: taken for all {ranks} ranks")
-    if wrong := problem(
+    if wrong := schedule_problem(
         schedule, given["pp"], case.train["global_batch"] // (given["dp"] * given["micro_batch"]), given["vpp"]
     ):
         raise InputError(Problem("layout.schedule", wrong, "nearest: 1f1b with vpp=1"))
@@ -207,7 +207,7 @@ def _for_ranks(shape: DecoderShape, tp: int, assumed: list[str]) -> DecoderShape
     return replace(shape, kv_heads=tp)
 
 
-def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
+def case_shape(model: Mapping[str, Any], framework: str) -> DecoderShape:
     """The decoder of a case's model table. Feed-forwards of two matrices are GPT's (layer norms, biases, learned
     positions, tied embeddings) and of three Llama's; where the table counts the parameters, the count decides."""
     heads = model["heads"]
@@ -236,13 +236,13 @@ def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
 
 
 def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> DecoderShape:
-    """`shape_of` where the sizes come to the stated count of parameters; where they do not, with feed-forwards of as
+    """`case_shape` where the sizes come to the stated count of parameters; where they do not, with feed-forwards of as
     many matrices as come nearer to it. What is left is said."""
-    shape = shape_of(model, framework)
+    shape = case_shape(model, framework)
     said = model.get("params_b", 0.0)
     if not said or _off(shape, said) <= MISCOUNTED:
         return shape
-    other = shape_of({**model, "gated": not shape.gated}, framework)
+    other = case_shape({**model, "gated": not shape.gated}, framework)
     if _off(other, said) < _off(shape, said):
         assumed.append(f"model.gated={str(shape.gated).lower()}: {said:g} B parameters say otherwise, and decide")
         shape = other
@@ -268,7 +268,7 @@ def _card(shape: DecoderShape, seq_len: int, style: str) -> Card:
     return card(shape, seq_len, style) if ours is None else ours
 
 
-def cluster_of(given: Mapping[str, Any]) -> Cluster:
+def case_cluster(given: Mapping[str, Any]) -> Cluster:
     """The cluster of a case: a device of the table, its figures replaced by those the case brings, or a device of
     figures alone. Raises InputError for an unknown device that brings too little."""
     name, figures = given["device"], given.get("figures", {})

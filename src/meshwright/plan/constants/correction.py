@@ -77,15 +77,15 @@ class Correction:
         }
 
 
-def corrections_of(found: Any, where: str) -> dict[str, Correction]:
+def parse_corrections(found: Any, where: str) -> dict[str, Correction]:
     """The corrections of a profile's file, by regime. Raises InputError for what is none."""
     if not isinstance(found, list):
         raise InputError(Problem(where, "corrections must be a list of tables", "calibrate again"))
-    made = [_correction_of(one, where) for one in found]
+    made = [_parse_correction(one, where) for one in found]
     return {one.regime: one for one in made}
 
 
-def _correction_of(found: Mapping[str, Any], where: str) -> Correction:
+def _parse_correction(found: Mapping[str, Any], where: str) -> Correction:
     try:
         points = [tuple(float(x) for x in point) for point in found["points"]]
         made = Correction(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.files import toml_value, write_atomic
-from meshwright.plan.constants.correction import Correction, corrections_of
+from meshwright.plan.constants.correction import Correction, parse_corrections
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
 from meshwright.plan.constants.gpu import CONSTANTS, Constant
 from meshwright.plan.constants.serving import SERVING_CONSTANTS, SERVING_INTERVALS
@@ -190,7 +190,7 @@ def _parsed(data: bytes, path: Path) -> Profile:
         intervals={**DATASHEET_INTERVALS, **_intervals(intervals, where)},
         assumed=tuple(str(word) for word in assumed),
         fitted_rows=rows,
-        corrections=corrections_of(found.get("corrections", []), where),
+        corrections=parse_corrections(found.get("corrections", []), where),
     )
 
 

@@ -13,7 +13,7 @@ from meshwright.layout import Layout
 from meshwright.plan.cost import Estimator, usable_bytes
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.rules import refusals
-from meshwright.plan.rules.query import key_of, nearest_of, word
+from meshwright.plan.rules.query import job_key, job_value, nearest_by_ratio
 from meshwright.plan.search.space import (
     NARROW,
     USUAL,
@@ -86,7 +86,7 @@ def _near(space: Space) -> Iterator[Layout]:
     for base in base_layouts(free):
         micro = base.micro_batch
         if isinstance(pins.get("micro_batch"), int):
-            micro = nearest_of(pins["micro_batch"], micro_batch_sizes(free, base))
+            micro = nearest_by_ratio(pins["micro_batch"], micro_batch_sizes(free, base))
         yield changed(base, recompute=recompute, offload=offload, micro_batch=micro)
 
 
@@ -110,7 +110,7 @@ def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator, sugg
         alone = replace(space, pins={name: value})
         if not _has_layout(alone):
             reasons = _reasons(alone)
-            problems.append((request.where(key_of(name)), "; ".join(reasons)))
+            problems.append((request.where(job_key(name)), "; ".join(reasons)))
             known |= set(reasons)
     together = _together(space, known)
     if not problems or together:
@@ -130,7 +130,7 @@ def _nearest(space: Space, estimator: Estimator) -> str:
 
 
 def said(layout: Layout, names: Iterable[str]) -> str:
-    return " ".join(f"{key_of(name)}={word(getattr(layout, name))}" for name in names)
+    return " ".join(f"{job_key(name)}={job_value(getattr(layout, name))}" for name in names)
 
 
 def _together(space: Space, known: set[str]) -> dict[str, set[str]]:
@@ -144,7 +144,7 @@ def _places(request: PlanRequest, names: list[str]) -> str:
     """Where several pins were said: "job.toml:7: layout.tp, command line: layout.dp, layout.pp"."""
     by_place: dict[str, list[str]] = {}
     for name in names:
-        place, _, key = request.where(key_of(name)).rpartition(": ")
+        place, _, key = request.where(job_key(name)).rpartition(": ")
         by_place.setdefault(place, []).append(key)
     return ", ".join((f"{place}: " if place else "") + ", ".join(keys) for place, keys in by_place.items())
 
