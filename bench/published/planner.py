@@ -331,7 +331,7 @@ def write_default(data: Path, say: Callable[[str], None]) -> None:
     found = calibrate_rows(rows, DATASHEET, name="default", correct=False)
     sources = sorted({row.source for row in rows})
     head = [
-        "# The default profile: one set of constants for every source of measured runs, equal weight a source.",
+        "# The default profile: one set of constants for every source of measured runs, with equal weight per source.",
         f"# Written by `python bench/published/planner.py --data ... --write-default` from {len(rows)} runs of",
         *(f"#   {source}" for source in sources),
         "# Intervals hold 90 % of runs whose group was not fitted, by regime (docs/predict.md).",

@@ -71,8 +71,8 @@ class Network:
         return self.all_gather(size_bytes, group)
 
     def all_to_all(self, size_bytes: float, group: CommGroup) -> float:
-        """All-to-all in which every rank has `size_bytes` and keeps one part. What leaves the inner link uses the rank's
-        share of the network, at the same time as what stays."""
+        """All-to-all of `size_bytes` on every rank. What leaves the inner link uses the rank's share of the network, at
+        the same time as what stays."""
         n = group.ranks
         if n <= 1 or size_bytes <= 0:
             return 0.0
@@ -89,8 +89,8 @@ class Network:
         return self.start + hop + self.wire_seconds(size_bytes, rate * (self.inter_share if far else self.ring_share))
 
     def bandwidth(self, group: CommGroup, *, summed: bool = False) -> float:
-        """Bus bandwidth of a large collective; `summed` for all-reduce. Between nodes the group has its ranks' shares of
-        the network: groups side by side share the node's network cards."""
+        """Bus bandwidth of a large collective; `summed` for all-reduce. Between nodes the group has its ranks' shares
+        of the network: groups side by side share the node's network cards."""
         inside = self._inside(group.near, summed=summed)
         if group.islands == 1:
             return inside
