@@ -99,8 +99,8 @@ def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool =
     scored: list[Scored | None] = [None] * len(rows)
     for fold in sorted(set(fold_of)):
         others = [one for one, place in zip(residuals, fold_of, strict=True) if place != fold]
-        logs, units = [one.corrected for one in others], [one.corrected_unit for one in others]
-        intervals = conformal([one.row for one in others], logs, units)
+        logs, widths = [one.corrected for one in others], [one.width for one in others]
+        intervals = conformal([one.row for one in others], logs, widths)
         profile = replace(DATASHEET, intervals={**DATASHEET.intervals, **intervals})
         for index, place in enumerate(fold_of):
             if place == fold:
@@ -110,8 +110,8 @@ def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool =
 
 def _scored(one: Residual, profile: Profile) -> Scored:
     mid = one.row.seconds / math.exp(one.corrected)
-    low, high = profile.interval(*one.row.words)
-    return Scored(one.row, mid * low**one.corrected_unit, mid, mid * high**one.corrected_unit)
+    low, high = profile.interval(*one.row.interval_regime)
+    return Scored(one.row, mid * low**one.width, mid, mid * high**one.width)
 
 
 def own_scores(rows: Sequence[Row]) -> dict[str, list[Scored]]:
@@ -343,7 +343,7 @@ def write_default(data: Path, say: Callable[[str], None]) -> None:
     replace(found.profile.changed(cpu), intervals=intervals).save(DEFAULT_FILE)
     head += said
     DEFAULT_FILE.write_text("\n".join(head) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")
-    say(f"wrote {DEFAULT_FILE}: {len(found.moved)} constants moved, {found.held_out:.1%} on groups not fitted")
+    say(f"wrote {DEFAULT_FILE}: {len(found.moves)} constants moved, {found.held_out:.1%} on groups not fitted")
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,13 @@ from meshwright.cli.main import main
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.layout import Layout
 from meshwright.plan.calibrate import machine_profile
-from meshwright.plan.calibrate.from_machine import INTERVAL, LAYER_OPERATIONS, MORE_ADDING, changes, disturbances
+from meshwright.plan.calibrate.from_machine import (
+    EXTRA_ACCUMULATE_BYTES,
+    INTERVAL,
+    LAYER_OPERATIONS,
+    changes,
+    disturbances,
+)
 from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.plan.cost.cpu import GATHER_BYTES, CpuCompute
 from meshwright.plan.cost.network import CommGroup, GlooNetwork
@@ -70,7 +76,7 @@ def figures(truth: Profile, ranks: float = 1.0, together: float = 1.0) -> dict[s
             busy["losses"].append({"precision": word, "logits": logits, "seconds": seconds})
         plain = 3 * LAYER_OPERATIONS[word] * unit.launch
         for elements in (0, 1 << 22):
-            sharded = unit.sharding_host + elements * (GATHER_BYTES[word] + MORE_ADDING[word]) / unit.copies
+            sharded = unit.sharding_host + elements * (GATHER_BYTES[word] + EXTRA_ACCUMULATE_BYTES[word]) / unit.copies
             row = {"precision": word, "elements": elements, "forward": plain / 3, "plain": plain}
             again = plain + plain / 3 + c["cpu.host.checkpoint_seconds"]
             busy["layers"].append({**row, "checkpointed": again, "sharded": plain + sharded})

@@ -16,7 +16,7 @@ from meshwright.errors import InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.calibrate import TrainedRun, run_profile
-from meshwright.plan.calibrate.from_run import GROUPS, _parts
+from meshwright.plan.calibrate.from_run import GROUPS, _predicted_parts
 from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.run import RunFolder
 
@@ -47,7 +47,7 @@ def truth(**factors: float) -> Profile:
 def ran(folder: Path, plan: Plan, profile: Profile, steps: int, trace: bool = True, noise: float = 0.01) -> RunFolder:
     """A run folder as `train` leaves it, on a machine whose constants are `profile`."""
     run, draw = RunFolder(folder).create(), random.Random(0)
-    seconds = _parts(what(plan), profile)
+    seconds = _predicted_parts(what(plan), profile)
     events = []
     for step in range(1, steps + 1):
         slow = 4.0 if step <= 3 else 1.0  # warming up
@@ -81,7 +81,7 @@ def test_spans_tell_computing_from_the_network(tmp_path: Path) -> None:
 def test_a_corrected_profile_foretells_another_layout_better(tmp_path: Path) -> None:
     plan, real, other = planned(dp=2), truth(computing=1.6, host=1.3, network=1.4), planned(tp=2)
     found = run_profile(ran(tmp_path, plan, real, 30), what(plan), DATASHEET, "ours")
-    right, was, now = (_parts(what(other), profile)["step"] for profile in (real, DATASHEET, found.profile))
+    right, was, now = (_predicted_parts(what(other), profile)["step"] for profile in (real, DATASHEET, found.profile))
     assert abs(now / right - 1) < 0.5 * abs(was / right - 1)
 
 
@@ -150,7 +150,7 @@ def test_a_step_that_took_no_time_is_named_with_its_line(tmp_path: Path, step: i
 def test_steps_in_another_unit_are_refused_with_its_name(tmp_path: Path, factor: float, unit: str) -> None:
     plan = planned(dp=2)
     run = ran(tmp_path, plan, DATASHEET, 25, trace=False)
-    rewrite(run, range(1, 100), 1.3 * factor * _parts(what(plan), DATASHEET)["step"])
+    rewrite(run, range(1, 100), 1.3 * factor * _predicted_parts(what(plan), DATASHEET)["step"])
     with pytest.raises(InputError, match=rf"events\.jsonl: the median step took .* that are predicted; give .*{unit}"):
         run_profile(run, what(plan), DATASHEET, "ours")
 

@@ -86,9 +86,7 @@ def _stage_count(tables: CaseTables) -> Problem | None:
 def _experts(tables: CaseTables) -> Problem | None:
     experts, top_k = int(tables.model.get("experts", 0)), int(tables.model.get("top_k", 0))
     if tables["ep"] > 1 and not experts:
-        return Problem(
-            "layout.ep", f"{tables['ep']}-way expert parallelism of a model without experts", "nearest: ep=1"
-        )
+        return Problem("layout.ep", f"is {tables['ep']}, and the model has no experts", "nearest: ep=1")
     if experts and not 1 <= top_k <= experts:
         near = min(max(top_k, 1), experts)
         return Problem("model.top_k", f"a token visits {top_k} of {experts} experts", f"nearest: top_k={near}")

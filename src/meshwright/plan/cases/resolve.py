@@ -63,8 +63,8 @@ GUESS_WIDTH = 1.4
 
 @dataclass(frozen=True)
 class ResolvedCase:
-    """A case for the estimator. `assumed` says what was assumed; `guessed` counts the guessed words; `recomputed` is the
-    share of the layers with full recompute, where the layout has none."""
+    """A case for the estimator. `assumed` says what was assumed; `guessed` counts the guessed words; `recomputed` is
+    the share of the layers with full recompute, where the layout has none."""
 
     workload: Workload
     layout: Layout
