@@ -36,7 +36,7 @@ class FakeRow:
 
 def scored(planner: ModuleType, group: str, layout: Layout, measured: float, mid: float) -> object:
     row = FakeRow(group, measured, SimpleNamespace(layout=layout))
-    return planner.Scored(row, 0.9 * mid, mid, 1.1 * mid)
+    return planner.RowScore(row, 0.9 * mid, mid, 1.1 * mid)
 
 
 def test_rank_correlation_is_scipy_s(planner: ModuleType) -> None:
@@ -69,7 +69,7 @@ def test_pairs_that_are_told_apart_are_counted_by_group(planner: ModuleType) -> 
         scored(planner, "c", STAGES, 2.0, 1.1),  # nothing is said
         scored(planner, "d", DATA, 1.0, 1.0),  # nothing to compare with
     ]
-    assert planner.told_apart(rows, 1.2) == {"factor": 1.2, "told": pytest.approx(2 / 3), "right": pytest.approx(0.5)}
+    assert planner.pair_order(rows, 1.2) == {"factor": 1.2, "told": pytest.approx(2 / 3), "right": pytest.approx(0.5)}
 
 
 def test_errors_and_coverage(planner: ModuleType) -> None:
