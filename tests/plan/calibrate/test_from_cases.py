@@ -1,4 +1,4 @@
-"""Runs made with constants that are known: calibrate finds what they do, keeps to its word, and says what it did."""
+"""Runs computed with known constants: calibrate predicts others like them, its intervals hold, and it reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meshwright.plan.cases.read import parse_measured_case
 from meshwright.plan.constants import DATASHEET, load_profile
 from meshwright.plan.rules import FRAMEWORKS
 
-#: What the made-up machine is: a GPU whose products, memory and starts are slower than the data sheets' constants say.
+#: The made-up machine: a GPU whose products, memory and starts are slower than the data sheets' constants say.
 FACTORS = {"product": 0.8, "memory": 0.8, "launch": 1.5}
 
 
@@ -80,8 +80,8 @@ def errors(found: Calibration, cases: list[MeasuredCase]) -> tuple[float, float]
     """Mean error of the cases, and the share in their intervals."""
     predictor = Predictor(found.profile)
     answers = [(predictor.predict(one.case)["step_seconds"], one.step_seconds) for one in cases]
-    held = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
-    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), held / len(answers)
+    inside = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
+    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), inside / len(answers)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ def test_runs_never_seen_are_predicted_and_intervals_hold(
     bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
 ) -> None:
     _, rest, found = bumped
-    error, held = errors(found, rest)
+    error, coverage = errors(found, rest)
     assert found.before > 0.1
     assert error < 0.03
-    assert held > 0.7  # of 48 runs: a sample of what is 0.9 on average
+    assert coverage > 0.7  # of 48 runs: a sample of what is 0.9 on average
 
 
-def test_what_no_constant_says_becomes_a_correction(
+def test_what_no_constant_describes_becomes_a_correction(
     bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
 ) -> None:
     _, rest, found = bumped
@@ -113,7 +113,7 @@ def test_what_no_constant_says_becomes_a_correction(
     assert errors(found, rest)[0] < errors(plain, rest)[0]
 
 
-def test_the_account_says_what_moved(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
+def test_the_report_lists_the_moves(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
     account = bumped[2].as_dict()
     assert account["rows"] == 36
     assert account["moved"]
@@ -154,7 +154,7 @@ def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
     assert 0.97 < alone[0] < 1 < alone[1] < 1.03
 
 
-def test_runs_of_one_kind_promise_nothing_of_others() -> None:
+def test_runs_of_one_kind_give_no_interval_for_others() -> None:
     """One layout again and again has no interval of its own; one regime has none that wider ones would share."""
     rows, _ = resolve_rows(made_up())
     again = [rows[0]] * 100
@@ -245,7 +245,7 @@ def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty.toml").touch()
     for name, target in (("to_cases", cases), ("to_other", other), ("to_job", run / "job.toml"), ("to_run", run)):
         (tmp_path / name).symlink_to(target)
-    kept = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
+    before = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
     for source, out, says in (
         (cases, cases, "is what the profile is made from; name another file"),
         (cases, tmp_path / "to_cases", "is what the profile is made from"),
@@ -266,7 +266,7 @@ def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main(["calibrate", str(source), "--out", str(out)]) == 2
         assert f"error: {out}: {says}" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in kept} == kept
+    assert {path: path.read_bytes() for path in before} == before
     assert not (run / "new.toml").exists()
 
 
@@ -288,9 +288,9 @@ def test_runs_in_another_unit_are_refused_with_its_name(
 ) -> None:
     cases = measured_file(tmp_path, dict.fromkeys(range(1, 11), factor))
     assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet"]) == 2
-    said = capsys.readouterr().err
-    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in said
-    assert unit in said and len(said) < 400
+    message = capsys.readouterr().err
+    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in message
+    assert unit in message and len(message) < 400
     assert not (tmp_path / "p.toml").exists()
 
 

@@ -1,5 +1,4 @@
-"""Cases from outside: each line is answered by itself, nothing hostile gets through, nothing that is not a case's input
-is read."""
+"""Cases from outside: a bad line does not stop the others, and only the inputs of a case are read."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def test_a_sound_line_is_a_case_with_its_layout_filled_in() -> None:
     assert found.assumed == ()
 
 
-def test_dp_follows_from_the_other_degrees_and_is_said() -> None:
+def test_dp_follows_from_the_other_degrees_and_is_reported() -> None:
     found = parse_case({**LINE, "layout": {"tp": 2, "pp": 2, "micro_batch": 2}})
     assert isinstance(found, Case)
     assert found.layout["dp"] == 4
@@ -92,7 +91,7 @@ def test_dp_follows_from_the_other_degrees_and_is_said() -> None:
         ("software", "compiled", True, "software.compiled", "did you mean 'compile'?"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_key_and_the_nearest_that_works(
+def test_an_error_names_its_key_and_the_nearest_valid_value(
     section: str, key: str, value: Any, where: str, near: str
 ) -> None:
     error = error_of(changed(section, key, value))
@@ -160,8 +159,8 @@ def test_a_file_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
 
 def test_what_a_line_says_about_itself_changes_nothing() -> None:
     plain = parse_case(LINE)
-    told = {**LINE, **dict.fromkeys(ABOUT, "told"), "model": {**LINE["model"], "name": "gpt-9"}}
-    assert parse_case(told) == plain
+    line = {**LINE, **dict.fromkeys(ABOUT, "other"), "model": {**LINE["model"], "name": "gpt-9"}}
+    assert parse_case(line) == plain
 
 
 def test_measured_figures_are_read_apart() -> None:

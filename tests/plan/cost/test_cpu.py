@@ -1,4 +1,4 @@
-"""The CPU's time model: what it is made of, and how it answers to size, threads and layout."""
+"""The CPU's time model: its parts, and its dependence on size, threads and layout."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_only_a_head_has_a_loss() -> None:
     assert compute().loss(head, Layout(tp=2)) < compute().loss(head, Layout())
 
 
-def test_fsdp_gathers_once_more_where_shards_are_let_go() -> None:
+def test_fsdp_gathers_once_more_where_weights_are_freed() -> None:
     unit = compute()
     replicated, sharded = (unit.sharding(LAYER, layout) for layout in (Layout(dp=2), Layout(dp=2, shard=2)))
     piped = unit.sharding(LAYER, Layout(pp=2))
@@ -122,7 +122,7 @@ def test_gloo_is_latency_and_bytes_on_the_wire(name: str, times: int) -> None:
     assert getattr(network, name)(8e6, CommGroup(1, 1)) == 0
 
 
-def test_a_pipeline_and_a_single_stage_do_not_share_what_is_remembered() -> None:
+def test_a_pipeline_and_a_single_stage_share_no_cache() -> None:
     cluster = Cluster(CORE, 2, 2, LINK, LINK)
     first = Estimator(Workload(MODEL, cluster, 8, "fp32"), PROFILE)
     alone = first.estimate(Layout(micro_batch=2))

@@ -1,4 +1,4 @@
-"""Laws that every estimate keeps, whatever the constants; and the fast length of a schedule against its replay."""
+"""Laws of every estimate, whatever the constants; and the fast length of a schedule against its replay."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster import Cluster, Link, named_cluster
+from meshwright.cluster import Cluster, Link, cpu_cluster, named_cluster
+from meshwright.errors import InputError
 from meshwright.plan.constants import DATASHEET
-from meshwright.plan.cost.network import CommGroup, Network, network
+from meshwright.plan.cost.network import CommGroup, GlooNetwork, Network, network
 
 BASE = named_cluster("h100-sxm-80gb", 512)
 WIRE = Link("wire", 10e9, 5e-6)
@@ -110,16 +111,11 @@ def test_a_rack_behind_one_switch_is_one_inner_link() -> None:
 
 
 def test_zero_bandwidth_is_bad_input() -> None:
-    from meshwright.errors import InputError
-
     with pytest.raises(InputError, match="bandwidth"):
         Cluster(BASE.device, 8, 8, Link("dead", 0.0, 1e-6), WIRE)
 
 
 def test_cores_talk_by_gloo() -> None:
-    from meshwright.cluster import cpu_cluster
-    from meshwright.plan.cost.network import GlooNetwork
-
     cores = cpu_cluster(2)
     assert isinstance(network(cores, DATASHEET), GlooNetwork)
     assert not isinstance(network(BASE, DATASHEET), GlooNetwork)
