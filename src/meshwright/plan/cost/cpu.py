@@ -150,17 +150,17 @@ class CpuCompute(Compute):
             ahead, back = self.attention(block.attention, layout)
             forward, backward = forward + ahead, backward + back
             saved += ahead if self.word == "fp32" else 0.0
-        moved = self.elementwise(block, layout)
+        elementwise = self.elementwise(block, layout)
         starts = operations(block, self.word) * self.launch
         recompute = host_recompute = 0.0
         if layout.recompute != "none" and block.parameters:
             full = layout.recompute == "full"
-            recompute = forward + moved - (self._last_product(block, layout) if full else saved)
+            recompute = forward + elementwise - (self._last_product(block, layout) if full else saved)
             host_recompute = self.c["host.checkpoint_seconds"] + starts * (1 if full else SELECTIVE_STARTS)
         gathered, reduced = self.sharding(block, layout)
         share = self.c["compiled.share"] if self.framework.fused == "compiled" else 1.0
         return BlockSeconds(
-            forward=share * (forward + moved + self.loss(block, layout)) + gathered,
+            forward=share * (forward + elementwise + self.loss(block, layout)) + gathered,
             backward=share * (backward + self.elementwise_backward(block, layout)) + reduced,
             recompute=share * recompute,
             weight=share * weight,

@@ -153,24 +153,24 @@ class Compute:
 
     def elementwise(self, block: Block, layout: Layout) -> float:
         """Seconds of a block's memory-bound operations, forward."""
-        moved = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
-        moved *= elementwise_share(block, layout, self.device.kind, self.precision)
+        moved_bytes = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
+        moved_bytes *= elementwise_share(block, layout, self.device.kind, self.precision)
         fused = self.framework.fused
         if block.kind == "head":
             if self.framework.fused_cross_entropy or fused == "compiled":
-                moved *= self.c["memory.cross_entropy"]
+                moved_bytes *= self.c["memory.cross_entropy"]
         elif fused != "none":
-            moved *= self.c[f"memory.{fused}"]
+            moved_bytes *= self.c[f"memory.{fused}"]
         kernels = 6 + (14 if block.attention else 0)
-        return moved / self.memory + kernels * FUSED_STARTS[fused] * self.c["kernel_seconds"]
+        return moved_bytes / self.memory + kernels * FUSED_STARTS[fused] * self.c["kernel_seconds"]
 
     def block(self, block: Block, layout: Layout) -> BlockSeconds:
         """One micro-batch through a block on one rank, without what it waits for from others."""
-        forward, backward, weight, ahead, back, moved, starts = self._part_seconds(block, layout)
-        again, share = self._again(block, layout, forward, ahead, moved)
+        forward, backward, weight, ahead, back, elementwise, starts = self._part_seconds(block, layout)
+        again, share = self._recompute_seconds(block, layout, forward, ahead, elementwise)
         return BlockSeconds(
-            forward=forward + ahead + moved,
-            backward=backward + back + 2 * moved,
+            forward=forward + ahead + elementwise,
+            backward=backward + back + 2 * elementwise,
             recompute=again,
             weight=weight,
             host_forward=starts,
@@ -192,20 +192,20 @@ class Compute:
             entry = self._parts[key] = (block, parts)  # holds the block, so that the id in its key is not reused
         return entry[1]
 
-    def _again(
-        self, block: Block, layout: Layout, products: float, attention: float, moved: float
+    def _recompute_seconds(
+        self, block: Block, layout: Layout, products: float, attention: float, elementwise: float
     ) -> tuple[float, float]:
         """Device seconds that recompute adds to the backward, and the share of the forward's starts it repeats."""
         if layout.recompute == "none" or block.kind in self.framework.never_recomputed:
             return 0.0, 0.0
-        whole = products + attention + moved
+        whole = products + attention + elementwise
         if layout.recompute == "full":
             share = min(1.0, self.c["recompute.share"])
             return whole * share, share
         return {
             "attention": (attention, 0.1),
             "block": (whole / 2, 0.5),
-            "operations": (products / 2 + moved, 0.7),
+            "operations": (products / 2 + elementwise, 0.7),
         }[self.framework.selective]
 
     def optimizer(self, elements: float, *, offload: bool = False) -> float:

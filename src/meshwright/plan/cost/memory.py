@@ -140,7 +140,7 @@ class MemoryModel:
 
     def stages(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> tuple[StageMemory, ...]:
         """Memory of a rank of each of `layout.pp` stages; `firsts` is the first block of each virtual stage, in the
-        model's order. Raises ValueError where the schedule cannot run so many micro-batches."""
+        model's order. Raises ValueError where the schedule cannot run `micro_batches`."""
         cut = tuple(firsts)
         ranks = zip(self._stage_elements(layout, cut), self._stage_activations(layout, cut, micro_batches), strict=True)
         if self.framework.holds == "copies":

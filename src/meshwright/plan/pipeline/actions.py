@@ -241,7 +241,7 @@ class _DualPipeV:
         yield from self.ending(later, sooner)
 
     def ending(self, later: int, sooner: int) -> Iterator[Action]:
-        """The last backwards; the second half of them postpones its weight gradients to the very end."""
+        """The last backwards, the later half of which postpones its weight gradients to the very end."""
         for index in range(sooner):
             yield self.backward(self.far, split=2 * index + 1 > sooner)
             yield self.backward(self.near, split=2 * index + 2 > sooner)
