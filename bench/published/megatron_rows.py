@@ -1,10 +1,10 @@
-"""Peak memory of Megatron-LM's own regression runs, read from a table of ours outside the repository.
+"""Predicts the peak memory of Megatron-LM's own regression runs, from a table of ours outside the repository.
 
-The table has what each run was told and two counters of torch's allocator; a blank is the framework's default. What the
-columns leave out is in the name of the case, which says what the case tests: `te` or not, rope, untied, MLA. What runs
-share besides (vocabularies, dropout of 0.1, 8 GPUs where nothing is said, the attention a deterministic run falls back
-to) is in the public configuration of the regression suite. The counters are of the last rank of the last stage, which
-is the one that writes logs. No constant is fitted: every figure follows from `plan.cost.memory`.
+The table has the options of each run and two counters of torch's allocator; a blank is the framework's default. The
+name of a case says what it tests beside the columns: `te` or not, rope, untied, MLA. The public configuration of the
+regression suite gives what runs share: vocabularies, dropout of 0.1, 8 GPUs by default, the attention of deterministic
+runs. The counters are of the last rank of the last stage, which writes the logs. No constant is fitted: every figure
+follows from `plan.cost.memory`.
 
     python bench/published/megatron_rows.py --data FOLDER
 """
@@ -26,38 +26,38 @@ from meshwright.plan.rules import FRAMEWORKS, Framework
 
 MIB = 2**20
 DEVICES = {"a100": "a100-sxm-80gb", "h100": "h100-sxm-80gb", "gb200": "gb200", "": "a100-sxm-80gb"}
-#: Kinds of model that the planner has no card for (state-space hybrids, encoders beside decoders), and runs of other
-#: kinds: post-training, activations moved to the host module by module.
+#: Models without a card in the planner (state-space hybrids, encoders beside decoders), and runs of other kinds
+#: (post-training, offloading of activations by module).
 NOT_DECODERS = ("hybrid", "mimo", "nemotron", "t5")
-ELSEWHERE = ("grpo", "distill", "fine_grained_offloading")
+OTHER_RUNS = ("grpo", "distill", "fine_grained_offloading")
 #: Entries of the tokenizers that the suite uses.
 VOCABULARY = {"bert": 30522, "15b": 256000, "gpt3_7b": 131073, "8x22b": 32000, "8x7b": 256000, "deepseek": 256000}
 GPT2_VOCABULARY = 50257
 #: Cases of DeepSeek-V3's architecture -> widths of an expert and of the shared one, layers before the first mixture.
 LATENT_MIXTURES = {"deepseekv3": (2048, 3), "ep4_etp1_mtp": (1024, 1)}
-#: Pipelines that the configuration draws by hand: (case, pp) -> first block of each virtual stage.
-DRAWN = {
+#: Pipelines that the configuration lays out by hand: (case, pp) -> first block of each virtual stage.
+PIPELINES = {
     ("deepseekv3", 4): (0, 3, 5, 7, 9, 11, 13, 14),
     ("deepseekv3", 2): (0, 8),
     ("uneven_pipeline", 4): (0, 3, 7, 11),
     ("account_for_embedding", 4): tuple(range(8)),  # the two ends count as layers
 }
-#: Gradients of the logits that a run holds back, with their products, for idle time at the end of a step.
+#: Gradients of the logits whose products a run defers to idle time at the end of a step.
 DEFERRED = 2
 
 
 @dataclass(frozen=True)
 class MegatronRow:
-    """A measured run: what it was told, and bytes that torch's allocator counted, between steps and at most."""
+    """A measured run: its options, and bytes that torch's allocator counted, between steps and at the peak."""
 
     case: str
     golden: str
-    given: Mapping[str, str]
+    options: Mapping[str, str]
     allocated_bytes: int
     max_allocated_bytes: int
 
     def number(self, column: str, otherwise: int) -> int:
-        return int(self.given[column]) if self.given[column] else otherwise
+        return int(self.options[column]) if self.options[column] else otherwise
 
     def says(self, *words: str) -> bool:
         return any(word in self.case for word in words)
@@ -65,36 +65,36 @@ class MegatronRow:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A row that the planner has no card for, and why."""
+    """A row that the planner cannot predict, and why."""
 
     case: str
     why: str
 
 
 def read_megatron_rows(path: Path) -> Iterator[MegatronRow]:
-    """Rows that were measured. Raises OSError or KeyError for a file that is not the table."""
+    """Measured rows. Raises OSError or KeyError for a file that is not the table."""
     with open(path, newline="", encoding="utf-8") as file:
-        for given in csv.DictReader(file):
-            if given["mem_max_allocated_bytes"]:
-                measured = (int(given[f"mem_{name}_bytes"] or 0) for name in ("allocated", "max_allocated"))
-                yield MegatronRow(given["case"], given["golden"], given, *measured)
+        for options in csv.DictReader(file):
+            if options["mem_max_allocated_bytes"]:
+                measured = (int(options[f"mem_{name}_bytes"] or 0) for name in ("allocated", "max_allocated"))
+                yield MegatronRow(options["case"], options["golden"], options, *measured)
 
 
 def predicted(row: MegatronRow) -> StageMemory | Unsupported:
     """Memory of the rank whose counters the suite logs."""
-    if row.case.split("/")[0] in NOT_DECODERS or row.says(*ELSEWHERE):
+    if row.case.split("/")[0] in NOT_DECODERS or row.says(*OTHER_RUNS):
         return Unsupported(row.case, "not a decoder that the planner has a card for")
     layout = _layout(row)
-    cluster = named_cluster(DEVICES[row.given["gpu"]], 8)
+    cluster = named_cluster(DEVICES[row.options["gpu"]], 8)
     shape, framework = _shape(row, layout), _framework(row, layout)
-    precision = "fp8" if row.given["fp8"] else row.given["precision"] or "bf16"
+    precision = "fp8" if row.options["fp8"] else row.options["precision"] or "bf16"
     batch, decoder = row.number("global_batch", 32), card(shape, row.number("seq", 1024), _style(row, layout))
     model = MemoryModel(Workload(decoder, cluster, batch, precision, framework))
     last = model.stages(layout, _firsts(row, shape, layout), max(1, layout.micro_batches(batch)))[-1]
     if row.says("defer"):
         tokens = row.number("seq", 1024) * layout.micro_batch
-        held = DEFERRED * tokens * shape.vocab // layout.tp * 2
-        return replace(last, activations=last.activations + held)
+        deferred = DEFERRED * tokens * shape.vocab // layout.tp * 2
+        return replace(last, activations=last.activations + deferred)
     return last
 
 
@@ -105,9 +105,8 @@ def _layout(row: MegatronRow) -> Layout:
         devices = max(devices, tp * pp * cp * row.number("ep", 1), 64)
     layers, per_stage = row.number("layers", 12), row.number("layers_per_vstage", 0)
     vpp = layers // pp // per_stage if per_stage else row.number("vpp_stages", 1)
-    drawn = next((cut for (word, ranks), cut in DRAWN.items() if row.says(word) and ranks == pp), None)
-    if drawn is not None:
-        vpp = len(drawn) // pp
+    if cut := _explicit_cut(row, pp):
+        vpp = len(cut) // pp
     return Layout(
         dp=max(1, devices // (tp * pp * cp)),
         tp=tp,
@@ -116,10 +115,15 @@ def _layout(row: MegatronRow) -> Layout:
         ep=row.number("ep", 1),
         vpp=vpp,
         schedule="interleaved" if vpp > 1 else "1f1b",
-        sequence_parallel=row.given["sp"] == "true" and tp > 1,
+        sequence_parallel=row.options["sp"] == "true" and tp > 1,
         micro_batch=row.number("micro_batch", 4),
-        recompute=row.given["recompute"] or "none",
+        recompute=row.options["recompute"] or "none",
     )
+
+
+def _explicit_cut(row: MegatronRow, pp: int) -> tuple[int, ...] | None:
+    """First block of each virtual stage, where the configuration lays the pipeline out by hand."""
+    return next((cut for (word, ranks), cut in PIPELINES.items() if row.says(word) and ranks == pp), None)
 
 
 def _local(row: MegatronRow) -> bool:
@@ -128,11 +132,11 @@ def _local(row: MegatronRow) -> bool:
 
 
 def _unfused(row: MegatronRow) -> bool:
-    """Deterministic runs write attention's scores out, but for those that resume: they choose."""
-    if row.given["deterministic_env"] != "1":
+    """Whether attention writes its scores: deterministic runs do, unless they resume or have context parallelism."""
+    if row.options["deterministic_env"] != "1":
         return row.case.startswith("bert") or row.says("loss_fusion")
-    chooses = row.says("resume", "memory_speed")
-    return _local(row) or row.case.startswith("bert") or not (chooses or row.number("cp", 1) > 1)
+    fused = row.says("resume", "memory_speed") or row.number("cp", 1) > 1
+    return _local(row) or row.case.startswith("bert") or not fused
 
 
 def _style(row: MegatronRow, layout: Layout) -> str:
@@ -143,7 +147,7 @@ def _style(row: MegatronRow, layout: Layout) -> str:
         words.append("fused_loss")
     if _unfused(row):
         words.append("unfused")
-    elif row.given["gpu"] != "h100" and row.given["deterministic_env"] == "1":
+    elif row.options["gpu"] != "h100" and row.options["deterministic_env"] == "1":
         words.append("two_outputs")
     if row.number("etp", layout.tp) == 1:
         words.append("whole_experts")
@@ -155,9 +159,9 @@ def _style(row: MegatronRow, layout: Layout) -> str:
 def _framework(row: MegatronRow, layout: Layout) -> Framework:
     return replace(
         FRAMEWORKS["megatron-lm"],
-        optimizer_shard="dp" if row.given["dist_opt"] == "true" and not row.says("multi_dist") else "none",
-        gradient_bytes=0 if row.given["precision"] == "fp16" else 4,
-        dummy_gradients=row.says("release", "defer", *LATENT_MIXTURES),  # else gradients are not added by the product
+        optimizer_shard="dp" if row.options["dist_opt"] == "true" and not row.says("multi_dist") else "none",
+        gradient_bytes=0 if row.options["precision"] == "fp16" else 4,
+        dummy_gradients=row.says("release", "defer", *LATENT_MIXTURES),  # else products do not add gradients
         vocab_multiple=row.number("vocab_div", 128),
         splits_experts=row.number("etp", layout.tp) > 1,
         workspace_bytes=_workspace(row),
@@ -165,11 +169,11 @@ def _framework(row: MegatronRow, layout: Layout) -> Framework:
 
 
 def _workspace(row: MegatronRow) -> int:
-    """What libraries that multiply matrices keep: two of torch's handles, each 8 blocks of 4 MiB where runs are to be
-    deterministic or the device is late, and Transformer Engine's; Megatron's own modules have two handles more."""
-    late = row.given["gpu"] in ("h100", "gb200")
-    each = 32 * MIB if late or row.given["deterministic_env"] == "1" else 8320 * 1024
-    engine = (32 if late else 4) * MIB
+    """Bytes of the matrix libraries: two of torch's handles, each 8 blocks of 4 MiB for deterministic runs and on new
+    devices, and Transformer Engine's; Megatron's own modules have two handles more."""
+    new = row.options["gpu"] in ("h100", "gb200")
+    each = 32 * MIB if new or row.options["deterministic_env"] == "1" else 8320 * 1024
+    engine = (32 if new else 4) * MIB
     grouped = row.says("grouped", "top2router", "average_in", "a2a_ovlp", "muon", "etp2_pp2_resume", "mixtral")
     streams = 5 if grouped or row.says(*LATENT_MIXTURES) else 1  # products of many experts have four of their own
     return 4 * each if _local(row) else 2 * each + streams * engine
@@ -177,10 +181,10 @@ def _workspace(row: MegatronRow) -> int:
 
 def _shape(row: MegatronRow, layout: Layout) -> DecoderShape:
     hidden, heads = row.number("hidden", 512), row.number("heads", 8)
-    gated = row.given["swiglu"] == "true" or row.says("swiglu")
+    gated = row.options["swiglu"] == "true" or row.says("swiglu")
     experts = row.number("experts", 0)
     vocabulary = next((size for name, size in VOCABULARY.items() if row.says(name)), GPT2_VOCABULARY)
-    latent = next((facts for name, facts in LATENT_MIXTURES.items() if row.says(name)), None)
+    latent = next((sizes for name, sizes in LATENT_MIXTURES.items() if row.says(name)), None)
     ffn = row.number("ffn", int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden)
     rope = row.says("rope", "15b", "mixtral", *LATENT_MIXTURES)
     shape = DecoderShape(
@@ -209,35 +213,33 @@ def _shape(row: MegatronRow, layout: Layout) -> DecoderShape:
 
 
 def _firsts(row: MegatronRow, shape: DecoderShape, layout: Layout) -> list[int]:
-    """First block of each virtual stage: equal counts of layers, the embedding with the first, the head the last."""
-    stages = layout.pp * layout.vpp
-    for (word, ranks), cut in DRAWN.items():
-        if row.says(word) and ranks == layout.pp:
-            return list(cut)
-    each = shape.layers // stages
-    return [0, *(1 + each * stage for stage in range(1, stages))]
+    """First block of each virtual stage. Without an explicit cut, stages have equal numbers of layers; the embedding is
+    on the first and the head on the last."""
+    each = shape.layers // (layout.pp * layout.vpp)
+    equal = (0, *(1 + each * stage for stage in range(1, layout.pp * layout.vpp)))
+    return list(_explicit_cut(row, layout.pp) or equal)
 
 
-def scored(data: Path) -> Iterator[tuple[MegatronRow, StageMemory | Unsupported]]:
-    """Each measured row of the table in folder `data`, with what is predicted of it."""
+def predictions(data: Path) -> Iterator[tuple[MegatronRow, StageMemory | Unsupported]]:
+    """Each measured row of the table in folder `data`, with its prediction."""
     for row in read_megatron_rows(data / "megatron_memory.csv"):
         yield row, predicted(row)
 
 
 def errors(data: Path) -> dict[str, list[float]]:
-    """Signed relative errors of what can be predicted: of the peak, and of what stays allocated between steps."""
-    found: dict[str, list[float]] = {"peak_allocated": [], "between_steps": []}
-    for row, answer in scored(data):
+    """Signed relative errors of the predicted rows: of the peak, and of the bytes allocated between steps."""
+    signed: dict[str, list[float]] = {"peak_allocated": [], "between_steps": []}
+    for row, answer in predictions(data):
         if isinstance(answer, StageMemory):
-            found["peak_allocated"].append(answer.allocated / row.max_allocated_bytes - 1)
+            signed["peak_allocated"].append(answer.allocated / row.max_allocated_bytes - 1)
             if row.allocated_bytes:
-                found["between_steps"].append(_still(row, answer) / row.allocated_bytes - 1)
-    return found
+                signed["between_steps"].append(_between_steps(row, answer) / row.allocated_bytes - 1)
+    return signed
 
 
-def _still(row: MegatronRow, memory: StageMemory) -> int:
-    """Bytes between steps: states, and what the libraries keep for themselves."""
-    halves = row.given["precision"] == "fp16"  # the update of fp16 weights leaves fp32 gradients behind
+def _between_steps(row: MegatronRow, memory: StageMemory) -> int:
+    """Bytes between steps: the model's state, and the libraries' workspaces."""
+    halves = row.options["precision"] == "fp16"  # the update of fp16 weights leaves fp32 gradients
     return memory.weights + memory.gradients + memory.optimizer * (16 if halves else 12) // 12 + _workspace(row)
 
 
@@ -246,15 +248,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of megatron_memory.csv")
     data, skipped = parser.parse_args().data, 0
-    for row, answer in scored(data):
+    for row, answer in predictions(data):
         if isinstance(answer, Unsupported):
             skipped += 1
             continue
         error = answer.allocated / row.max_allocated_bytes - 1
-        still = _still(row, answer) / row.allocated_bytes - 1 if row.allocated_bytes else 0.0
+        still = _between_steps(row, answer) / row.allocated_bytes - 1 if row.allocated_bytes else 0.0
         print(f"{error:+8.1%} {still:+8.1%}  {row.case} {row.golden}")
-    for name, found in errors(data).items():
-        sizes = sorted(map(abs, found))
+    for name, signed in errors(data).items():
+        sizes = sorted(map(abs, signed))
         middle, mean = sizes[len(sizes) // 2], sum(sizes) / len(sizes)
         print(f"{name}: {len(sizes)} rows, mean {mean:.1%}, median {middle:.1%}, largest {sizes[-1]:.1%}")
     print(f"{skipped} rows of models without a card")

@@ -1,14 +1,14 @@
-"""Scores the planner on published measurements, beside the best that others have stated.
+"""Scores the planner on published measurements, beside the best figures that others state.
 
     python bench/published/planner.py --data ../shared/published                    the table (a few minutes)
-    python bench/published/planner.py --data ../shared/published --json             the same for machines
-    python bench/published/planner.py --data ../shared/published --write-default    fits the shipped profile first
+    python bench/published/planner.py --data ../shared/published --json             the same as JSON
+    python bench/published/planner.py --data ../shared/published --write-default    fit and write the shipped profile
 
-Rows scored are never rows fitted. "datasheet" is fitted to nothing; "default" is one set of constants for all sources,
-and each row is predicted by a fit that has not seen its model in any source; "own rows" is fitted to a source's other
-groups (five folds), where it has enough. "Calibrated" below is what the design asks for: fitted to 72 rows of one
-machine's single-node runs and 20 of its multi-node runs, and scored on its others ("rows"), and again with whole groups
-held out ("groups"). Everything is deterministic. Models are told apart by their widths, GPTs by their depth too.
+No row is scored by a fit to it. "datasheet" is not fitted; "default" is one set of constants for all sources, where
+each row is predicted by a fit without its model, in whatever source; "own rows" is fitted to the other groups of a
+source (five folds), where there are enough. "Calibrated" is fitted to 72 of one machine's single-node runs and 20 of
+its multi-node runs and scored on the others ("rows"), and again with whole groups held out ("groups"). Everything is
+deterministic. Models are distinguished by their widths, GPTs by their depth too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from meshwright.plan.calibrate.fit import folds, spread_rows
 from meshwright.plan.calibrate.from_cases import (
@@ -33,7 +33,7 @@ from meshwright.plan.calibrate.from_cases import (
     held_out,
     held_out_keys,
     pair_intervals,
-    rows_of,
+    resolve_rows,
 )
 from meshwright.plan.cases import Predictor, measured_cases
 from meshwright.plan.constants import DATASHEET, Profile, default_profile
@@ -42,12 +42,13 @@ from meshwright.plan.constants.regime import time_interval
 from meshwright.plan.cost.memory import memory_interval
 from meshwright.plan.search.walk import TIE, complexity
 
+Item, Scores = TypeVar("Item"), TypeVar("Scores")
 SINGLE, MULTI = "VIA-Research/vTrain single", "VIA-Research/vTrain multi"
 FITTED_ROWS = {SINGLE: 72, MULTI: 20}
 FEWEST_OWN_ROWS = 6
-#: What a 90 % interval may hold.
+#: Acceptable shares of rows in their 90 % interval.
 COVERED = (0.85, 0.95)
-#: What must be reached, and the best that others state (shared design, section 6).
+#: The largest acceptable figure, and the best that others state (shared design, section 6).
 TARGETS = {
     "calibrated.single": (0.05, "vTrain 8.4 %"),
     "calibrated.multi": (0.065, "vTrain 14.7 %"),
@@ -64,8 +65,8 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A row with what was predicted for it by constants that had not seen it."""
+class RowScore:
+    """A row with its prediction by constants that were fitted without it."""
 
     row: Row
     low: float
@@ -77,71 +78,75 @@ class Scored:
         return abs(self.mid / self.row.seconds - 1)
 
     @property
-    def held(self) -> bool:
+    def in_interval(self) -> bool:
         return self.low <= self.row.seconds <= self.high
 
 
-def predicted(rows: Sequence[Row], profile: Profile) -> list[Scored]:
+def predicted(rows: Sequence[Row], profile: Profile) -> list[RowScore]:
     """Rows by a profile that was not fitted to them."""
     predictor = Predictor(profile)
-    found = []
+    scores = []
     for row in rows:
         mid = predictor.seconds(row.run) * predictor.factor(row.run)
         low, high = time_interval(profile, row.run.workload, row.run.layout, row.run.width)
-        found.append(Scored(row, mid * low, mid, mid * high))
-    return found
+        scores.append(RowScore(row, mid * low, mid, mid * high))
+    return scores
 
 
-def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool = False) -> list[Scored]:
-    """Rows by refits that have not seen their key; the interval of a row comes from the rows of other folds."""
+def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool = False) -> list[RowScore]:
+    """Rows by fits without their key; the interval of a row comes from the rows of other folds."""
     residuals = held_out(rows, DATASHEET, keys, correct=correct)
     fold_of = folds(keys, 5)
-    scored: list[Scored | None] = [None] * len(rows)
+    scores: dict[int, RowScore] = {}
     for fold in sorted(set(fold_of)):
         others = [one for one, place in zip(residuals, fold_of, strict=True) if place != fold]
-        logs, units = [one.corrected for one in others], [one.corrected_unit for one in others]
-        intervals = conformal([one.row for one in others], logs, units)
+        logs, widths = [one.corrected for one in others], [one.width for one in others]
+        intervals = conformal([one.row for one in others], logs, widths)
         profile = replace(DATASHEET, intervals={**DATASHEET.intervals, **intervals})
         for index, place in enumerate(fold_of):
             if place == fold:
-                scored[index] = _scored(residuals[index], profile)
-    return [one for one in scored if one is not None]
+                scores[index] = _score(residuals[index], profile)
+    return [scores[index] for index in range(len(rows))]
 
 
-def _scored(one: Residual, profile: Profile) -> Scored:
+def _score(one: Residual, profile: Profile) -> RowScore:
     mid = one.row.seconds / math.exp(one.corrected)
-    low, high = profile.interval(*one.row.words)
-    return Scored(one.row, mid * low**one.corrected_unit, mid, mid * high**one.corrected_unit)
+    low, high = profile.interval(*one.row.interval_regime)
+    return RowScore(one.row, mid * low**one.width, mid, mid * high**one.width)
 
 
-def own_scores(rows: Sequence[Row]) -> dict[str, list[Scored]]:
+def own_scores(rows: Sequence[Row]) -> dict[str, list[RowScore]]:
     """Each source's rows by fits to its other groups (its other rows, where it has fewer groups than folds)."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.source, []).append(row)
     return {
-        source: held_out_scores(mine, held_out_keys(mine), correct=True)
-        for source, mine in sorted(found.items())
-        if len(mine) >= FEWEST_OWN_ROWS
+        source: held_out_scores(own, held_out_keys(own), correct=True)
+        for source, own in sorted(grouped(rows, lambda row: row.source).items())
+        if len(own) >= FEWEST_OWN_ROWS
     }
 
 
-def calibrated_scores(rows: Sequence[Row]) -> dict[str, list[Scored]]:
+def grouped(items: Sequence[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Items by key, in order of first appearance."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def calibrated_scores(rows: Sequence[Row]) -> dict[str, list[RowScore]]:
     """vTrain's machine: fitted to 72 + 20 rows spread over groups, scored on the rest; and with whole groups held out
     (four folds of groups, 72 rows of the other three)."""
-    by_source = {source: [row for row in rows if row.source == source] for source in FITTED_ROWS}
-    fitted = {source: _pick(found, FITTED_ROWS[source]) for source, found in by_source.items()}
-    profile = calibrate_rows([row for found in fitted.values() for row in found], DATASHEET).profile
-    known = {row.id for found in fitted.values() for row in found}
+    single, multi = ([row for row in rows if row.source == source] for source in (SINGLE, MULTI))
+    fitted = [*_pick(single, FITTED_ROWS[SINGLE]), *_pick(multi, FITTED_ROWS[MULTI])]
+    profile, ids = calibrate_rows(fitted, DATASHEET).profile, {row.id for row in fitted}
     scores = {
-        "single, rows": predicted([row for row in by_source[SINGLE] if row.id not in known], profile),
-        "multi, rows": predicted([row for row in by_source[MULTI] if row.id not in known], profile),
+        "single, rows": predicted([row for row in single if row.id not in ids], profile),
+        "multi, rows": predicted([row for row in multi if row.id not in ids], profile),
     }
-    fold_of = folds([row.group for row in by_source[SINGLE]], 4)
-    unseen: list[Scored] = []
+    fold_of = folds([row.group for row in single], 4)
+    unseen: list[RowScore] = []
     for fold in sorted(set(fold_of)):
-        inside = [row for row, place in zip(by_source[SINGLE], fold_of, strict=True) if place != fold]
-        outside = [row for row, place in zip(by_source[SINGLE], fold_of, strict=True) if place == fold]
+        inside = [row for row, place in zip(single, fold_of, strict=True) if place != fold]
+        outside = [row for row, place in zip(single, fold_of, strict=True) if place == fold]
         unseen += predicted(outside, calibrate_rows(_pick(inside, FITTED_ROWS[SINGLE]), DATASHEET).profile)
     return {**scores, "single, groups": unseen}
 
@@ -155,64 +160,55 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
 
 
-def by_source(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
-    found: dict[str, list[Scored]] = {}
-    for one in scored:
-        found.setdefault(one.row.source, []).append(one)
-    return dict(sorted(found.items()))
+def by_source(scored: Sequence[RowScore]) -> dict[str, list[RowScore]]:
+    return dict(sorted(grouped(scored, lambda one: one.row.source).items()))
 
 
-def summary(scored: Sequence[Scored]) -> dict[str, Any]:
+def summary(scored: Sequence[RowScore]) -> dict[str, Any]:
     errors = [one.error for one in scored]
     return {
         "rows": len(scored),
         "mean": sum(errors) / len(errors),
         "p95": quantile(errors, 0.95),
-        "coverage": sum(one.held for one in scored) / len(scored),
+        "coverage": sum(one.in_interval for one in scored) / len(scored),
         "width": sum(one.high / one.low for one in scored) / len(scored),
     }
 
 
-def regret(scored: Sequence[Scored]) -> dict[str, Any] | None:
-    """How much slower the layout that a plan takes is than the best measured of its group: mean and largest over the
+def regret(scored: Sequence[RowScore]) -> dict[str, Any] | None:
+    """How much slower the layout that a plan picks is than the best measured of its group: mean and largest over the
     groups with several layouts, and the mean rank correlation within groups of five or more."""
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.row.group, []).append(one)
     losses, ranks = [], []
-    for found in groups.values():
-        if len({one.row.run.layout for one in found}) > 1:
-            level = (1 + TIE) * min(one.mid for one in found)
-            near = [one for one in found if one.mid <= level]
-            picked = min(near, key=lambda one: (complexity(one.row.run.layout), one.mid))
-            losses.append(picked.row.seconds / min(one.row.seconds for one in found) - 1)
-            if len(found) >= 5:
-                ranks.append(spearman([one.mid for one in found], [one.row.seconds for one in found]))
+    for group in grouped(scored, lambda one: one.row.group).values():
+        if len({one.row.run.layout for one in group}) > 1:
+            level = (1 + TIE) * min(one.mid for one in group)
+            ties = [one for one in group if one.mid <= level]
+            choice = min(ties, key=lambda one: (complexity(one.row.run.layout), one.mid))
+            losses.append(choice.row.seconds / min(one.row.seconds for one in group) - 1)
+            if len(group) >= 5:
+                ranks.append(spearman([one.mid for one in group], [one.row.seconds for one in group]))
     if not losses:
         return None
     rank = sum(ranks) / len(ranks) if ranks else None
     return {"groups": len(losses), "mean": sum(losses) / len(losses), "max": max(losses), "rank": rank}
 
 
-def told_apart(scored: Sequence[Scored], apart: float) -> dict[str, float]:
-    """Of the pairs of layouts of a group, every group counting alike: the share predicted to differ by more than the
-    factor `apart`, and of these the share that really come in that order."""
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.row.group, []).append(one)
-    said = right = total = 0.0
-    for found in groups.values():
-        pairs = [(a, b) for a, b in combinations(found, 2) if a.row.run.layout != b.row.run.layout]
+def pair_order(scored: Sequence[RowScore], apart: float) -> dict[str, float]:
+    """The share of pairs of layouts in a group that are predicted to differ by more than the factor `apart` ("told"),
+    and the share of these in the measured order ("right"). Every group has the same weight."""
+    differing = right = groups = 0.0
+    for group in grouped(scored, lambda one: one.row.group).values():
+        pairs = [(a, b) for a, b in combinations(group, 2) if a.row.run.layout != b.row.run.layout]
         differ = [(a, b) for a, b in pairs if max(a.mid, b.mid) > apart * min(a.mid, b.mid)]
         if pairs:
-            total += 1
-            said += len(differ) / len(pairs)
+            groups += 1
+            differing += len(differ) / len(pairs)
             right += sum((a.mid < b.mid) == (a.row.seconds < b.row.seconds) for a, b in differ) / len(pairs)
-    return {"factor": apart, "told": said / total, "right": right / said if said else 1.0}
+    return {"factor": apart, "told": differing / groups, "right": right / differing if differing else 1.0}
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank."""
+    """Rank correlation; ties have their mean rank."""
     x, y = _ranks(a), _ranks(b)
     mean = (len(x) - 1) / 2
     top = sum((p - mean) * (q - mean) for p, q in zip(x, y, strict=True))
@@ -235,15 +231,11 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def memory_of_cases(data: Path) -> dict[str, Any] | None:
-    """Peak memory of the rows that state one."""
+    """Errors of peak memory, for the rows that have one."""
     cases, _ = measured_cases(data / "train_cases.jsonl")
     predictor = Predictor(DATASHEET)
-    rows = []
-    for one in cases:
-        if one.peak_allocated_gib is not None:
-            answer = predictor.predict(one.case)
-            if "error" not in answer:
-                rows.append((one, answer))
+    answers = [(one, predictor.predict(one.case)) for one in cases if one.peak_allocated_gib is not None]
+    rows = [(one, answer) for one, answer in answers if "error" not in answer]
     if not rows:
         return None
     return {
@@ -253,153 +245,152 @@ def memory_of_cases(data: Path) -> dict[str, Any] | None:
 
 
 def memory_of_megatron(data: Path) -> dict[str, Any] | None:
-    """Peak memory of Megatron-LM's regression runs, of the models that have a card; None without their table."""
+    """Errors of peak memory, for Megatron-LM's regression runs of models with a card; None without their table."""
     if not (data / "megatron_memory.csv").is_file():
         return None
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `bench` is found however this was started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `bench` is importable
     from bench.published.megatron_rows import errors
 
-    return {name: _errors(found) for name, found in errors(data).items()}
+    return {name: _errors(signed) for name, signed in errors(data).items()}
 
 
 def _errors(signed: Sequence[float]) -> dict[str, Any]:
-    """Of predicted over measured less 1; `coverage` is the share within the interval that a plan states."""
+    """Summary of predicted / measured - 1; `coverage` is the share in the interval that a plan states."""
     sizes = [abs(error) for error in signed]
     low, high = memory_interval("megatron-lm")
-    held = sum(low <= 1 / (1 + error) <= high for error in signed) / len(signed)
-    found = {"rows": len(sizes), "mean": sum(sizes) / len(sizes), "p95": quantile(sizes, 0.95), "max": max(sizes)}
-    return {**found, "coverage": held}
+    coverage = sum(low <= 1 / (1 + error) <= high for error in signed) / len(signed)
+    figures = {"rows": len(sizes), "mean": sum(sizes) / len(sizes), "p95": quantile(sizes, 0.95), "max": max(sizes)}
+    return {**figures, "coverage": coverage}
 
 
 def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Every figure."""
     begin = time.process_time()
     cases, bad = measured_cases(data / "train_cases.jsonl")
-    rows, skipped = rows_of(cases)
+    rows, skipped = resolve_rows(cases)
     say(f"{len(rows)} rows, {len(bad) + len(skipped)} that could not be read")
-    datasheet = predicted(rows, DATASHEET)
-    say(f"datasheet done, {time.process_time() - begin:.0f} s of CPU")
-    default = held_out_scores(rows, [row.model_key for row in rows])
-    say(f"default done, {time.process_time() - begin:.0f} s of CPU")
-    groups = held_out_scores(rows, [row.group for row in rows])
-    say(f"default by groups done, {time.process_time() - begin:.0f} s of CPU")
-    own = own_scores(rows)
-    say(f"own rows done, {time.process_time() - begin:.0f} s of CPU")
-    calibrated = calibrated_scores(rows)
-    say(f"calibrated done, {time.process_time() - begin:.0f} s of CPU")
-    found: dict[str, Any] = {
+
+    def timed(what: str, scores: Scores) -> Scores:
+        say(f"{what} done, {time.process_time() - begin:.0f} s of CPU")
+        return scores
+
+    datasheet = timed("datasheet", predicted(rows, DATASHEET))
+    default = timed("default", held_out_scores(rows, [row.model_key for row in rows]))
+    groups = timed("default by groups", held_out_scores(rows, [row.group for row in rows]))
+    own = timed("own rows", own_scores(rows))
+    calibrated = timed("calibrated", calibrated_scores(rows))
+    figures: dict[str, Any] = {
         "rows": len(rows),
         "not_read": [{"id": one.id, "error": one.error} for one in (*bad, *skipped)],
-        "datasheet": {source: summary(found) for source, found in by_source(datasheet).items()},
-        "default": {source: summary(found) for source, found in by_source(default).items()},
-        "default_groups": {source: summary(found) for source, found in by_source(groups).items()},
-        "own_rows": {source: summary(found) for source, found in own.items()},
-        "calibrated": {name: summary(found) for name, found in calibrated.items()},
+        "datasheet": {source: summary(scores) for source, scores in by_source(datasheet).items()},
+        "default": {source: summary(scores) for source, scores in by_source(default).items()},
+        "default_groups": {source: summary(scores) for source, scores in by_source(groups).items()},
+        "own_rows": {source: summary(scores) for source, scores in own.items()},
+        "calibrated": {name: summary(scores) for name, scores in calibrated.items()},
         "coverage": {
             "datasheet": summary(datasheet)["coverage"],
             "default, models held out": summary(default)["coverage"],
             "default, groups held out": summary(groups)["coverage"],
-            "calibrated": summary([one for found in calibrated.values() for one in found])["coverage"],
+            "calibrated": summary([one for scores in calibrated.values() for one in scores])["coverage"],
         },
         "regret": {
             f"{name}, {source}": value
             for name, table in (("datasheet", by_source(datasheet)), ("default", by_source(default)))
-            for source, found in table.items()
-            if (value := regret(found)) is not None
+            for source, scores in table.items()
+            if (value := regret(scores)) is not None
         },
         "memory": {"cases": memory_of_cases(data), "megatron": memory_of_megatron(data)},
     }
     apart = pair_intervals(rows, [math.log(one.row.seconds / one.mid) for one in default])
-    found["pairs"] = {
-        "datasheet": told_apart(datasheet, DATASHEET.interval("pairs", "cuda")[1]),
-        "default, models held out": told_apart(default, apart["pairs.cuda"][1]),
+    figures["pairs"] = {
+        "datasheet": pair_order(datasheet, DATASHEET.interval("pairs", "cuda")[1]),
+        "default, models held out": pair_order(default, apart["pairs.cuda"][1]),
     }
     for name in ("single, groups", "multi, rows"):
-        found["regret"][f"calibrated, {name}"] = regret(calibrated[name])
-    found["means"] = {
-        name: sum(one["mean"] for one in found[name].values()) / len(found[name])
+        figures["regret"][f"calibrated, {name}"] = regret(calibrated[name])
+    figures["means"] = {
+        name: sum(one["mean"] for one in figures[name].values()) / len(figures[name])
         for name in ("datasheet", "default", "default_groups", "own_rows")
     }
-    found["cpu_seconds"] = time.process_time() - begin
-    return found
+    figures["cpu_seconds"] = time.process_time() - begin
+    return figures
 
 
 def write_default(data: Path, say: Callable[[str], None]) -> None:
-    """The shipped profile: every row, one set of constants, equal weight a source."""
+    """Fits and writes the shipped profile: every row, one set of constants, equal weight per source."""
     cases, _ = measured_cases(data / "train_cases.jsonl")
-    rows, _ = rows_of(cases)
-    found = calibrate_rows(rows, DATASHEET, name="default", correct=False)
+    rows, _ = resolve_rows(cases)
+    fit = calibrate_rows(rows, DATASHEET, name="default", correct=False)
     sources = sorted({row.source for row in rows})
     head = [
-        "# The default profile: one set of constants for every source of measured runs, equal weight a source.",
+        "# The default profile: one set of constants for every source of measured runs, with equal weight per source.",
         f"# Written by `python bench/published/planner.py --data ... --write-default` from {len(rows)} runs of",
         *(f"#   {source}" for source in sources),
         "# Intervals hold 90 % of runs whose group was not fitted, by regime (docs/predict.md).",
     ]
-    kept = default_profile()  # what other benches fitted, on machines that these runs say nothing of
-    cpu = {name: value for name, value in kept.constants.items() if name.startswith("cpu.")}
-    said = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("# cpu")]
-    intervals = {**found.profile.intervals, "cpu": kept.interval("cpu"), "pairs.cpu": kept.interval("pairs", "cpu")}
-    replace(found.profile.changed(cpu), intervals=intervals).save(DEFAULT_FILE)
-    head += said
+    old = default_profile()  # another bench fits the constants of CPUs
+    cpu = {name: value for name, value in old.constants.items() if name.startswith("cpu.")}
+    head += [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("# cpu")]
+    intervals = {**fit.profile.intervals, "cpu": old.interval("cpu"), "pairs.cpu": old.interval("pairs", "cpu")}
+    replace(fit.profile.changed(cpu), intervals=intervals).save(DEFAULT_FILE)
     DEFAULT_FILE.write_text("\n".join(head) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")
-    say(f"wrote {DEFAULT_FILE}: {len(found.moved)} constants moved, {found.held_out:.1%} on groups not fitted")
+    say(f"wrote {DEFAULT_FILE}: {len(fit.moves)} constants moved, {fit.held_out:.1%} on groups not fitted")
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """The table, a line at a time."""
+def table(figures: Mapping[str, Any]) -> Iterator[str]:
+    """The table's lines."""
     columns = ("datasheet", "default", "default_groups", "own_rows")
     yield "STEP TIME, mean and 95th percentile of errors, and how many lie in their 90 % interval"
     yield f"{'':<6}rows   {'datasheet':<24}{'default, model held out':<26}{'group held out':<24}own rows"
-    for source in found["datasheet"]:
-        tables = [found[name].get(source) for name in columns]
+    for source in figures["datasheet"]:
+        tables = [figures[name].get(source) for name in columns]
         cells = "   ".join(
             f"{one['mean']:>6.1%} {one['p95']:>6.1%} {one['coverage']:>6.0%} " if one else f"{'-':>6}" for one in tables
         )
-        yield f"{source[:80]}\n{'':<6}{found['datasheet'][source]['rows']:>4}  {cells}"
-    means = "   ".join(f"{found['means'][name]:>6.1%}{'':<15}" for name in columns)
+        yield f"{source[:80]}\n{'':<6}{figures['datasheet'][source]['rows']:>4}  {cells}"
+    means = "   ".join(f"{figures['means'][name]:>6.1%}{'':<15}" for name in columns)
     yield f"mean of sources\n{'':<12}{means}"
     yield "\nCALIBRATED            rows    mean    p95   in interval"
-    for name, one in found["calibrated"].items():
+    for name, one in figures["calibrated"].items():
         yield f"{name:<20} {one['rows']:>5}  {one['mean']:>6.1%} {one['p95']:>6.1%}   {one['coverage']:>6.1%}"
-    yield "\nIN ITS 90 % INTERVAL  " + ", ".join(f"{name} {share:.1%}" for name, share in found["coverage"].items())
+    yield "\nIN ITS 90 % INTERVAL  " + ", ".join(f"{name} {share:.1%}" for name, share in figures["coverage"].items())
     yield "\nLAYOUT REGRET                                                      groups    mean     max    rank"
-    for name, one in found["regret"].items():
+    for name, one in figures["regret"].items():
         rank = "     -" if one["rank"] is None else f"{one['rank']:>6.3f}"
         yield f"{name[:64]:<66} {one['groups']:>6}  {one['mean']:>6.1%}  {one['max']:>6.1%}  {rank}"
     yield "\nTWO LAYOUTS OF A GROUP         90 % of ratios within   told apart   of these in that order"
-    for name, one in found["pairs"].items():
+    for name, one in figures["pairs"].items():
         yield f"{name:<30} {'x':>18}{one['factor']:.2f}   {one['told']:>9.0%}   {one['right']:>9.1%}"
     yield "\nPEAK MEMORY                       rows    mean     p95     max   in interval"
-    for place, table in found["memory"].items():
-        for name, one in (table or {}).items():
+    for place, errors in figures["memory"].items():
+        for name, one in (errors or {}).items():
             where = f"{place}, {name}"
-            figures = f"{one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}"
-            yield f"{where:<32} {figures}  {one['coverage']:>6.1%}"
+            numbers = f"{one['rows']:>5}  {one['mean']:>6.2%}  {one['p95']:>6.2%}  {one['max']:>6.2%}"
+            yield f"{where:<32} {numbers}  {one['coverage']:>6.1%}"
     yield "\nAGAINST THE DESIGN               ours   must be   best stated by others"
-    for name, (ours, target, best) in verdicts(found).items():
+    for name, (ours, target, best) in verdicts(figures).items():
         yield f"{name:<28} {ours:>8.2%}  {target:>7.1%}   {best}{'' if ours <= target else '   MISSED'}"
     low, high = COVERED
-    for name, share in found["coverage"].items():
+    for name, share in figures["coverage"].items():
         missed = "" if low <= share <= high else "   MISSED"
         yield f"{'in interval, ' + name:<38} {share:>6.1%}  {low:.0%} to {high:.0%}{missed}"
     yield "search: see bench/speed/search.py"
 
 
-def verdicts(found: Mapping[str, Any]) -> dict[str, tuple[float, float, str]]:
+def verdicts(figures: Mapping[str, Any]) -> dict[str, tuple[float, float, str]]:
     """Our figure, the target and the best stated elsewhere, by name."""
     ours = {
-        "calibrated.single": found["calibrated"]["single, rows"]["mean"],
-        "calibrated.multi": found["calibrated"]["multi, rows"]["mean"],
-        "datasheet.single": found["datasheet"][SINGLE]["mean"],
-        "datasheet.multi": found["datasheet"][MULTI]["mean"],
-        "default.sources": found["means"]["default"],
-        "regret.mean": found["regret"]["calibrated, single, groups"]["mean"],
-        "regret.max": found["regret"]["calibrated, single, groups"]["max"],
-        "regret.mean, default": found["regret"][f"default, {SINGLE}"]["mean"],
-        "regret.max, default": found["regret"][f"default, {SINGLE}"]["max"],
+        "calibrated.single": figures["calibrated"]["single, rows"]["mean"],
+        "calibrated.multi": figures["calibrated"]["multi, rows"]["mean"],
+        "datasheet.single": figures["datasheet"][SINGLE]["mean"],
+        "datasheet.multi": figures["datasheet"][MULTI]["mean"],
+        "default.sources": figures["means"]["default"],
+        "regret.mean": figures["regret"]["calibrated, single, groups"]["mean"],
+        "regret.max": figures["regret"]["calibrated, single, groups"]["max"],
+        "regret.mean, default": figures["regret"][f"default, {SINGLE}"]["mean"],
+        "regret.max, default": figures["regret"][f"default, {SINGLE}"]["max"],
     }
-    memory = found["memory"]
+    memory = figures["memory"]
     if memory.get("cases"):
         ours["memory.simumax"] = memory["cases"]["peak_allocated_gib"]["mean"]
     if memory.get("megatron"):
@@ -419,12 +410,11 @@ def main() -> None:
 
     if options.write_default:
         return write_default(options.data, say)
-    found = score(options.data, say)
+    figures = score(options.data, say)
     if options.json:
-        print(json.dumps(found, indent=2, allow_nan=False))
+        print(json.dumps(figures, indent=2, allow_nan=False))
     else:
-        for line in lines(found):
-            print(line)
+        print(*table(figures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The serving plan's figures beside measured ones: published tables with --data, this machine's own engine without.
+"""Predicted serving figures beside measured ones: published tables with --data, else our engine on this machine.
 
     python bench/published/serving_plan.py                             our engine here: batch 1 and 8
     python bench/published/serving_plan.py --data ../shared/published  published figures, error by source
 
-Nothing is fitted to any row of either. Published rows name a public model, a device, the split, the precision and the
-lengths; latencies were taken at a fixed number of clients, throughputs with all requests at once. Where a row does not
-say what its cache is kept in, fp8 and fp4 models have it in fp8.
+Nothing is fitted to these rows. Published rows name a public model, a device, the split, the precision and the
+lengths; latencies were measured at a fixed number of clients, throughputs with all requests at once. Caches of fp8 and
+fp4 models are in fp8 unless the row says otherwise.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A measured figure and ours, with our interval."""
+class ServingFigure:
+    """A measured figure and the prediction with its interval."""
 
     source: str
     what: str
@@ -84,7 +84,7 @@ class Row:
         return abs(self.mid / self.measured - 1)
 
     @property
-    def held(self) -> bool:
+    def in_interval(self) -> bool:
         return self.low <= self.measured <= self.high
 
 
@@ -93,12 +93,12 @@ def look_up(table: dict[str, Any], name: str) -> Any:
     return next((value for key, value in table.items() if key in name.lower()), None)
 
 
-def rows_of(path: Path, kind: str) -> list[dict[str, str]]:
+def csv_rows(path: Path, kind: str) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["kind"] == kind]
 
 
-def details_of(row: dict[str, str]) -> dict[str, str]:
+def row_details(row: dict[str, str]) -> dict[str, str]:
     return dict(part.split("=", 1) for part in row["details"].split(";") if "=" in part)
 
 
@@ -106,58 +106,58 @@ def predict(
     shape: DecoderShape, cluster: Cluster, profile: Profile, precision: str, tp: int, pp: int, sizes: tuple[int, int],
     batch: int | None,
 ) -> Load:  # fmt: skip
-    """A replica of the split, `batch` sequences at work, or as many as its memory has room for; of a mixture then the
-    better of splitting attention's heads and its sequences, as one would who wants throughput."""
+    """A replica of the split with `batch` sequences, or as many as fit its memory; a mixture of experts then splits
+    attention by heads or by sequences, whichever has the higher throughput."""
     server = SERVERS["paged"]
     cache = 1.0 if precision in ("fp8", "fp4") else None
-    found = []
+    loads = []
     for attention_dp in (False, True) if batch is None and shape.experts and tp > 1 else (False,):
         model = StepModel(
             shape, cluster, server, profile, tp=tp, pp=pp, precision=precision, cache_bytes=cache,
             attention_dp=attention_dp,
         )  # fmt: skip
         room = serving_memory(model, sum(sizes), server.most_batch, sum(sizes)).sequences
-        found.append(Replica(model, *sizes, batch or max(1, min(server.most_batch, room))).closed())
-    return max(found, key=lambda load: load.requests_per_second)
+        loads.append(Replica(model, *sizes, batch or max(1, min(server.most_batch, room))).closed())
+    return max(loads, key=lambda load: load.requests_per_second)
 
 
-def published(path: Path, profile: Profile) -> Iterator[Row]:
-    """Every row of the two kinds that says what it ran; the others are told on the way."""
-    for row in rows_of(path, "serving_latency"):
-        said = details_of(row)
-        if said["mode"] != "agg":
-            continue  # separate machines read and decode: a plan has no such way
-        tp, pp = int(said["tp_size"]), int(said.get("pp_size", 1))
-        precision = said.get("precision", "bf16")
-        sizes = (int(said["isl"]), int(said["osl"]))
-        at_once = int(said.get("concurrency", said["batch_size"]))
-        load = _load(row["hardware"], said["model_path"], profile, precision, tp, pp, sizes, at_once)
+def published(path: Path, profile: Profile) -> Iterator[ServingFigure]:
+    """Every complete row of the two kinds; others are printed."""
+    for row in csv_rows(path, "serving_latency"):
+        details = row_details(row)
+        if details["mode"] != "agg":
+            continue  # separate machines for prompts and decoding: no plan has that
+        tp, pp = int(details["tp_size"]), int(details.get("pp_size", 1))
+        precision = details.get("precision", "bf16")
+        sizes = (int(details["isl"]), int(details["osl"]))
+        at_once = int(details.get("concurrency", details["batch_size"]))
+        load = _load(row["hardware"], details["model_path"], profile, precision, tp, pp, sizes, at_once)
         if load is None:
             continue
-        if row["metric"] == "TTFT" and "concurrency" not in said:
-            continue  # all requests at once: the time is the queue's length, which is not said
+        if row["metric"] == "TTFT" and "concurrency" not in details:
+            continue  # all requests at once: the time depends on the queue, whose length is not given
         what, mid = ("tpot", load.tpot_seconds) if row["metric"] == "TPOT" else ("ttft", load.ttft_seconds)
-        low, high = interval(profile, said["model_path"], what)
-        label = f"{said['model_path']} {row['hardware']} tp{tp} {precision} {at_once} at once {sizes[0]}/{sizes[1]}"
-        source = f"aiconfigurator {said['backend']} {what}"
-        source += "" if "concurrency" in said else ", clients not said"
-        yield Row(source, what, label, float(row["value"]) / 1e3, mid * low, mid, mid * high)
-    for row in rows_of(path, "inference_throughput"):
-        said = details_of(row)
-        if "isl" not in said:
+        low, high = interval(profile, details["model_path"], what)
+        label = f"{details['model_path']} {row['hardware']} tp{tp} {precision} {at_once} at once {sizes[0]}/{sizes[1]}"
+        source = f"aiconfigurator {details['backend']} {what}"
+        source += "" if "concurrency" in details else ", clients not said"
+        yield ServingFigure(source, what, label, float(row["value"]) / 1e3, mid * low, mid, mid * high)
+    for row in csv_rows(path, "inference_throughput"):
+        details = row_details(row)
+        if "isl" not in details:
             continue  # rounded sums of whole machines, without lengths
-        tp, pp = int(said.get("tp", said.get("gpus", 1))), int(said.get("pp", 1))
-        precision = said.get("quant", "FP16").lower().replace("fp16", "bf16")
-        sizes = (int(said["isl"]), int(said["osl"]))
-        batch = int(said["batch"]) if "batch" in said else None
-        load = _load(row["hardware"], said["model"], profile, precision, tp, pp, sizes, batch)
+        tp, pp = int(details.get("tp", details.get("gpus", 1))), int(details.get("pp", 1))
+        precision = details.get("quant", "FP16").lower().replace("fp16", "bf16")
+        sizes = (int(details["isl"]), int(details["osl"]))
+        batch = int(details["batch"]) if "batch" in details else None
+        load = _load(row["hardware"], details["model"], profile, precision, tp, pp, sizes, batch)
         if load is None:
             continue
         mid = load.requests_per_second * sizes[1]
-        low, high = interval(profile, said["model"], "throughput")
-        label = f"{said['model']} {row['hardware']} tp{tp} pp{pp} {precision} {sizes[0]}/{sizes[1]}"
+        low, high = interval(profile, details["model"], "throughput")
+        label = f"{details['model']} {row['hardware']} tp{tp} pp{pp} {precision} {sizes[0]}/{sizes[1]}"
         source = "TensorRT-LLM 1.0 tables" if "TensorRT" in row["details"] else "Azure guide"
-        yield Row(source, "throughput", label, float(row["value"]), mid * low, mid, mid * high)
+        yield ServingFigure(source, "throughput", label, float(row["value"]), mid * low, mid, mid * high)
 
 
 def interval(profile: Profile, model: str, what: str) -> tuple[float, float]:
@@ -181,25 +181,25 @@ def _load(
         return None
 
 
-def show(rows: Sequence[Row], every: bool) -> None:
-    """A table line a source, with all rows below it where `every`."""
+def show(rows: Sequence[ServingFigure], every: bool) -> None:
+    """A table with one line per source; with `every`, all rows below it."""
     print("| source | rows | mean error | worst | bias | in the 90 % interval |\n|---|---|---|---|---|---|")
     for source in sorted({row.source for row in rows}):
         here = [row for row in rows if row.source == source]
         errors = [row.error for row in here]
         bias = statistics.median(row.mid / row.measured for row in here)
-        held = sum(row.held for row in here)
+        covered = sum(row.in_interval for row in here)
         print(
             f"| {source} | {len(here)} | {statistics.mean(errors):.0%} | {max(errors):.0%} | x{bias:.2f} "
-            f"| {held} of {len(here)} |"
+            f"| {covered} of {len(here)} |"
         )
     if every:
         for row in rows:
-            print(line_of(row))
+            print(row_line(row))
 
 
-def line_of(row: Row) -> str:
-    """Predicted over measured, both, and what it is."""
+def row_line(row: ServingFigure) -> str:
+    """Source, predicted over measured, both figures, and the label."""
     return f"{row.source:32} {row.mid / row.measured:5.2f}x  {row.measured:10.4g} {row.mid:10.4g}  {row.label}"
 
 
@@ -218,13 +218,13 @@ def main() -> None:
     rows = []
     for row in here(profile, arguments.sizes, arguments.rounds, arguments.threads):
         rows.append(row)
-        print(line_of(row), flush=True)
+        print(row_line(row), flush=True)
     show(rows, False)
 
 
 @dataclass(frozen=True)
-class Size:
-    """A Llama with random weights to time, and the lengths to do it with."""
+class TimedModel:
+    """A Llama with random weights, and the lengths of prompt and output to time it with."""
 
     layers: int
     hidden: int
@@ -238,21 +238,21 @@ class Size:
 
 
 SIZES = {
-    "3M fp32": Size(4, 224, 8, 4, 640, 4096, "fp32", 64, 96),
-    "29M bf16": Size(8, 512, 8, 4, 1536, 8192, "bf16", 128, 64),
-    "29M fp32": Size(8, 512, 8, 4, 1536, 8192, "fp32", 128, 64),
-    "443M bf16": Size(24, 1024, 16, 8, 4096, 32000, "bf16", 128, 32),
+    "3M fp32": TimedModel(4, 224, 8, 4, 640, 4096, "fp32", 64, 96),
+    "29M bf16": TimedModel(8, 512, 8, 4, 1536, 8192, "bf16", 128, 64),
+    "29M fp32": TimedModel(8, 512, 8, 4, 1536, 8192, "fp32", 128, 64),
+    "443M bf16": TimedModel(24, 1024, 16, 8, 4096, 32000, "bf16", 128, 32),
 }
 
 
-def here(profile: Profile, sizes: Sequence[str], rounds: int, threads: int | None) -> Iterator[Row]:
+def here(profile: Profile, sizes: Sequence[str], rounds: int, threads: int | None) -> Iterator[ServingFigure]:
     """Our engine on this machine: a step of 1 and of 8 rows, and reading one prompt; the median of all rounds."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     cores = this_machine(max(1, available_cores() // torch.get_num_threads()))
-    cluster = replace(cores, devices=1, devices_per_node=1)  # the others are idle
+    cluster = replace(cores, devices=1, devices_per_node=1)  # the other cores are idle
     low, high = profile.interval("serving", cluster.device.kind, "tpot")
     with tempfile.TemporaryDirectory() as scratch:
         for name in sizes:
@@ -268,12 +268,12 @@ def here(profile: Profile, sizes: Sequence[str], rounds: int, threads: int | Non
                 measured = timed(folder, size, batch, rounds)
                 for what in ("tpot", "ttft") if batch == 1 else ("tpot",):
                     mid = seconds[what]
-                    yield Row(
+                    yield ServingFigure(
                         f"our engine, {what}", what, f"{name} batch {batch}", measured[what], mid * low, mid, mid * high
                     )
 
 
-def make_folder(size: Size, folder: Path) -> Path:
+def make_folder(size: TimedModel, folder: Path) -> Path:
     """A Hugging Face folder of random weights."""
     import torch
     import transformers
@@ -289,9 +289,9 @@ def make_folder(size: Size, folder: Path) -> Path:
     return folder
 
 
-def timed(folder: Path, size: Size, batch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step that decodes `batch` rows, and of reading one prompt alone; on one thread seconds of
-    the processor, which other work on the machine disturbs less."""
+def timed(folder: Path, size: TimedModel, batch: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a step that decodes `batch` rows, and of reading one prompt alone. With one thread they are
+    seconds of CPU time, which other work on the machine disturbs less."""
     import torch
 
     from meshwright.engine import Engine, Request

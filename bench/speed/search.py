@@ -26,7 +26,7 @@ from meshwright.families import card_of_job
 from meshwright.families.llama.card import LlamaShape
 from meshwright.job import Job
 from meshwright.plan import FRAMEWORKS, PlanRequest, Workload, make_plan
-from meshwright.plan.cases.resolve import style_of
+from meshwright.plan.cases.resolve import card_style
 from meshwright.plan.cost import Estimator
 from meshwright.plan.search import Space
 from meshwright.plan.search.space import layouts
@@ -91,7 +91,7 @@ def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Clu
         data={"seq_len": 8192},
         train={"steps": 1, "lr": 1e-4, "global_batch": 1},
     )
-    style = "plain" if framework == "meshwright" else style_of(framework, "bf16", None)
+    style = "plain" if framework == "meshwright" else card_style(framework, "bf16", None)
     return card_of_job(job, style), named_cluster("h100-sxm-80gb", devices)
 
 

@@ -1,4 +1,4 @@
-"""The scores that bench/published/planner.py prints: ranks as scipy has them, regret and quantiles by hand."""
+"""The scores of bench/published/planner.py: rank correlation as scipy's, regret and quantiles by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FakeRow:
 
 def scored(planner: ModuleType, group: str, layout: Layout, measured: float, mid: float) -> object:
     row = FakeRow(group, measured, SimpleNamespace(layout=layout))
-    return planner.Scored(row, 0.9 * mid, mid, 1.1 * mid)
+    return planner.RowScore(row, 0.9 * mid, mid, 1.1 * mid)
 
 
 def test_rank_correlation_is_scipy_s(planner: ModuleType) -> None:
@@ -49,7 +49,7 @@ def test_regret_is_what_the_layout_picked_loses(planner: ModuleType) -> None:
     rows = [
         scored(planner, "a", DATA, 1.0, 2.0),
         scored(planner, "a", STAGES, 1.3, 1.0),  # picked, though 30 % slower
-        scored(planner, "b", DATA, 1.0, 1.01),  # picked as simpler among what is level, and best
+        scored(planner, "b", DATA, 1.0, 1.01),  # picked as the simpler of a tie, and best
         scored(planner, "b", STAGES, 2.0, 1.0),
         scored(planner, "c", DATA, 5.0, 5.0),  # nothing to pick from
     ]
@@ -59,17 +59,17 @@ def test_regret_is_what_the_layout_picked_loses(planner: ModuleType) -> None:
     assert planner.regret(rows[4:]) is None
 
 
-def test_pairs_that_are_told_apart_are_counted_by_group(planner: ModuleType) -> None:
+def test_pairs_predicted_to_differ_are_counted_by_group(planner: ModuleType) -> None:
     rows = [
         scored(planner, "a", DATA, 1.0, 1.0),
-        scored(planner, "a", STAGES, 2.0, 1.5),  # said to be slower, and is
+        scored(planner, "a", STAGES, 2.0, 1.5),  # predicted to be slower, and is
         scored(planner, "b", DATA, 1.0, 1.5),
-        scored(planner, "b", STAGES, 2.0, 1.0),  # said to be quicker, and is not
+        scored(planner, "b", STAGES, 2.0, 1.0),  # predicted to be quicker, and is not
         scored(planner, "c", DATA, 1.0, 1.0),
-        scored(planner, "c", STAGES, 2.0, 1.1),  # nothing is said
+        scored(planner, "c", STAGES, 2.0, 1.1),  # no order is predicted
         scored(planner, "d", DATA, 1.0, 1.0),  # nothing to compare with
     ]
-    assert planner.told_apart(rows, 1.2) == {"factor": 1.2, "told": pytest.approx(2 / 3), "right": pytest.approx(0.5)}
+    assert planner.pair_order(rows, 1.2) == {"factor": 1.2, "told": pytest.approx(2 / 3), "right": pytest.approx(0.5)}
 
 
 def test_errors_and_coverage(planner: ModuleType) -> None:

@@ -23,7 +23,7 @@ from meshwright.errors import InputError
 from meshwright.families.decoder import DecoderShape
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.pipeline import TABLE
-from meshwright.plan.pipeline.actions import problem
+from meshwright.plan.pipeline.actions import schedule_problem
 from meshwright.report.exports import EXPORTERS, Export, export
 from meshwright.report.planfolder import RECORD, plan_files, write_plan
 from meshwright.report.training_words import Recipe
@@ -46,7 +46,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     schedule = schedule if pp > 1 else "1f1b"
     tp = draw(st.sampled_from([1, 2, 4]))
     micro_batches = draw(st.integers(1, 16))
-    assume(problem(schedule, pp, micro_batches, vpp) is None)
+    assume(schedule_problem(schedule, pp, micro_batches, vpp) is None)
     return Layout(
         dp=dp,
         shard=draw(st.sampled_from([n for n in (1, 2, 4, 8, 16, 32) if (dp * cp) % n == 0])),

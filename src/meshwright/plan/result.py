@@ -12,7 +12,7 @@ from meshwright.errors import InputError, Problem
 from meshwright.files import read_object
 from meshwright.layout import Execution, Layout
 from meshwright.plan.cost import StageMemory
-from meshwright.plan.pipeline.actions import actions, fewer, places
+from meshwright.plan.pipeline.actions import actions, micro_batches_to_draw, stage_ranks
 from meshwright.plan.pipeline.replay import Timeline, replay
 from meshwright.plan.reliability import RunForecast
 
@@ -79,14 +79,15 @@ class Choice(Execution):
         """The blocks of each virtual stage on one rank of the pipeline."""
         if self.layout.pp == 1:
             return self.stages
-        home = places(self.layout.schedule, self.layout.pp, self.layout.vpp)
+        home = stage_ranks(self.layout.schedule, self.layout.pp, self.layout.vpp)
         return tuple(blocks for blocks, at in zip(self.stages, home, strict=True) if at == rank)
 
     def timeline(self, most_micro_batches: int | None = None) -> Timeline:
         """One step of the pipeline's schedule in time, without the optimizer; with a limit, only its first
         micro-batches, since a picture of thousands shows nothing."""
         how = self.layout.schedule if self.layout.pp > 1 else "1f1b", self.layout.pp
-        count = fewer(*how, self.micro_batches, most_micro_batches or self.micro_batches, self.layout.vpp)
+        most = most_micro_batches or self.micro_batches
+        count = micro_batches_to_draw(*how, self.micro_batches, most, self.layout.vpp)
         orders = actions(*how, count, self.layout.vpp)
         weight = self.weight_seconds or None
         seconds = self.forward_seconds, self.backward_seconds, self.transfer_seconds

@@ -6,7 +6,7 @@ import json
 from xml.sax.saxutils import escape
 
 from meshwright.plan import Choice
-from meshwright.plan.pipeline.actions import places
+from meshwright.plan.pipeline.actions import stage_ranks
 from meshwright.plan.pipeline.replay import ActionSpan, Timeline
 
 #: Micro-batches that a picture shows; more would be a blur.
@@ -68,7 +68,7 @@ def timeline_svg(choice: Choice, most_micro_batches: int = MOST_IN_SVG) -> str:
         f'<text class="soft" x="12" y="44">{escape(_about(choice, timeline))}</text>',
         *_legend(choice, timeline),
     ]
-    home = places(choice.layout.schedule, choice.layout.pp, choice.layout.vpp) if choice.layout.pp > 1 else (0,)
+    home = stage_ranks(choice.layout.schedule, choice.layout.pp, choice.layout.vpp) if choice.layout.pp > 1 else (0,)
     for row, rank in enumerate(ranks):
         top = TOP + ROW * row
         if rank is None:

@@ -45,10 +45,10 @@ def style_of(framework: str, precision: str) -> str:
     """How the framework's blocks compute, in words that a card knows."""
     if framework == "meshwright":
         return "plain"
-    from meshwright.plan.cases.resolve import style_of
+    from meshwright.plan.cases.resolve import card_style
     from meshwright.plan.rules.frameworks import framework as row_of
 
-    return style_of(framework, precision, None) + ("+fused_loss" if row_of(framework).fused_cross_entropy else "")
+    return card_style(framework, precision, None) + ("+fused_loss" if row_of(framework).fused_cross_entropy else "")
 
 
 def request_of_job(job: Job, framework: str, objective: str) -> PlanRequest:

@@ -1,4 +1,4 @@
-"""Runs made with constants that are known: calibrate finds what they do, keeps to its word, and says what it did."""
+"""Runs computed with known constants: calibrate predicts others like them, its intervals hold, and it reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from meshwright.cli.main import main
 from meshwright.errors import InputError
 from meshwright.plan.calibrate import calibrate
 from meshwright.plan.calibrate.fit import spread_rows
-from meshwright.plan.calibrate.from_cases import Calibration, conformal, pair_intervals, rows_of, weighted_quantile
+from meshwright.plan.calibrate.from_cases import Calibration, conformal, pair_intervals, resolve_rows, weighted_quantile
 from meshwright.plan.cases import MeasuredCase, Predictor
-from meshwright.plan.cases.read import measured_of
+from meshwright.plan.cases.read import parse_measured_case
 from meshwright.plan.constants import DATASHEET, load_profile
 from meshwright.plan.rules import FRAMEWORKS
 
-#: What the made-up machine is: a GPU whose products, memory and starts are slower than the data sheets' constants say.
+#: The made-up machine: a GPU whose products, memory and starts are slower than the data sheets' constants say.
 FACTORS = {"product": 0.8, "memory": 0.8, "launch": 1.5}
 
 
@@ -66,9 +66,11 @@ def made_up(bump: float = 1.0) -> list[MeasuredCase]:
     machine = Predictor(DATASHEET.changed(truth()))
     cases = []
     for line in lines():
-        seconds = machine.predict(measured_of({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"]["mid"]  # type: ignore[union-attr]
+        seconds = machine.predict(parse_measured_case({**line, "measured": {"step_seconds": 1}}).case)["step_seconds"][
+            "mid"
+        ]  # type: ignore[union-attr]
         seconds *= noise.gauss(1, 0.01) * (bump if line["layout"]["tp"] == 8 else 1.0)
-        case = measured_of({**line, "measured": {"step_seconds": seconds}})
+        case = parse_measured_case({**line, "measured": {"step_seconds": seconds}})
         assert isinstance(case, MeasuredCase)
         cases.append(case)
     return cases
@@ -78,8 +80,8 @@ def errors(found: Calibration, cases: list[MeasuredCase]) -> tuple[float, float]
     """Mean error of the cases, and the share in their intervals."""
     predictor = Predictor(found.profile)
     answers = [(predictor.predict(one.case)["step_seconds"], one.step_seconds) for one in cases]
-    held = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
-    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), held / len(answers)
+    inside = sum(answer["low"] <= seconds <= answer["high"] for answer, seconds in answers)
+    return sum(abs(answer["mid"] / seconds - 1) for answer, seconds in answers) / len(answers), inside / len(answers)
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +97,13 @@ def test_runs_never_seen_are_predicted_and_intervals_hold(
     bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
 ) -> None:
     _, rest, found = bumped
-    error, held = errors(found, rest)
+    error, coverage = errors(found, rest)
     assert found.before > 0.1
     assert error < 0.03
-    assert held > 0.7  # of 48 runs: a sample of what is 0.9 on average
+    assert coverage > 0.7  # of 48 runs: a sample of what is 0.9 on average
 
 
-def test_what_no_constant_says_becomes_a_correction(
+def test_what_no_constant_describes_becomes_a_correction(
     bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration],
 ) -> None:
     _, rest, found = bumped
@@ -111,7 +113,7 @@ def test_what_no_constant_says_becomes_a_correction(
     assert errors(found, rest)[0] < errors(plain, rest)[0]
 
 
-def test_the_account_says_what_moved(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
+def test_the_report_lists_the_moves(bumped: tuple[list[MeasuredCase], list[MeasuredCase], Calibration]) -> None:
     account = bumped[2].as_dict()
     assert account["rows"] == 36
     assert account["moved"]
@@ -139,7 +141,7 @@ def test_too_few_runs_are_bad_input() -> None:
 
 def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
     """Runs of one source that are off by a percent, and a fifth as many of another that are off by half."""
-    rows, _ = rows_of(made_up()[::2])
+    rows, _ = resolve_rows(made_up()[::2])
     many = [row for row in rows for _ in range(5)]
     other = [type(row)(row.id, row.run, row.seconds, "other", row.group) for row in rows]
     draw = random.Random(1)
@@ -152,9 +154,9 @@ def test_intervals_hold_what_they_say_and_sources_weigh_the_same() -> None:
     assert 0.97 < alone[0] < 1 < alone[1] < 1.03
 
 
-def test_runs_of_one_kind_promise_nothing_of_others() -> None:
+def test_runs_of_one_kind_give_no_interval_for_others() -> None:
     """One layout again and again has no interval of its own; one regime has none that wider ones would share."""
-    rows, _ = rows_of(made_up())
+    rows, _ = resolve_rows(made_up())
     again = [rows[0]] * 100
     assert conformal(again, [0.001] * 100, [1.0] * 100) == {}
     assert set(conformal(rows, [0.001] * len(rows), [1.0] * len(rows))) == {"cuda.megatron-lm.node"}
@@ -169,7 +171,7 @@ def test_runs_of_one_kind_promise_nothing_of_others() -> None:
 
 def test_what_layouts_of_a_group_have_in_common_does_not_blur_which_is_quicker() -> None:
     """Every group is off by a factor of its own, up to two; its layouts by 2 % beside it."""
-    rows, _ = rows_of(made_up())
+    rows, _ = resolve_rows(made_up())
     draw = random.Random(2)
     common = {group: draw.uniform(-0.7, 0.7) for group in sorted({row.group for row in rows})}
     logs = [common[row.group] + draw.gauss(0, 0.02) for row in rows]
@@ -243,7 +245,7 @@ def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty.toml").touch()
     for name, target in (("to_cases", cases), ("to_other", other), ("to_job", run / "job.toml"), ("to_run", run)):
         (tmp_path / name).symlink_to(target)
-    kept = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
+    before = {path: path.read_bytes() for path in (*run.iterdir(), cases, other)}
     for source, out, says in (
         (cases, cases, "is what the profile is made from; name another file"),
         (cases, tmp_path / "to_cases", "is what the profile is made from"),
@@ -264,7 +266,7 @@ def test_only_a_profile_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main(["calibrate", str(source), "--out", str(out)]) == 2
         assert f"error: {out}: {says}" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in kept} == kept
+    assert {path: path.read_bytes() for path in before} == before
     assert not (run / "new.toml").exists()
 
 
@@ -286,9 +288,9 @@ def test_runs_in_another_unit_are_refused_with_its_name(
 ) -> None:
     cases = measured_file(tmp_path, dict.fromkeys(range(1, 11), factor))
     assert main(["calibrate", str(cases), "--out", str(tmp_path / "p.toml"), "--datasheet"]) == 2
-    said = capsys.readouterr().err
-    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in said
-    assert unit in said and len(said) < 400
+    message = capsys.readouterr().err
+    assert f"{cases}: 10 of 11 runs took more than 100 times longer or shorter than predicted" in message
+    assert unit in message and len(message) < 400
     assert not (tmp_path / "p.toml").exists()
 
 

@@ -1,4 +1,4 @@
-"""Constants are read back out of figures that were made with them."""
+"""Constants are recovered from figures that were computed with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from meshwright.cli.main import main
 from meshwright.cluster import Cluster, Device, Link
 from meshwright.layout import Layout
 from meshwright.plan.calibrate import machine_profile
-from meshwright.plan.calibrate.from_machine import INTERVAL, LAYER_OPERATIONS, MORE_ADDING, changes, disturbances
+from meshwright.plan.calibrate.from_machine import (
+    EXTRA_ACCUMULATE_BYTES,
+    INTERVAL,
+    LAYER_OPERATIONS,
+    changes,
+    disturbances,
+)
 from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.plan.cost.cpu import GATHER_BYTES, CpuCompute
 from meshwright.plan.cost.network import CommGroup, GlooNetwork
@@ -44,8 +50,8 @@ OTHER = {
 
 
 def figures(truth: Profile, ranks: float = 1.0, together: float = 1.0) -> dict[str, Any]:
-    """What a probe would find on a machine whose constants are `truth`, and which gives its processes in either phase
-    such a share of the processors."""
+    """The figures of a probe on a machine with the constants `truth`, whose processes get the shares `ranks` and
+    `together` of the processors in the two phases."""
     busy: dict[str, Any] = {key: [] for key in ("products", "attention", "chains", "losses", "layers")}
     for word in ("fp32", "bf16"):
         unit, c = CpuCompute(CORE, word, truth), truth.constants
@@ -70,7 +76,7 @@ def figures(truth: Profile, ranks: float = 1.0, together: float = 1.0) -> dict[s
             busy["losses"].append({"precision": word, "logits": logits, "seconds": seconds})
         plain = 3 * LAYER_OPERATIONS[word] * unit.launch
         for elements in (0, 1 << 22):
-            sharded = unit.sharding_host + elements * (GATHER_BYTES[word] + MORE_ADDING[word]) / unit.copies
+            sharded = unit.sharding_host + elements * (GATHER_BYTES[word] + EXTRA_ACCUMULATE_BYTES[word]) / unit.copies
             row = {"precision": word, "elements": elements, "forward": plain / 3, "plain": plain}
             again = plain + plain / 3 + c["cpu.host.checkpoint_seconds"]
             busy["layers"].append({**row, "checkpointed": again, "sharded": plain + sharded})
@@ -95,10 +101,10 @@ def test_the_constants_come_back() -> None:
     assert 0.5 < low < 1 < high < 2
 
 
-def test_what_changed_is_said_largest_first() -> None:
+def test_changes_are_listed_largest_first() -> None:
     found = machine_profile(figures(DATASHEET.changed({"cpu.host.share": 3.0})), CLUSTER, DATASHEET, "here")
-    said = {change.constant: change for change in changes(DATASHEET, found)}
-    assert said["cpu.host.share"].after == pytest.approx(3.0)
+    by_name = {change.constant: change for change in changes(DATASHEET, found)}
+    assert by_name["cpu.host.share"].after == pytest.approx(3.0)
     sizes = [abs(math.log(change.after / change.before)) for change in changes(DATASHEET, found)]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -124,9 +130,9 @@ def test_what_threads_add_is_measured_on_a_quiet_machine_alone() -> None:
     raw = figures(DATASHEET, 1.0, 0.58)
     loud = machine_profile(raw, CLUSTER, start, "here")
     assert all(loud[name] == 0.83 for name in THREADS)
-    (said,) = disturbances(raw)
-    assert "got 58 % of the processors; what threads add is as before; measure again" in said
-    assert said in loud.assumed and loud.interval("cpu") == INTERVAL
+    (words,) = disturbances(raw)
+    assert "got 58 % of the processors; what threads add is as before; measure again" in words
+    assert words in loud.assumed and loud.interval("cpu") == INTERVAL
     assert loud["cpu.optimizer.share"] == quiet["cpu.optimizer.share"]
 
 
@@ -134,8 +140,8 @@ def test_ranks_that_did_not_get_their_cores_widen_the_interval_downwards() -> No
     raw = figures(DATASHEET, 0.6, 1.0)
     found = machine_profile(raw, CLUSTER, DATASHEET, "here")
     assert found.interval("cpu") == pytest.approx((0.6 * INTERVAL[0], INTERVAL[1]))
-    (said,) = disturbances(raw)
-    assert "its processes got 60 % of the processors" in said and said in found.assumed
+    (words,) = disturbances(raw)
+    assert "its processes got 60 % of the processors" in words and words in found.assumed
     both = figures(DATASHEET, 0.6, 0.6)
     assert len(disturbances(both)) == 2
 
@@ -147,7 +153,7 @@ def test_one_core_and_gpus_have_no_second_phase_to_disturb() -> None:
     assert machine_profile(raw, CLUSTER, DATASHEET, "here")[THREADS[0]] == DATASHEET[THREADS[0]]
 
 
-def test_a_figure_that_no_profile_may_have_is_drawn_to_what_it_may(tmp_path: Path) -> None:
+def test_a_figure_out_of_bounds_is_set_to_the_bound(tmp_path: Path) -> None:
     raw, start = figures(DATASHEET), DATASHEET.changed({"cpu.host.checkpoint_seconds": 5e-6})
     for row in raw["busy"]["layers"]:
         row["checkpointed"] = row["plain"]
@@ -168,6 +174,6 @@ def test_the_command_says_that_the_machine_was_busy(
     account = json.loads(capsys.readouterr().out)
     assert account["busy"] == list(disturbances(raw)) == caplog.messages
     assert account["seconds"] == 7 and account["raw"]["together"]["processors"] == 0.58
-    kept = (tmp_path / "here.toml").read_text().rpartition("# Measured (JSON): ")[2]
-    assert json.loads(kept) == account["raw"]
+    comment = (tmp_path / "here.toml").read_text().rpartition("# Measured (JSON): ")[2]
+    assert json.loads(comment) == account["raw"]
     assert load_profile(tmp_path / "here.toml")["cpu.threads.product_share"] == pytest.approx(1.0338)

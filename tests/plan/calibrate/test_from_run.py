@@ -1,4 +1,4 @@
-"""A run's steps and spans move the constants that they speak of."""
+"""A run's steps and spans change the constants that they depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meshwright.errors import InputError
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, Workload, make_plan
 from meshwright.plan.calibrate import TrainedRun, run_profile
-from meshwright.plan.calibrate.from_run import GROUPS, _parts
+from meshwright.plan.calibrate.from_run import GROUPS, _predicted_parts
 from meshwright.plan.constants import DATASHEET, Profile, load_profile
 from meshwright.run import RunFolder
 
@@ -32,27 +32,29 @@ def planned(**pins: int) -> Plan:
     return make_plan(MODEL, CLUSTER, request, DATASHEET)
 
 
-def what(plan: Plan) -> TrainedRun:
+def trained(plan: Plan) -> TrainedRun:
     return TrainedRun(Workload(MODEL, CLUSTER, BATCH, plan.chosen.precision), plan.chosen.layout, plan.chosen.compiled)
 
 
 def truth(**factors: float) -> Profile:
-    """DATASHEET with groups of constants taking so many times as long."""
+    """DATASHEET with groups of constants made slower by `factors`."""
     values: dict[str, float] = {}
     for group in GROUPS["cpu"]:
         values |= group.scaled(DATASHEET.constants, factors.get(group.name, 1.0))
     return DATASHEET.changed(values)
 
 
-def ran(folder: Path, plan: Plan, profile: Profile, steps: int, trace: bool = True, noise: float = 0.01) -> RunFolder:
+def run_folder(
+    folder: Path, plan: Plan, profile: Profile, steps: int, trace: bool = True, noise: float = 0.01
+) -> RunFolder:
     """A run folder as `train` leaves it, on a machine whose constants are `profile`."""
     run, draw = RunFolder(folder).create(), random.Random(0)
-    seconds = _parts(what(plan), profile)
+    seconds = _predicted_parts(trained(plan), profile)
     events = []
     for step in range(1, steps + 1):
         slow = 4.0 if step <= 3 else 1.0  # warming up
-        said = seconds["step"] * slow * math.exp(draw.gauss(0, noise))
-        run.append_event("step", step=step, step_seconds=said)
+        step_seconds = seconds["step"] * slow * math.exp(draw.gauss(0, noise))
+        run.append_event("step", step=step, step_seconds=step_seconds)
         for rank in range(2):
             for name, value in {"batch": 1e-3, **seconds}.items():
                 if name != "step":
@@ -65,7 +67,7 @@ def ran(folder: Path, plan: Plan, profile: Profile, steps: int, trace: bool = Tr
 
 def test_spans_tell_computing_from_the_network(tmp_path: Path) -> None:
     plan, real = planned(dp=2), truth(computing=1.3, network=3.0)
-    found = run_profile(ran(tmp_path, plan, real, 40), what(plan), DATASHEET, "ours")
+    found = run_profile(run_folder(tmp_path, plan, real, 40), trained(plan), DATASHEET, "ours")
     assert found.steps == 35
     assert found.factors["computing"] == pytest.approx(1.3, rel=0.1)
     assert found.factors["network"] > 1.8
@@ -78,45 +80,43 @@ def test_spans_tell_computing_from_the_network(tmp_path: Path) -> None:
     assert {change.constant for change in found.changes} >= {"cpu.product.fp32.share", "cpu.net.all_reduce.share"}
 
 
-def test_a_corrected_profile_foretells_another_layout_better(tmp_path: Path) -> None:
+def test_a_corrected_profile_predicts_another_layout_better(tmp_path: Path) -> None:
     plan, real, other = planned(dp=2), truth(computing=1.6, host=1.3, network=1.4), planned(tp=2)
-    found = run_profile(ran(tmp_path, plan, real, 30), what(plan), DATASHEET, "ours")
-    right, was, now = (_parts(what(other), profile)["step"] for profile in (real, DATASHEET, found.profile))
+    found = run_profile(run_folder(tmp_path, plan, real, 30), trained(plan), DATASHEET, "ours")
+    right, was, now = (
+        _predicted_parts(trained(other), profile)["step"] for profile in (real, DATASHEET, found.profile)
+    )
     assert abs(now / right - 1) < 0.5 * abs(was / right - 1)
 
 
 def test_steps_alone_are_enough(tmp_path: Path) -> None:
     plan, real = planned(pp=2), truth(computing=1.4)
-    run = ran(tmp_path, plan, real, 25, trace=False)
-    found = run_profile(run, what(plan), DATASHEET, "ours")
+    run = run_folder(tmp_path, plan, real, 25, trace=False)
+    found = run_profile(run, trained(plan), DATASHEET, "ours")
     assert [part.name for part in found.parts] == ["step"]
     assert found.parts[0].after == pytest.approx(found.parts[0].measured, rel=0.05)
 
 
 def test_noise_widens_the_interval(tmp_path: Path) -> None:
     plan = planned(dp=2)
-    quiet, loud = (
-        run_profile(
-            ran(tmp_path / str(noise), plan, DATASHEET, 60, noise=noise),
-            what(plan), DATASHEET, "ours")
-        for noise in (0.01, 0.4)
-    )  # fmt: skip
+    runs = [run_folder(tmp_path / str(noise), plan, DATASHEET, 60, noise=noise) for noise in (0.01, 0.4)]
+    quiet, loud = (run_profile(run, trained(plan), DATASHEET, "ours") for run in runs)
     assert loud.interval[0] < quiet.interval[0] and loud.interval[1] > quiet.interval[1]
 
 
 def test_too_few_steps_are_refused_with_their_number(tmp_path: Path) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 12)
+    run = run_folder(tmp_path, plan, DATASHEET, 12)
     with pytest.raises(InputError, match="12 steps are too few"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
-def test_a_broken_trace_is_said(tmp_path: Path) -> None:
+def test_a_broken_trace_is_named(tmp_path: Path) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25)
+    run = run_folder(tmp_path, plan, DATASHEET, 25)
     run.trace.write_text("[1, 2")
     with pytest.raises(InputError, match=r"trace\.json"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 def rewrite(run: RunFolder, steps: range, seconds: Any) -> None:
@@ -132,7 +132,7 @@ def rewrite(run: RunFolder, steps: range, seconds: Any) -> None:
 @pytest.mark.parametrize("step", [2, 17])
 def test_a_step_that_took_no_time_is_named_with_its_line(tmp_path: Path, step: int, seconds: Any) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25)
+    run = run_folder(tmp_path, plan, DATASHEET, 25)
     again = len(run.read_events()) + 2
     run.append_event("eval", step=17)
     run.append_event("step", step=step, step_seconds=1.0)  # a resumed run did it again: this line counts
@@ -140,7 +140,7 @@ def test_a_step_that_took_no_time_is_named_with_its_line(tmp_path: Path, step: i
     with pytest.raises(
         InputError, match=rf"events\.jsonl:{again}: step_seconds is .*; a step takes seconds above zero"
     ):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 @pytest.mark.parametrize(
@@ -149,45 +149,45 @@ def test_a_step_that_took_no_time_is_named_with_its_line(tmp_path: Path, step: i
 )
 def test_steps_in_another_unit_are_refused_with_its_name(tmp_path: Path, factor: float, unit: str) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25, trace=False)
-    rewrite(run, range(1, 100), 1.3 * factor * _parts(what(plan), DATASHEET)["step"])
+    run = run_folder(tmp_path, plan, DATASHEET, 25, trace=False)
+    rewrite(run, range(1, 100), 1.3 * factor * _predicted_parts(trained(plan), DATASHEET)["step"])
     with pytest.raises(InputError, match=rf"events\.jsonl: the median step took .* that are predicted; give .*{unit}"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 @pytest.mark.parametrize("duration", [-5.0, "x", None, math.nan, math.inf, 10**400])
 def test_a_span_without_a_time_is_named(tmp_path: Path, duration: Any) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25)
+    run = run_folder(tmp_path, plan, DATASHEET, 25)
     trace = json.loads(run.trace.read_bytes())
     trace["traceEvents"][40]["dur"] = duration
     run.trace.write_text(json.dumps(trace))
     with pytest.raises(InputError, match=r"trace\.json: traceEvents\[40\]: dur is .*; a span takes microseconds"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 @pytest.mark.parametrize("duration", [0, 1e-300, 1e15])
 def test_spans_that_cannot_be_of_the_step_are_refused(tmp_path: Path, duration: float) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25)
+    run = run_folder(tmp_path, plan, DATASHEET, 25)
     trace = json.loads(run.trace.read_bytes())
     for event in trace["traceEvents"]:
         if event["name"] == "forward":
             event["dur"] = duration
     run.trace.write_text(json.dumps(trace))
     with pytest.raises(InputError, match=r"trace\.json: the median forward took .*; dur is in microseconds"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"traceEvents": [{"ph": "X", "args": {"step": 1e400}, "name": "a"}]}']
 )
-def test_a_trace_that_breaks_its_reader_is_said(tmp_path: Path, text: str) -> None:
+def test_a_trace_that_breaks_its_reader_is_named(tmp_path: Path, text: str) -> None:
     plan = planned(dp=2)
-    run = ran(tmp_path, plan, DATASHEET, 25)
+    run = run_folder(tmp_path, plan, DATASHEET, 25)
     run.trace.write_text(text)
     with pytest.raises(InputError, match=r"trace\.json: is not a trace"):
-        run_profile(run, what(plan), DATASHEET, "ours")
+        run_profile(run, trained(plan), DATASHEET, "ours")
 
 
 @pytest.mark.parametrize(
@@ -204,19 +204,19 @@ def test_a_trace_that_breaks_its_reader_is_said(tmp_path: Path, text: str) -> No
 )
 def test_a_plan_that_cannot_have_run_here_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     plan = planned(dp=2)
-    run, said = ran(tmp_path, plan, DATASHEET, 25), what(plan)
-    wrong = replace(said, layout=replace(said.layout, **change))
+    run, right = run_folder(tmp_path, plan, DATASHEET, 25), trained(plan)
+    wrong = replace(right, layout=replace(right.layout, **change))
     with pytest.raises(InputError, match=rf"plan\.json: .*{says}"):
         run_profile(run, wrong, DATASHEET, "ours")
 
 
 def test_a_precision_or_prediction_that_is_none_is_refused(tmp_path: Path) -> None:
     plan = planned(dp=2)
-    run, said = ran(tmp_path, plan, DATASHEET, 25), what(plan)
-    for wrong in (replace(said, workload=replace(said.workload, precision="fp9")), replace(said, predicted=-1.0)):
+    run, right = run_folder(tmp_path, plan, DATASHEET, 25), trained(plan)
+    for wrong in (replace(right, workload=replace(right.workload, precision="fp9")), replace(right, predicted=-1.0)):
         with pytest.raises(InputError, match=r"plan\.json: chosen\.pre"):
             run_profile(run, wrong, DATASHEET, "ours")
-    assert run_profile(run, replace(said, predicted=0.1), DATASHEET, "ours").steps == 20
+    assert run_profile(run, replace(right, predicted=0.1), DATASHEET, "ours").steps == 20
 
 
 def test_no_factor_takes_a_constant_where_no_profile_may_have_it(tmp_path: Path) -> None:

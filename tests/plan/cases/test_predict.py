@@ -1,4 +1,4 @@
-"""predict answers every line by the contract, reads a case's inputs alone, and says what it supposed."""
+"""predict answers every line, reads a case's inputs alone, and says what it assumed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import PlanRequest, make_plan
 from meshwright.plan.cases import Predictor, predictions, read_cases
-from meshwright.plan.cases.read import ABOUT, Case, case_of
-from meshwright.plan.cases.resolve import shape_of
+from meshwright.plan.cases.read import ABOUT, Case, parse_case
+from meshwright.plan.cases.resolve import case_shape
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.constants.profile import DATASHEET_INTERVALS
 
@@ -35,12 +35,12 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
 
 
 def answer(line: dict[str, Any]) -> dict[str, Any]:
-    case = case_of(line)
+    case = parse_case(line)
     assert isinstance(case, Case), case
     return Predictor(DATASHEET).predict(case)
 
 
-def test_the_answer_has_the_contract_s_keys_and_its_parts_add_up() -> None:
+def test_the_answer_has_its_keys_and_its_parts_add_up() -> None:
     found = answer(LINE)
     assert set(found) - {"assumed"} == {"id", "step_seconds", "peak_allocated_gib", "peak_reserved_gib", "breakdown"}
     seconds = found["step_seconds"]
@@ -52,9 +52,9 @@ def test_the_answer_has_the_contract_s_keys_and_its_parts_add_up() -> None:
 
 def test_nothing_but_the_inputs_is_read() -> None:
     """Name, source, note, group, trust and what was measured are permuted; the answer stays as it is."""
-    told = {**LINE, **{key: f"other {key}" for key in ABOUT}, "measured": {"step_seconds": 1e-3}}
-    told["model"] = {**told["model"], "name": "gpt-5"}
-    assert answer(told) == answer(LINE)
+    case = {**LINE, **{key: f"other {key}" for key in ABOUT}, "measured": {"step_seconds": 1e-3}}
+    case["model"] = {**case["model"], "name": "gpt-5"}
+    assert answer(case) == answer(LINE)
 
 
 def test_each_line_is_answered_by_itself_and_in_order(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_the_count_of_parameters_decides_what_the_table_leaves_open() -> None:
         "layers": 24, "hidden": 2048, "heads": 16, "kv_heads": 16, "ffn": 8192, "vocab": 50368, "seq_len": 2048,
         "gated": False,
     }  # fmt: skip
-    assert shape_of({**model, "params_b": 1.316}, "llm-foundry").tied
-    assert not shape_of({**model, "params_b": 1.42}, "llm-foundry").tied
-    assert shape_of(model, "megatron-lm").biases
+    assert case_shape({**model, "params_b": 1.316}, "llm-foundry").tied
+    assert not case_shape({**model, "params_b": 1.42}, "llm-foundry").tied
+    assert case_shape(model, "megatron-lm").biases
     llama = {**model, "gated": True}
-    assert not shape_of(llama, "torchtitan").tied
+    assert not case_shape(llama, "torchtitan").tied
 
 
 def test_what_was_measured_of_a_device_is_used() -> None:
@@ -159,8 +159,8 @@ def test_what_was_measured_of_a_device_is_used() -> None:
     assert "400 of bf16 is more than the peak of 312" in above["error"]
     for wrong in ({"measured_memory_gbps": 99999}, {"all_reduce_gbps": 1e5}):
         assert "is more than" in answer(changed("cluster", figures={**FIGURES, **wrong}))["error"]
-    said = {"tflops": {"bf16": 312}, "memory_gbps": 2039}  # what the table says of this device
-    assert answer(changed("cluster", figures=said)) == answer(LINE)
+    same = {"tflops": {"bf16": 312}, "memory_gbps": 2039}  # the table's own figures of this device
+    assert answer(changed("cluster", figures=same)) == answer(LINE)
 
 
 def test_a_case_of_ours_is_predicted_as_a_plan_of_ours() -> None:
@@ -178,33 +178,33 @@ def test_a_case_of_ours_is_predicted_as_a_plan_of_ours() -> None:
             "schedule": "1f1b",
         }  # fmt: skip
         plan = make_plan(card(shape, 4096), cluster, PlanRequest(64, "bf16", pins, compile=False), DATASHEET)
-        told = answer({**line, "layout": pins, "software": {"framework": "meshwright"}})
+        case = answer({**line, "layout": pins, "software": {"framework": "meshwright"}})
         chosen = plan.chosen
-        assert told["step_seconds"]["mid"] == pytest.approx(chosen.predicted.step_seconds.mid, rel=0.01), word
+        assert case["step_seconds"]["mid"] == pytest.approx(chosen.predicted.step_seconds.mid, rel=0.01), word
         fullest = max(stage.allocated for stage in chosen.memory)
-        assert told["peak_allocated_gib"] == pytest.approx(fullest / 2**30, rel=1e-6), word
+        assert case["peak_allocated_gib"] == pytest.approx(fullest / 2**30, rel=1e-6), word
 
 
-def test_of_a_model_that_fits_in_no_way_memory_says_nothing() -> None:
+def test_of_a_model_that_never_fits_memory_tells_no_recompute() -> None:
     line = changed("model", layers=200, hidden=8192, heads=64, kv_heads=64, ffn=32768)
     line["layout"] = {"dp": 16, "micro_batch": 4, "recompute": "unknown"}
     found, none = answer(line), answer({**line, "layout": {**line["layout"], "recompute": "none"}})
-    assert any("taken for none, since by what the case says it fits in no way" in word for word in found["assumed"])
+    assert any("taken for none, since the case does not fit even with full" in word for word in found["assumed"])
     assert found["step_seconds"]["mid"] == pytest.approx(none["step_seconds"]["mid"])
     assert found["step_seconds"]["high"] > none["step_seconds"]["high"], "it is a guess"
 
 
-def test_a_count_of_parameters_that_the_sizes_miss_is_said() -> None:
-    """Feed-forwards of two matrices said to be of three are found out; what fits neither is said."""
+def test_a_count_of_parameters_that_the_sizes_miss_is_reported() -> None:
+    """Feed-forwards of two matrices stated as three are corrected; a count that fits neither is reported."""
     sizes = {
         "layers": 32, "hidden": 6144, "heads": 48, "kv_heads": 8, "ffn": 24576, "vocab": 256000, "seq_len": 4096,
         "gated": True,
     }  # fmt: skip
     as_it_is = answer({**LINE, "model": {**sizes, "gated": False}})
-    found_out = answer({**LINE, "model": {**sizes, "params_b": 15.0}})
-    assert any("model.gated=true: 15 B parameters say otherwise" in word for word in found_out["assumed"])
-    assert found_out["step_seconds"]["mid"] == pytest.approx(as_it_is["step_seconds"]["mid"], rel=0.02)
+    corrected = answer({**LINE, "model": {**sizes, "params_b": 15.0}})
+    assert any("model.gated=true: 15 B parameters contradict it" in word for word in corrected["assumed"])
+    assert corrected["step_seconds"]["mid"] == pytest.approx(as_it_is["step_seconds"]["mid"], rel=0.02)
     neither = answer({**LINE, "model": {**sizes, "params_b": 400.0}})
-    assert any("model.params_b=400: its sizes come to" in word for word in neither["assumed"])
+    assert any("model.params_b=400: the sizes come to" in word for word in neither["assumed"])
     right = answer({**LINE, "model": {**sizes, "gated": False, "params_b": 15.6}})
     assert not any("param" in word for word in right.get("assumed", []))

@@ -1,5 +1,4 @@
-"""Cases from outside: each line is answered by itself, nothing hostile gets through, nothing that is not a case's input
-is read."""
+"""Cases from outside: a bad line does not stop the others, and only the inputs of a case are read."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ from meshwright.plan.cases.read import (
     KEYS,
     LARGEST_LINE_BYTES,
     Case,
-    case_of,
-    measured_of,
     nearest_word,
+    parse_case,
     parse_line,
+    parse_measured_case,
 )
 
 LINE: dict[str, Any] = {
@@ -39,21 +38,21 @@ def changed(section: str, key: str, value: Any) -> dict[str, Any]:
 
 
 def error_of(line: dict[str, Any]) -> str:
-    found = case_of(line)
+    found = parse_case(line)
     assert isinstance(found, BadCase), found
     return found.error
 
 
 def test_a_sound_line_is_a_case_with_its_layout_filled_in() -> None:
-    found = case_of(LINE)
+    found = parse_case(LINE)
     assert isinstance(found, Case)
     assert found.layout["shard"] == found.layout["cp"] == found.layout["vpp"] == 1
     assert found.layout["recompute"] == "none"
     assert found.assumed == ()
 
 
-def test_dp_follows_from_the_other_degrees_and_is_said() -> None:
-    found = case_of({**LINE, "layout": {"tp": 2, "pp": 2, "micro_batch": 2}})
+def test_dp_follows_from_the_other_degrees_and_is_reported() -> None:
+    found = parse_case({**LINE, "layout": {"tp": 2, "pp": 2, "micro_batch": 2}})
     assert isinstance(found, Case)
     assert found.layout["dp"] == 4
     assert "layout.dp = 4" in found.assumed[0]
@@ -92,7 +91,7 @@ def test_dp_follows_from_the_other_degrees_and_is_said() -> None:
         ("software", "compiled", True, "software.compiled", "did you mean 'compile'?"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_key_and_the_nearest_that_works(
+def test_an_error_names_its_key_and_the_nearest_valid_value(
     section: str, key: str, value: Any, where: str, near: str
 ) -> None:
     error = error_of(changed(section, key, value))
@@ -159,19 +158,19 @@ def test_a_file_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_what_a_line_says_about_itself_changes_nothing() -> None:
-    plain = case_of(LINE)
-    told = {**LINE, **dict.fromkeys(ABOUT, "told"), "model": {**LINE["model"], "name": "gpt-9"}}
-    assert case_of(told) == plain
+    plain = parse_case(LINE)
+    line = {**LINE, **dict.fromkeys(ABOUT, "other"), "model": {**LINE["model"], "name": "gpt-9"}}
+    assert parse_case(line) == plain
 
 
 def test_measured_figures_are_read_apart() -> None:
     measured = {"step_seconds": 2.5, "peak_allocated_gib": 11}
-    found = measured_of({**LINE, "measured": measured, "source": "s", "group": "g"})
+    found = parse_measured_case({**LINE, "measured": measured, "source": "s", "group": "g"})
     assert not isinstance(found, BadCase)
     assert (found.step_seconds, found.peak_allocated_gib, found.peak_reserved_gib) == (2.5, 11.0, None)
     assert (found.source, found.group) == ("s", "g")
     for wrong in (None, {}, {"step_seconds": 0}, {"step_seconds": "2"}, {"step_seconds": 1, "peak_reserved_gib": -1}):
-        assert isinstance(measured_of({**LINE, "measured": wrong}), BadCase)
+        assert isinstance(parse_measured_case({**LINE, "measured": wrong}), BadCase)
 
 
 JSON = st.recursive(
@@ -185,14 +184,14 @@ JSON = st.recursive(
 @given(st.sampled_from([s for s in KEYS if s in LINE]), st.data())
 def test_any_value_anywhere_gives_a_case_or_a_reason(section: str, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from([*KEYS[section], "other"]))
-    found = case_of(changed(section, key, data.draw(JSON)))
+    found = parse_case(changed(section, key, data.draw(JSON)))
     assert isinstance(found, Case) or found.error
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from([*LINE, "kind", "x"]), JSON, max_size=6))
 def test_any_object_gives_a_case_or_a_reason(line: dict[str, Any]) -> None:
-    found = case_of(line)
+    found = parse_case(line)
     assert isinstance(found, Case) or found.error
 
 

@@ -1,4 +1,4 @@
-"""A correction passes through what was measured, fades away from it, and says how unsure it is."""
+"""A correction fits the measured runs, fades away from them, and states its standard deviation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright.errors import InputError
-from meshwright.plan.constants.correction import SCALES, Correction, corrections_of, learn
+from meshwright.plan.constants.correction import SCALES, Correction, learn, parse_corrections
 
 WIDTH = len(SCALES)
 
@@ -19,7 +19,7 @@ def points(count: int = 60) -> tuple[list[tuple[float, ...]], list[float]]:
     return places, [0.1 * math.sin(place[0]) + 0.05 * place[1] for place in places]
 
 
-def test_it_meets_what_was_measured_and_fades_far_away() -> None:
+def test_it_fits_measured_runs_and_fades_far_away() -> None:
     places, logs = points()
     found = learn("r", places, logs)
     assert [math.log(found.factor(place)) for place in places] == pytest.approx(logs, abs=0.02)
@@ -29,7 +29,7 @@ def test_it_meets_what_was_measured_and_fades_far_away() -> None:
     assert found.spread(places[0]) < 0.5 * found.spread(far)
 
 
-def test_it_is_a_gaussian_process_with_the_kernel_said() -> None:
+def test_it_is_a_gaussian_process_with_that_kernel() -> None:
     """Against scikit-learn's regressor with the same kernel and noise."""
     gaussian_process = pytest.importorskip("sklearn.gaussian_process")
     kernels = gaussian_process.kernels
@@ -76,13 +76,13 @@ def test_noise_alone_teaches_little() -> None:
 )
 def test_a_file_that_holds_no_correction_is_refused(wrong: object) -> None:
     with pytest.raises(InputError):
-        corrections_of(wrong, "p.toml")
+        parse_corrections(wrong, "p.toml")
 
 
 def test_what_is_written_is_read_again() -> None:
     places, logs = points(10)
     found = learn("r", places, logs)
-    told = found.as_dict()
-    rows = [[*centre, y] for centre, y in zip(told["centres"], told["residuals"], strict=True)]
-    again = corrections_of([{**told, "points": rows}], "p.toml")["r"]
+    table = found.as_dict()
+    rows = [[*centre, y] for centre, y in zip(table["centres"], table["residuals"], strict=True)]
+    again = parse_corrections([{**table, "points": rows}], "p.toml")["r"]
     assert again == Correction("r", found.amplitude, found.noise, found.centres, found.residuals)

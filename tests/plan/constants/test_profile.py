@@ -1,4 +1,4 @@
-"""Profiles: what a file may say, and that what is written is what is read."""
+"""Profiles: valid and invalid files, and that a written profile is read back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_is_written_is_read(
 
 
 def corrected() -> Profile:
-    """A profile with something of everything."""
+    """A profile with changed constants, intervals and corrections."""
     one = Correction('a "device"/x', 0.1, 0.02, ((1.0,) * len(SCALES),) * 3, (0.1, -0.1, 0.05))
     intervals = {**DATASHEET.intervals, "cuda.a": (3e-6, 1.0)}
     return replace(DATASHEET.changed({"cpu.host.share": 0.5}), intervals=intervals, corrections={one.regime: one})
@@ -159,16 +159,12 @@ def test_a_file_that_is_not_there_or_too_large_is_bad_input(tmp_path: Path) -> N
         load_profile(large)
 
 
-def test_the_most_particular_interval_that_is_known_counts() -> None:
-    profile = load_intervals({"cuda": (0.8, 1.3), "cuda.nemo": (0.9, 1.1)})
+def test_the_most_specific_interval_counts() -> None:
+    intervals = {**DATASHEET.intervals, "cuda": (0.8, 1.3), "cuda.nemo": (0.9, 1.1)}
+    profile = replace(DATASHEET, intervals=intervals)
     assert profile.interval("cuda", "nemo", "nodes") == (0.9, 1.1)
     assert profile.interval("cuda", "other") == (0.8, 1.3)
     assert profile.interval("tpu") == profile.intervals["all"]
-
-
-def load_intervals(extra: dict[str, tuple[float, float]]) -> Profile:
-
-    return replace(DATASHEET, intervals={**DATASHEET.intervals, **extra})
 
 
 def test_a_change_to_no_constant_is_bad_input() -> None:

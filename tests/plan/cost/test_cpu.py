@@ -1,4 +1,4 @@
-"""The CPU's time model: what it is made of, and how it answers to size, threads and layout."""
+"""The CPU's time model: its parts, and its dependence on size, threads and layout."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_recomputing_all_stops_before_the_last_product_and_selective_leaves_ever
     products, blocked = compute("bf16"), compute("bf16").block(layer, Layout(micro_batch=4, recompute="selective"))
     again = products.attention(layer.attention, Layout(micro_batch=4))[0]  # type: ignore[arg-type]
     assert blocked.recompute == pytest.approx(again + products.elementwise(layer, Layout(micro_batch=4)))
-    assert some.host_again > full.host_again > 0
+    assert some.host_recompute > full.host_recompute > 0
 
 
 def test_threads_share_what_one_device_counts_as_whole() -> None:
@@ -104,12 +104,12 @@ def test_only_a_head_has_a_loss() -> None:
     assert compute().loss(head, Layout(tp=2)) < compute().loss(head, Layout())
 
 
-def test_fsdp_gathers_once_more_where_shards_are_let_go() -> None:
+def test_fsdp_gathers_once_more_where_weights_are_freed() -> None:
     unit = compute()
     replicated, sharded = (unit.sharding(LAYER, layout) for layout in (Layout(dp=2), Layout(dp=2, shard=2)))
     piped = unit.sharding(LAYER, Layout(pp=2))
     assert sharded[0] == pytest.approx(replicated[0]) and sharded[1] > replicated[1]
-    assert piped[0] < replicated[0]  # gathered once a step, which `once` counts
+    assert piped[0] < replicated[0]  # gathered once per step, which `step` counts
 
 
 @pytest.mark.parametrize(("name", "times"), [("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)])
@@ -122,7 +122,7 @@ def test_gloo_is_latency_and_bytes_on_the_wire(name: str, times: int) -> None:
     assert getattr(network, name)(8e6, CommGroup(1, 1)) == 0
 
 
-def test_a_pipeline_and_a_single_stage_do_not_share_what_is_remembered() -> None:
+def test_a_pipeline_and_a_single_stage_share_no_cache() -> None:
     cluster = Cluster(CORE, 2, 2, LINK, LINK)
     first = Estimator(Workload(MODEL, cluster, 8, "fp32"), PROFILE)
     alone = first.estimate(Layout(micro_batch=2))

@@ -1,4 +1,4 @@
-"""Laws that every estimate keeps, whatever the constants; and the fast length of a schedule against its replay."""
+"""Laws of every estimate, whatever the constants; and the fast length of a schedule against its replay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshwright.plan import Workload
 from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.cost import Estimate, Estimator
 from meshwright.plan.cost.estimate import equal_layers
-from meshwright.plan.pipeline.actions import problem
+from meshwright.plan.pipeline.actions import schedule_problem
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
 SHAPE = DecoderShape(16, 2048, 16, 16, 128, 8192, 32000)
@@ -47,7 +47,7 @@ def test_the_parts_of_a_step_are_its_length(
         dp=dp, shard=min(shard, dp), tp=tp, pp=pp, vpp=2 if folded and pp > 1 else 1, micro_batch=min(micro, 4),
         sequence_parallel=sequence and tp > 1, recompute=recompute, schedule=schedule if pp > 1 else "1f1b",
     )  # fmt: skip
-    if problem(layout.schedule, pp, layout.micro_batches(BATCH), layout.vpp):
+    if schedule_problem(layout.schedule, pp, layout.micro_batches(BATCH), layout.vpp):
         return
     found = SHARED[framework].estimate(layout)
     assert sum(found.breakdown.values()) == pytest.approx(found.step_seconds)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster import Cluster, Link, named_cluster
+from meshwright.cluster import Cluster, Link, cpu_cluster, named_cluster
+from meshwright.errors import InputError
 from meshwright.plan.constants import DATASHEET
-from meshwright.plan.cost.network import CommGroup, Network, network
+from meshwright.plan.cost.network import CommGroup, GlooNetwork, Network, network
 
 BASE = named_cluster("h100-sxm-80gb", 512)
 WIRE = Link("wire", 10e9, 5e-6)
@@ -46,7 +47,7 @@ def test_more_bytes_never_take_less_time(size: float, n: int) -> None:
 
 
 def test_half_of_the_ramp_is_lost_at_the_stated_size() -> None:
-    seconds = NET.moving(NET.ramp_bytes, 1e9) - NET.ramp_bytes / 1e9
+    seconds = NET.wire_seconds(NET.ramp_bytes, 1e9) - NET.ramp_bytes / 1e9
     assert seconds == pytest.approx(NET.ramp / 2)
 
 
@@ -110,16 +111,11 @@ def test_a_rack_behind_one_switch_is_one_inner_link() -> None:
 
 
 def test_zero_bandwidth_is_bad_input() -> None:
-    from meshwright.errors import InputError
-
     with pytest.raises(InputError, match="bandwidth"):
         Cluster(BASE.device, 8, 8, Link("dead", 0.0, 1e-6), WIRE)
 
 
 def test_cores_talk_by_gloo() -> None:
-    from meshwright.cluster import cpu_cluster
-    from meshwright.plan.cost.network import GlooNetwork
-
     cores = cpu_cluster(2)
     assert isinstance(network(cores, DATASHEET), GlooNetwork)
     assert not isinstance(network(BASE, DATASHEET), GlooNetwork)

@@ -1,4 +1,4 @@
-"""The pipeline's order of work against torch's own, the papers' bubbles, and the fast figures against the replay."""
+"""The schedules against torch's own, the papers' bubbles, and the fast figures against the replay."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.layout import SCHEDULES
-from meshwright.plan.pipeline import TABLE, balance_costs, held_bytes, length, span_seconds
-from meshwright.plan.pipeline.actions import Action, actions, fewer, places, problem
+from meshwright.plan.pipeline import TABLE, balance_costs, length, peak_activation_bytes, span_seconds
+from meshwright.plan.pipeline.actions import Action, actions, micro_batches_to_draw, schedule_problem, stage_ranks
 from meshwright.plan.pipeline.in_flight import in_flight
 from meshwright.plan.pipeline.replay import Timeline, replay
 
@@ -26,23 +26,19 @@ def runs(draw: st.DrawFn, most_stages: int = 6, most_rounds: int = 5) -> tuple[s
     row = TABLE[schedule]
     stages, vpp = draw(st.integers(1, most_stages)), draw(st.integers(row.least_vpp, min(row.most_vpp, 4)))
     micro = draw(st.one_of(st.integers(1, most_rounds).map(lambda n: n * stages), st.integers(1, 5 * stages)))
-    assume(problem(schedule, stages, micro, vpp) is None)
+    assume(schedule_problem(schedule, stages, micro, vpp) is None)
     return schedule, stages, micro, vpp
 
 
 @st.composite
 def timed_runs(draw: st.DrawFn, most_rounds: int = 5, uneven: float = 10.0, slowest_transfer: float = 2.0):  # type: ignore[no-untyped-def]
-    """A run with its seconds: forwards from 1 to `uneven`, and what follows in proportion."""
+    """A run with its seconds: forwards from 1 to `uneven`, backwards twice as long."""
     schedule, stages, micro, vpp = draw(runs(most_rounds=most_rounds))
     count = stages * vpp
     times = st.lists(st.floats(1.0, uneven), min_size=count, max_size=count)
     forward, backward = draw(times), [2 * b for b in draw(times)]
     weight = [b * draw(st.floats(0.1, 0.6)) for b in backward]
     return schedule, stages, micro, vpp, forward, backward, weight, draw(st.floats(0.0, slowest_transfer))
-
-
-def ready_orders(run: tuple[str, int, int, int]) -> tuple[tuple[Action, ...], ...]:
-    return actions(*run)
 
 
 def test_the_table_is_the_layouts() -> None:
@@ -52,12 +48,12 @@ def test_the_table_is_the_layouts() -> None:
 @given(runs())
 def test_every_virtual_stage_does_every_micro_batch_once_in_order(run: tuple[str, int, int, int]) -> None:
     schedule, stages, micro, vpp = run
-    home = places(schedule, stages, vpp)
-    assert Counter(home) == Counter(dict.fromkeys(range(stages), vpp))
+    ranks = stage_ranks(schedule, stages, vpp)
+    assert Counter(ranks) == Counter(dict.fromkeys(range(stages), vpp))
     seen: Counter[tuple[str, int, int]] = Counter()
-    for rank, order in enumerate(ready_orders(run)):
+    for rank, order in enumerate(actions(*run)):
         place = {action: index for index, action in enumerate(order)}
-        assert len(place) == len(order) and all(home[action.stage] == rank for action in order)
+        assert len(place) == len(order) and all(ranks[action.stage] == rank for action in order)
         for kind, i, stage in order:
             seen["F" if kind == "F" else "W" if kind == "W" else "B", i, stage] += 1
             if kind in "BI":
@@ -73,7 +69,7 @@ def test_every_virtual_stage_does_every_micro_batch_once_in_order(run: tuple[str
 def test_no_schedule_waits_for_ever_and_each_keeps_its_order(run) -> None:  # type: ignore[no-untyped-def]
     schedule, stages, micro, vpp, forward, backward, weight, transfer = run
     timeline = replay(actions(schedule, stages, micro, vpp), forward, backward, transfer, weight_seconds=weight)
-    home = places(schedule, stages, vpp)
+    ranks = stage_ranks(schedule, stages, vpp)
     for row in timeline.rows():
         assert all(a.stop_seconds <= b.start_seconds + 1e-9 for a, b in pairwise(row))
     stop = {("B" if e.kind == "I" else e.kind, e.stage, e.micro_batch): e.stop_seconds for e in timeline.events}
@@ -83,7 +79,7 @@ def test_no_schedule_waits_for_ever_and_each_keeps_its_order(run) -> None:  # ty
         kind = "F" if event.kind == "F" else "B"
         before = event.stage + (-1 if kind == "F" else 1)
         if (arrived := stop.get((kind, before, event.micro_batch))) is not None:
-            far = home[before] != event.rank
+            far = ranks[before] != event.rank
             assert event.start_seconds >= arrived + (transfer if far else 0.0) - 1e-9
     assert sum(timeline.busy_seconds) == pytest.approx(micro * (sum(forward) + sum(backward)))
     assert timeline.seconds >= max(timeline.busy_seconds) - 1e-6
@@ -163,8 +159,8 @@ def test_zero_bubble_schedules_idle_as_their_paper_says(stages: int, rounds: int
     """Qi et al. 2024, table 1, F = I = W: H1 a third of 1F1B's bubble, H2 and V none but for a barrier."""
     micro = rounds * stages
 
-    def longest_taken(timeline: Timeline) -> float:
-        """The longest that a rank works from first start to last stop: all that counts where no barrier ends a step."""
+    def longest_rank(timeline: Timeline) -> float:
+        """The longest time from a rank's first start to its last stop: the step's where no barrier ends it."""
         return max(max(event.stop_seconds for event in row) - row[0].start_seconds for row in timeline.rows())
 
     def timeline(schedule: str, vpp: int) -> Timeline:
@@ -172,8 +168,8 @@ def test_zero_bubble_schedules_idle_as_their_paper_says(stages: int, rounds: int
         return replay(actions(schedule, stages, micro, vpp), [1.0] * n, [2.0] * n, weight_seconds=[1.0] * n)
 
     assert timeline("zb-h1", 1).seconds == pytest.approx(3.0 * micro + stages - 1)
-    assert longest_taken(timeline("zb-h2", 1)) == pytest.approx(3.0 * micro)
-    assert longest_taken(timeline("zbv", 2)) == pytest.approx(6.0 * micro)
+    assert longest_rank(timeline("zb-h2", 1)) == pytest.approx(3.0 * micro)
+    assert longest_rank(timeline("zbv", 2)) == pytest.approx(6.0 * micro)
     assert timeline("dualpipev", 2).seconds == pytest.approx(6.0 * micro + stages - 1)
 
 
@@ -192,25 +188,23 @@ def test_memory_of_zero_bubble_schedules_is_their_papers(stages: int, rounds: in
 
 
 @given(runs(), st.integers(0, 10**6))
-def test_held_bytes_are_the_most_of_all_moments(run: tuple[str, int, int, int], seed: int) -> None:
+def test_peak_activations_are_the_most_of_all_moments(run: tuple[str, int, int, int], seed: int) -> None:
     schedule, stages, micro, vpp = run
     kept = [1.0 + (seed * (i + 3)) % 7 for i in range(stages * vpp)]
     pending = [1.0 + (seed * (i + 5)) % 5 for i in range(stages * vpp)]
     expected = []
     for order in actions(schedule, stages, micro, vpp):
-        held = most = 0.0
+        now = most = 0.0
         for kind, _, stage in order:
             if kind == "F":
-                held += kept[stage]
+                now += kept[stage]
             elif kind == "I":
-                held += pending[stage] - kept[stage]
+                now += pending[stage] - kept[stage]
             else:
-                held -= kept[stage] if kind == "B" else pending[stage]
-            most = max(most, held)
+                now -= kept[stage] if kind == "B" else pending[stage]
+            most = max(most, now)
         expected.append(most)
-    found = held_bytes(schedule, stages, micro, kept, pending, vpp=vpp)
-    # The halves of a backward trade one for the other: the moment counted is the one before, or after, not both.
-    assert found == pytest.approx(expected)
+    assert peak_activation_bytes(schedule, stages, micro, kept, pending, vpp=vpp) == pytest.approx(expected)
 
 
 @given(timed_runs())
@@ -259,7 +253,7 @@ def test_a_transfer_counts_between_ranks_alone_and_may_differ_by_boundary() -> N
 
 
 def test_a_blocking_transfer_takes_the_senders_time() -> None:
-    """Two ranks, many micro-batches: beside the work nothing is lost, in its place each handing-on is paid."""
+    """Two ranks, many micro-batches: an overlapped transfer costs little, a blocking one its whole time."""
     orders = actions("1f1b", 2, 8)
     beside = replay(orders, [2.0, 1.0], [2.0, 1.0], 0.5).seconds
     instead = replay(orders, [2.0, 1.0], [2.0, 1.0], 0.5, overlapped=False).seconds
@@ -270,11 +264,11 @@ def test_a_blocking_transfer_takes_the_senders_time() -> None:
 def test_one_stage_is_no_pipeline_whatever_the_schedules_name(schedule: str) -> None:
     (order,) = actions(schedule, 1, 3)
     assert [action.kind for action in order] == ["F", "B"] * 3
-    assert in_flight(schedule, 1, 0, 3) == 1 and held_bytes(schedule, 1, 3, [5.0]) == (5.0,)
+    assert in_flight(schedule, 1, 0, 3) == 1 and peak_activation_bytes(schedule, 1, 3, [5.0]) == (5.0,)
     assert span_seconds(schedule, 3, [1.0], [2.0]) == pytest.approx(9.0)
 
 
-def test_lists_that_wait_for_each_other_are_found() -> None:
+def test_ranks_that_wait_for_each_other_are_an_error() -> None:
     with pytest.raises(ValueError, match="for ever"):
         replay([[Action("B", 0, 0), Action("F", 0, 0)]], [1.0], [1.0])
 
@@ -283,19 +277,19 @@ def test_lists_that_wait_for_each_other_are_found() -> None:
     ("run", "why"),
     [
         (("zigzag", 2, 2, 1), "no schedule 'zigzag'"),
-        (("1f1b", 2, 2, 2), "1 virtual stages a rank, not 2"),
-        (("interleaved", 2, 2, 1), "2 or more virtual stages a rank, not 1"),
+        (("1f1b", 2, 2, 2), "1 virtual stages per rank, not 2"),
+        (("interleaved", 2, 2, 1), "2 or more virtual stages per rank, not 1"),
         (("interleaved", 4, 9, 2), r"whole rounds of micro-batches \(8\), not 9"),
         (("dualpipev", 4, 7, 2), "needs 8 micro-batches or more, not 7"),
         (("gpipe", 0, 1, 1), "needs a stage"),
     ],
 )
-def test_what_a_schedule_cannot_run_is_said(run: tuple[str, int, int, int], why: str) -> None:
+def test_a_run_that_a_schedule_cannot_do_is_an_error(run: tuple[str, int, int, int], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         actions(*run)
 
 
-def test_split_backwards_need_their_halves() -> None:
+def test_split_backwards_need_weight_seconds() -> None:
     with pytest.raises(ValueError, match="weight_seconds"):
         replay(actions("zb-h1", 2, 2), [1.0] * 2, [1.0] * 2)
     with pytest.raises(ValueError, match="a part of backward_seconds"):
@@ -305,10 +299,10 @@ def test_split_backwards_need_their_halves() -> None:
 @given(runs(), st.integers(1, 12))
 def test_a_picture_shows_few_micro_batches_that_can_run(run: tuple[str, int, int, int], most: int) -> None:
     schedule, stages, micro, vpp = run
-    count = fewer(schedule, stages, micro, most, vpp)
-    assert 1 <= count <= micro and problem(schedule, stages, count, vpp) is None
+    count = micro_batches_to_draw(schedule, stages, micro, most, vpp)
+    assert 1 <= count <= micro and schedule_problem(schedule, stages, count, vpp) is None
     if count > most:
-        assert all(problem(schedule, stages, n, vpp) for n in range(1, most + 1))
+        assert all(schedule_problem(schedule, stages, n, vpp) for n in range(1, most + 1))
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=9), st.data())

@@ -1,4 +1,4 @@
-"""The table of frameworks: what it may say, and how a case's words change a row."""
+"""The table of frameworks: its words, and how a case's options change a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from meshwright.plan.rules import FRAMEWORKS
 from meshwright.plan.rules.frameworks import framework
 
 
-def test_every_row_uses_words_that_are_known() -> None:
+def test_every_row_uses_valid_words() -> None:
     fields = set(Layout.__dataclass_fields__)
     for name, row in FRAMEWORKS.items():
         assert row.name == name and framework(name) is row
@@ -31,7 +31,7 @@ def test_a_cases_words_change_the_row() -> None:
     assert row.with_software({"fused_cross_entropy": True}).fused_cross_entropy
 
 
-def test_a_word_that_is_not_known_is_listed() -> None:
+def test_an_unknown_word_is_listed() -> None:
     assert "warp_drive" in FRAMEWORKS["nemo"].with_software({"warp_drive": True}).assumed[0]
 
 

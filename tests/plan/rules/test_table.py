@@ -1,4 +1,4 @@
-"""Refusals: each names a change, and the change is really valid."""
+"""Refusals: each names a change that satisfies the rule."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ layouts = st.builds(
     recompute=st.sampled_from(["none", "selective", "full", "some"]),
     offload=st.booleans(),
 )
-questions = st.builds(
+queries = st.builds(
     LayoutQuery,
     layouts,
     st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE]),
@@ -56,27 +56,27 @@ def rules_broken(
     framework: str = "meshwright",
 ) -> dict[str, str]:
     devices = layout.devices if devices is None else devices
-    question = LayoutQuery(layout, facts, devices, batch, FRAMEWORKS[framework])
-    return {refusal.rule: f"{refusal.reason}; {refusal.nearest}" for refusal in refusals(question)}
+    query = LayoutQuery(layout, facts, devices, batch, FRAMEWORKS[framework])
+    return {refusal.rule: f"{refusal.reason}; {refusal.nearest}" for refusal in refusals(query)}
 
 
-@given(questions)
+@given(queries)
 @example(LayoutQuery(Layout(dp=-1, pp=2, micro_batch=-1), LLAMA, 2, 1))
-def test_the_nearest_change_removes_the_refusal(question: LayoutQuery) -> None:
-    for refusal in refusals(question):
+def test_the_nearest_change_removes_the_refusal(query: LayoutQuery) -> None:
+    for refusal in refusals(query):
         assert refusal.change, refusal
-        fixed = question.changed(refusal.change)
+        fixed = query.changed(refusal.change)
         assert refusal.rule not in {other.rule for other in refusals(fixed)}, (refusal, fixed.layout)
 
 
-@given(questions)
-def test_every_refusal_says_a_reason_and_its_fields(question: LayoutQuery) -> None:
-    for refusal in refusals(question):
+@given(queries)
+def test_every_refusal_says_a_reason_and_its_fields(query: LayoutQuery) -> None:
+    for refusal in refusals(query):
         assert refusal.reason and refusal.fields and refusal.nearest.startswith("nearest: ")
 
 
 @pytest.mark.parametrize(
-    ("layout", "facts", "devices", "batch", "rule", "said"),
+    ("layout", "facts", "devices", "batch", "rule", "words"),
     [
         (Layout(dp=2, tp=2), LLAMA, 2, 24, "devices", "is 4, not 2 devices; nearest: layout.dp=1"),
         (Layout(dp=4, shard=3), LLAMA, 4, 24, "shard", "shard=3 does not divide dp x cp = 4; nearest: layout.shard=4"),
@@ -101,13 +101,13 @@ def test_every_refusal_says_a_reason_and_its_fields(question: LayoutQuery) -> No
     ],
 )
 def test_each_rule_with_its_words(
-    layout: Layout, facts: ModelFacts, devices: int, batch: int, rule: str, said: str
+    layout: Layout, facts: ModelFacts, devices: int, batch: int, rule: str, words: str
 ) -> None:
-    assert said in rules_broken(layout, facts, devices, batch)[rule]
+    assert words in rules_broken(layout, facts, devices, batch)[rule]
 
 
 @pytest.mark.parametrize(
-    ("layout", "facts", "batch", "framework", "rule", "said"),
+    ("layout", "facts", "batch", "framework", "rule", "words"),
     [
         (Layout(cp=3), LLAMA, 24, MEGATRON, "context", "into 6 equal pieces, and it has 64 tokens"),
         (Layout(cp=64), LLAMA, 24, MEGATRON, "context", "it has 64 tokens; nearest: layout.cp=32"),
@@ -183,9 +183,9 @@ def test_each_rule_with_its_words(
     ],
 )
 def test_rules_of_other_frameworks(
-    layout: Layout, facts: ModelFacts, batch: int, framework: str, rule: str, said: str
+    layout: Layout, facts: ModelFacts, batch: int, framework: str, rule: str, words: str
 ) -> None:
-    assert said in rules_broken(layout, facts, batch=batch, framework=framework)[rule]
+    assert words in rules_broken(layout, facts, batch=batch, framework=framework)[rule]
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,10 @@ def test_what_another_framework_offers_is_not_refused(layout: Layout) -> None:
 
 @pytest.mark.parametrize("name", ["megatron-lm", "megatron-bridge", "deepspeed"])
 def test_weights_are_not_sharded_in_a_pipeline_where_the_optimizer_is(name: str) -> None:
-    (said,) = rules_broken(Layout(dp=4, shard=4, pp=2), framework=name).values()
-    assert "weights not in a pipeline" in said and "layout.shard=1" in said
-    (said,) = rules_broken(Layout(dp=8, shard=4), framework=name).values()
-    assert "over part of dp x cp = 8" in said
+    (words,) = rules_broken(Layout(dp=4, shard=4, pp=2), framework=name).values()
+    assert "cannot shard weights in a pipeline" in words and "layout.shard=1" in words
+    (words,) = rules_broken(Layout(dp=8, shard=4), framework=name).values()
+    assert "over part of dp x cp = 8" in words
     assert rules_broken(Layout(dp=4, shard=4, pp=2), framework="torchtitan") == {}
 
 

@@ -1,4 +1,4 @@
-"""Profiles made from measurements: of cases, of a run, of this machine."""
+"""Profiles from measurements: of cases, of a run, of this machine."""
 
 from meshwright.plan.calibrate.from_cases import calibrate
 from meshwright.plan.calibrate.from_machine import machine_profile

@@ -1,9 +1,9 @@
-"""Constants that fit measured runs: Levenberg and Marquardt on their logarithms, held near where they started.
+"""Constants that fit measured runs: Levenberg and Marquardt's method on their logarithms, with priors.
 
 Each constant has a prior, a Gaussian around its start whose width says how far it is believed to be off; a few dozen
-rows then suffice, and a constant that no row speaks of stays where it is. Residuals count as pseudo-Huber losses (large
-ones by their size, not its square), so that no odd run drags the rest. Method: Levenberg 1944, Marquardt 1963; Madsen,
-Nielsen, Tingleff, "Methods for Non-Linear Least Squares Problems" (2004).
+rows then suffice, and a constant that affects no row stays as it is. Residuals have pseudo-Huber losses (large ones
+count linearly), so that an outlier does not decide the fit. Method: Levenberg 1944, Marquardt 1963; Madsen, Nielsen,
+Tingleff, "Methods for Non-Linear Least Squares Problems" (2004).
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-#: What a run strays from a good model, as the standard deviation of the logarithm of its time.
+#: Standard deviation of the logarithm of a run's time around a good model.
 NOISE = 0.05
-STEP = 0.02  # of a logarithm, in the differences that stand for derivatives
+STEP = 0.02  # of a logarithm, in the finite differences
 LARGEST_MOVE = 0.5  # of a logarithm, in one iteration
 MOST_ITERATIONS = 12
-#: A constant is left where it is if moving it by its prior's width changes no row by this share of the noise.
+#: A constant is not fitted if moving it by its prior's width changes no row by this share of the noise.
 LEAST_EFFECT = 0.25
-#: The derivatives are computed anew after so many accepted moves, and estimated (Broyden 1965) in between.
+#: Accepted moves between two computations of the derivatives; in between they are updated (Broyden 1965).
 FRESH_EVERY = 4
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Where a constant starts and how far it may go: `width` is the standard deviation of its logarithm, `most` what it
-    cannot exceed."""
+    """Start of a constant, the standard deviation `width` of its logarithm, and its greatest value `most`."""
 
     name: str
     start: float
@@ -48,19 +47,19 @@ class FitResult:
     iterations: int
 
 
-#: Logarithms of predicted seconds at the given values, of all rows or of those marked.
+#: A function of (values of constants, indices of rows) to the logarithms of the rows' predicted seconds.
 Predictions = Callable[[Mapping[str, float], "np.ndarray"], "np.ndarray"]
 
 
 def slopes(model: Predictions, rows: int, priors: Sequence[Prior]) -> tuple[np.ndarray, np.ndarray]:
     """Logarithms of the predicted seconds of `rows` rows at the priors' starts, and their derivatives by the logarithm
-    of each constant. Fits to several selections of the same rows need them once."""
+    of each constant (rows x constants). Fits to several selections of the same rows need them once."""
     import numpy as np
 
     every, start = np.arange(rows), {prior.name: prior.start for prior in priors}
-    now = model(start, every)
-    columns = [(model({**start, prior.name: prior.start * math.exp(STEP)}, every) - now) / STEP for prior in priors]
-    return now, np.array(columns).T.reshape(rows, len(priors))
+    logs = model(start, every)
+    columns = [(model({**start, prior.name: prior.start * math.exp(STEP)}, every) - logs) / STEP for prior in priors]
+    return logs, np.array(columns).T.reshape(rows, len(priors))
 
 
 def fit(
@@ -68,50 +67,50 @@ def fit(
     measured: np.ndarray,
     weights: np.ndarray,
     priors: Sequence[Prior],
-    known_slopes: tuple[np.ndarray, np.ndarray] | None = None,
+    start_slopes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> FitResult:
-    """The values that make the weighted losses of log(predicted / measured) and the distance from the priors least.
+    """The values that minimize the weighted losses of log(predicted / measured) and the distance from the priors.
 
-    `model(values, rows)` answers the logarithms of the predicted seconds of the rows whose indices are given.
-    `known_slopes` are those of `slopes`, if they are there already. Deterministic; constants whose prior width or start
-    is zero must not be among the priors.
+    `measured` are logarithms of seconds. `start_slopes` is the result of `slopes`, if it was computed before.
+    Deterministic; every prior needs a start and a width above zero.
     """
     import numpy as np
 
-    task = _Task(model, measured, weights, priors)
-    logs, first = known_slopes or slopes(model, len(measured), priors)
-    theta, r, table = task.start.copy(), (logs - measured) / NOISE, first / NOISE
-    spoken = np.abs(table).max(axis=0, initial=0.0) * task.widths > LEAST_EFFECT
-    known = (np.abs(table) > 1e-9) & spoken  # rows that a constant was last seen to matter to
-    table = table * spoken
-    before = now = task.loss(theta, r)
+    problem = _FitProblem(model, measured, weights, priors)
+    logs, derivatives = start_slopes or slopes(model, len(measured), priors)
+    theta, r, table = problem.start.copy(), (logs - measured) / NOISE, derivatives / NOISE
+    fitted = np.abs(table).max(axis=0, initial=0.0) * problem.widths > LEAST_EFFECT
+    affected = (np.abs(table) > 1e-9) & fitted  # rows x constants: whether the constant affected the row at last
+    table = table * fitted
+    before = now = problem.loss(theta, r)
     damping, accepted, iteration = 1e-2, 0, 0
     while iteration < MOST_ITERATIONS:
         iteration += 1
-        move = task.move(theta, r, table, damping)
-        tried = task.residuals(theta + move)
-        then = task.loss(theta + move, tried)
-        if then >= now:
+        move = problem.move(theta, r, table, damping)
+        new_r = problem.residuals(theta + move)
+        new_loss = problem.loss(theta + move, new_r)
+        if new_loss >= now:
             damping *= 6
             if damping > 1e4:
                 break
-            if accepted % FRESH_EVERY:  # the estimate may be at fault, not the length of the move
-                table, accepted = task.derivatives(theta, r, known), 0
+            if accepted % FRESH_EVERY:  # the updated derivatives may be wrong, not the length of the move
+                table, accepted = problem.derivatives(theta, r, affected), 0
             continue
-        gain = now - then
-        error = tried - r - table @ move
-        table += np.outer(error, move) / max(float(move @ move), 1e-12) * known
-        theta, r, now, damping, accepted = theta + move, tried, then, damping / 4, accepted + 1
+        gain = now - new_loss
+        error = new_r - r - table @ move
+        table += np.outer(error, move) / max(float(move @ move), 1e-12) * affected
+        theta, r, now, damping, accepted = theta + move, new_r, new_loss, damping / 4, accepted + 1
         if gain < 1e-3 * now:
             break
-        if accepted % FRESH_EVERY == 0:  # every second time of all rows: what mattered to none may matter now
-            table = task.derivatives(theta, r, known if accepted % (2 * FRESH_EVERY) else spoken | np.zeros_like(known))
-            known = np.abs(table) > 1e-9
-    return FitResult(task.values(theta), before, now, iteration)
+        if accepted % FRESH_EVERY == 0:  # every second time of all rows, since other rows may be affected now
+            which = affected if accepted % (2 * FRESH_EVERY) else fitted | np.zeros_like(affected)
+            table = problem.derivatives(theta, r, which)
+            affected = np.abs(table) > 1e-9
+    return FitResult(problem.values(theta), before, now, iteration)
 
 
-class _Task:
-    """What is fitted to what, with logarithms of constants as `theta` and residuals in units of the noise."""
+class _FitProblem:
+    """A least-squares problem: `theta` are logarithms of constants, residuals are in units of the noise."""
 
     def __init__(self, model: Predictions, measured: np.ndarray, weights: np.ndarray, priors: Sequence[Prior]) -> None:
         import numpy as np
@@ -127,8 +126,8 @@ class _Task:
         return {name: math.exp(x) for name, x in zip(self.names, theta, strict=True)}
 
     def residuals(self, theta: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (self.model(self.values(theta), self.every) - self.measured) / NOISE
-        return found
+        r: np.ndarray = (self.model(self.values(theta), self.every) - self.measured) / NOISE
+        return r
 
     def loss(self, theta: np.ndarray, r: np.ndarray) -> float:
         """Weighted pseudo-Huber losses, and the squared distance from the priors."""
@@ -136,7 +135,7 @@ class _Task:
         return float(self.weights @ (2 * (1 + r * r) ** 0.5 - 2) + far.sum())
 
     def move(self, theta: np.ndarray, r: np.ndarray, table: np.ndarray, damping: float) -> np.ndarray:
-        """The damped Gauss-Newton move, no longer than may be and within the bounds."""
+        """The damped Gauss-Newton move, at most LARGEST_MOVE and within the bounds."""
         import numpy as np
 
         share = self.weights / np.sqrt(1 + r * r)
@@ -155,30 +154,29 @@ class _Task:
         for column in range(len(theta)):
             rows = self.every[which[:, column]]
             if len(rows):
-                moved = theta.copy()
-                moved[column] += STEP
-                logs = self.model(self.values(moved), rows)
+                shifted = theta.copy()
+                shifted[column] += STEP
+                logs = self.model(self.values(shifted), rows)
                 table[rows, column] = ((logs - self.measured[rows]) / NOISE - r[rows]) / STEP
         return table
 
 
 def balanced_weights(sources: Sequence[str], groups: Sequence[str], *, most_of_a_row: float = 3.0) -> list[float]:
-    """A weight a row, such that every source has the same sum, and in a source every group, as far as no row counts for
-    more than `most_of_a_row`. The weights of all rows add up to their number, but for that bound."""
+    """One weight per row: every source has the same sum, and within a source every group; then each weight is cut to
+    `most_of_a_row`. Before that cut the weights add up to the number of rows."""
     members: dict[str, dict[str, int]] = {}
     for source, group in zip(sources, groups, strict=True):
         members.setdefault(source, {}).setdefault(group, 0)
         members[source][group] += 1
     total = len(sources) / len(members)
-    weights = []
-    for source, group in zip(sources, groups, strict=True):
-        share = total / (len(members[source]) * members[source][group])
-        weights.append(min(share, most_of_a_row))
-    return weights
+    return [
+        min(total / (len(members[source]) * members[source][group]), most_of_a_row)
+        for source, group in zip(sources, groups, strict=True)
+    ]
 
 
 def spread_rows(groups: Sequence[str], count: int) -> list[int]:
-    """Indices of `count` rows spread over the groups: one of each in turn, those within a group at even distances."""
+    """Indices of `count` rows: one of each group in turn, at even distances within a group."""
     if count >= len(groups):
         return list(range(len(groups)))
     by_group: dict[str, list[int]] = {}
@@ -195,7 +193,7 @@ def spread_rows(groups: Sequence[str], count: int) -> list[int]:
 
 
 def folds(keys: Sequence[str], count: int) -> list[int]:
-    """The fold of each row: all rows of a key are in one, and folds are about equal. Deterministic."""
+    """The fold of each row. Rows of one key share a fold; folds are about equal. Deterministic."""
     sizes: dict[str, int] = {}
     for key in keys:
         sizes[key] = sizes.get(key, 0) + 1

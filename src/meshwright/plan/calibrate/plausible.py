@@ -1,4 +1,4 @@
-"""Measured times that cannot be of what is predicted: no machine is so far off, but another unit is."""
+"""Measured times that are too far from the prediction to be right, most likely because of another unit."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ import math
 from collections.abc import Sequence
 
 from meshwright.errors import InputError, Problem
-from meshwright.plan.calibrate.from_cases import rows_of
+from meshwright.plan.calibrate.from_cases import resolve_rows
 from meshwright.plan.cases import BadCase, MeasuredCase, Predictor
 from meshwright.plan.constants import Profile
 
-#: So many times longer or shorter than predicted a measured time cannot be.
+#: A measured time this many times longer or shorter than predicted is wrong.
 TOO_FAR = 100.0
-#: How many of a unit a second has.
+#: Units per second.
 UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9, "hours": 1 / 3600}
 
 
 def implausible(measured: float, predicted: float) -> bool:
-    """Whether a time is too far from what is predicted to be of the same thing."""
+    """Whether a measured time is too far from the prediction to be right."""
     return not 1 / TOO_FAR <= measured / predicted <= TOO_FAR
 
 
-def compared(measured: float, predicted: float) -> str:
+def comparison(measured: float, predicted: float) -> str:
     """Two times in seconds, in words."""
     return f"{measured:.3g} s, {measured / predicted:.2g} times the {predicted:.3g} s that are predicted"
 
 
-def in_seconds(measured: float, predicted: float) -> str:
-    """What to give instead, with the unit that was likely meant."""
-    far = math.log(max(measured / predicted, 1e-300))
-    unit = min(UNITS, key=lambda name: abs(far - math.log(UNITS[name])))
-    near = abs(far - math.log(UNITS[unit])) < math.log(30)
+def unit_hint(measured: float, predicted: float) -> str:
+    """What to give instead, and the unit that the time is likely in."""
+    ratio = math.log(max(measured / predicted, 1e-300))
+    unit = min(UNITS, key=lambda name: abs(ratio - math.log(UNITS[name])))
+    near = abs(ratio - math.log(UNITS[unit])) < math.log(30)
     return "give the seconds of a whole step" + (f": these look like {unit}" if near else "")
 
 
 def plausible_cases(
     cases: Sequence[MeasuredCase], start: Profile, where: str
 ) -> tuple[list[MeasuredCase], list[BadCase]]:
-    """Cases that a fit from `start` may look at, and those whose measured time cannot be.
+    """Cases for a fit from `start`, and those whose measured time is implausible.
 
-    Raises InputError, naming the file `where`, when these are more than half of the cases that can be predicted.
+    Raises InputError, naming the file `where`, if more than half of the predictable cases are implausible.
     """
     predictor, predicted = Predictor(start), 0
     good: list[MeasuredCase] = []
     bad: list[BadCase] = []
     for one in cases:
-        rows, _ = rows_of([one])
+        rows, _ = resolve_rows([one])
         predicted += len(rows)
         times = [(row.seconds, predictor.seconds(row.run)) for row in rows]
         if times and implausible(*times[0]):
-            problem = Problem("measured.step_seconds", f"is {compared(*times[0])}", in_seconds(*times[0]))
+            problem = Problem("measured.step_seconds", f"is {comparison(*times[0])}", unit_hint(*times[0]))
             bad.append(BadCase(one.case.id, (problem,)))
         else:
             good.append(one)

@@ -1,4 +1,4 @@
-"""Runs that somebody describes as JSON lines: read, resolved to a workload and a layout, predicted."""
+"""Runs described as JSON lines: read, resolved to a workload and a layout, predicted."""
 
 from meshwright.plan.cases.predict import Predictor, predictions
 from meshwright.plan.cases.read import BadCase, MeasuredCase, measured_cases, read_cases

@@ -1,34 +1,34 @@
-"""Measured or imagined training runs as JSON lines: a strict reader that answers each line by itself.
+"""Measured or imagined training runs as JSON lines: a strict reader; a bad line does not stop the others.
 
-A case says what runs (model), on what (cluster), how (train, layout, software). Nothing else of a line is read when it
-is predicted: `measured`, `source`, `group` and the like are read by `measured_cases` alone, for fits and scores.
+A case says what runs (model), on what (cluster) and how (train, layout, software). A prediction reads nothing else:
+`measured`, `source`, `group` and the like are read by `measured_cases` alone, for fits and scores.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.files import strict_json
-from meshwright.plan.cases.consistency import CaseFacts, contradictions
+from meshwright.plan.cases.consistency import CaseTables, contradictions
 
 LARGEST_LINE_BYTES = 1 << 18
 LARGEST_FILE_BYTES = 1 << 30
 LONGEST_WORD = 100
 
 SECTIONS = ("model", "cluster", "train", "layout", "software")
-#: Keys of a line that say where it comes from. They may be there and are not read for a prediction.
+#: Keys of a line about its origin. They are allowed, and not read for a prediction.
 ABOUT = ("kind", "group", "source", "trust", "note", "measured")
 
 
 @dataclass(frozen=True)
 class ValueKind:
-    """What a value may be: "whole", "number", "flag", "word" or "table", and between what bounds."""
+    """The kind of a value ("whole", "number", "flag", "word" or "table"), its bounds, and whether it is required."""
 
     name: str
     low: float = 1
@@ -45,7 +45,7 @@ def _needed(high: float) -> ValueKind:
     return ValueKind("whole", high=high, needed=True)
 
 
-#: Every key that is read, by section. `name` is allowed and not read.
+#: Every key of a case, by section. `name` is allowed and not read.
 KEYS: Mapping[str, Mapping[str, ValueKind]] = {
     "model": {
         "layers": _needed(4096),
@@ -111,13 +111,13 @@ KEYS: Mapping[str, Mapping[str, ValueKind]] = {
         "async_tp": _FLAG,
     },
 }
-#: What a layout is where a case does not say.
+#: Degrees that a case leaves out.
 LAYOUT_DEFAULTS = {"shard": 1, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "micro_batch": 1}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line, checked: every value is of its kind, and the layout's degrees multiply and divide as they must."""
+    """One checked line: every value is of its kind, and the figures agree (`consistency`)."""
 
     id: str
     model: Mapping[str, Any]
@@ -130,7 +130,7 @@ class Case:
 
 @dataclass(frozen=True)
 class BadCase:
-    """A line that cannot be answered, and why. `id` is None where not even that could be read."""
+    """A line that cannot be answered, and why. `id` is None where it could not be read."""
 
     id: str | None
     problems: tuple[Problem, ...]
@@ -142,8 +142,8 @@ class BadCase:
 
 @dataclass(frozen=True)
 class MeasuredCase:
-    """A case with what it really took. `group` names runs that differ in layout and software only; `source` who
-    measured; `model_key` is equal for runs of one model, Llamas that were cut short included."""
+    """A case with its measured figures. Runs of one `group` differ in layout and software only; `source` says who
+    measured; `model_key` is equal for runs of one model, also for Llamas with fewer layers."""
 
     case: Case
     step_seconds: float
@@ -155,23 +155,21 @@ class MeasuredCase:
 
 
 def read_cases(path: str | Path) -> Iterator[Case | BadCase]:
-    """Each line of a file of cases, in order; empty lines are passed over. Raises InputError where there is no such
-    file or it is larger than a file of cases can be."""
-    for _, found in _lines(Path(path)):
-        yield found if isinstance(found, BadCase) else case_of(found)
+    """Each line of a file of cases, in order, without empty lines. Raises InputError for a file that is missing or too
+    large."""
+    for line in _lines(Path(path)):
+        yield line if isinstance(line, BadCase) else parse_case(line)
 
 
 def measured_cases(path: str | Path) -> tuple[list[MeasuredCase], list[BadCase]]:
-    """Cases with measured step times, for a fit or a score; and the lines that cannot serve."""
-    good: list[MeasuredCase] = []
-    bad: list[BadCase] = []
-    for _, found in _lines(Path(path)):
-        one = found if isinstance(found, BadCase) else measured_of(found)
-        (bad if isinstance(one, BadCase) else good).append(one)  # type: ignore[arg-type]
-    return good, bad
+    """Cases with measured step times, for a fit or a score; and the bad lines."""
+    lines = _lines(Path(path))
+    cases = [line if isinstance(line, BadCase) else parse_measured_case(line) for line in lines]
+    good = [case for case in cases if isinstance(case, MeasuredCase)]
+    return good, [case for case in cases if isinstance(case, BadCase)]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadCase]]:
+def _lines(path: Path) -> Iterator[dict[str, Any] | BadCase]:
     try:
         size = path.stat().st_size
         opened = path.open("rb")
@@ -187,48 +185,48 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadCase]]:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(LARGEST_LINE_BYTES)
                 problem = Problem(f"line {number}", "is too long for a case", f"at most {LARGEST_LINE_BYTES} bytes")
-                yield number, BadCase(None, (problem,))
+                yield BadCase(None, (problem,))
             elif line.strip():
-                yield number, parse_line(line, number)
+                yield parse_line(line, number)
 
 
 def parse_line(line: bytes, number: int = 1) -> dict[str, Any] | BadCase:
-    """The JSON object of a line, or why there is none."""
+    """The JSON object of a line, or why it cannot be read."""
     where = f"line {number}"
     try:
-        found = strict_json(line)
+        value = strict_json(line)
     except RecursionError:
         return BadCase(None, (Problem(where, "is nested too deeply", "a case is an object of six tables"),))
     except ValueError as error:
-        return BadCase(None, (Problem(where, f"is not JSON: {str(error)[:LONGEST_WORD]}", "one object a line"),))
-    if not isinstance(found, dict):
-        return BadCase(None, (Problem(where, f"is {_kind_of(found)}", "a case is a JSON object"),))
-    return found
+        return BadCase(None, (Problem(where, f"is not JSON: {str(error)[:LONGEST_WORD]}", "one object per line"),))
+    if not isinstance(value, dict):
+        return BadCase(None, (Problem(where, f"is {_described(value)}", "a case is a JSON object"),))
+    return value
 
 
-def case_of(line: Mapping[str, Any]) -> Case | BadCase:
-    """The checked case of a line's object."""
+def parse_case(line: Mapping[str, Any]) -> Case | BadCase:
+    """The checked case of a line."""
     problems: list[Problem] = []
     name = line.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int) or len(str(name)[: LONGEST_WORD + 1]) > LONGEST_WORD:
         what = "no id" if name is None else f"{_shown(name)} is no id"
         problems.append(Problem("id", what, f"give a word of at most {LONGEST_WORD} letters"))
         name = None
-    known = ("id", *SECTIONS, *ABOUT)
-    problems += [Problem(_cut(key), "unknown key", nearest_name(_cut(key), known)) for key in line if key not in known]
+    keys = ("id", *SECTIONS, *ABOUT)
+    problems += [Problem(_cut(key), "unknown key", nearest_name(_cut(key), keys)) for key in line if key not in keys]
     tables = {section: _table(line.get(section, {}), section, problems) for section in SECTIONS}
     if not problems:
         tables["layout"], assumed = _filled_layout(tables)
-        problems = contradictions(CaseFacts(*(tables[section] for section in SECTIONS[:4])))
+        problems = contradictions(CaseTables(*(tables[section] for section in SECTIONS[:4])))
     if problems:
         return BadCase(None if name is None else str(name), tuple(problems))
     model = {key: value for key, value in tables["model"].items() if key != "name"}
     return Case(str(name), model, tables["cluster"], tables["train"], tables["layout"], tables["software"], assumed)
 
 
-def measured_of(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
-    """The case with its measured figures."""
-    case = case_of(line)
+def parse_measured_case(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
+    """The checked case of a line with its measured figures."""
+    case = parse_case(line)
     if isinstance(case, BadCase):
         return case
     measured = line.get("measured")
@@ -244,7 +242,7 @@ def measured_of(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
             return BadCase(case.id, (Problem(f"measured.{key}", f"{_shown(value)}", "give GiB above zero"),))
         peaks[key] = None if value is None else float(value)
     keys = ["hidden", "heads", "kv_heads", "ffn", "vocab", "experts"]
-    if not case.model.get("gated", True):  # a Llama of another depth is one cut short; GPTs come in depths
+    if not case.model.get("gated", True):  # GPTs differ in depth; a Llama of another depth is one with fewer layers
         keys.append("layers")
     return MeasuredCase(
         case,
@@ -256,41 +254,41 @@ def measured_of(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
     )
 
 
-def _table(found: Any, section: str, problems: list[Problem]) -> dict[str, Any]:
-    """The values of a section that are of their kinds; what is wrong with the others goes to `problems`."""
+def _table(table: Any, section: str, problems: list[Problem]) -> dict[str, Any]:
+    """The valid values of a section; what is wrong with the others is added to `problems`."""
     keys = KEYS[section.rpartition(".")[2]]
-    if not isinstance(found, dict):
-        problems.append(Problem(section, f"is {_kind_of(found)}", "give a table of keys"))
+    if not isinstance(table, dict):
+        problems.append(Problem(section, f"is {_described(table)}", "give a table of keys"))
         return {}
     good: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in table.items():
         where = f"{section}.{_cut(key)}"
         if key not in keys:
             problems.append(Problem(where, "unknown key", nearest_name(_cut(key), list(keys))))
         elif keys[key].name == "table":
             good[key] = _table(value, where, problems)
         elif value is None and not keys[key].needed:
-            continue  # null says what leaving it out says
+            continue  # null counts as left out
         elif problem := _wrong(value, keys[key], where):
             problems.append(problem)
         else:
             good[key] = value
     for key, kind in keys.items():
-        if kind.needed and key not in found:
-            problems.append(Problem(f"{section}.{key}", "is missing", "give it: nothing can be supposed for it"))
+        if kind.needed and key not in table:
+            problems.append(Problem(f"{section}.{key}", "is missing", "give it: it has no default"))
     return good
 
 
 def _wrong(value: Any, kind: ValueKind, where: str) -> Problem | None:
-    """What is wrong with a value, and the nearest that works."""
+    """What is wrong with a value, and the nearest valid one; None if it is valid."""
     if kind.name == "flag":
-        return None if isinstance(value, bool) else Problem(where, f"is {_kind_of(value)}", "give true or false")
+        return None if isinstance(value, bool) else Problem(where, f"is {_described(value)}", "give true or false")
     if kind.name == "word":
         if isinstance(value, str) and 0 < len(value) <= LONGEST_WORD:
             return None
-        return Problem(where, f"is {_kind_of(value)}", f"give a word of 1 to {LONGEST_WORD} letters")
+        return Problem(where, f"is {_described(value)}", f"give a word of 1 to {LONGEST_WORD} letters")
     if not _is_number(value):
-        return Problem(where, f"is {_kind_of(value)}", "give a number")
+        return Problem(where, f"is {_described(value)}", "give a number")
     low, high = kind.low, kind.high
     if kind.name == "whole" and not isinstance(value, int):
         return Problem(where, f"is {value!r}, which is no whole number", f"nearest: {_clamped(value, kind)}")
@@ -305,21 +303,20 @@ def _clamped(value: float, kind: ValueKind) -> str:
 
 
 def _filled_layout(tables: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The layout with its defaults; `dp`, if it is not given, is what the other degrees leave."""
-    given = tables["layout"]
-    layout = {**LAYOUT_DEFAULTS, "sequence_parallel": False, "recompute": "none", **given}
-    if "dp" in given:
+    """The layout with its defaults, and what was assumed; a missing `dp` is what the other degrees leave."""
+    layout = {**LAYOUT_DEFAULTS, "sequence_parallel": False, "recompute": "none", **tables["layout"]}
+    if "dp" in layout:
         return layout, ()
     layout["dp"] = max(1, tables["cluster"]["devices"] // (layout["tp"] * layout["pp"] * layout["cp"]))
     return layout, (f"layout.dp = {layout['dp']}, what the other degrees leave",)
 
 
 def nearest_word(word: str, meanings: Mapping[str, str], fallback: str) -> tuple[str, bool]:
-    """The meaning of a word, and whether it is known: exactly, else by what it contains, else by its spelling."""
+    """The meaning of a word, and whether it is known exactly; else by what the word contains, else by its spelling."""
     plain = word.strip().lower().replace("-", "_")
     if plain in meanings:
         return meanings[plain], True
-    inside = sorted((known for known in meanings if len(known) > 2 and known in plain), key=len)
+    inside = sorted((key for key in meanings if len(key) > 2 and key in plain), key=len)
     if inside:
         return meanings[inside[-1]], False
     close = difflib.get_close_matches(plain, list(meanings), n=1, cutoff=0.5)
@@ -332,20 +329,15 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int) or math.isfinite(value)
 
 
-def _kind_of(value: Any) -> str:
-    names: Iterable[tuple[type, str]] = (
-        (bool, "a flag"),
-        (int, "a number"),
-        (float, "a number"),
-        (str, "a text"),
-        (list, "a list"),
-        (dict, "a table"),
-    )
-    return next((f"{name} ({_shown(value)})" for kind, name in names if isinstance(value, kind)), "null")
+_KINDS = {bool: "a flag", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a table"}
+
+
+def _described(value: Any) -> str:
+    return f"{_KINDS[type(value)]} ({_shown(value)})" if type(value) in _KINDS else "null"
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in a message: short."""
+    """A value in a message: short."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return "a huge number"
     return _cut(repr(value))

@@ -1,4 +1,4 @@
-"""From a case to what the estimator takes: the model's card, the cluster, the layout and how the framework runs it."""
+"""Resolves a case to the estimator's inputs: the model's card, the cluster, the layout and the framework."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.cases.read import Case, nearest_word
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.cost import MemoryModel, usable_bytes
-from meshwright.plan.pipeline.actions import problem
+from meshwright.plan.pipeline.actions import schedule_problem
 from meshwright.plan.rules import FRAMEWORKS, Framework
 from meshwright.plan.workload import Workload
 
 GB = 1e9
-#: Words for a precision -> the rate of the device that its products run at.
+#: Word for a precision -> the device's rate that products run at.
 PRECISIONS: Mapping[str, str] = {
     **dict.fromkeys(("fp32", "float32", "single", "tf32"), "fp32"),
     **dict.fromkeys(("bf16", "bfloat16", "amp_bf16", "bf16_mixed", "mixed"), "bf16"),
@@ -32,7 +32,7 @@ PRECISIONS: Mapping[str, str] = {
     **dict.fromkeys(("fp8_sc", "fp8_hybrid", "float8"), "fp8"),
     **dict.fromkeys(("fp4", "nvfp4", "mxfp4"), "fp4"),
 }
-#: Words for what is recomputed in the backward pass -> the layout's word; what "selective" drops stands in SELECTIVE.
+#: Word for what is recomputed in the backward pass -> the layout's word; SELECTIVE says what "selective" drops.
 RECOMPUTES: Mapping[str, str] = {
     **dict.fromkeys(("none", "no", "off", "false"), "none"),
     **dict.fromkeys(("selective", "selective_attention", "selective_op", "selective_layer"), "selective"),
@@ -40,7 +40,7 @@ RECOMPUTES: Mapping[str, str] = {
     "unknown": "unknown",
 }
 SELECTIVE = {"selective_attention": "attention", "selective_op": "operations", "selective_layer": "block"}
-#: How a framework's blocks compute, as the card's styles know it.
+#: Framework -> style of a card.
 STYLES = {
     "meshwright": "plain",
     "torchtitan": "titan",
@@ -48,23 +48,23 @@ STYLES = {
     "deepspeed": "hf",
     "megatron-deepspeed": "megatron-legacy",
 }
-#: Keys of a model's table that are the shape's own words.
+#: Keys of a model's table that are fields of DecoderShape.
 EXTRAS = (
     *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
     *("q_lora", "kv_lora", "rope_head_dim", "v_head_dim", "mtp_layers", "sliding_window"),
 )
-#: Bus bandwidth of all-reduce, of its link's: sums made in the switch spare the wire half at most.
+#: Largest ratio of all-reduce's bus bandwidth to its link's: sums in the switch halve the traffic at most.
 MOST_BUS = 2.0
-#: A stated count of parameters that is off by more than this share is said to be.
+#: A stated count of parameters that is off by more than this share is reported.
 MISCOUNTED = 0.1
-#: The interval of a case with a guessed word is this power of the one without.
+#: The interval of a case with a guessed word is raised to this power.
 GUESS_WIDTH = 1.4
 
 
 @dataclass(frozen=True)
 class ResolvedCase:
-    """What a case comes to. `assumed` says what it did not say; `guessed` counts the words that had to be guessed;
-    `recomputed` is the share of the layers that recompute fully where the layout says none."""
+    """A case for the estimator. `assumed` says what was assumed; `guessed` counts the guessed words; `recomputed` is
+    the share of the layers with full recompute, where the layout has none."""
 
     workload: Workload
     layout: Layout
@@ -74,23 +74,23 @@ class ResolvedCase:
 
     @property
     def width(self) -> float:
-        """The interval's factors are raised to this power."""
+        """The power of the interval's factors."""
         return GUESS_WIDTH if self.guessed else 1.0
 
 
 def resolve(case: Case) -> ResolvedCase:
-    """What the case comes to. Raises InputError for an unknown device without figures, for a precision that the device
-    does not have, and for figures that contradict each other."""
+    """A case for the estimator. Raises InputError for an unknown device without figures, for a precision that the
+    device does not have, and for contradictory figures."""
     assumed = list(case.assumed)
-    cluster = cluster_of(case.cluster)
+    cluster = case_cluster(case.cluster)
     assumed += cluster.assumed
     framework = _framework(case.software, assumed)
     precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
     shape = _for_ranks(_counted(case.model, framework.name, assumed), case.layout["tp"], assumed)
     layout, framework = _layout(case, framework, assumed)
-    word, known = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
+    word, exact = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
     drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
-    style = style_of(framework.name, precision, drops)
+    style = card_style(framework.name, precision, drops)
     if style == "megatron-legacy" and framework.attention != "unfused":
         assumed.append("fp16 in Megatron-LM: the unfused attention of its releases of 2022")
         framework = replace(framework, attention="unfused")
@@ -99,22 +99,22 @@ def resolve(case: Case) -> ResolvedCase:
     model = _card(shape, case.model["seq_len"], style)
     if drops is not None:
         framework = replace(framework, selective=drops)
-    found = ResolvedCase(Workload(model, cluster, case.train["global_batch"], precision, framework), layout)
+    workload, share = Workload(model, cluster, case.train["global_batch"], precision, framework), None
     if word == "unknown":
-        share = _least_recomputed(found)
-        taken = f"of {share or 0.0:.0%} of the layers, the least that fits"
-        if share is None:
-            taken = "taken for none, since by what the case says it fits in no way"
-        assumed.append(f"recompute '{case.layout['recompute']}': {taken}")
-        found, word, guesses = replace(found, recomputed=share or 0.0), "none", guesses + 1
-    elif not known:
+        share, word = _least_recomputed(workload, layout), "none"
+        meaning = "taken for none, since the case does not fit even with full recompute"
+        if share is not None:
+            meaning = f"of {share:.0%} of the layers, the least that fits"
+        assumed.append(f"recompute '{case.layout['recompute']}': {meaning}")
+        guesses += 1
+    elif not exact:
         assumed.append(f"recompute '{case.layout['recompute']}': taken for {word}")
         guesses += 1
-    return replace(found, layout=replace(layout, recompute=word), assumed=tuple(assumed), guessed=guesses)
+    return ResolvedCase(workload, replace(layout, recompute=word), tuple(assumed), guesses, share or 0.0)
 
 
-def style_of(framework: str, precision: str, drops: str | None) -> str:
-    """How the framework's blocks compute. Megatron-LM left fp16, and attention worth recomputing, behind in 2023."""
+def card_style(framework: str, precision: str, drops: str | None) -> str:
+    """The style of the framework's blocks. Megatron-LM has used neither fp16 nor unfused attention since 2023."""
     if framework == "megatron-lm" and (precision == "fp16" or drops == "attention"):
         return "megatron-legacy"
     return STYLES.get(framework, "megatron")
@@ -123,7 +123,7 @@ def style_of(framework: str, precision: str, drops: str | None) -> str:
 def _framework(software: Mapping[str, Any], assumed: list[str]) -> Framework:
     name = str(software.get("framework", "unknown")).strip().lower()
     if name not in FRAMEWORKS:
-        assumed.append(f"framework '{name}' is not in the table: taken for one we do not know")
+        assumed.append(f"framework '{name}' is unknown")
         name = "unknown"
     row = FRAMEWORKS[name].with_software(software)
     assumed += row.assumed
@@ -131,58 +131,52 @@ def _framework(software: Mapping[str, Any], assumed: list[str]) -> Framework:
 
 
 def _precision(word: str, cluster: Cluster, assumed: list[str]) -> tuple[str, int]:
-    precision, known = nearest_word(word, PRECISIONS, "bf16")
-    if not known:
+    precision, exact = nearest_word(word, PRECISIONS, "bf16")
+    if not exact:
         assumed.append(f"precision '{word}': taken for {precision}")
     rates = cluster.device.flops
     if not rates.get(precision, 0.0) > 0:
         near = next((p for p in ("bf16", "fp16", "fp32") if rates.get(p, 0.0) > 0), "fp32")
         what = f"{cluster.device.name} has no rate for {precision}"
         raise InputError(Problem("train.precision", what, f"nearest: {near}"))
-    return precision, 0 if known else 1
+    return precision, 0 if exact else 1
 
 
 def _layout(case: Case, framework: Framework, assumed: list[str]) -> tuple[Layout, Framework]:
-    given = case.layout
-    fields = {key: given[key] for key in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")}
-    if framework.offers.sequence_always and given["tp"] > 1 and not given["sequence_parallel"]:
+    degrees = case.layout
+    fields = {key: degrees[key] for key in ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")}
+    if framework.offers.sequence_always and degrees["tp"] > 1 and not degrees["sequence_parallel"]:
         fields["sequence_parallel"] = True
         assumed.append(f"{framework.name} runs sequence parallelism with tensor parallelism")
-    schedule = "interleaved" if given["vpp"] > 1 else "1f1b"
-    word = given.get("schedule")
+    schedule = "interleaved" if degrees["vpp"] > 1 else "1f1b"
+    word = degrees.get("schedule")
     if word is not None and word.lower() in SCHEDULES:
         schedule = word.lower()
     elif word is not None:
         assumed.append(f"schedule '{word}': taken for {schedule}")
-    if framework.offers.shards_context and given["shard"] % given["cp"]:
-        fields["shard"] = given["cp"] * math.gcd(given["shard"], given["dp"])  # the mesh for FSDP spans both
+    if framework.offers.shards_context and degrees["shard"] % degrees["cp"]:
+        fields["shard"] = degrees["cp"] * math.gcd(degrees["shard"], degrees["dp"])  # the mesh for FSDP spans both
         assumed.append(f"{framework.name} shards weights over context-parallel ranks too")
-    if "optimizer_shard" in given:
-        framework = replace(framework, optimizer_shard="dp" if given["optimizer_shard"] > 1 else "none")
-        if 1 < given["optimizer_shard"] < (ranks := given["dp"] * given["cp"]):
-            assumed.append(f"optimizer_shard={given['optimizer_shard']}: taken for all {ranks} ranks")
-    if wrong := problem(
-        schedule, given["pp"], case.train["global_batch"] // (given["dp"] * given["micro_batch"]), given["vpp"]
-    ):
+    if shard := degrees.get("optimizer_shard"):
+        framework = replace(framework, optimizer_shard="dp" if shard > 1 else "none")
+        if 1 < shard < (ranks := degrees["dp"] * degrees["cp"]):
+            assumed.append(f"optimizer_shard={shard}: taken for all {ranks} ranks")
+    offload = bool(degrees.get("offload", False))
+    layout = Layout(**fields, micro_batch=degrees["micro_batch"], schedule=schedule, offload=offload)
+    if wrong := schedule_problem(schedule, layout.pp, layout.micro_batches(case.train["global_batch"]), layout.vpp):
         raise InputError(Problem("layout.schedule", wrong, "nearest: 1f1b with vpp=1"))
-    layout = Layout(
-        **fields, micro_batch=given["micro_batch"], schedule=schedule, offload=bool(given.get("offload", False))
-    )
     return layout, framework
 
 
-def _least_recomputed(found: ResolvedCase) -> float | None:
-    """The share of the layers that must recompute for the rest to fit a device; None where even all is not enough: what
-    ran saved memory in ways that the case does not say, and memory says nothing of its recompute."""
-    model, layout = MemoryModel(found.workload), found.layout
-    room = usable_bytes(found.workload.cluster.device)
-    firsts = _even_cut(len(found.workload.card.blocks), layout.pp * layout.vpp)
+def _least_recomputed(workload: Workload, layout: Layout) -> float | None:
+    """The share of the layers that must recompute for the case to fit a device. None where full recompute is not
+    enough: the run then saved memory in ways that the case does not mention, so memory does not tell its recompute."""
+    model, room = MemoryModel(workload), usable_bytes(workload.cluster.device)
+    firsts = _even_cut(len(workload.card.blocks), layout.pp * layout.vpp)
 
     def needs(word: str) -> int:
-        stages = model.stages(
-            replace(layout, recompute=word), firsts, layout.micro_batches(found.workload.global_batch)
-        )
-        return max(stage.total for stage in stages)
+        micro_batches = layout.micro_batches(workload.global_batch)
+        return max(stage.total for stage in model.stages(replace(layout, recompute=word), firsts, micro_batches))
 
     without, full = needs("none"), needs("full")
     if without <= room:
@@ -191,8 +185,8 @@ def _least_recomputed(found: ResolvedCase) -> float | None:
 
 
 def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
-    """First block of each stage: equal numbers of layers, the embedding with the first and the head with the last; of
-    all blocks where the layers alone are too few."""
+    """First block of each stage: equal numbers of layers, the embedding with the first and the head with the last; with
+    fewer layers than stages, equal numbers of blocks."""
     layers = blocks - 2
     if stages > layers:
         return tuple(blocks * stage // stages for stage in range(stages))
@@ -200,16 +194,16 @@ def _even_cut(blocks: int, stages: int) -> tuple[int, ...]:
 
 
 def _for_ranks(shape: DecoderShape, tp: int, assumed: list[str]) -> DecoderShape:
-    """With more tensor-parallel ranks than key and value heads each rank has a copy of one."""
+    """With more tensor-parallel ranks than key and value heads, each rank has a copy of one head."""
     if tp <= shape.kv_heads:
         return shape
     assumed.append(f"{shape.kv_heads} key and value heads: copied for {tp} tensor-parallel ranks")
     return replace(shape, kv_heads=tp)
 
 
-def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
-    """The decoder of a case's model table. Feed-forwards of two matrices are GPT's (layer norms, biases, learned
-    positions, tied embeddings) and of three Llama's; where the table counts the parameters, the count decides."""
+def case_shape(model: Mapping[str, Any], framework: str) -> DecoderShape:
+    """The decoder of a case's model table. A feed-forward of two matrices means GPT's layers (layer norms, biases,
+    learned positions, tied embeddings), one of three Llama's; a stated count of parameters overrides that."""
     heads = model["heads"]
     gated = model.get("gated", True)
     base = DecoderShape(
@@ -236,24 +230,24 @@ def shape_of(model: Mapping[str, Any], framework: str) -> DecoderShape:
 
 
 def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> DecoderShape:
-    """`shape_of` where the sizes come to the stated count of parameters; where they do not, with feed-forwards of as
-    many matrices as come nearer to it. What is left is said."""
-    shape = shape_of(model, framework)
-    said = model.get("params_b", 0.0)
-    if not said or _off(shape, said) <= MISCOUNTED:
+    """`case_shape`; but if its parameters miss the stated count, with the other kind of feed-forward if that comes
+    nearer. A remaining difference is reported in `assumed`."""
+    shape = case_shape(model, framework)
+    stated = model.get("params_b", 0.0)
+    if not stated or _off(shape, stated) <= MISCOUNTED:
         return shape
-    other = shape_of({**model, "gated": not shape.gated}, framework)
-    if _off(other, said) < _off(shape, said):
-        assumed.append(f"model.gated={str(shape.gated).lower()}: {said:g} B parameters say otherwise, and decide")
+    other = case_shape({**model, "gated": not shape.gated}, framework)
+    if _off(other, stated) < _off(shape, stated):
+        assumed.append(f"model.gated={str(shape.gated).lower()}: {stated:g} B parameters contradict it, and decide")
         shape = other
-    if _off(shape, said) > MISCOUNTED:
-        there = _count(shape) / 1e9
-        assumed.append(f"model.params_b={said:g}: its sizes come to {there:.3g} at the nearest, and decide")
+    if _off(shape, stated) > MISCOUNTED:
+        nearest = _count(shape) / 1e9
+        assumed.append(f"model.params_b={stated:g}: the sizes come to {nearest:.3g} at the nearest, and decide")
     return shape
 
 
 def _off(shape: DecoderShape, billions: float) -> float:
-    """By how much a count of parameters is off, as a share."""
+    """The relative difference between the shape's and the stated count of parameters."""
     return abs(_count(shape) / 1e9 / billions - 1)
 
 
@@ -268,35 +262,34 @@ def _card(shape: DecoderShape, seq_len: int, style: str) -> Card:
     return card(shape, seq_len, style) if ours is None else ours
 
 
-def cluster_of(given: Mapping[str, Any]) -> Cluster:
-    """The cluster of a case: a device of the table, its figures replaced by those the case brings, or a device of
-    figures alone. Raises InputError for an unknown device that brings too little."""
-    name, figures = given["device"], given.get("figures", {})
-    known = name in device_names()
-    if not known and not figures:
-        hint = f"{nearest_name(name, device_names())}; or bring its figures: cluster.figures"
+def case_cluster(table: Mapping[str, Any]) -> Cluster:
+    """The cluster of a case: a known device with the case's figures in place of its own, or an unknown device with the
+    case's figures alone. Raises InputError where those are too few."""
+    name, devices, figures = table["device"], table["devices"], table.get("figures", {})
+    if name in device_names():
+        return _with_figures(named_cluster(name, devices, table.get("devices_per_node")), figures)
+    if not figures:
+        hint = f"{nearest_name(name, device_names())}; or give its figures: cluster.figures"
         raise InputError(Problem("cluster.device", f"unknown device '{name}'", hint))
-    if known:
-        return _with_figures(named_cluster(name, given["devices"], given.get("devices_per_node")), figures)
-    per_node = given.get("devices_per_node", min(8, given["devices"]))
+    per_node = table.get("devices_per_node", min(8, devices))
     needs = ["memory_gb", "memory_gbps", "tflops"]
-    needs += ["intra_gbps"] if given["devices"] > 1 else []
-    needs += ["inter_gbps"] if given["devices"] > per_node else []
+    needs += ["intra_gbps"] if devices > 1 else []
+    needs += ["inter_gbps"] if devices > per_node else []
     if missing := [Problem(f"cluster.figures.{key}", "is missing", "give it") for key in needs if not figures.get(key)]:
         raise InputError(missing)
-    template = named_cluster("a100-sxm-80gb", given["devices"], per_node)
+    template = named_cluster("a100-sxm-80gb", devices, per_node)
     bare = Device(name, template.device.kind, 1, {}, 1.0, template.device.launch_seconds)
-    said = (f"'{name}' starts operations as fast as other GPUs do",)
-    return _with_figures(replace(template, device=bare, assumed=said), figures)
+    assumed = (f"'{name}' starts operations as fast as other GPUs do",)
+    return _with_figures(replace(template, device=bare, assumed=assumed), figures)
 
 
 def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
-    """The cluster with the figures in place of its own; what was measured of a figure that is replaced goes with it."""
+    """The cluster with `figures` in place of its own. A replaced peak drops the measured value that belongs to it."""
     if not figures:
         return cluster
     device = cluster.device
     rates = {key: rate * 1e12 for key, rate in figures.get("tflops", {}).items()}
-    rates = {key: rate for key, rate in rates.items() if rate != device.flops.get(key)}  # the table's own says nothing
+    rates = {key: rate for key, rate in rates.items() if rate != device.flops.get(key)}  # equal figures replace nothing
     flops = {**device.flops, **rates}
     if "fp32" not in flops and rates:
         flops["fp32"] = min(rates.values())
@@ -310,7 +303,7 @@ def _with_figures(cluster: Cluster, figures: Mapping[str, Any]) -> Cluster:
     if measured > peak > 1.0:  # a bare device has none
         what = f"{measured / GB:g} is more than the peak of {peak / GB:g}"
         raise InputError(Problem("cluster.figures.measured_memory_gbps", what, "give what copying reaches, below it"))
-    # a data sheet would state so much, as those of other devices do
+    # the peak that a data sheet would state for that measurement
     stated = figures.get("memory_gbps", 0.0) * GB if not measured else measured / DATASHEET["cuda.memory.share"]
     device = replace(
         device,

@@ -1,4 +1,4 @@
-"""The constants behind every prediction, with their sources; profiles of them, and what measured runs correct."""
+"""The constants behind every prediction, with their sources; profiles of constants; corrections from measured runs."""
 
 from meshwright.plan.constants.profile import DATASHEET, Profile, default_profile, load_profile
 

@@ -1,8 +1,7 @@
-"""Constants of training on CPU cores and of gloo between processes: one machine of ours, measured on no model.
+"""Constants of training on CPU cores and of gloo between processes, measured on one machine, not fitted to steps.
 
-The machine has 2 cores of an AMD EPYC with AVX512_BF16 and runs torch 2.13; the figures are what
-`meshwright calibrate machine` finds there. Shares of peak are of `cluster.cpu_cluster`'s figures, and may be above one:
-a core turns faster than its stated clock.
+`meshwright calibrate machine` measured them on 2 cores of an AMD EPYC with AVX512_BF16 under torch 2.13. Shares of peak
+are of `cluster.cpu_cluster`'s figures, and may exceed one: a core clocks higher than stated.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ CPU_CONSTANTS: tuple[Constant, ...] = (
     _row("cpu.attention.bf16.score_seconds", 2.05e-9, "s", "softmax of one score, forward, one thread"),
     _row("cpu.attention.fp32.score_backward_seconds", 2.5e-10, "s", "softmax of one score, backward, one thread"),
     _row("cpu.attention.bf16.score_backward_seconds", 2.3e-9, "s", "softmax of one score, backward, one thread"),
-    # what moves bytes
+    # memory-bound work
     _row("cpu.elementwise.fp32.small_share", 0.72, _MEMORY, "chains of small operations on tensors of 1 MiB"),
     _row("cpu.elementwise.fp32.large_share", 0.50, _MEMORY, "chains of small operations on tensors of 8 MiB and more"),
     _row("cpu.elementwise.bf16.small_share", 0.33, _MEMORY, "chains of small operations on tensors of 1 MiB"),
@@ -45,10 +44,10 @@ CPU_CONSTANTS: tuple[Constant, ...] = (
     _row("cpu.optimizer.share", 1.35, _MEMORY, "fused AdamW, norm and clipping"),
     # the host's work
     _row("cpu.host.share", 0.75, "x 6 us", "start of one operation, forward or backward"),
-    _row("cpu.host.sharding.fp32.seconds", 0.55e-3, "s", "a block that FSDP2 wraps, a micro-batch"),
-    _row("cpu.host.sharding.bf16.seconds", 0.9e-3, "s", "a block that FSDP2 wraps, a micro-batch"),
-    _row("cpu.host.checkpoint_seconds", 1.0e-3, "s", "a block that is recomputed, a micro-batch"),
-    _row("cpu.data.unit_seconds", 8e-9, "s", "a token of the batch read"),
+    _row("cpu.host.sharding.fp32.seconds", 0.55e-3, "s", "a block that FSDP2 wraps, per micro-batch"),
+    _row("cpu.host.sharding.bf16.seconds", 0.9e-3, "s", "a block that FSDP2 wraps, per micro-batch"),
+    _row("cpu.host.checkpoint_seconds", 1.0e-3, "s", "a block that is recomputed, per micro-batch"),
+    _row("cpu.data.unit_seconds", 8e-9, "s", "reading a token of the batch"),
     _row("cpu.host.step_seconds", 4e-3, "s", "a step: batch, clipping, events", 0.7),
     Constant("cpu.compiled.share", 0.95, "share", "of a block's own seconds, compiled", "bench/speed/train.py"),
     # threads of one process

@@ -1,4 +1,4 @@
-"""The table of constants: what each is, its value, and where that comes from. Nothing here was fitted to step times."""
+"""The constants of training on GPUs: each with its value, unit and source. None was fitted to step times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constant:
-    """One number of the model. `prior` is how far a fit may move it: the standard deviation of its logarithm that we
-    believe in; 0 means that a fit leaves it alone. `positive`: zero makes no sense."""
+    """One number of the model. `prior` is the standard deviation of its logarithm that we believe in, which bounds how
+    far a fit moves it; a fit leaves a constant with prior 0 alone. `positive`: zero is not allowed."""
 
     name: str
     value: float
@@ -34,9 +34,9 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.product.sustained.sm90", 0.90, "share", "of that ceiling at the power limit, H100", _POWER, 0.1),
     Constant("cuda.product.sustained.sm100", 0.80, "share", "of that ceiling at the power limit, B200", _POWER, 0.15),
     Constant("cuda.product.sustained.sm103", 0.90, "share", "of that ceiling at the power limit, B300", _POWER, 0.15),
-    Constant("cuda.product.start_seconds", 3e-6, "s", "before a product comes to speed", _MAMF, 0.5),
+    Constant("cuda.product.start_seconds", 3e-6, "s", "before a product is at full speed", _MAMF, 0.5),
     Constant("cuda.product.inner", 64.0, "elements", "inner size at which half of the speed is lost", _MAMF, 0.5),
-    Constant("cuda.product.waves", 0.6, "exponent", "how much of a ragged last wave of tiles is lost", _MAMF, 0.3),
+    Constant("cuda.product.waves", 0.6, "exponent", "loss in a partly filled last wave of tiles", _MAMF, 0.3),
     Constant("cuda.product.wide", 1.0, "share", "of a product's speed in the undivided output head", "none lost", 0.4),
     Constant("cuda.cast.bytes", 5.0, "bytes", "moved to quantize one element for fp8", "read 2, write 1 twice", 0.4),
     # attention
@@ -62,7 +62,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.host.sharpness", 2.0, "exponent", "how sharply host and device time overlap", "physics", 0.6),
     Constant("cuda.host.tied_sharpness", 1.5, "exponent", "the same where collectives tie hosts", "physics", 0.6),
     Constant("cuda.step_seconds", 2e-3, "s", "host time of one step beside its layers", "physics", 1.0),
-    Constant("cuda.data.unit_seconds", 8e-9, "s", "a token of the batch read and sent", _READ),
+    Constant("cuda.data.unit_seconds", 8e-9, "s", "reading a token of the batch and sending it", _READ),
     # collectives
     Constant("cuda.net.start_seconds", 6.5e-6, "s", "of any collective", _NCCL, 0.3),
     Constant("cuda.net.ramp_seconds", 45e-6, "s", "lost until a large message is at speed", _NCCL, 0.3),
@@ -83,8 +83,6 @@ CONSTANTS: tuple[Constant, ...] = (
         "cuda.optimizer.bytes", 32.0, "bytes", "per parameter: AdamW reads 16, writes 12, the norm 4", "count", 0.3
     ),
     Constant("cuda.optimizer.scaling_bytes", 4.0, "bytes", "per parameter: unscaling and the check", "count", 0.5),
-    Constant("cuda.offload.bytes_per_second", 25e9, "bytes/s", "to the host, one device", "Azure: A100 26 GB/s", 0.5),
-    Constant(
-        "cuda.offload.elements_per_second", 1e9, "1/s", "parameters a host updates, a device", "ZeRO-Offload", 0.7
-    ),
+    Constant("cuda.offload.bytes_per_second", 25e9, "bytes/s", "to the host, per device", "Azure: A100 26 GB/s", 0.5),
+    Constant("cuda.offload.elements_per_second", 1e9, "1/s", "updated by the host, per device", "ZeRO-Offload", 0.7),
 )

@@ -1,7 +1,7 @@
-"""Every constant of the time and memory model, each with its unit and source, and the files they are kept in.
+"""Profiles: values of every constant, with intervals and corrections, and their TOML files.
 
-`DATASHEET` holds what data sheets and microbenchmarks say, nothing fitted to step times. A Profile is a set of values
-for the same names: fitted by `calibrate`, read from a TOML file, or the one shipped as `default.toml`.
+`DATASHEET` has the values of data sheets and microbenchmarks, not fitted to step times. Other profiles are fitted by
+`calibrate` or read from a file; the package ships `default.toml`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import math
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.files import toml_value, write_atomic
-from meshwright.plan.constants.correction import Correction, corrections_of
+from meshwright.plan.constants.correction import Correction, parse_corrections
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
 from meshwright.plan.constants.gpu import CONSTANTS, Constant
 from meshwright.plan.constants.serving import SERVING_CONSTANTS, SERVING_INTERVALS
 
 DEFAULT_FILE = Path(__file__).with_name("default.toml")
-#: The 90 % interval of a time that nothing was fitted to, as factors of its middle, by regime. That of GPUs held 92 %
-#: of 917 published runs (bench/published/planner.py).
-#: "pairs" is the same of the ratio of two layouts' times: 1.39 was found on 5,861 pairs of those runs.
+#: The 90 % intervals of times predicted without a fit, by regime, as factors of the predicted time. That of GPUs held
+#: 92 % of 917 published runs (bench/published/planner.py). "pairs" is for the ratio of two layouts' times: 1.39 was
+#: found on 5,861 pairs of those runs.
 DATASHEET_INTERVALS = {"all": (0.75, 1.4), "cpu": (0.5, 2.0), "pairs": (0.72, 1.39), **SERVING_INTERVALS}
 LARGEST_FILE_BYTES = 1 << 20
-#: How far a file's constant may be from its data sheet's value, as a factor either way: further off, it is a mistake.
+#: A file's constant further from its data sheet's value than this factor, either way, is a mistake.
 FURTHEST = 1000.0
-#: Shares of another kernel's speed, not of a ceiling: they may pass one.
+#: Shares of another kernel's speed, not of a ceiling: they may exceed one.
 RATIOS = ("cuda.attention.share", "cuda.product.wide")
 _ROWS = (*CONSTANTS, *CPU_CONSTANTS, *SERVING_CONSTANTS)
 _BY_NAME = {constant.name: constant for constant in _ROWS}
@@ -39,10 +39,9 @@ _BY_NAME = {constant.name: constant for constant in _ROWS}
 class Profile:
     """Values of the model's constants by name, and how far its times may be off.
 
-    `intervals` maps a regime, words joined by dots ("cuda.multi"), to the factors (low, high) that bound a 90 %
-    interval around a predicted time; "all" is always there, and "pairs" for the ratio of two layouts' times. `assumed`
-    is carried to every prediction. `corrections` by regime say what measured runs left over once the constants were
-    fitted.
+    `intervals` maps a regime, words joined by dots ("cuda.nemo.nodes"), to the factors (low, high) of a predicted time
+    that bound its 90 % interval; "all" always exists, and "pairs" for the ratio of two layouts' times. `assumed` is
+    added to every prediction. `corrections`, by regime, are the error that fitted constants leave.
     """
 
     name: str
@@ -56,28 +55,21 @@ class Profile:
         return self.constants[name]
 
     def interval(self, *words: str) -> tuple[float, float]:
-        """Factors (low, high) of the regime `words`, the most particular that is known: "a.b.c", then "a.b", "a"."""
+        """Factors (low, high) of the most specific regime that has an interval: "a.b.c", then "a.b", "a", "all"."""
         for stop in range(len(words), 0, -1):
-            if (found := self.intervals.get(".".join(words[:stop]))) is not None:
-                return found
+            if (interval := self.intervals.get(".".join(words[:stop]))) is not None:
+                return interval
         return self.intervals["all"]
 
     def changed(self, values: Mapping[str, float], name: str | None = None) -> Profile:
-        """This profile with other values for some constants. Raises InputError for a name that is none of them."""
+        """This profile with other values for some constants. Raises InputError for an unknown name."""
         _check(values, "profile")
-        return Profile(
-            name or self.name,
-            {**self.constants, **values},
-            self.intervals,
-            self.assumed,
-            self.fitted_rows,
-            self.corrections,
-        )
+        return replace(self, name=name or self.name, constants={**self.constants, **values})
 
     def save(self, path: Path, note: str = "") -> None:
-        """Write the profile as TOML, constants with their units, and `note` as a comment: the whole file or none of it.
+        """Write the profile as TOML, constants with their units, and `note` as a comment, in one atomic step.
 
-        Raises InputError, with what was there left as it is, for a profile that `load_profile` would refuse."""
+        Raises InputError for a profile that `load_profile` would refuse; the old file then stays."""
         data = (dump(self) + (f"\n# {note}\n" if note else "")).encode(errors="replace")
         _parsed(data, path)
         write_atomic(path, data)
@@ -92,21 +84,21 @@ DATASHEET = Profile(
 
 
 def constant(name: str) -> Constant:
-    """The row of the table of constants. Raises KeyError for another name."""
+    """The constant's row in its table. Raises KeyError for an unknown name."""
     return _BY_NAME[name]
 
 
 def bounds(name: str) -> tuple[float, float]:
-    """The least and the most that a profile's file may give a constant: FURTHEST from its data sheet's value, zero
-    where that makes sense, and for a share of a ceiling, or of work, no more than the whole."""
+    """The least and the greatest value that a profile's file may give a constant: a factor of FURTHEST from its data
+    sheet's value, zero if allowed, and at most one for a share of a ceiling or of work."""
     row = _BY_NAME[name]
     whole = row in CONSTANTS and row.unit == "share" and row.value <= 1 and name not in RATIOS
     least, most = row.value / FURTHEST if row.positive else 0.0, 1.0 if whole else row.value * FURTHEST
-    return _kept(least), _kept(most)
+    return _rounded(least), _rounded(most)
 
 
 def within(name: str, value: float) -> float:
-    """The value, or the nearest that `bounds` lets the constant have."""
+    """The value, or the nearest that `bounds` allows."""
     low, high = bounds(name)
     return min(max(value, low), high)
 
@@ -118,13 +110,13 @@ def default_profile() -> Profile:
 
 
 def dump(profile: Profile) -> str:
-    """A profile as TOML: what `load_profile` reads. Constants and intervals that are as in `DATASHEET` are left out."""
+    """A profile as TOML, for `load_profile`. Constants and intervals that equal `DATASHEET`'s are left out."""
     lines = [f"name = {toml_value(profile.name)}", f"fitted_rows = {profile.fitted_rows}"]
     lines += [f"assumed = {toml_value(profile.assumed)}", "closed = true  # by [end]: without it the file was cut off"]
     lines += ["", "[constants]"]
     for row in _ROWS:
-        value = _kept(profile.constants[row.name])
-        if value != _kept(row.value):
+        value = _rounded(profile.constants[row.name])
+        if value != _rounded(row.value):
             lines.append(f'"{row.name}" = {value!r}  # {row.unit}; data sheet: {row.value:g}')
     lines += ["", "[intervals]"]
     for regime, (low, high) in sorted(profile.intervals.items()):
@@ -132,22 +124,22 @@ def dump(profile: Profile) -> str:
             lines.append(f"{toml_value(regime)} = [{low:.5g}, {high:.5g}]")
     for correction in profile.corrections.values():
         lines += ["", "[[corrections]]  # log of measured over predicted at measured runs; fades away from them"]
-        found = correction.as_dict()
-        lines += [f"{name} = {toml_value(found[name])}" for name in ("regime", "amplitude", "noise", "features")]
-        rows = zip(found["centres"], found["residuals"], strict=True)
+        table = correction.as_dict()
+        lines += [f"{name} = {toml_value(table[name])}" for name in ("regime", "amplitude", "noise", "features")]
+        rows = zip(table["centres"], table["residuals"], strict=True)
         lines += ["points = [", *(f"  {[round(x, 4) for x in centre] + [round(y, 5)]}," for centre, y in rows), "]"]
     return "\n".join([*lines, "", "[end]"]) + "\n"
 
 
-def _kept(value: float) -> float:
-    """The six digits of a constant that a file keeps."""
+def _rounded(value: float) -> float:
+    """A constant as a file has it: six digits."""
     return float(f"{value:.6g}")
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile. A constant that the file does not give has its data sheet's value.
+    """Read a profile. A constant that is not in the file has its data sheet's value.
 
-    Raises InputError for a file that is missing, too large, cut off or no TOML, for unknown keys, and for values out of
+    Raises InputError for a file that is missing, too large, cut off or not TOML, and for unknown keys or values out of
     range.
     """
     if not path.is_file():
@@ -162,40 +154,40 @@ def load_profile(path: Path) -> Profile:
 
 
 def _parsed(data: bytes, path: Path) -> Profile:
-    """The profile in the bytes of a file, named for `path` where it has no name."""
+    """The profile in the bytes of a file; a profile without a name is named after `path`."""
     where = str(path)
     if len(data) > LARGEST_FILE_BYTES:
         raise InputError(Problem(where, "a profile is a small file; this one is larger than 1 MiB"))
     try:
-        found = tomllib.loads(data.decode())
+        tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(Problem(where, f"not TOML: {error}")) from error
-    known = ("name", "fitted_rows", "assumed", "closed", "constants", "intervals", "corrections", "end")
-    if unknown := [key for key in found if key not in known]:
-        raise InputError([Problem(where, f"unknown key '{key}'", nearest_name(key, known)) for key in unknown])
-    if "constants" not in found or (found.get("closed") and "end" not in found):
-        what = "is cut off: [end] is missing" if "constants" in found else "has no [constants]: it is empty or cut off"
+    keys = ("name", "fitted_rows", "assumed", "closed", "constants", "intervals", "corrections", "end")
+    if unknown := [key for key in tables if key not in keys]:
+        raise InputError([Problem(where, f"unknown key '{key}'", nearest_name(key, keys)) for key in unknown])
+    if "constants" not in tables or (tables.get("closed") and "end" not in tables):
+        what = "is cut off: [end] is missing" if "constants" in tables else "has no [constants]: it is empty or cut off"
         raise InputError(Problem(where, what, "make it again with `meshwright calibrate`"))
-    constants, intervals = found["constants"], found.get("intervals", {})
+    constants, intervals = tables["constants"], tables.get("intervals", {})
     if not isinstance(constants, dict) or not isinstance(intervals, dict):
         raise InputError(Problem(where, "constants and intervals must be tables"))
     _check(constants, where)
     _check_bounds(constants, where)
-    rows, assumed = found.get("fitted_rows", 0), found.get("assumed", [])
+    rows, assumed = tables.get("fitted_rows", 0), tables.get("assumed", [])
     if not isinstance(rows, int) or not isinstance(assumed, list):
         raise InputError(Problem(where, "fitted_rows must be a whole number and assumed a list of words"))
     return Profile(
-        name=str(found.get("name", path.stem)),
+        name=str(tables.get("name", path.stem)),
         constants={**DATASHEET.constants, **{name: float(value) for name, value in constants.items()}},
         intervals={**DATASHEET_INTERVALS, **_intervals(intervals, where)},
         assumed=tuple(str(word) for word in assumed),
         fitted_rows=rows,
-        corrections=corrections_of(found.get("corrections", []), where),
+        corrections=parse_corrections(tables.get("corrections", []), where),
     )
 
 
 def _check(values: Mapping[str, object], where: str) -> None:
-    """Every name is a constant's and every value a finite number, above zero where the constant's own is."""
+    """Raises InputError unless every name is a constant's and every value finite, zero only where it is allowed."""
     problems = []
     for name, value in values.items():
         if name not in _BY_NAME:
@@ -209,7 +201,7 @@ def _check(values: Mapping[str, object], where: str) -> None:
 
 
 def _check_bounds(values: Mapping[str, float], where: str) -> None:
-    """Every value of a file is one that its constant may have."""
+    """Raises InputError unless every value of a file is within its constant's bounds."""
     problems = []
     for name, value in values.items():
         low, high = bounds(name)
@@ -220,15 +212,14 @@ def _check_bounds(values: Mapping[str, float], where: str) -> None:
         raise InputError(problems)
 
 
-def _intervals(found: Mapping[str, object], where: str) -> dict[str, tuple[float, float]]:
+def _intervals(table: Mapping[str, object], where: str) -> dict[str, tuple[float, float]]:
     """Factors by regime. Raises InputError where a pair does not bracket 1."""
     pairs = {}
-    for regime, pair in found.items():
+    for regime, pair in table.items():
         numbers = pair if isinstance(pair, list) and len(pair) == 2 else [0, 0]
         low, high = numbers if all(isinstance(n, int | float) for n in numbers) else (0, 0)
         if not 0 < low <= 1 <= high <= sys.float_info.max:
-            raise InputError(
-                Problem(where, f"intervals.{regime} is {pair!r}", "give [low, high] with low <= 1 <= high")
-            )
+            hint = "give [low, high] with low <= 1 <= high"
+            raise InputError(Problem(where, f"intervals.{regime} is {pair!r}", hint))
         pairs[regime] = (float(low), float(high))
     return pairs

@@ -1,4 +1,4 @@
-"""Which runs a profile's intervals and corrections speak of, and what it says of a layout: factors of predicted time."""
+"""The regimes of a profile's intervals and corrections, and their factors on the predicted time of a layout."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from meshwright.plan.workload import Workload
 
 
 def interval_regime(workload: Workload) -> tuple[str, str, str]:
-    """Words, from the most general on, of what decides how far a prediction may be off."""
+    """Words, the most general first, for what decides how far a prediction may be off."""
     extent = "nodes" if workload.cluster.nodes > 1 else "node"
     return workload.cluster.device.kind, workload.framework.name, extent
 
 
 def correction_regime(workload: Workload, layout: Layout) -> str:
-    """What a correction is learnt for: runs that differ in size and split alone."""
+    """Runs of one regime, for which one correction is learnt, differ in size and split alone."""
     kind, framework, extent = interval_regime(workload)
     where = workload.cluster.device.name if kind == "cuda" else kind
     return "/".join((where, framework, workload.precision, layout.recompute, extent))
 
 
 def features(workload: Workload, layout: Layout) -> tuple[float, ...]:
-    """Where a run lies among others of its regime: the features of `correction.SCALES`."""
+    """The values of `correction.SCALES`' features for a run."""
     card, seq_len = workload.card, workload.card.units_per_sample
     figures = {
         "tp": layout.tp,
@@ -40,15 +40,15 @@ def features(workload: Workload, layout: Layout) -> tuple[float, ...]:
 
 
 def correction_factor(profile: Profile, workload: Workload, layout: Layout) -> float:
-    """What the profile's correction multiplies a predicted time by; 1 where it has learnt nothing of such runs."""
-    known = profile.corrections.get(correction_regime(workload, layout))
-    return 1.0 if known is None else known.factor(features(workload, layout))
+    """The profile's correction of a predicted time; 1 where the regime has none."""
+    correction = profile.corrections.get(correction_regime(workload, layout))
+    return 1.0 if correction is None else correction.factor(features(workload, layout))
 
 
 def time_interval(profile: Profile, workload: Workload, layout: Layout, width: float = 1.0) -> tuple[float, float]:
-    """Factors of a predicted time that bound its 90 % interval: wider where a correction reaches far, and to the power
-    `width`."""
+    """Factors of a predicted time that bound its 90 % interval, to the power `width`; they are wider far from the runs
+    that a correction was learnt from."""
     low, high = profile.interval(*interval_regime(workload))
-    known = profile.corrections.get(correction_regime(workload, layout))
-    spread = 1.0 if known is None else known.spread(features(workload, layout)) / known.noise
+    correction = profile.corrections.get(correction_regime(workload, layout))
+    spread = 1.0 if correction is None else correction.spread(features(workload, layout)) / correction.noise
     return low ** (width * spread), high ** (width * spread)

@@ -1,6 +1,6 @@
 """Constants of the serving model, each with its source; none was fitted to a measured latency or throughput.
 
-They are part of every Profile, under "serving.", beside those of training. A fit of training runs leaves them alone.
+Every Profile has them, under "serving."; fits to training runs do not change them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SERVING_CONSTANTS: tuple[Constant, ...] = (
     Constant("serving.cuda.reduce_seconds", 7e-6, "s", "a small all-reduce written for decoding", "physics"),
     Constant("serving.cuda.step_seconds", 1e-3, "s", "scheduling, sampling and text of one step", "physics"),
     Constant("serving.cuda.row_seconds", 4e-6, "s", "the same for each sequence", "physics"),
-    Constant("serving.cuda.request_seconds", 15e-3, "s", "HTTP, tokenising, the first text out", "physics"),
+    Constant("serving.cuda.request_seconds", 15e-3, "s", "HTTP, tokenizing, the first text out", "physics"),
     Constant("serving.cuda.workspace_bytes", 3e9, "bytes", "context, libraries and captured graphs", "vLLM's reports"),
     Constant("serving.cpu.real.share", 1.0, "share of peak", "the peak is the yardstick here", "cluster.py"),
     Constant("serving.cpu.product.fp32.share", 2.4, "share of peak", "products of many rows", _PACKED),
@@ -42,10 +42,10 @@ SERVING_CONSTANTS: tuple[Constant, ...] = (
     Constant("serving.cpu.row_seconds", 1e-5, "s", "the same for each sequence", _TINY),
     Constant("serving.cpu.pair_seconds", 2e-6, "s", "one sequence and key head of a layer's attention", _TINY),
     Constant("serving.cpu.shape_seconds", 2e-3, "s", "making bf16 attention for a new length, each step", _TINY),
-    Constant("serving.cpu.request_seconds", 3e-3, "s", "HTTP, tokenising, the first text out", "physics"),
+    Constant("serving.cpu.request_seconds", 3e-3, "s", "HTTP, tokenizing, the first text out", "physics"),
     Constant("serving.cpu.workspace_bytes", 4.5e8, "bytes", "libraries", "resident size of an empty process"),
 )
-#: 90 % interval as factors of the middle, by regime: what nothing was fitted to may be off by.
+#: 90 % intervals by regime, as factors of the predicted figure; nothing was fitted.
 SERVING_INTERVALS: dict[str, tuple[float, float]] = {
     "serving": (0.5, 2.0),
     "serving.cuda.tpot": (0.7, 1.45),

@@ -1,4 +1,4 @@
-"""Seconds and bytes of one layout: of a block, of a stage, of what happens once a step."""
+"""Seconds and bytes of one layout: per block, per stage and per step."""
 
 from meshwright.plan.cost.estimate import Estimate, Estimator
 from meshwright.plan.cost.memory import MemoryModel, StageMemory, usable_bytes

@@ -1,4 +1,4 @@
-"""Bytes of one block on one rank: its parameters, what a micro-batch leaves in it, what its backward works in."""
+"""Bytes of one block on one rank: parameters, saved activations, and the working memory of its backward."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from meshwright.plan.rules import Framework
 
 #: Bytes of an element between products, by the precision that products run in.
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
-#: Bytes of an element that is kept as the input of a product.
+#: Bytes of an element that is saved as the input of a product.
 PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
 
 
 def saved_bytes(saved: Activation, *, tp: int, sequence_parallel: bool, precision: str) -> int:
-    """Bytes that one sample leaves of `saved` on a rank of `tp`."""
+    """Bytes per sample of a saved activation on one of `tp` ranks."""
     width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
     size = saved.elements * (saved.bytes_per_element or width)
     divided = saved.split == "tp" or (saved.split == "sp" and sequence_parallel)
@@ -36,13 +36,12 @@ def local_size(parameter: Parameter, tp: int, ep: int, vocab_multiple: int) -> i
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """One kind of block on one rank: local elements of parameters, dense and of experts, and of each matrix by name.
-    `kept` is what a micro-batch leaves until its backward, of it `loss` what the loss keeps; `working` is what the
-    backward needs besides while it runs."""
+    """One kind of block on one rank: local elements of its dense parameters, its experts and each matrix by name; bytes
+    `saved` by a micro-batch for its backward, of which `loss` by the loss, and bytes that the backward needs on top."""
 
     dense: int
     expert: int
-    kept: int
+    saved: int
     loss: int
     working: int
     matrices: tuple[tuple[str, int], ...]
@@ -59,39 +58,38 @@ class BlockMemory:
         """Tensor-parallel ranks that an expert is split over."""
         return layout.tp if self.framework.splits_experts else 1
 
-    def of(self, block: Block, given: int, layout: Layout) -> BlockBytes:
-        """Bytes of one block, which is handed `given` elements a sample."""
+    def block_bytes(self, block: Block, inputs: int, layout: Layout) -> BlockBytes:
+        """Bytes of one block whose input has `inputs` elements per sample."""
         micro, tp = layout.micro_batch, layout.tp
 
         def size(saved: Activation) -> int:
-            split = layout.sequence_parallel
-            each = saved_bytes(saved, tp=tp, sequence_parallel=split, precision=self.precision)
-            return each * micro // layout.cp
+            sequence = layout.sequence_parallel
+            return saved_bytes(saved, tp=tp, sequence_parallel=sequence, precision=self.precision) * micro // layout.cp
 
         sizes = [(saved, size(saved)) for saved in block.saved if saved.is_kept(self.kind, self.precision)]
         whole, loss = sum(n for _, n in sizes), sum(n for saved, n in sizes if saved.module == "loss")
-        entry = given * self.width * micro // layout.cp
-        kept = whole
+        entry = inputs * self.width * micro // layout.cp
+        keep = whole
         if layout.recompute == "selective" and self.framework.selective == "block":
-            kept = (whole + entry) // 2  # every other block is recomputed
+            keep = (whole + entry) // 2  # every other block is recomputed
         elif layout.recompute == "selective":
-            kept = sum(n for saved, n in sizes if not saved.selective)
+            keep = sum(n for saved, n in sizes if not saved.selective)
             whens = ("selective", "selective tp") if tp > 1 else ("selective",)
-            kept += sum(size(saved) for saved in block.saved if saved.on in whens)
+            keep += sum(size(saved) for saved in block.saved if saved.on in whens)
         elif layout.recompute == "full" and block.kind not in self.framework.never_recomputed:
-            kept = entry // (tp if layout.sequence_parallel else 1) + loss
-        # A backward holds gradients of the widest tensor that was kept and of what went in, gathered.
+            keep = entry // (tp if layout.sequence_parallel else 1) + loss
+        # A backward holds gradients of the widest saved tensor and of its input, gathered.
         widest = max((n for saved, n in sizes if saved.module != "loss"), default=0)
         dense, expert, matrices = self._local(block, layout)
-        return BlockBytes(dense, expert, kept, loss, whole - min(kept, whole) + widest + 2 * entry, matrices)
+        return BlockBytes(dense, expert, keep, loss, whole - min(keep, whole) + widest + 2 * entry, matrices)
 
     def _local(self, block: Block, layout: Layout) -> tuple[int, int, tuple[tuple[str, int], ...]]:
         dense, expert, matrices = 0, 0, []
         for parameter in block.parameters:
-            mixed = "expert" in parameter.axes
-            tp, ep = (self.expert_tp(layout), layout.ep) if mixed else (layout.tp, 1)
+            is_expert = "expert" in parameter.axes
+            tp, ep = (self.expert_tp(layout), layout.ep) if is_expert else (layout.tp, 1)
             elements = local_size(parameter, tp, ep, self.framework.vocab_multiple)
-            dense, expert = (dense, expert + elements) if mixed else (dense + elements, expert)
+            dense, expert = (dense, expert + elements) if is_expert else (dense + elements, expert)
             if len(parameter.shape) > 1 and "positions" not in parameter.axes and block.kind != "embedding":
                 matrices.append((parameter.name.split(".", 2)[-1], elements))
         return dense, expert, tuple(matrices)

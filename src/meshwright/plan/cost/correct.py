@@ -1,8 +1,9 @@
-"""Estimates after a profile's corrections: what measured runs of the same kind have taught."""
+"""Estimates multiplied by a profile's corrections, which are learnt from measured runs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from meshwright.plan.constants.regime import correction_factor
 from meshwright.plan.cost.estimate import Estimate, Estimator
@@ -10,7 +11,7 @@ from meshwright.plan.cost.per_step import PerStepCost
 
 
 def corrected(estimate: Estimate, estimator: Estimator) -> Estimate:
-    """The estimate with all its seconds times the factor that the estimator's profile has learnt for such a run."""
+    """The estimate with all its seconds times the factor that the estimator's profile has learnt for such runs."""
     if not estimator.profile.corrections:
         return estimate
     factor = correction_factor(estimator.profile, estimator.workload, estimate.layout)
@@ -19,23 +20,9 @@ def corrected(estimate: Estimate, estimator: Estimator) -> Estimate:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The estimate with all its seconds times `factor`."""
-
-    def times(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(value * factor for value in values)
-
-    return replace(
-        estimate,
-        forward_seconds=times(estimate.forward_seconds),
-        backward_seconds=times(estimate.backward_seconds),
-        weight_seconds=times(estimate.weight_seconds),
-        boundary_seconds=times(estimate.boundary_seconds),
-        transfer_seconds=estimate.transfer_seconds * factor,
-        compute_seconds=estimate.compute_seconds * factor,
-        launch_seconds=estimate.launch_seconds * factor,
-        communication_seconds=estimate.communication_seconds * factor,
-        bubble_seconds=estimate.bubble_seconds * factor,
-        optimizer_seconds=estimate.optimizer_seconds * factor,
-        other_seconds=estimate.other_seconds * factor,
-        step_seconds=estimate.step_seconds * factor,
-        per_step=PerStepCost(estimate.per_step.gradients * factor, estimate.per_step.weights * factor),
-    )
+    changes: dict[str, Any] = {}
+    for name in (field.name for field in fields(estimate) if field.name.endswith("_seconds")):
+        seconds = getattr(estimate, name)
+        changes[name] = tuple(s * factor for s in seconds) if isinstance(seconds, tuple) else seconds * factor
+    per_step = PerStepCost(estimate.per_step.gradients * factor, estimate.per_step.weights * factor)
+    return replace(estimate, **changes, per_step=per_step)

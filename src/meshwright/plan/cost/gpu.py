@@ -1,9 +1,9 @@
-"""Seconds that a block's arithmetic takes on one device: a roofline with efficiency by size, and the cost of starting.
+"""Seconds of a block's arithmetic on one device: a roofline with efficiency by size, and the cost of starting kernels.
 
-A product runs at the measured ceiling times what its tiles, dealt to the device's cores in waves, and its inner size
-leave of it, or as fast as its operands can be read. Memory-bound operations run at a share of the memory's speed, and
-no kernel is shorter than its own start. What the host takes to start operations is counted beside: a stage takes the
-larger of host and device on a GPU, their sum on a CPU, where both are the same core.
+A product runs at the measured ceiling, reduced by its inner size and by how its tiles fill the device's cores in waves,
+or as fast as its operands can be read. Memory-bound operations run at a share of the memory's speed, and no kernel is
+shorter than its own start. The host's time to start operations is counted apart: a stage takes about the larger of host
+and device on a GPU, and their sum on a CPU, where both are the same core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.cost.block_memory import local_size
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
-#: Bytes of one activation by compute precision: fp8 and fp4 are what products read, activations stay in bf16.
+#: Bytes of one activation by compute precision: products read fp8 and fp4, activations stay in bf16.
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
 OPERAND_BYTES: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "fp4": 0.5}
 #: Forward speed of fused attention as a share of the dense bf16 peak, long sequences, heads of 128, causal flops
@@ -30,19 +30,19 @@ FLASH_SHARE: Mapping[str, Mapping[str, float]] = {
     "flash": {"sm80": 0.62, "sm90": 0.36, "sm100": 0.30, "sm103": 0.30, "": 0.35},
     "best": {"sm80": 0.65, "sm90": 0.60, "sm100": 0.55, "sm103": 0.55, "": 0.40},
 }
-#: The same beside heads of 128, for heads up to so wide.
+#: (width of a head up to, speed relative to heads of 128)
 FLASH_HEADS = ((64, 0.90), (128, 1.0), (256, 0.85), (1 << 30, 0.5))
-#: Tiles of matrix products that libraries have, and the share of the full rate that each can reach.
+#: Tiles of the libraries' matrix products, and the share of the full rate that each can reach.
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.97), (128, 64, 0.88), (64, 128, 0.88), (64, 64, 0.75))
 NAMES = tuple(name for name in DATASHEET.constants if name.startswith("cuda."))
-#: Megatron's fused softmax takes whole groups of this many (sample, head) pairs, else falls back to plain operations.
+#: Megatron's fused softmax needs whole groups of this many (sample, head) pairs; else it uses plain operations.
 SOFTMAX_GROUP, SOFTMAX_PASSES, SOFTMAX_OPERATIONS = 4, 8.0, 10
 
 
 @dataclass(frozen=True)
 class BlockSeconds:
-    """One micro-batch through one block: seconds of device and of host, and the device's part of the backward that
-    computes weights' gradients. `recompute` is what backward adds by recomputing, `host_again` its host time."""
+    """One micro-batch through one block: seconds of the device and of the host. `weight` is the part of the backward
+    that computes weight gradients; `recompute` and `host_recompute` are added to the backward by recomputing."""
 
     forward: float
     backward: float
@@ -50,7 +50,7 @@ class BlockSeconds:
     weight: float
     host_forward: float
     host_backward: float
-    host_again: float
+    host_recompute: float
 
 
 def local_elements(parameters: Iterable[Parameter], tp: int, ep: int = 1) -> int:
@@ -64,7 +64,7 @@ def axis_split(axis: str | None) -> bool:
 
 
 class Compute:
-    """A device at one precision, under one framework, as a profile's constants see it."""
+    """Seconds on one kind of device at one precision, under one framework, by a profile's constants."""
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class Compute:
         framework: Framework = FRAMEWORKS["meshwright"],
     ) -> None:
         self.device, self.precision, self.framework = device, precision, framework
-        self.constants = profile.constants
         self.c = {name.removeprefix("cuda."): profile.constants[name] for name in NAMES}
         self.plain = "bf16" if precision in ("fp8", "fp4") else precision
         self.sustained = self.c.get(f"product.sustained.{device.generation}", 1.0)
@@ -95,8 +94,8 @@ class Compute:
         return ceiling * self.c["product.share"] * self.sustained
 
     def product(self, rows: float, inner: float, columns: float, groups: int = 1, *, plain: bool = False) -> float:
-        """One product (or `groups` of them side by side): the larger of arithmetic and moving its operands. `plain`
-        products stay in bf16 where the others are in fp8."""
+        """One product, or `groups` of them side by side: the larger of arithmetic and moving operands. `plain` products
+        stay in bf16 where the others are in fp8."""
         if rows <= 0 or inner <= 0 or columns <= 0:
             return 0.0
         precision = self.plain if plain else self.precision
@@ -109,7 +108,7 @@ class Compute:
         return max(arithmetic, moved / self.memory)
 
     def products(self, block: Block, layout: Layout) -> tuple[float, float, float]:
-        """Seconds of a block's products: forward, backward, and the weights' gradients in it."""
+        """Seconds of a block's products: forward, backward, and the part of the backward for weight gradients."""
         forward = backward = weight = 0.0
         for product in block.products:
             rows, inner, columns = split_product(product, layout)
@@ -129,9 +128,7 @@ class Compute:
 
     def attention(self, shape: AttentionShape, layout: Layout) -> tuple[float, float]:
         """Seconds of attention's core, forward and backward."""
-        samples = layout.micro_batch
-        flops = shape.flops * samples / (layout.tp * layout.cp)
-        c = self.c
+        samples, c = layout.micro_batch, self.c
         if self.framework.attention == "unfused":
             scores = shape.heads / layout.tp * samples * shape.seq_len * shape.seq_len / layout.cp
             rate = self.rates[self.plain] * c["attention.unfused"]
@@ -147,6 +144,7 @@ class Compute:
         if self.precision == "fp32":
             peak = self.device.flops["fp32"]
         rate = peak * share * self.sustained * c["attention.share"] * length / (length + c["attention.half_seq"])
+        flops = shape.flops * samples / (layout.tp * layout.cp)
         ahead = flops / rate + self.start
         return ahead, c["attention.backward"] * ahead
 
@@ -155,63 +153,63 @@ class Compute:
 
     def elementwise(self, block: Block, layout: Layout) -> float:
         """Seconds of a block's memory-bound operations, forward."""
-        moved = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
-        moved *= kept_share(block, layout, self.device.kind, self.precision)
+        moved_bytes = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
+        moved_bytes *= elementwise_share(block, layout, self.device.kind, self.precision)
         fused = self.framework.fused
         if block.kind == "head":
             if self.framework.fused_cross_entropy or fused == "compiled":
-                moved *= self.c["memory.cross_entropy"]
+                moved_bytes *= self.c["memory.cross_entropy"]
         elif fused != "none":
-            moved *= self.c[f"memory.{fused}"]
+            moved_bytes *= self.c[f"memory.{fused}"]
         kernels = 6 + (14 if block.attention else 0)
-        return moved / self.memory + kernels * FUSED_STARTS[fused] * self.c["kernel_seconds"]
+        return moved_bytes / self.memory + kernels * FUSED_STARTS[fused] * self.c["kernel_seconds"]
 
     def block(self, block: Block, layout: Layout) -> BlockSeconds:
         """One micro-batch through a block on one rank, without what it waits for from others."""
-        forward, backward, weight, ahead, back, moved, starts = self._parts_of(block, layout)
-        again, share = self._again(block, layout, forward, ahead, moved)
+        forward, backward, weight, ahead, back, elementwise, starts = self._part_seconds(block, layout)
+        again, share = self._recompute_seconds(block, layout, forward, ahead, elementwise)
         return BlockSeconds(
-            forward=forward + ahead + moved,
-            backward=backward + back + 2 * moved,
+            forward=forward + ahead + elementwise,
+            backward=backward + back + 2 * elementwise,
             recompute=again,
             weight=weight,
             host_forward=starts,
             host_backward=starts * self.c["host.backward"],
-            host_again=starts * share,
+            host_recompute=starts * share,
         )
 
-    def _parts_of(self, block: Block, layout: Layout) -> tuple[float, ...]:
-        """What of a block does not depend on recompute or sharding: its products forward, backward and the weights'
-        part, attention forward and backward, memory-bound seconds, the host's."""
+    def _part_seconds(self, block: Block, layout: Layout) -> tuple[float, ...]:
+        """The seconds of a block that do not depend on recompute or sharding: products forward, backward and weight
+        gradients, attention forward and backward, memory-bound operations, the host's starts."""
         key = (id(block), *split_key(layout))
-        found = self._parts.get(key)
-        if found is None:
+        entry = self._parts.get(key)
+        if entry is None:
             attention = self.attention(block.attention, layout) if block.attention else (0.0, 0.0)
             starts = operations(block, self.framework) * self.launch
             if block.attention and self.framework.attention == "unfused" and self._falls_back(block.attention, layout):
                 starts += SOFTMAX_OPERATIONS * self.launch
             parts = (*self.products(block, layout), *attention, self.elementwise(block, layout), starts)
-            found = self._parts[key] = (block, parts)  # the block is kept, so that its id stays its own
-        return found[1]
+            entry = self._parts[key] = (block, parts)  # holds the block, so that the id in its key is not reused
+        return entry[1]
 
-    def _again(
-        self, block: Block, layout: Layout, products: float, attention: float, moved: float
+    def _recompute_seconds(
+        self, block: Block, layout: Layout, products: float, attention: float, elementwise: float
     ) -> tuple[float, float]:
-        """Device seconds that recompute adds to the backward, and the share of the forward's starts."""
+        """Device seconds that recompute adds to the backward, and the share of the forward's starts it repeats."""
         if layout.recompute == "none" or block.kind in self.framework.never_recomputed:
             return 0.0, 0.0
-        whole = products + attention + moved
+        whole = products + attention + elementwise
         if layout.recompute == "full":
             share = min(1.0, self.c["recompute.share"])
             return whole * share, share
         return {
             "attention": (attention, 0.1),
             "block": (whole / 2, 0.5),
-            "operations": (products / 2 + moved, 0.7),
+            "operations": (products / 2 + elementwise, 0.7),
         }[self.framework.selective]
 
     def optimizer(self, elements: float, *, offload: bool = False) -> float:
-        """One AdamW update of `elements` parameters held by the rank, the norm's and the overflow's passes included."""
+        """One AdamW update of the rank's `elements` parameters, with the passes of the norm and the overflow check."""
         c = self.c
         each = c["optimizer.bytes"]
         if self.framework.loss_scaling and self.precision == "fp16":
@@ -222,12 +220,12 @@ class Compute:
         return elements * each / self.memory
 
 
-#: Operations left after fusing, of eager's.
+#: Operations after fusing, as a share of eager's.
 FUSED_STARTS: Mapping[str, float] = {"none": 1.0, "kernels": 0.9, "compiled": 0.4}
 
 
 def operations(block: Block, framework: Framework) -> float:
-    """Operations that eager mode starts in a forward pass: a count by kind of work, good to a third."""
+    """Operations started in a forward pass: a count by kind of work, right to a third."""
     count = 3 * len(block.products) + (20 if block.attention else 0) + 6
     if block.experts:
         count += 20
@@ -235,7 +233,7 @@ def operations(block: Block, framework: Framework) -> float:
 
 
 def split_key(layout: Layout) -> tuple[object, ...]:
-    """What a rank's part of a micro-batch depends on."""
+    """The part of a layout that a rank's part of a micro-batch depends on."""
     return layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch
 
 
@@ -253,8 +251,8 @@ def split_product(product: Product, layout: Layout) -> tuple[float, float, float
 
 @lru_cache(maxsize=65536)
 def _tiles_used(rows: float, columns: float, groups: int, units: int) -> float:
-    """Share of the device's cores at work, in the best of the library's tiles: the last wave may be ragged, and so may
-    the tiles at the edge."""
+    """Share of the device's cores at work with the best of the library's tiles: the last wave may be partly idle, and
+    so may the tiles at the edge."""
     best = 0.0
     for high, wide, reach in TILES:
         tiles = -(-rows // high) * -(-columns // wide) * groups
@@ -264,14 +262,14 @@ def _tiles_used(rows: float, columns: float, groups: int, units: int) -> float:
     return best
 
 
-def kept_share(block: Block, layout: Layout, kind: str, precision: str) -> float:
-    """Share of a block's memory-bound work left to one tensor-parallel rank, as its saved activations are split."""
+def elementwise_share(block: Block, layout: Layout, kind: str, precision: str) -> float:
+    """Share of a block's memory-bound work on one tensor-parallel rank, from how its saved activations are split."""
     tp = layout.tp
     if tp == 1:
         return 1.0
-    kept = [saved for saved in block.saved if saved.is_kept(kind, precision)]
-    whole = sum(saved.elements for saved in kept)
+    tensors = [saved for saved in block.saved if saved.is_kept(kind, precision)]
+    whole = sum(saved.elements for saved in tensors)
     if not whole:
         return 1 / tp if layout.sequence_parallel else 1.0
-    split = sum(s.elements for s in kept if s.split == "tp" or (s.split == "sp" and layout.sequence_parallel))
+    split = sum(s.elements for s in tensors if s.split == "tp" or (s.split == "sp" and layout.sequence_parallel))
     return (whole - split + split / tp) / whole

@@ -1,4 +1,4 @@
-"""What a step does once: gradients reduced, weights gathered where they are kept, the optimizer, the host's work."""
+"""Seconds of the work that is done once per step: reducing gradients, gathering weights, the optimizer, the host."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from meshwright.layout import Layout
 from meshwright.plan.cost.block_time import BlockTimes
 from meshwright.plan.cost.cpu import CpuCompute
 from meshwright.plan.pipeline import TABLE
-from meshwright.plan.rules.frameworks import kept_gathered
+from meshwright.plan.rules.frameworks import weights_stay_gathered
 
 
 @dataclass(frozen=True)
 class PerStepCost:
-    """Seconds waited for once a step: gradients' reduction and weights' gathering, less what hides behind compute."""
+    """Seconds of waiting per step for the reduction of gradients and the gathering of weights, after overlap."""
 
     gradients: float = 0.0
     weights: float = 0.0
@@ -25,22 +25,21 @@ class PerStepCost:
 
 
 class PerStepTimes:
-    """What a workload does once a step, on the wires and at the speed of its blocks."""
+    """Work per step of one workload."""
 
     def __init__(self, blocks: BlockTimes) -> None:
-        card = blocks.workload.card
+        card, self.constants = blocks.workload.card, blocks.profile.constants
         self.blocks, self.network, self.framework = blocks, blocks.network, blocks.framework
-        self.device, self.constants = blocks.workload.cluster.device, blocks.profile.constants
-        self.on_cpu = self.device.kind == "cpu"
+        self.on_cpu = blocks.workload.cluster.device.kind == "cpu"
         self.units = card.units_per_sample
-        shared = {first for first, _ in card.tied}
-        self.tied = sum(p.elements for p in card.parameters if p.name in shared)
+        tied = {first for first, _ in card.tied}
+        self.tied = sum(p.elements for p in card.parameters if p.name in tied)
         self.host_seconds = 0.0 if self.on_cpu else self.constants["cuda.step_seconds"]
-        self._known: dict[tuple[object, ...], PerStepCost] = {}
+        self._collectives: dict[tuple[object, ...], PerStepCost] = {}
         self._norms: dict[int, float] = {}
 
     def reading_seconds(self, samples: int) -> float:
-        """To read so many samples and put them on the device; nothing where others read ahead."""
+        """To read `samples` and put them on the device; zero where other processes read ahead."""
         if self.framework.reads_ahead:
             return 0.0
         kind = "cpu" if self.on_cpu else "cuda"
@@ -54,29 +53,25 @@ class PerStepTimes:
         micro_batches: int,
         experts: Sequence[float] = (0.0,),
     ) -> PerStepCost:
-        """What a step waits for, whose ranks hold `elements` of parameters, of them `experts`, and whose last backward
-        takes so long. Experts' gradients are summed only over the ranks that hold the same experts.
+        """Waits of a step whose ranks hold `elements` of parameters, `experts` of which are experts', and whose last
+        backward takes `last_backward` seconds. Gradients of experts are summed over the ranks with the same experts.
 
-        Without overlap every stage reduces once the pipeline has drained, and the largest is waited for; with it, the
-        first stage, which ends last, has its own last backwards to hide behind: one, or where stages are interleaved,
-        whose chunks end one after another, those of as many micro-batches as there are stages. Gathering what was
-        updated hides behind the first forwards likewise.
+        Without overlap every stage reduces once the pipeline has drained, and the largest decides. With overlap the
+        first stage, which ends last, hides the reduction behind its last backward, or, if stages are interleaved,
+        behind those of `pp` micro-batches, whose chunks end one after another. Gathering updated weights hides behind
+        the first forwards likewise.
         """
-        behind = 0.0 if self.on_cpu else self.blocks.overlap
-        share, share_of_gather = self.framework.gradient_overlap * behind, self.framework.gather_overlap * behind
+        overlap = 0.0 if self.on_cpu else self.blocks.overlap
+        share, gather_share = self.framework.gradient_overlap * overlap, self.framework.gather_overlap * overlap
         window = last_backward * (min(layout.pp, micro_batches) if layout.vpp > 1 else 1)
         first = bool(share) and layout.pp > 1
-        mine, of_experts = (held[0] if first else max(held) for held in (elements, experts))
-        if layout.ep == 1:
-            of_experts = 0.0
-        key = (layout.dp, layout.shard, layout.tp, layout.pp, layout.cp, layout.ep, layout.offload, mine, of_experts)
-        reduce, gather = self._moved(key, layout, mine, of_experts)
-        reduce = max(0.0, reduce - share * window)
-        gather = max(0.0, gather - share_of_gather * window / 2)  # a forward takes half of a backward
+        own, own_experts = (ranks[0] if first else max(ranks) for ranks in (elements, experts))
+        collectives = self._parameter_collectives(layout, own, own_experts if layout.ep > 1 else 0.0)
+        reduce = max(0.0, collectives.gradients - share * window)
+        gather = max(0.0, collectives.weights - gather_share * window / 2)  # a forward takes half of a backward
         if self.tied and layout.pp > 1 and not TABLE[layout.schedule].folded:  # a V has both ends on one rank
-            far = self.network.group(2, layout.devices // 2)
             size = self.tied * self.blocks.gradient_bytes / layout.tp
-            reduce += self.network.all_reduce(size, far)
+            reduce += self.network.all_reduce(size, self.network.group(2, layout.devices // 2))
         return PerStepCost(reduce + self._norm(layout.devices), gather)
 
     def _norm(self, devices: int) -> float:
@@ -85,33 +80,35 @@ class PerStepTimes:
             self._norms[devices] = self.network.all_reduce(8, self.network.group(devices, 1))
         return self._norms[devices]
 
-    def _moved(self, key: tuple[object, ...], layout: Layout, elements: float, experts: float) -> tuple[float, float]:
-        """Seconds of the reduction and of the gathering, nothing hidden."""
-        found = self._known.get(key)
-        if found is None:
-            found = self._new(layout, elements - experts, 1)
+    def _parameter_collectives(self, layout: Layout, elements: float, experts: float) -> PerStepCost:
+        """Seconds of the reduction and of the gathering, without overlap."""
+        degrees = (layout.dp, layout.shard, layout.tp, layout.pp, layout.cp, layout.ep, layout.offload)
+        key = (*degrees, elements, experts)
+        cost = self._collectives.get(key)
+        if cost is None:
+            cost = self._movement(layout, elements - experts, 1)
             if experts:
-                own = self._new(layout, experts, layout.ep)
-                found = PerStepCost(found.gradients + own.gradients, found.weights + own.weights)
-            self._known[key] = found
-        return found.gradients, found.weights
+                more = self._movement(layout, experts, layout.ep)
+                cost = PerStepCost(cost.gradients + more.gradients, cost.weights + more.weights)
+            self._collectives[key] = cost
+        return cost
 
-    def _new(self, layout: Layout, elements: float, apart: int) -> PerStepCost:
-        """For parameters of which every `apart`-th data-parallel rank holds the same."""
+    def _movement(self, layout: Layout, elements: float, apart: int) -> PerStepCost:
+        """For parameters that every `apart`-th data-parallel rank holds alike."""
         if self.framework.optimizer_shard == "dp" and layout.shard == 1:
-            # distributed optimizer: scatter gradients, gather what was updated
+            # distributed optimizer: scatter gradients, gather updated weights
             everyone = self.network.group(layout.dp * layout.cp // apart, layout.tp * apart)
             scatter = self.network.reduce_scatter(elements * self.blocks.gradient_bytes, everyone)
             return PerStepCost(scatter, self.network.all_gather(elements * self.blocks.gathered_bytes, everyone))
-        moved = self.blocks.movement(layout, elements, apart)
-        reduce = 0.0 if self.framework.reduces_in_blocks(layout) else moved.scatter + moved.sum
-        return PerStepCost(reduce, moved.gather if kept_gathered(layout) else 0.0)
+        seconds = self.blocks.movement(layout, elements, apart)
+        reduce = 0.0 if self.framework.reduces_in_blocks(layout) else seconds.scatter + seconds.sum
+        return PerStepCost(reduce, seconds.gather if weights_stay_gathered(layout) else 0.0)
 
     def update(self, layout: Layout, elements: float, experts: float = 0.0) -> float:
-        """The optimizer's step on a rank's part of `elements`, of them `experts`, which fewer ranks share."""
+        """The optimizer's step on a rank's part of `elements`, `experts` of which are split over fewer ranks."""
         compute = self.blocks.compute
         if isinstance(compute, CpuCompute):
-            return compute.optimizer(elements / layout.shard) + compute.once(elements, layout)
+            return compute.optimizer(elements / layout.shard) + compute.step(elements, layout)
         spread = layout.shard
         if self.framework.optimizer_shard == "dp":
             spread = layout.dp * layout.cp

@@ -1,7 +1,7 @@
 """The action lists of the pipeline schedules: what each rank does, in which order.
 
 A pipeline of `stages` ranks runs `stages` x `vpp` virtual stages. In a loop, rank r has the virtual stages r, r +
-stages, r + 2 stages...; in a V, which has two, r and 2 stages - 1 - r, so that the first rank also ends the model.
+stages, r + 2 stages...; in a V (vpp = 2) it has r and 2 stages - 1 - r, so the first rank has both ends of the model.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """One thing a rank does: of a `micro_batch` through a virtual `stage`, the forward ("F"), the whole backward ("B"),
-    or one half of it: the gradient of the stage's input ("I"), which the stage before waits for, or of its weights
-    ("W"), which nobody waits for."""
+    """One pass of a `micro_batch` through a virtual `stage`: the forward ("F"), the whole backward ("B"), or half of
+    the backward: the gradient of the stage's input ("I"), which the stage before waits for, or of its weights ("W"),
+    which no other rank waits for."""
 
     kind: str
     micro_batch: int
@@ -23,9 +23,9 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a schedule is. `least_vpp` to `most_vpp` are the virtual stages a rank may have, `folded` says that they lie
-    in a V, `splits` that backwards are done in halves; `fill` x ranks micro-batches keep every rank busy: torch's
-    pipelining refuses fewer, and so does what needs twice as many by its own order."""
+    """A rank has `least_vpp` to `most_vpp` virtual stages, in a V if `folded`; `splits`: backwards run in two halves.
+    `fill` x ranks micro-batches keep every rank busy. torch's pipelining refuses fewer; a schedule whose `fill` is 2
+    cannot run with fewer at all."""
 
     name: str
     least_vpp: int
@@ -53,8 +53,8 @@ TABLE: dict[str, Schedule] = {
 }
 
 
-def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str | None:
-    """Why a schedule cannot run so many micro-batches over so many ranks, in words; None when it can."""
+def schedule_problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str | None:
+    """Why a schedule cannot run `micro_batches` over `stages` ranks, in words; None when it can."""
     row = TABLE.get(schedule)
     if row is None:
         return f"no schedule '{schedule}'; there are {', '.join(TABLE)}"
@@ -62,13 +62,9 @@ def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str
         return f"{schedule} needs a stage, a micro-batch and a virtual stage at least"
     if stages * vpp > 1 and not row.least_vpp <= vpp <= row.most_vpp:
         wants = f"{row.least_vpp}" if row.most_vpp == row.least_vpp else f"{row.least_vpp} or more"
-        return f"{schedule} has {wants} virtual stages a rank, not {vpp}"
-    if (
-        stages > 1
-        and schedule in ("interleaved", "zb-h1")
-        and vpp > 1
-        and micro_batches % _rounds(stages, micro_batches)
-    ):
+        return f"{schedule} has {wants} virtual stages per rank, not {vpp}"
+    in_rounds = stages > 1 and vpp > 1 and schedule in ("interleaved", "zb-h1")
+    if in_rounds and micro_batches % _rounds(stages, micro_batches):
         near = round(micro_batches / stages) * stages
         return f"{schedule} over {stages} stages needs whole rounds of micro-batches ({near}), not {micro_batches}"
     if row.fill > 1 and stages > 1 and micro_batches < row.fill * stages:
@@ -76,32 +72,31 @@ def problem(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> str
     return None
 
 
-def fewer(schedule: str, stages: int, micro_batches: int, most: int, vpp: int = 1) -> int:
-    """As many of the micro-batches as a picture of `most` can show, or as few as the schedule runs with."""
+def micro_batches_to_draw(schedule: str, stages: int, micro_batches: int, most: int, vpp: int = 1) -> int:
+    """The largest count up to `most` that the schedule can run; if it needs more micro-batches, the smallest count."""
     for count in (*range(min(most, micro_batches), 0, -1), *range(most + 1, micro_batches)):
-        if problem(schedule, stages, count, vpp) is None:
+        if schedule_problem(schedule, stages, count, vpp) is None:
             return count
     return micro_batches
 
 
-def places(schedule: str, stages: int, vpp: int = 1) -> tuple[int, ...]:
+def stage_ranks(schedule: str, stages: int, vpp: int = 1) -> tuple[int, ...]:
     """The rank of each virtual stage, in the model's order."""
     if TABLE[schedule].folded:
         return (*range(stages), *reversed(range(stages)))
     return tuple(stage % stages for stage in range(stages * vpp))
 
 
-def in_effect(schedule: str, stages: int, vpp: int = 1) -> str:
-    """The schedule that is run: where one stage is the whole model there is no pipeline, and one micro-batch follows
-    the other, whatever the schedule's name."""
+def effective_schedule(schedule: str, stages: int, vpp: int = 1) -> str:
+    """The schedule that really runs: with one stage there is no pipeline, so every schedule runs as 1F1B does."""
     return "1f1b" if stages * vpp == 1 else schedule
 
 
 def actions(schedule: str, stages: int, micro_batches: int, vpp: int = 1) -> tuple[tuple[Action, ...], ...]:
-    """Each rank's actions in order. Raises ValueError where the schedule cannot run that (`problem`)."""
-    if (wrong := problem(schedule, stages, micro_batches, vpp)) is not None:
+    """Each rank's actions in order. Raises ValueError where `schedule_problem` finds a problem."""
+    if (wrong := schedule_problem(schedule, stages, micro_batches, vpp)) is not None:
         raise ValueError(wrong)
-    schedule = in_effect(schedule, stages, vpp)
+    schedule = effective_schedule(schedule, stages, vpp)
     return tuple(tuple(_rank(schedule, stages, micro_batches, vpp, rank)) for rank in range(stages))
 
 
@@ -123,7 +118,7 @@ def _rank(schedule: str, stages: int, micro_batches: int, vpp: int, rank: int) -
 
 
 def _plain(rank: int, micro_batches: int, warm: int) -> Iterator[Action]:
-    """`warm` forwards, then a forward and a backward by turns, then the backwards that are left."""
+    """`warm` forwards, then forwards and backwards in turn, then the remaining backwards."""
     warm = min(warm, micro_batches)
     for i in range(warm):
         yield Action("F", i, rank)
@@ -135,7 +130,7 @@ def _plain(rank: int, micro_batches: int, warm: int) -> Iterator[Action]:
 
 
 def _rounds(stages: int, micro_batches: int) -> int:
-    """In how many rounds the micro-batches go through the virtual stages of a rank."""
+    """Number of rounds in which the micro-batches go through the virtual stages of a rank."""
     return max(1, micro_batches // stages)
 
 
@@ -144,24 +139,23 @@ def _looped(
 ) -> Iterator[Action]:
     """A rank with `vpp` virtual stages: a round of micro-batches goes through the first, then through the second...
 
-    Starts with `warm` forwards besides those that bring the first round to the last virtual stage. `pending` is how
-    many weight gradients are left for later (None: backwards are whole).
+    Starts with the forwards that bring the first round to the last virtual stage, and `warm` more. `pending` weight
+    gradients are always postponed (None: backwards are whole).
     """
-    size = micro_batches // _rounds(stages, micro_batches)  # of a round
+    round_size = micro_batches // _rounds(stages, micro_batches)
     chunks = range(rank, stages * vpp, stages)
 
     def passes(kind: str, order: Sequence[int]) -> list[Action]:
-        firsts = range(0, micro_batches, size)
         return [
             Action(kind, micro_batch, stage)
-            for first in firsts
+            for first in range(0, micro_batches, round_size)
             for stage in order
-            for micro_batch in range(first, min(first + size, micro_batches))
+            for micro_batch in range(first, min(first + round_size, micro_batches))
         ]
 
     forwards = passes("F", chunks)
     backwards = passes("B" if pending is None else "I", chunks[::-1])
-    warm = min((vpp - 1) * size + warm, len(forwards))
+    warm = min((vpp - 1) * round_size + warm, len(forwards))
     yield from forwards[:warm]
     if pending is None:
         for forward, backward in zip(forwards[warm:], backwards, strict=False):
@@ -180,8 +174,8 @@ def _looped(
 
 
 def _zbv(stages: int, micro_batches: int, rank: int) -> Iterator[Action]:
-    """ZB-V by hand, without a bubble where F, I and W take equal time; of too few micro-batches it is what is left of
-    the least that fill the pipeline."""
+    """ZB-V by hand: no bubble where F, I and W take equal time. Lists at least the 2 stages - 1 micro-batches that fill
+    the pipeline; the caller drops the surplus."""
     count = max(2 * stages - 1, micro_batches)
     near, far = rank, 2 * stages - 1 - rank
     done = dict.fromkeys(((kind, stage) for kind in "FIW" for stage in (near, far)), 0)
@@ -214,8 +208,8 @@ def _zbv(stages: int, micro_batches: int, rank: int) -> Iterator[Action]:
 
 
 class _DualPipeV:
-    """DualPipe's order folded into a V: forwards of one direction run beside backwards of the other; the weights'
-    gradients that are put off (`pending`) fill the ends."""
+    """DualPipe's order folded into a V: forwards of one direction run beside backwards of the other; postponed weight
+    gradients (`pending`) fill the ends."""
 
     def __init__(self, stages: int, micro_batches: int, rank: int) -> None:
         self.stages, self.micro_batches, self.rank = stages, micro_batches, rank
@@ -247,7 +241,7 @@ class _DualPipeV:
         yield from self.ending(later, sooner)
 
     def ending(self, later: int, sooner: int) -> Iterator[Action]:
-        """The last backwards; the second half of them leaves its weights' gradients for the very end."""
+        """The last backwards, the later half of which postpones its weight gradients to the very end."""
         for index in range(sooner):
             yield self.backward(self.far, split=2 * index + 1 > sooner)
             yield self.backward(self.near, split=2 * index + 2 > sooner)

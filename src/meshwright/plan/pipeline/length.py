@@ -1,7 +1,4 @@
-"""How long a schedule takes and what it holds, quickly: for a search that asks a hundred thousand times.
-
-`replay` is the slow twin; tests hold the two together.
-"""
+"""How long a schedule takes, quickly: a search asks a hundred thousand times. Tests compare it with `replay`."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
-from meshwright.plan.pipeline.actions import TABLE, Action, actions, in_effect, places, problem
+from meshwright.plan.pipeline.actions import TABLE, Action, actions, effective_schedule, schedule_problem, stage_ranks
 from meshwright.plan.pipeline.replay import action_seconds, boundary_seconds, replay
 
 
@@ -26,12 +24,12 @@ def span_seconds(
     weight_seconds: Sequence[float] | None = None,
     overlapped: bool = True,
 ) -> float:
-    """Length of the schedule; arguments as of `replay`, one entry a virtual stage.
+    """Length of the schedule; arguments as of `replay`, one entry per virtual stage.
 
-    It is the replay's to the last digit up to LONGEST rounds of micro-batches, and within 1 % of it beyond: from there
-    on the pipeline is taken to be full, and a micro-batch to add what it adds then, or what the busiest rank works for
-    it if that is more. Raises ValueError where the schedule cannot run that, or the halves of split backwards are not
-    known.
+    Equal to the replay's to the last digit up to LONGEST rounds of micro-batches, and within 1 % of it beyond: there
+    the pipeline is taken to be full, and each further micro-batch to add what the last ones added, or the work of the
+    busiest rank if that is more. Raises ValueError where the schedule cannot run that, or a backward is split and
+    `weight_seconds` is None.
     """
     between = transfer_seconds if isinstance(transfer_seconds, (int, float)) else tuple(transfer_seconds)
     weight = None if weight_seconds is None else tuple(weight_seconds)
@@ -51,24 +49,24 @@ def least_span(
     weight_seconds: Sequence[float] | None = None,
     overlapped: bool = True,
 ) -> float:
-    """Seconds that the schedule takes at least: what the busiest rank works, and what goes before its first action and
-    after its last. Arguments as of `span_seconds`, whose length is never less."""
-    setting = _Setting.of(
+    """A lower bound of `span_seconds`: the work of the busiest rank, and what comes before its first action and after
+    its last. Arguments as of `span_seconds`."""
+    timing = _StageTiming.of(
         schedule, vpp, forward_seconds, backward_seconds, weight_seconds, transfer_seconds, overlapped
     )
-    return max(ends + micro_batches * each for each, ends in setting.busy)
+    return max(ends + micro_batches * each for each, ends in timing.busy)
 
 
-#: Rounds (of a micro-batch a rank) that are replayed whole, and of which the last step of growth is taken, by ranks:
-#: more ranks fill more slowly, but their rounds are longer too.
+#: (ranks up to, rounds, more rounds): both are replayed whole, and their difference is what a round adds. More ranks
+#: fill more slowly, but their rounds are longer too.
 LONGEST = ((4, 4, 6), (8, 3, 4), (1 << 30, 2, 3))
-REMEMBERED = 1 << 16
+CACHED_SPANS = 1 << 16
 LEAST_RANKS_OF_LEVELS = 8
-#: With so many virtual stages a round is long enough to tell from within what a round adds.
-DEEP = 4
+#: With this many virtual stages per rank the last round alone shows what a round adds.
+DEEP_VPP = 4
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHED_SPANS)
 def _span(
     schedule: str,
     micro_batches: int,
@@ -80,20 +78,20 @@ def _span(
     overlapped: bool,
 ) -> float:
     stages = len(forward) // vpp
-    if (wrong := problem(schedule, stages, micro_batches, vpp)) is not None:
+    if (wrong := schedule_problem(schedule, stages, micro_batches, vpp)) is not None:
         raise ValueError(wrong)
-    setting = _Setting.of(schedule, vpp, forward, backward, weight, transfer, overlapped)
-    schedule, seconds, between, busy = setting.schedule, setting.seconds, setting.between, setting.busy
+    timing = _StageTiming.of(schedule, vpp, forward, backward, weight, transfer, overlapped)
+    schedule, seconds, between, busy = timing.schedule, timing.seconds, timing.between, timing.busy
     if schedule == "gpipe":
         rest = micro_batches - 1
         return sum(seconds["F"]) + sum(seconds["B"]) + rest * (max(seconds["F"]) + max(seconds["B"])) + 2 * sum(between)
     length = _lengths(schedule, stages, micro_batches, vpp, seconds, between)
-    rounds = vpp > 1 and not TABLE[schedule].folded
-    size = micro_batches // max(1, micro_batches // stages) if rounds else stages
+    in_rounds = vpp > 1 and not TABLE[schedule].folded
+    size = micro_batches // max(1, micro_batches // stages) if in_rounds else stages
     before, last = next((low, high) for ranks, low, high in LONGEST if stages <= ranks)
     while micro_batches > last * size:
         (longest, round_), rest = length(last * size), micro_batches - last * size
-        deep = vpp >= DEEP and round_ > 0
+        deep = vpp >= DEEP_VPP and round_ > 0
         grows = round_ / size if deep else (longest - length(before * size)[0]) / ((last - before) * size)
         least = max(longest + rest * grows, *(ends + micro_batches * each for each, ends in busy))
         most = longest + rest * max(grows, *(each for each, _ in busy))
@@ -104,13 +102,14 @@ def _span(
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """A schedule with seconds of each kind of action by virtual stage, and of the transfers between them."""
+class _StageTiming:
+    """A schedule with seconds of each kind of action by virtual stage, and of the transfers `between` them; `ranks` is
+    the rank of each virtual stage."""
 
     schedule: str
     seconds: Mapping[str, Sequence[float]]
     between: tuple[float, ...]
-    home: tuple[int, ...]
+    ranks: tuple[int, ...]
 
     @staticmethod
     def of(
@@ -121,31 +120,31 @@ class _Setting:
         weight: Sequence[float] | None,
         transfer: float | Sequence[float],
         overlapped: bool,
-    ) -> _Setting:
+    ) -> _StageTiming:
         stages = len(forward) // vpp
-        schedule = in_effect(schedule, stages, vpp)
-        home = places(schedule, stages, vpp)
-        between = tuple(boundary_seconds(home, transfer))
+        schedule = effective_schedule(schedule, stages, vpp)
+        ranks = stage_ranks(schedule, stages, vpp)
+        between = boundary_seconds(ranks, transfer)
         seconds = action_seconds(forward, backward, weight, TABLE[schedule].splits)
-        if not overlapped:  # the sender's time: as if its work took longer
+        if not overlapped:  # a transfer takes the sender's time, as if its work took longer
             ahead, back = (*between, 0.0), (0.0, *between)
             seconds = {
                 kind: [own + sent for own, sent in zip(seconds[kind], more, strict=True)]
                 for kind, more in zip("FBIW", (ahead, back, back, [0.0] * len(ahead)), strict=True)
             }
             between = (0.0,) * len(between)
-        return _Setting(schedule, seconds, between, home)
+        return _StageTiming(schedule, seconds, between, ranks)
 
     @cached_property
     def busy(self) -> list[tuple[float, float]]:
-        """For each rank what it works for a micro-batch, and what goes before its first action and after its last
-        (where backwards are whole: weights' gradients may be what it ends with)."""
+        """For each rank its work per micro-batch, and the seconds before its first action and, if backwards are whole,
+        after its last (a split backward may end with weight gradients)."""
         splits, seconds = TABLE[self.schedule].splits, self.seconds
-        stages = max(self.home) + 1
+        stages = max(self.ranks) + 1
         each = [0.0] * stages
-        for stage, rank in enumerate(self.home):
+        for stage, rank in enumerate(self.ranks):
             each[rank] += seconds["F"][stage] + seconds["B"][stage]
-        back = [0.0] * len(self.home) if splits else seconds["B"]
+        back = [0.0] * len(self.ranks) if splits else seconds["B"]
         ways = zip(seconds["F"], back, self.between, strict=False)
         ends = accumulate((f + b + (t if splits else 2 * t) for f, b, t in ways), initial=0.0)
         return list(zip(each, list(ends)[:stages], strict=True))
@@ -159,7 +158,7 @@ def _lengths(
     seconds: Mapping[str, Sequence[float]],
     between: Sequence[float],
 ) -> Callable[[int], tuple[float, float]]:
-    """By micro-batches, the exact length and what its last full round added (0: unknown)."""
+    """A function from micro-batches to the exact length and what the last full round added (0: unknown)."""
     if schedule == "1f1b" and stages >= LEAST_RANKS_OF_LEVELS and micro_batches >= stages:
         levels = _Levels(seconds["F"], seconds["B"], between)
         return lambda count: (levels.seconds(count), 0.0)
@@ -168,11 +167,11 @@ def _lengths(
 
 
 class _Levels:
-    """1F1B's longest path, a level (a forward further) at a time for all ranks at once.
+    """1F1B's longest path, one level (one more forward) at a time for all ranks at once.
 
-    With c = F + B of a rank and t the transfer from the rank before, what a rank's forward starts is after
-    h[s] = c[s] + max(h[s - 1] + 2 t[s - 1], h[s], h[s + 1], ...): its own and all later ranks' backwards come down to
-    it freely. Warm-up and cool-down are sums of the slowest forward, or backward, so far.
+    With c = F + B of a rank and t the transfer from the rank before, level h of rank s follows from the one before:
+    h[s] = c[s] + max(h[s - 1] + 2 t[s - 1], h[s], h[s + 1], ...), since the backwards of later ranks reach it without a
+    further wait. Warm-up and cool-down are sums of the slowest forward, or backward, so far.
     """
 
     def __init__(self, forward: Sequence[float], backward: Sequence[float], between: Sequence[float]) -> None:
@@ -182,21 +181,21 @@ class _Levels:
         self.stages = len(forward)
         f, b, t = numpy.array(forward), numpy.array(backward), numpy.array((0.0, *between))
         later = numpy.arange(self.stages - 1, -1, -1)
-        reach = numpy.cumsum(f + b + 2 * t)  # to the end of a rank's forward, and of all backwards from it down
-        # ranks are kept in reverse, so that the running maximum runs over the later ones
+        reach = numpy.cumsum(f + b + 2 * t)  # forwards up to a rank, and the backwards from it back to the first
+        # ranks are in reverse order, so that the running maximum runs over the later ones
         start = (reach + later * numpy.maximum.accumulate(f))[::-1]
-        self.cost, self.climb = (f + b)[::-1].copy(), (2 * t)[::-1][:-1].copy()
+        self.cost, self.hop = (f + b)[::-1].copy(), (2 * t)[::-1][:-1].copy()
         self.cool = (later * numpy.maximum.accumulate(b))[::-1]
         self.level = start.copy()
         self.best = [numpy.maximum.accumulate(self.level)]
 
     def seconds(self, micro_batches: int) -> float:
-        numpy, level, cost, climb = self.numpy, self.level, self.cost, self.climb
-        climbed = numpy.empty(self.stages - 1)
+        numpy, level, cost, hop = self.numpy, self.level, self.cost, self.hop
+        arrival = numpy.empty(self.stages - 1)
         while len(self.best) < micro_batches:
-            numpy.add(level[1:], climb, out=climbed)
+            numpy.add(level[1:], hop, out=arrival)
             numpy.copyto(level, self.best[-1])
-            numpy.maximum(level[:-1], climbed, out=level[:-1])
+            numpy.maximum(level[:-1], arrival, out=level[:-1])
             numpy.add(level, cost, out=level)
             self.best.append(numpy.maximum.accumulate(level))
         last = self.best[micro_batches - self.stages : micro_batches]  # rank s is read off s levels after the first
@@ -205,21 +204,20 @@ class _Levels:
 
 @dataclass(frozen=True)
 class Program:
-    """Action lists of all ranks in one order in which each can be computed. A step is the forward or the (input's)
-    backward of a micro-batch, with the weights' gradients that follow it before the rank waits again: (rank, place in
-    the durations, the step it waits for or -1, over which boundary, which of `followers` come after)."""
+    """The actions of all ranks in one order in which each can be timed. A step is the forward or the (input's) backward
+    of a micro-batch, with the weight gradients that follow before the rank waits again: (rank, index into the
+    durations, the step it waits for or -1, over which boundary, index into `followers`)."""
 
     ranks: int
     columns: tuple[array[int], ...]  # of the steps: arrays, since a long pipeline has a hundred thousand
-    followers: tuple[tuple[int, ...], ...]  # virtual stages whose weights' gradients are computed
-
-    marks: tuple[tuple[int, int], ...]  # of each rank, a step of the full pipeline, and the same a round before
+    followers: tuple[tuple[int, ...], ...]  # virtual stages whose weight gradients follow a step
+    marks: tuple[tuple[int, int], ...]  # for each rank, a step of the full pipeline and the same one round before
 
     def seconds(
         self, durations: Sequence[float], weight: Sequence[float], between: Sequence[float]
     ) -> tuple[float, float]:
-        """(length, what the last round of the full pipeline added, 0 where there are too few to tell), with `durations`
-        of F, B and I by virtual stage, one kind after the other."""
+        """(length, what the last round of the full pipeline added: 0 with too few rounds). `durations` are of F, B and
+        I by virtual stage, one kind after the other."""
         clock = [0.0] * self.ranks
         done: list[float] = []
         add = done.append
@@ -246,17 +244,17 @@ class Program:
         return max(clock), max((done[late] - done[early] for late, early in self.marks), default=0.0)
 
 
-@lru_cache(maxsize=8)  # the lists of a long pipeline are large, and are asked for twice in a row
-def orders_of(schedule: str, stages: int, micro_batches: int, vpp: int) -> tuple[tuple[Action, ...], ...]:
+@lru_cache(maxsize=8)  # few: the lists of a long pipeline are large, and two callers follow each other
+def cached_actions(schedule: str, stages: int, micro_batches: int, vpp: int) -> tuple[tuple[Action, ...], ...]:
     return actions(schedule, stages, micro_batches, vpp)
 
 
 @lru_cache(maxsize=256)
 def _program(schedule: str, stages: int, micro_batches: int, vpp: int) -> Program:
-    orders, home = orders_of(schedule, stages, micro_batches, vpp), places(schedule, stages, vpp)
-    count, splits = len(home), TABLE[schedule].splits
-    away = [False, *(a != b for a, b in pairwise(home)), False]  # whether each boundary is between two ranks
-    # The number of the step of each pass: forwards by virtual stage and micro-batch, then backwards.
+    orders, ranks = cached_actions(schedule, stages, micro_batches, vpp), stage_ranks(schedule, stages, vpp)
+    count, splits = len(ranks), TABLE[schedule].splits
+    away = [False, *(a != b for a, b in pairwise(ranks)), False]  # whether each boundary is between two ranks
+    # The step of each pass: forwards by virtual stage and micro-batch, then backwards.
     half = count * micro_batches
     number = [-1] * (2 * half)
     steps: list[tuple[int, int, int, int, int]] = []
@@ -301,17 +299,8 @@ def _program(schedule: str, stages: int, micro_batches: int, vpp: int) -> Progra
 
 
 def replayed_seconds(
-    schedule: str,
-    micro_batches: int,
-    forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float],
-    transfer_seconds: float | Sequence[float] = 0.0,
-    *,
-    vpp: int = 1,
-    weight_seconds: Sequence[float] | None = None,
-    overlapped: bool = True,
+    schedule: str, micro_batches: int, forward_seconds: Sequence[float], *seconds: Any, vpp: int, **options: Any
 ) -> float:
     """`span_seconds`, by running every action."""
     orders = actions(schedule, len(forward_seconds) // vpp, micro_batches, vpp)
-    how = {"weight_seconds": weight_seconds, "overlapped": overlapped}
-    return replay(orders, forward_seconds, backward_seconds, transfer_seconds, **how).seconds  # type: ignore[arg-type]
+    return replay(orders, forward_seconds, *seconds, **options).seconds

@@ -1,4 +1,4 @@
-"""A pipeline's action lists replayed in time: the slow twin of `span`, and what pictures and traces are drawn from."""
+"""A pipeline's action lists replayed in time: the reference for `length`, and the source of pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meshwright.plan.pipeline.actions import Action
 
 @dataclass(frozen=True)
 class ActionSpan:
-    """An action with its place and time. `stage` is the virtual stage."""
+    """An action with its rank, virtual `stage` and time."""
 
     rank: int
     stage: int
@@ -22,7 +22,7 @@ class ActionSpan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A replayed schedule: its events in order of start, and its length from the first start to the last stop."""
+    """A replayed schedule: its events in order of start, and its length."""
 
     ranks: int
     events: tuple[ActionSpan, ...]
@@ -30,7 +30,7 @@ class Timeline:
 
     @property
     def busy_seconds(self) -> tuple[float, ...]:
-        """What each rank works."""
+        """Seconds that each rank works."""
         return tuple(sum(event.stop_seconds - event.start_seconds for event in row) for row in self.rows())
 
     @property
@@ -58,14 +58,14 @@ def replay(
     """Run the action lists of all ranks.
 
     Seconds are of one micro-batch through each virtual stage; `weight_seconds` is the part of the backward that
-    computes weights' gradients, needed where backwards are split. A forward waits for the stage before, a backward for
-    the stage after, each plus a transfer where that is another rank: `transfer_seconds` for all, or one for each
-    boundary between virtual stages. A transfer runs beside the work of both ranks, or, not `overlapped`, takes the
+    computes weight gradients, needed where backwards are split. A forward waits for the stage before and a backward for
+    the stage after, plus a transfer if that stage is on another rank: `transfer_seconds` is one figure, or one per
+    boundary between virtual stages. An `overlapped` transfer runs beside the work of both ranks; another takes the
     sender's time after its work.
 
-    Raises ValueError when the lists wait for each other for ever, or split backwards whose halves are not known.
+    Raises ValueError when the ranks wait for each other for ever, or a backward is split and `weight_seconds` is None.
     """
-    setting = Setting.of(orders, forward_seconds, backward_seconds, transfer_seconds, weight_seconds, overlapped)
+    timing = _ActionTiming.of(orders, forward_seconds, backward_seconds, transfer_seconds, weight_seconds, overlapped)
     done: dict[tuple[str, int, int], float] = {}
     clock = [0.0] * len(orders)
     position = [0] * len(orders)
@@ -76,12 +76,12 @@ def replay(
         for rank, order in enumerate(orders):
             while position[rank] < len(order):
                 action = order[position[rank]]
-                ready = setting.ready(action, done)
+                ready = timing.ready(action, done)
                 if ready is None:
                     break
                 start = max(clock[rank], ready)
-                stop = start + setting.seconds[action.kind][action.stage]
-                clock[rank] = stop + setting.sending[action.kind][action.stage]
+                stop = start + timing.seconds[action.kind][action.stage]
+                clock[rank] = stop + timing.sending[action.kind][action.stage]
                 done[
                     "F" if action.kind == "F" else "W" if action.kind == "W" else "B", action.stage, action.micro_batch
                 ] = clock[rank]
@@ -95,9 +95,9 @@ def replay(
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What an action takes and waits for. Rows by kind, an entry a virtual stage: `seconds` of work, `sending` what the
-    sender's time takes on top, `wait` how long after the neighbour's stop its result is here."""
+class _ActionTiming:
+    """Seconds by kind of action, one entry per virtual stage: `seconds` of work, of `sending` the result that takes the
+    rank's own time, and of `wait` from the end of the neighbour's action to the arrival of its result."""
 
     seconds: dict[str, Sequence[float]]
     sending: dict[str, Sequence[float]]
@@ -111,19 +111,19 @@ class Setting:
         transfer_seconds: float | Sequence[float],
         weight_seconds: Sequence[float] | None,
         overlapped: bool,
-    ) -> Setting:
+    ) -> _ActionTiming:
         count = len(forward_seconds)
-        home = dict.fromkeys(range(count), 0) | {a.stage: rank for rank, order in enumerate(orders) for a in order}
-        between = boundary_seconds([home[stage] for stage in range(count)], transfer_seconds)
+        ranks = dict.fromkeys(range(count), 0) | {a.stage: rank for rank, order in enumerate(orders) for a in order}
+        between = boundary_seconds([ranks[stage] for stage in range(count)], transfer_seconds)
         splits = any(action.kind == "W" for order in orders for action in order)
         seconds = action_seconds(forward_seconds, backward_seconds, weight_seconds, splits)
         ahead, back, none = (*between, 0.0), (0.0, *between), (0.0,) * count
         if overlapped:
-            return Setting(seconds, dict.fromkeys("FBIW", none), {"F": (0.0, *between), "B": (*between, 0.0)})
-        return Setting(seconds, {"F": ahead, "B": back, "I": back, "W": none}, {"F": none, "B": none})
+            return _ActionTiming(seconds, dict.fromkeys("FBIW", none), {"F": (0.0, *between), "B": (*between, 0.0)})
+        return _ActionTiming(seconds, {"F": ahead, "B": back, "I": back, "W": none}, {"F": none, "B": none})
 
     def ready(self, action: Action, done: dict[tuple[str, int, int], float]) -> float | None:
-        """When the input of an action is there; None while it is not known."""
+        """When the input of an action arrives; None while that is not known."""
         kind, micro_batch, stage = action
         if kind == "W":
             return done.get(("B", stage, micro_batch))
@@ -139,13 +139,13 @@ class Setting:
         return None if arrived is None else max(own, arrived + self.wait["B"][stage])
 
 
-def boundary_seconds(home: Sequence[int], transfer_seconds: float | Sequence[float]) -> tuple[float, ...]:
-    """The transfer over each boundary between virtual stages, nothing where both are on one rank (`home`)."""
-    count = len(home) - 1
-    given = [transfer_seconds] * count if isinstance(transfer_seconds, (int, float)) else list(transfer_seconds)
-    if len(given) != count:
-        raise ValueError(f"{len(given)} transfers for {count} boundaries between stages")
-    return tuple(0.0 if home[i] == home[i + 1] else float(given[i]) for i in range(count))
+def boundary_seconds(ranks: Sequence[int], transfer_seconds: float | Sequence[float]) -> tuple[float, ...]:
+    """The transfer over each boundary between virtual stages: zero where `ranks` has both on one rank."""
+    count = len(ranks) - 1
+    transfers = [transfer_seconds] * count if isinstance(transfer_seconds, (int, float)) else transfer_seconds
+    if len(transfers) != count:
+        raise ValueError(f"{len(transfers)} transfers for {count} boundaries between stages")
+    return tuple(0.0 if ranks[i] == ranks[i + 1] else float(transfers[i]) for i in range(count))
 
 
 def action_seconds(
@@ -154,13 +154,13 @@ def action_seconds(
     weight_seconds: Sequence[float] | None,
     splits: bool,
 ) -> dict[str, Sequence[float]]:
-    """Seconds by kind of action. Raises ValueError for rows of unequal length, or unknown halves."""
+    """Seconds by kind of action. Raises ValueError for rows of unequal length, or missing `weight_seconds`."""
     if weight_seconds is None:
         if splits:
-            raise ValueError("this schedule splits backwards: say weight_seconds")
+            raise ValueError("this schedule splits backwards: give weight_seconds")
         weight_seconds = [0.0] * len(backward_seconds)
     if not len(forward_seconds) == len(backward_seconds) == len(weight_seconds):
-        raise ValueError("forward, backward and weight seconds are not of equally many stages")
+        raise ValueError("forward, backward and weight seconds have different numbers of stages")
     inputs = [whole - weight for whole, weight in zip(backward_seconds, weight_seconds, strict=True)]
     if min(inputs, default=0.0) < 0:
         raise ValueError("weight_seconds is a part of backward_seconds and cannot be more")

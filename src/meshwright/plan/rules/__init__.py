@@ -1,4 +1,4 @@
-"""What a layout may not be: a table of rules, and what they are asked, of a model and of the framework that runs it."""
+"""Which layouts cannot work: a table of rules over a layout, a model and the framework that runs it."""
 
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
 from meshwright.plan.rules.query import LayoutQuery, ModelFacts, Refusal

@@ -1,7 +1,7 @@
 """How a framework runs a layout: what it keeps in which precision, what it overlaps, fuses and reduces, what it offers.
 
-Two frameworks that are told the same layout do different work. One row of `FRAMEWORKS` says what each does; the time
-and memory models read the row and nothing else. Sources: the frameworks' public documentation and code.
+Two frameworks do different work for the same layout. The time and memory models know a framework by its row of
+`FRAMEWORKS` alone. Sources: the frameworks' public documentation and code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ DIMENSIONS = ("dp", "shard", "tp", "pp", "vpp", "cp", "ep", "sequence_parallel")
 
 @dataclass(frozen=True)
 class Offers:
-    """What a framework can be asked for: Layout fields that may leave their default, schedules, recompute words.
+    """What a framework offers: Layout fields that may leave their default, schedules, recompute words.
 
-    `sequence_always`: tensor parallelism comes with sequence parallelism, or (`sequence_with_experts`) does where
-    experts are spread too. `shards_context`: weights are sharded over the context-parallel ranks at least.
+    `sequence_always`: tensor parallelism needs sequence parallelism; `sequence_with_experts`: only beside expert
+    parallelism. `shards_context`: weights are sharded over all context-parallel ranks, if at all.
     `spreads_optimizer`: the optimizer's state can be spread over the data-parallel ranks while weights are whole
-    (distributed optimizer, ZeRO 1), which a plan always asks for; weights too (Megatron's FSDP, ZeRO 3) are sharded
-    only over all data-parallel ranks at once and without a pipeline. `experts_in_shard`: experts are spread over ranks
-    that share the weights out, so shard is a multiple of ep. `tensor_in_pipeline`: tp and pp go together.
+    (distributed optimizer, ZeRO 1), which a plan always asks for; weights (Megatron's FSDP, ZeRO 3) are then sharded
+    only over all data-parallel ranks and without a pipeline. `experts_in_shard`: experts are spread over ranks that
+    shard weights, so shard is a multiple of ep. `tensor_in_pipeline`: tp and pp can be combined.
     """
 
     fields: frozenset[str]
@@ -40,15 +40,15 @@ class Offers:
 
 
 #: Two of torch's handles to cuBLAS (forward and backward threads) and one of Transformer Engine, 32 MiB each on
-#: devices since Hopper: what both ask for in their public code.
+#: devices since Hopper, as in their public code.
 _TE_WORKSPACE = 3 * 32 * 2**20
 _MEGATRON = Offers(
     frozenset(DIMENSIONS), ("1f1b", "interleaved"), offload=True, spreads_optimizer=True, sequence_with_experts=True
 )
 
 
-def kept_gathered(layout: Layout) -> bool:
-    """Whether a stage's weights stay gathered through the step: replicated ones do, and those of a pipeline."""
+def weights_stay_gathered(layout: Layout) -> bool:
+    """Whether weights stay gathered through the step, as replicated weights and those of a pipeline do."""
     return layout.shard == 1 or layout.pp > 1
 
 
@@ -59,58 +59,58 @@ class Framework:
     Bytes are per parameter; `gradient_wire_bytes` 0 means the compute precision's. `optimizer_shard` is "dp" where the
     optimizer's state is spread over the data-parallel ranks though the weights are whole (distributed optimizer, ZeRO
     1), else "none".
-    Shares are between 0 and 1: of communication that may run behind compute.
+    An `*_overlap` is the share, 0 to 1, of a communication that may run behind compute.
     `attention` is "flash" (FlashAttention 2), "best" (the device's own fused kernel) or "unfused" (scores are written).
-    `selective` is what recompute = selective drops: "attention" (the core of it), "block" (every other block) or
-    "operations" (everything but matrix products, every second of which is kept).
+    `selective` is what recompute = selective drops: "attention" (its core), "block" (every other block) or
+    "operations" (everything but matrix products, and every second product too).
     """
 
     name: str
     offers: Offers
     attention: str = "flash"
-    fused: str = "none"  # how far memory-bound operations are joined: "none", "kernels" (hand-written), "compiled"
+    fused: str = "none"  # memory-bound operations: "none", "kernels" (fused by hand), "compiled"
     fused_cross_entropy: bool = False
     gradient_wire_bytes: int = 0
-    accumulate_bytes: float = 6.0  # moved per parameter to add a micro-batch's gradients, apart from products
-    copy_bytes: float = 0.0  # moved per parameter each time that sharded weights are gathered, beside the wire
-    gradient_overlap: float = 0.0  # share of the reduction of gradients that may hide behind the last backward
-    gather_overlap: float = 0.0  # share of the gathering of weights that may hide behind compute
-    tensor_overlap: float = 0.0  # share of tensor-parallel collectives hidden behind the products beside them
-    context_overlap: float = 0.8  # share of passing keys and values on hidden behind attention
-    scatters_transfers: bool = False  # tensor ranks each send a part to the next stage, which gathers them
+    accumulate_bytes: float = 6.0  # moved per parameter to add a micro-batch's gradients, outside products
+    copy_bytes: float = 0.0  # copied per parameter each time that sharded weights are gathered
+    gradient_overlap: float = 0.0  # reduction of gradients behind the last backward
+    gather_overlap: float = 0.0  # gathering of weights behind compute
+    tensor_overlap: float = 0.0  # tensor-parallel collectives behind the products beside them
+    context_overlap: float = 0.8  # exchange of keys and values behind attention
+    scatters_transfers: bool = False  # each tensor rank sends a part to the next stage, which gathers the parts
     pipeline_overlap: bool = False  # transfers between stages run beside compute
     optimizer_shard: str = "none"
-    reads_ahead: bool = True  # processes of their own read the next batch while this one is computed
+    reads_ahead: bool = True  # other processes read the next batch during the step
     loss_scaling: bool = False  # fp16 runs check gradients for overflow and unscale them
     selective: str = "attention"
     activation_offload: bool = False
     head_balanced: bool = False  # stages are cut by cost (ours); else equal counts of layers
-    # what it holds in memory (plan/cost/memory.py)
-    holds: str = "masters"  # fp32 weights, sharded, and a passing copy; or "copies": whole, in the compute precision
-    gradient_bytes: int = 4  # of the buffer that "copies" gather gradients in; 0 means the compute precision's
-    reduces_each: bool = False  # sharded gradients are reduced after every micro-batch, so never whole
+    # memory (plan/cost/memory.py)
+    holds: str = "masters"  # sharded fp32 weights and a temporary copy; or "copies": whole, in the compute precision
+    gradient_bytes: int = 4  # of the gradient buffer of "copies"; 0 means the compute precision's
+    reduces_each: bool = False  # sharded gradients are reduced after every micro-batch, so they are never whole
     loss_rows: int = 0  # rows of logits that the loss turns into fp32 at a time (nn/loss.py); 0: see the card
-    batch_bytes: int = 0  # of a token of a rank's share of the batch, which each stage has: ids, positions, targets
+    batch_bytes: int = 0  # per token of the batch on each stage: ids, positions, targets
     buffers_each: bool = False  # a pipeline keeps a buffer for each micro-batch that it receives (torch's)
     dummy_gradients: bool = False  # Transformer Engine keeps an empty gradient of every shape of matrix
-    splits_experts: bool = True  # tensor parallelism splits experts too
+    splits_experts: bool = True  # by tensor parallelism too
     vocab_multiple: int = 1  # a vocabulary is padded to a multiple of this x tp
-    workspace_bytes: int = 0  # of the libraries that multiply matrices, inside the allocator
-    never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block that always keep
+    workspace_bytes: int = 0  # of the matrix libraries, inside the allocator
+    never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block
     assumed: tuple[str, ...] = field(default=())
 
     def reduces_in_blocks(self, layout: Layout) -> bool:
         """Whether each block's gradients are reduced as its backward ends, after every micro-batch."""
-        return self.reduces_each and not kept_gathered(layout)
+        return self.reduces_each and not weights_stay_gathered(layout)
 
     @property
     def planned(self) -> Framework:
-        """As a plan asks for it: with the optimizer's state spread where that can be."""
+        """As a plan uses it: with the optimizer's state spread where the framework offers that."""
         return replace(self, optimizer_shard="dp") if self.offers.spreads_optimizer else self
 
     def with_software(self, words: Mapping[str, object]) -> Framework:
-        """This framework with the options a case names: `compile`, `fused_cross_entropy`, `activation_offload`,
-        `async_tp`; a word that we do not know is listed under `assumed`."""
+        """This framework with the options of a case: `compile`, `fused_cross_entropy`, `activation_offload`,
+        `async_tp`; an unknown word is listed under `assumed`."""
         changes: dict[str, object] = {}
         assumed = list(self.assumed)
         for word, value in words.items():
@@ -123,7 +123,7 @@ class Framework:
             elif word == "async_tp":
                 changes["tensor_overlap"] = 0.6 if value else self.tensor_overlap
             else:
-                assumed.append(f"software.{word} is not a word we know: ignored")
+                assumed.append(f"software.{word} is unknown: ignored")
         return replace(self, **changes, assumed=tuple(assumed))  # type: ignore[arg-type]
 
 
@@ -136,7 +136,6 @@ _ROWS = (
         gradient_wire_bytes=4,
         gradient_overlap=0.8,
         gather_overlap=0.8,
-        selective="attention",
         head_balanced=True,
         never_recomputed=frozenset(),
         loss_rows=1024,
@@ -146,13 +145,11 @@ _ROWS = (
     Framework(
         name="megatron-lm",
         attention="best",  # Transformer Engine prefers cuDNN's from Hopper on
-        accumulate_bytes=0.0,  # fused into the product that gives them
+        accumulate_bytes=0.0,  # added by the product that computes them
         scatters_transfers=True,
         offers=_MEGATRON,
         fused="kernels",
         gradient_wire_bytes=4,
-        gradient_overlap=0.0,
-        optimizer_shard="none",
         loss_scaling=True,
         holds="copies",
         dummy_gradients=True,
@@ -172,7 +169,7 @@ _ROWS = (
     ),
     Framework(
         name="megatron-bridge",
-        accumulate_bytes=0.0,  # fused into the product that gives them
+        accumulate_bytes=0.0,  # added by the product that computes them
         scatters_transfers=True,
         offers=replace(_MEGATRON, sequence_always=True),
         attention="best",
@@ -231,7 +228,7 @@ _ROWS = (
     ),
     Framework(
         name="megascale",
-        accumulate_bytes=0.0,  # fused into the product that gives them
+        accumulate_bytes=0.0,  # added by the product that computes them
         scatters_transfers=True,
         offers=replace(_MEGATRON, sequence_always=True),
         fused="kernels",
@@ -249,14 +246,14 @@ _ROWS = (
     Framework(
         name="unknown",
         attention="best",
-        accumulate_bytes=0.0,  # fused into the product that gives them
+        accumulate_bytes=0.0,  # added by the product that computes them
         scatters_transfers=True,
         offers=_MEGATRON,
         fused="kernels",
         gradient_wire_bytes=4,
         gradient_overlap=0.5,
         gather_overlap=0.5,
-        assumed=("the framework is not known: conventions of Megatron-LM",),
+        assumed=("the framework is unknown: conventions of Megatron-LM",),
         holds="copies",
         dummy_gradients=True,
         vocab_multiple=128,

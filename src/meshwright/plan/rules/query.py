@@ -1,4 +1,4 @@
-"""What a layout is asked about: the facts of a model, the question itself, a refusal, and what schedules need."""
+"""What the rules read and return: the facts of a model, a query about a layout, a refusal; what schedules need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import FRAMEWORKS, Framework
 
-#: What a field of the Layout asks for, in words.
-ASKS_FOR = {
+#: Fields of the Layout in words.
+FIELD_WORDS = {
     "dp": "data parallel",
     "shard": "sharded data parallel",
     "tp": "tensor parallel",
@@ -32,9 +32,8 @@ TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules need to know of a model. `split_sizes`: axis that tensor parallelism splits -> the greatest
-    divisor that all its sizes share. `experts`: the greatest divisor of the counts of experts, 0 where there are none.
-    """
+    """What the rules need to know of a model. `split_sizes`: for each axis that tensor parallelism splits, the greatest
+    common divisor of its sizes. `experts`: the greatest common divisor of the blocks' counts of experts, 0 without."""
 
     blocks: int
     units_per_sample: int
@@ -63,31 +62,27 @@ class ModelFacts:
         return self.blocks if "pp" in self.splittable else 1
 
     def tensor_parallel_sizes(self, limit: int) -> list[int]:
-        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table."""
+        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table of axes."""
         if "tp" not in self.splittable:
             return [1]
         common = math.gcd(*self.split_sizes.values()) if self.split_sizes else 1
         return [d for d in divisors(common) if d <= limit]
 
     def context_parallel_sizes(self, limit: int) -> list[int]:
-        """Every cp up to `limit`: a causal sequence is cut into 2 cp equal pieces, an early and a late one a rank, so
-        that all have the same work."""
-        if not self.has_attention:
+        """Every cp up to `limit`: a causal sequence is cut into 2 cp equal pieces, an early and a late one per rank, so
+        that all ranks have the same work."""
+        if not self.has_attention or self.units_per_sample % 2:
             return [1]
-        return [1, *(d for d in divisors(self.units_per_sample // 2) if 1 < d <= limit)] if self._even else [1]
-
-    @property
-    def _even(self) -> bool:
-        return self.units_per_sample % 2 == 0
+        return [1, *(d for d in divisors(self.units_per_sample // 2) if 1 < d <= limit)]
 
     def expert_parallel_sizes(self) -> tuple[int, ...]:
-        """Every ep that divides the experts; [1] without."""
+        """Every ep that divides the experts; (1,) without experts."""
         return divisors(self.experts) if self.experts else (1,)
 
 
 @dataclass(frozen=True)
 class LayoutQuery:
-    """A layout asked about: for this model, on so many devices, with so many samples a step, under this framework."""
+    """Can this layout run this model on `devices` with `global_batch` samples per step, under this framework?"""
 
     layout: Layout
     facts: ModelFacts
@@ -96,15 +91,10 @@ class LayoutQuery:
     framework: Framework = FRAMEWORKS["meshwright"]
 
     def changed(self, change: Mapping[str, Any]) -> LayoutQuery:
-        """The same question with `change` applied: fields of the Layout, `devices` or `global_batch`."""
-        inner = {key: value for key, value in change.items() if key not in ("devices", "global_batch")}
-        return LayoutQuery(
-            replace(self.layout, **inner),
-            self.facts,
-            change.get("devices", self.devices),
-            change.get("global_batch", self.global_batch),
-            self.framework,
-        )
+        """This query with `change` applied: fields of the Layout, `devices` or `global_batch`."""
+        outer = {key: change[key] for key in ("devices", "global_batch") if key in change}
+        inner = {key: value for key, value in change.items() if key not in outer}
+        return replace(self, layout=replace(self.layout, **inner), **outer)
 
     def offers(self, name: str) -> bool:
         """Whether the framework lets this field of the Layout leave its default."""
@@ -112,7 +102,7 @@ class LayoutQuery:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a rank's step; 0 where the batch cannot be divided so."""
+        """Micro-batches per step on a rank; 0 where the batch cannot be divided like that."""
         dp, micro = self.layout.dp, self.layout.micro_batch
         if min(dp, micro, self.global_batch) < 1 or self.global_batch % (dp * micro):
             return 0
@@ -121,7 +111,7 @@ class LayoutQuery:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a layout cannot work; `change` is the nearest that satisfies this rule, `fields` what it is about."""
+    """Why a layout cannot work; `change` is the nearest that satisfies the rule, `fields` are those the rule reads."""
 
     rule: str
     reason: str
@@ -130,13 +120,13 @@ class Refusal:
 
     @property
     def nearest(self) -> str:
-        """The change in words of the job file: "layout.tp=2 layout.dp=1"."""
-        return "nearest: " + " ".join(f"{key_of(name)}={word(value)}" for name, value in self.change.items())
+        """The change in keys of the job file: "nearest: layout.tp=2 layout.dp=1"."""
+        return "nearest: " + " ".join(f"{job_key(name)}={job_value(value)}" for name, value in self.change.items())
 
 
 def fills_pipeline(layout: Layout, count: int, framework: Framework) -> bool:
-    """Whether `count` micro-batches are enough for the layout's schedule, and in whole rounds where it has rounds.
-    Under other pipelines than torch's 1F1B runs with any number."""
+    """Whether `count` micro-batches are enough for the layout's schedule, and whole rounds where it has rounds. In
+    pipelines other than torch's, 1F1B runs with any number."""
     if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:
         return True
     return count >= TABLE[layout.schedule].fill * layout.pp and not (in_rounds(layout) and count % layout.pp)
@@ -148,22 +138,22 @@ def in_rounds(layout: Layout) -> bool:
 
 
 def not_offered(framework: Framework) -> str:
-    """The end of a sentence about what a framework cannot be asked for."""
+    """The end of a sentence: "x is not offered by ..."."""
     if framework.name == "meshwright":
         return "not offered yet by meshwright; plan for another framework with --for megatron-lm"
     return f"not offered by {framework.name}"
 
 
-def key_of(name: str) -> str:
-    """Where a field stands in the job file."""
+def job_key(name: str) -> str:
+    """The job file's key of a field."""
     return {"devices": "cluster.devices", "global_batch": "train.global_batch"}.get(name, f"layout.{name}")
 
 
-def word(value: Any) -> str:
+def job_value(value: Any) -> str:
     """A value as the job file writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def nearest_of(value: int, candidates: Sequence[int]) -> int:
+def nearest_by_ratio(value: int, candidates: Sequence[int]) -> int:
     """The candidate nearest to `value` by ratio; the smaller of two equally near."""
     return min(candidates, key=lambda c: (abs(math.log(c / max(value, 0.5))), c))

@@ -1,4 +1,4 @@
-"""What a Layout may not be: one table of rules, each with its reason and the nearest change that satisfies it."""
+"""The rules that a Layout must satisfy. A refusal says why, and the nearest change that satisfies the rule."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import DIMENSIONS
 from meshwright.plan.rules.query import (
-    ASKS_FOR,
+    FIELD_WORDS,
     TORCH_PIPELINES,
     LayoutQuery,
     Refusal,
     fills_pipeline,
     in_rounds,
-    nearest_of,
+    job_value,
+    nearest_by_ratio,
     not_offered,
-    word,
 )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table: `says` is the rule as a sentence, `check` finds what breaks it."""
+    """One row of the table: `says` is the rule as a sentence; `check` returns a refusal if the layout breaks it."""
 
     name: str
     says: str
     check: Callable[[LayoutQuery], Refusal | None]
 
 
-def refusals(question: LayoutQuery) -> tuple[Refusal, ...]:
-    """Every rule that the layout breaks, in the table's order; empty when it can work."""
-    return tuple(found for rule in RULES if (found := rule.check(question)) is not None)
+def refusals(query: LayoutQuery) -> tuple[Refusal, ...]:
+    """The refusals of every rule that the layout breaks, in the table's order; empty when it can work."""
+    return tuple(refusal for rule in RULES if (refusal := rule.check(query)) is not None)
 
 
-def allowed(question: LayoutQuery) -> bool:
+def allowed(query: LayoutQuery) -> bool:
     """Whether no rule refuses the layout."""
-    return all(rule.check(question) is None for rule in RULES)
+    return all(rule.check(query) is None for rule in RULES)
 
 
 def _positive(q: LayoutQuery) -> Refusal | None:
@@ -50,30 +50,27 @@ def _positive(q: LayoutQuery) -> Refusal | None:
 
 
 def _offered(name: str) -> Callable[[LayoutQuery], Refusal | None]:
-    """A rule that holds `name` at its default where the framework does not offer it."""
+    """A rule that `name` has its default where the framework does not offer it."""
     default = Layout.__dataclass_fields__[name].default
 
     def check(q: LayoutQuery) -> Refusal | None:
-        asked = getattr(q.layout, name)
-        if asked == default or (q.framework.offers.offload if name == "offload" else q.offers(name)):
+        value = getattr(q.layout, name)
+        if value == default or (q.framework.offers.offload if name == "offload" else q.offers(name)):
             return None
-        if isinstance(asked, int) and asked < 1 and not isinstance(asked, bool):
+        if not isinstance(value, bool) and value < 1:
             return None
-        reason = f"{name}={word(asked)}: {ASKS_FOR[name]} is {not_offered(q.framework)}"
+        reason = f"{name}={job_value(value)}: {FIELD_WORDS[name]} is {not_offered(q.framework)}"
         return Refusal(f"offers_{name}", reason, {name: default}, (name,))
 
     return check
 
 
 def _schedule(q: LayoutQuery) -> Refusal | None:
-    offered, asked = q.framework.offers.schedules, q.layout.schedule
-    if asked in offered or (asked == "1f1b" and q.layout.pp <= 1):  # the default; without a pipeline it says nothing
+    offered, schedule = q.framework.offers.schedules, q.layout.schedule
+    if schedule in offered or (schedule == "1f1b" and q.layout.pp <= 1):  # the default; unused without a pipeline
         return None
-    known = f"there are {', '.join(offered)}" if offered else "it has no pipeline"
-    if asked in TABLE:
-        reason = f"schedule '{asked}' is {not_offered(q.framework)}; {known}"
-    else:
-        reason = f"schedule '{asked}' is unknown; {known}"
+    choices = f"there are {', '.join(offered)}" if offered else "it has no pipeline"
+    reason = f"schedule '{schedule}' is {not_offered(q.framework) if schedule in TABLE else 'unknown'}; {choices}"
     change: dict[str, Any] = {"schedule": "1f1b" if q.layout.pp <= 1 or "1f1b" in offered else (*offered, "1f1b")[0]}
     if not offered:
         change["pp"] = 1
@@ -82,8 +79,8 @@ def _schedule(q: LayoutQuery) -> Refusal | None:
 
 def _virtual(q: LayoutQuery) -> Refusal | None:
     """vpp and the schedule must agree, and virtual stages need a pipeline."""
-    layout, needs = q.layout, TABLE.get(q.layout.schedule)
-    if needs is None or layout.vpp < 1 or layout.pp < 1 or (layout.vpp > 1 and not q.offers("vpp")):
+    layout, row = q.layout, TABLE.get(q.layout.schedule)
+    if row is None or layout.vpp < 1 or layout.pp < 1 or (layout.vpp > 1 and not q.offers("vpp")):
         return None
     if layout.pp > 1 and layout.schedule not in q.framework.offers.schedules:
         return None
@@ -92,21 +89,19 @@ def _virtual(q: LayoutQuery) -> Refusal | None:
             return None
         reason = f"vpp={layout.vpp} cuts each stage of a pipeline, and pp is 1"
         return Refusal("virtual_stages", reason, {"vpp": 1}, ("vpp", "pp"))
-    if needs.least_vpp <= layout.vpp <= needs.most_vpp:
+    if row.least_vpp <= layout.vpp <= row.most_vpp:
         return None
-    if needs.most_vpp > 2:
-        reason = f"schedule '{layout.schedule}' needs vpp of 2 or more, not {layout.vpp}"
-    else:
-        reason = f"schedule '{layout.schedule}' has vpp={needs.most_vpp}, not {layout.vpp}"
-    change: dict[str, Any] = {"vpp": needs.least_vpp}
-    if layout.vpp > 1 and "interleaved" in q.framework.offers.schedules and needs.most_vpp == 1:
+    wants = "needs vpp of 2 or more" if row.most_vpp > 2 else f"has vpp={row.most_vpp}"
+    reason = f"schedule '{layout.schedule}' {wants}, not {layout.vpp}"
+    change: dict[str, Any] = {"vpp": row.least_vpp}
+    if layout.vpp > 1 and "interleaved" in q.framework.offers.schedules and row.most_vpp == 1:
         change = {"schedule": "interleaved"}
     return Refusal("virtual_stages", reason, change, ("vpp", "schedule"))
 
 
 def _split_backward(q: LayoutQuery) -> Refusal | None:
     """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
-    parallelism (measured with torch 2.13: losses part in the first steps, no error is raised)."""
+    parallelism (measured with torch 2.13: losses differ from the first steps on, without an error)."""
     layout, needs = q.layout, TABLE.get(q.layout.schedule)
     if needs is None or not needs.splits or layout.pp <= 1 or q.framework.name not in TORCH_PIPELINES:
         return None
@@ -122,16 +117,16 @@ def _split_backward(q: LayoutQuery) -> Refusal | None:
 
 def _recompute(q: LayoutQuery) -> Refusal | None:
     offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
-    asked = q.layout.recompute
-    if asked in offered:
+    recompute = q.layout.recompute
+    if recompute in offered:
         return None
     most = offered[-1] if offered else "none"
-    if asked not in RECOMPUTE:
-        reason = f"recompute '{asked}' is unknown; there are {', '.join(RECOMPUTE)}"
-    elif asked == "selective" and not q.facts.has_attention:
+    if recompute not in RECOMPUTE:
+        reason = f"recompute '{recompute}' is unknown; there are {', '.join(RECOMPUTE)}"
+    elif recompute == "selective" and not q.facts.has_attention:
         reason = "selective recompute drops what attention keeps, and this model has no attention"
     else:
-        reason = f"recompute={asked} is {not_offered(q.framework)}; there are {', '.join(offered)}"
+        reason = f"recompute={recompute} is {not_offered(q.framework)}; there are {', '.join(offered)}"
     return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
 
 
@@ -144,7 +139,7 @@ def _context(q: LayoutQuery) -> Refusal | None:
         return Refusal("context", reason, {"cp": 1}, ("cp",))
     if length % (2 * layout.cp) == 0:
         return None
-    near = nearest_of(layout.cp, q.facts.context_parallel_sizes(layout.cp))
+    near = nearest_by_ratio(layout.cp, q.facts.context_parallel_sizes(layout.cp))
     reason = f"cp={layout.cp} cuts a sequence into {2 * layout.cp} equal pieces, and it has {length} tokens"
     return Refusal("context", reason, {"cp": near}, ("cp",))
 
@@ -161,11 +156,11 @@ def _experts(q: LayoutQuery) -> Refusal | None:
         return None
     what = f"{q.facts.experts} experts" if data % layout.ep == 0 else f"dp x cp = {data}"
     reason = f"ep={layout.ep} does not divide {what}"
-    return Refusal("experts", reason, {"ep": nearest_of(layout.ep, sizes)}, ("ep", "dp"))
+    return Refusal("experts", reason, {"ep": nearest_by_ratio(layout.ep, sizes)}, ("ep", "dp"))
 
 
 def _sharded_experts(q: LayoutQuery) -> Refusal | None:
-    """Frameworks that spread experts over the ranks which share out the weights."""
+    """Some frameworks spread experts over the ranks that shard weights."""
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if not q.framework.offers.experts_in_shard or layout.ep <= 1 or data < 1 or data % layout.ep or layout.shard < 1:
         return None
@@ -174,7 +169,7 @@ def _sharded_experts(q: LayoutQuery) -> Refusal | None:
     context = layout.cp if q.framework.offers.shards_context else 1
     sizes = [d for d in divisors(data) if d % layout.ep == 0 and d % context == 0]
     reason = f"shard={layout.shard}: {q.framework.name} spreads ep={layout.ep} experts over ranks that shard weights"
-    return Refusal("sharded_experts", reason, {"shard": nearest_of(layout.shard, sizes)}, ("shard", "ep"))
+    return Refusal("sharded_experts", reason, {"shard": nearest_by_ratio(layout.shard, sizes)}, ("shard", "ep"))
 
 
 def _tensor_pipeline(q: LayoutQuery) -> Refusal | None:
@@ -198,7 +193,7 @@ def _devices(q: LayoutQuery) -> Refusal | None:
 
 
 def _nearest_degrees(q: LayoutQuery) -> dict[str, int]:
-    """Degrees with the right product: fewest changed, then nearest, among those that the model can be split by."""
+    """The degrees with the right product that the model can be split by: fewest changed, then nearest."""
     layout, offers = q.layout, q.offers
     best: tuple[float, ...] | None = None
     contexts = q.facts.context_parallel_sizes(q.devices) if offers("cp") else [1]
@@ -222,7 +217,7 @@ def _shard(q: LayoutQuery) -> Refusal | None:
     context = layout.cp if q.framework.offers.shards_context and layout.cp > 1 else 1
     if data % layout.shard == 0 and layout.shard % context == 0:
         return None
-    near = nearest_of(layout.shard, [d for d in divisors(data) if d % context == 0])
+    near = nearest_by_ratio(layout.shard, [d for d in divisors(data) if d % context == 0])
     reason = f"shard={layout.shard} does not divide dp x cp = {data}"
     if data % layout.shard == 0:
         reason = f"shard={layout.shard}: {q.framework.name} shards weights over all cp={layout.cp} ranks at least"
@@ -230,14 +225,14 @@ def _shard(q: LayoutQuery) -> Refusal | None:
 
 
 def _weights(q: LayoutQuery) -> Refusal | None:
-    """Frameworks that shard the optimizer shard weights only over all data-parallel ranks, and not in a pipeline."""
+    """Some frameworks shard weights only over all data-parallel ranks and without a pipeline (`spreads_optimizer`)."""
     layout, data = q.layout, q.layout.dp * q.layout.cp
     if not q.framework.offers.spreads_optimizer or layout.shard <= 1 or data < 1 or data % layout.shard:
         return None
     if layout.pp <= 1 and layout.shard == data:
         return None
     where = "in a pipeline" if layout.pp > 1 else f"over part of dp x cp = {data}"
-    reason = f"shard={layout.shard}: {q.framework.name} shards weights not {where}; its optimizer is sharded anyway"
+    reason = f"shard={layout.shard}: {q.framework.name} cannot shard weights {where}; it shards its optimizer anyway"
     return Refusal("weights", reason, {"shard": 1}, ("shard", "pp"))
 
 
@@ -251,7 +246,7 @@ def _tensor(q: LayoutQuery) -> Refusal | None:
     wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.split_sizes.items()) if size % tp]
     if not wrong:
         return None
-    near = nearest_of(tp, q.facts.tensor_parallel_sizes(tp))
+    near = nearest_by_ratio(tp, q.facts.tensor_parallel_sizes(tp))
     return Refusal("tp", f"tp={tp} does not divide {', '.join(wrong)}", {"tp": near}, ("tp",))
 
 
@@ -316,7 +311,7 @@ def _batch(q: LayoutQuery) -> Refusal | None:
     if batch % (dp * micro) == 0:
         return None
     if batch % dp == 0:
-        change = {"micro_batch": nearest_of(micro, divisors(batch // dp))}
+        change = {"micro_batch": nearest_by_ratio(micro, divisors(batch // dp))}
     else:
         change = {"global_batch": max(1, round(batch / (dp * micro))) * dp * micro}
     reason = f"global_batch={batch} is not a multiple of dp x micro_batch = {dp} x {micro}"
@@ -324,7 +319,7 @@ def _batch(q: LayoutQuery) -> Refusal | None:
 
 
 def _micro_batches(q: LayoutQuery) -> Refusal | None:
-    """A schedule starts with a micro-batch on each stage, or more; an interleaved one runs whole rounds of them."""
+    """A schedule needs a micro-batch or more per stage; an interleaved one, whole rounds of micro-batches."""
     layout, count = q.layout, q.micro_batches
     if layout.pp <= 1 or not count or layout.schedule not in TABLE or fills_pipeline(layout, count, q.framework):
         return None
@@ -332,7 +327,7 @@ def _micro_batches(q: LayoutQuery) -> Refusal | None:
     counts = [share // micro for micro in divisors(share)]
     good = [n for n in counts if fills_pipeline(layout, n, q.framework)]
     if good:
-        change: dict[str, Any] = {"micro_batch": share // nearest_of(count, good)}
+        change: dict[str, Any] = {"micro_batch": share // nearest_by_ratio(count, good)}
     elif "gpipe" in q.framework.offers.schedules:
         change = {"schedule": "gpipe", "vpp": 1}
     elif "1f1b" in q.framework.offers.schedules and q.framework.name not in TORCH_PIPELINES:
@@ -340,18 +335,14 @@ def _micro_batches(q: LayoutQuery) -> Refusal | None:
     else:
         change = {"pp": 1, "vpp": 1}
     change = {name: value for name, value in change.items() if getattr(layout, name) != value}
-    asks = f"{layout.schedule} over pp={layout.pp} stages needs"
-    if in_rounds(layout) and count >= layout.pp:
-        reason = f"{asks} a multiple of {layout.pp} micro-batches, and a step has {count}"
-    elif TABLE[layout.schedule].fill > 1:
-        reason = f"{asks} {TABLE[layout.schedule].fill * layout.pp} micro-batches, and a step has {count}"
-    else:
-        reason = f"{asks} as many micro-batches, and a step has {count}"
+    whole_rounds = in_rounds(layout) and count >= layout.pp
+    needs = f"a multiple of {layout.pp}" if whole_rounds else TABLE[layout.schedule].fill * layout.pp
+    reason = f"{layout.schedule} over pp={layout.pp} stages needs {needs} micro-batches, and a step has {count}"
     return Refusal("micro_batches", reason, change, ("schedule", "pp", "micro_batch"))
 
 
 def _buffers(q: LayoutQuery) -> Refusal | None:
-    """Statistics of a batch would be of a part of it; no layout that parts the batch computes what one device does."""
+    """Layouts that split the batch would give each part its own statistics, unlike one device."""
     if not q.facts.stateful_buffers:
         return None
     layout, names = q.layout, ", ".join(q.facts.stateful_buffers[:3])
@@ -372,25 +363,25 @@ def _buffers(q: LayoutQuery) -> Refusal | None:
 RULES: tuple[Rule, ...] = (
     Rule("positive", "every degree is 1 or more", _positive),
     *(
-        Rule(f"offers_{name}", f"{ASKS_FOR[name]}: where the framework offers it", _offered(name))
+        Rule(f"offers_{name}", f"{FIELD_WORDS[name]}: where the framework offers it", _offered(name))
         for name in DIMENSIONS
     ),
     Rule("offers_offload", "optimizer state in host memory: where the framework offers it", _offered("offload")),
     Rule("schedule", "a schedule that the framework offers", _schedule),
     Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
-    Rule("shard", "shard divides dp x cp, and has all of cp where the framework has it so", _shard),
-    Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework has it so", _weights),
+    Rule("shard", "shard divides dp x cp, and spans cp where the framework needs it", _shard),
+    Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework needs it", _weights),
     Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
     Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
     Rule("experts", "ep divides the experts and dp x cp", _experts),
-    Rule("sharded_experts", "shard is a multiple of ep, where the framework has it so", _sharded_experts),
+    Rule("sharded_experts", "shard is a multiple of ep, where the framework needs it", _sharded_experts),
     Rule("tensor_pipeline", "tp in a pipeline: where the framework offers it", _tensor_pipeline),
-    Rule("pp", "a stage has a block or more, and the model names its blocks", _pipeline),
+    Rule("pp", "a stage has one block or more, and the model names its blocks", _pipeline),
     Rule("virtual_stages", "vpp > 1 needs a pipeline and a schedule of virtual stages", _virtual),
     Rule("split_backward", "no split backward pass over wrapped blocks in torch's pipeline", _split_backward),
     Rule("global_batch", "global_batch is a multiple of dp x micro_batch", _batch),
-    Rule("micro_batches", "a schedule has the micro-batches that it needs", _micro_batches),
+    Rule("micro_batches", "the schedule has as many micro-batches as it needs", _micro_batches),
     Rule("stateful_buffers", "buffers that training changes need the whole batch in one place", _buffers),
 )

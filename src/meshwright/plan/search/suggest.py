@@ -13,7 +13,7 @@ from meshwright.layout import Layout
 from meshwright.plan.cost import Estimator, usable_bytes
 from meshwright.plan.request import PlanRequest
 from meshwright.plan.rules import Refusal, refusals
-from meshwright.plan.rules.query import key_of, nearest_of, word
+from meshwright.plan.rules.query import job_key, job_value, nearest_by_ratio
 from meshwright.plan.search.space import (
     NARROW,
     USUAL,
@@ -84,7 +84,7 @@ def _candidates(space: Space) -> Iterator[Layout]:
     for base in base_layouts(free):
         micro = base.micro_batch
         if isinstance(pins.get("micro_batch"), int):
-            micro = nearest_of(pins["micro_batch"], micro_batch_sizes(free, base))
+            micro = nearest_by_ratio(pins["micro_batch"], micro_batch_sizes(free, base))
         yield replace(base, recompute=recompute, offload=offload, micro_batch=micro)
 
 
@@ -107,7 +107,7 @@ def why_no_layout(space: Space, request: PlanRequest, estimator: Estimator, sugg
         alone = replace(space, pins={name: value})
         if not _has_layout(alone):
             reasons = _reasons(alone)
-            problems.append((request.where(key_of(name)), "; ".join(reasons)))
+            problems.append((request.where(job_key(name)), "; ".join(reasons)))
             alone_reasons |= set(reasons)
     conflicts = _conflicts(space, alone_reasons)
     if not problems or conflicts:
@@ -127,7 +127,7 @@ def _nearest(space: Space, estimator: Estimator) -> str:
 
 
 def pin_words(layout: Layout, names: Iterable[str]) -> str:
-    return " ".join(f"{key_of(name)}={word(getattr(layout, name))}" for name in names)
+    return " ".join(f"{job_key(name)}={job_value(getattr(layout, name))}" for name in names)
 
 
 def _conflicts(space: Space, alone_reasons: set[str]) -> dict[str, set[str]]:
@@ -140,7 +140,7 @@ def _places(request: PlanRequest, names: list[str]) -> str:
     """Where pins were written: "job.toml:7: layout.tp, command line: layout.dp, layout.pp"."""
     by_place: dict[str, list[str]] = {}
     for name in names:
-        place, _, key = request.where(key_of(name)).rpartition(": ")
+        place, _, key = request.where(job_key(name)).rpartition(": ")
         by_place.setdefault(place, []).append(key)
     return ", ".join((f"{place}: " if place else "") + ", ".join(keys) for place, keys in by_place.items())
 
