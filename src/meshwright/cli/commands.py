@@ -151,7 +151,7 @@ def _plan_exact(options: argparse.Namespace, given: dict[str, Any]) -> None:
     if options.json:
         return _print_json(result.as_dict())
     from meshwright.report import terminal
-    from meshwright.report.exact import exact_lines
+    from meshwright.report.lines import exact_lines
 
     terminal.show_plan(result.plan, _console())
     for line in exact_lines(result.exact.as_dict()):
@@ -162,7 +162,7 @@ def _advise(options: argparse.Namespace) -> None:
     result = verbs.advice(options.job, options.overrides, experience=options.advice)
     if options.json:
         return _print_json(result.as_dict())
-    from meshwright.report.outlook import advice_lines
+    from meshwright.report.lines import advice_lines
 
     for line in advice_lines(result):
         print(line)
