@@ -29,11 +29,8 @@ def open_regular(path: Path, *, follow_links: bool = False) -> int:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        what = (
-            "it is a link, which a checkpoint never has"
-            if path.is_symlink()
-            else f"cannot be read: {error.strerror or type(error).__name__}"
-        )
+        reason = error.strerror or type(error).__name__
+        what = "it is a link, which a checkpoint never has" if path.is_symlink() else f"cannot be read: {reason}"
         raise InputError(Problem(str(path), what)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""The top floor: a file a verb, the same function from Python and from the command line. Each joins the parts by name.
+"""The verbs, one file each: the same functions from Python and from the command line.
 
 A function takes a Job, or the path of a job file and overrides, and returns its result; nothing is printed here.
-Packages are imported inside the functions: `plan` of a family needs no torch, and `new` needs nothing.
+Packages are imported inside the functions, so that a verb loads only what it needs: `plan` of a family has no torch.
 """
 
 from meshwright.verbs.advice import advice
