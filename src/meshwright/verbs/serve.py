@@ -14,10 +14,10 @@ def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[st
     Settings that are left open are planned for this machine; `say` gets a one-line summary of the plan. Raises
     CannotWork for a model that does not fit, before weights are read.
     """
-    from meshwright import serve as server
     from meshwright.engine.folder import find_model
     from meshwright.job import read_serve
     from meshwright.run import RunFolder
+    from meshwright.serve import server
 
     settings = read_serve(overrides, RunFolder(model).job)
     folder = find_model(Path(model))
