@@ -41,7 +41,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A job of `model` whose layout is pinned, on `named` devices (None: CPU processes)."""
 
     model: Mapping[str, Any]
@@ -64,7 +64,7 @@ class Case:
         return Job(model=dict(self.model), data=task, train=train, cluster=cluster, layout=self.layout.as_dict())
 
 
-def small_cases() -> Iterator[Case]:
+def small_cases() -> Iterator[MemoryCase]:
     for precision in ("fp32", "bf16"):
         for recompute in RECOMPUTE:
             for base in (
@@ -78,23 +78,23 @@ def small_cases() -> Iterator[Case]:
                 Layout(pp=2, schedule="gpipe", micro_batch=2),
                 Layout(pp=2, schedule="1f1b", micro_batch=1),
             ):
-                yield Case(LLAMA, dataclasses.replace(base, recompute=recompute), precision)
-        yield Case(TIED, Layout(dp=2, shard=2, micro_batch=2), precision)
-        yield Case(TIED, Layout(pp=2, micro_batch=2), precision)
+                yield MemoryCase(LLAMA, dataclasses.replace(base, recompute=recompute), precision)
+        yield MemoryCase(TIED, Layout(dp=2, shard=2, micro_batch=2), precision)
+        yield MemoryCase(TIED, Layout(pp=2, micro_batch=2), precision)
     for layout in (Layout(micro_batch=32), Layout(dp=2, shard=2, micro_batch=16), Layout(pp=2, micro_batch=8)):
-        yield Case(DIGITS, layout, "fp32", batch=64)
+        yield MemoryCase(DIGITS, layout, "fp32", batch=64)
 
 
-def gpu_cases() -> Iterator[Case]:
+def gpu_cases() -> Iterator[MemoryCase]:
     for layers, hidden, micro in ((8, 1024, 4), (12, 1536, 2), (16, 2048, 1)):
         for precision in ("fp32", "bf16"):
             for recompute in RECOMPUTE:
                 shape = {"layers": layers, "hidden": hidden, "heads": hidden // 64, "kv_heads": hidden // 128}
                 model = {"family": "llama", **shape, "ffn": 4 * hidden, "vocab": 32000}
-                yield Case(model, Layout(micro_batch=micro, recompute=recompute), precision, seq_len=1024)
+                yield MemoryCase(model, Layout(micro_batch=micro, recompute=recompute), precision, seq_len=1024)
 
 
-def large_cases() -> Iterator[Case]:
+def large_cases() -> Iterator[MemoryCase]:
     for layout, batch in (
         (Layout(dp=8, shard=8, micro_batch=1, recompute="full"), 64),
         (Layout(dp=64, shard=64, micro_batch=1, recompute="selective"), 128),
@@ -104,7 +104,7 @@ def large_cases() -> Iterator[Case]:
         (Layout(dp=32, shard=32, tp=8, pp=4, sequence_parallel=True, micro_batch=1), 1024),
         (Layout(dp=32, shard=32, tp=8, pp=4, sequence_parallel=True, micro_batch=1, schedule="gpipe"), 256),
     ):
-        yield Case(LLAMA_8B, layout, "bf16", batch=batch, seq_len=4096, named="h100-sxm-80gb")
+        yield MemoryCase(LLAMA_8B, layout, "bf16", batch=batch, seq_len=4096, named="h100-sxm-80gb")
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
         _summary(rows)
 
 
-def _large_rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def _large_rows(cases: Sequence[MemoryCase]) -> Iterator[dict[str, Any]]:
     for case in cases:
         choice = verbs.plan(case.job).chosen
         begin = _children_seconds()
@@ -142,7 +142,7 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def _rows(cases: Sequence[MemoryCase]) -> Iterator[dict[str, Any]]:
     """Rows of cases with the same number of devices. All cases are run in one set of processes, then rehearsed."""
     choices = [verbs.plan(case.job).chosen for case in cases]
     kind = verbs.cluster_of_job(cases[0].job).device.kind
@@ -179,7 +179,7 @@ def rehearse_all(payload: Mapping[str, Any], context: Context) -> list[list[dict
     return [work.rehearse(case, context) for case in payload["cases"]]
 
 
-def _row(case: Case, peaks: Sequence[Peak], formulas: Sequence[int]) -> dict[str, Any]:
+def _row(case: MemoryCase, peaks: Sequence[Peak], formulas: Sequence[int]) -> dict[str, Any]:
     """The largest figures over the ranks, in bytes."""
     worst = max(peaks, key=lambda peak: peak.total)
     figures = {"formula": max(formulas), "rehearsed": worst.total, "ranks": len(peaks)}

@@ -60,8 +60,8 @@ def read_token(path: Path) -> str:
 
 
 class Access:
-    """The token in a file. Raises InputError unless only its owner can read it and the token is long enough."""
-    only, requests that a page of another site may have made are refused.
+    """The rules of one server. With a token every request but health needs it. Without one, which only loopback allows,
+    requests that a page of another site may have made are refused.
     """
 
     def __init__(self, host: str, token: str | None) -> None:
