@@ -35,24 +35,24 @@ class FixedStages(Estimator):
         return self.first_blocks
 
 
-def estimate(card: Card, one: MeasuredRun, batch: int, profile: Profile) -> Estimate:
+def estimate(card: Card, run: MeasuredRun, batch: int, profile: Profile) -> Estimate:
     """The prediction of a measured run."""
-    layout = Layout(**one["layout"])
-    estimator = FixedStages(Workload(card, cpu_cluster(layout.devices), batch, one["precision"]), profile)
+    layout = Layout(**run["layout"])
+    estimator = FixedStages(Workload(card, cpu_cluster(layout.devices), batch, run["precision"]), profile)
     names = [block.name for block in card.blocks]
-    estimator.first_blocks = tuple(names.index(stage[0]) for stage in one["stages"])
+    estimator.first_blocks = tuple(names.index(stage[0]) for stage in run["stages"])
     return estimator.estimate(layout, exact=True)
 
 
-def median_seconds(one: MeasuredRun) -> float:
+def median_seconds(run: MeasuredRun) -> float:
     """The run's step: the median of its rounds' medians."""
-    return statistics.median(statistics.median(seconds) for seconds in one["rounds"])
+    return statistics.median(statistics.median(seconds) for seconds in run["rounds"])
 
 
-def noise(one: MeasuredRun) -> float:
+def noise(run: MeasuredRun) -> float:
     """Mean relative distance of the rounds from their median."""
-    middle = median_seconds(one)
-    return statistics.fmean(abs(statistics.median(seconds) / middle - 1) for seconds in one["rounds"])
+    middle = median_seconds(run)
+    return statistics.fmean(abs(statistics.median(seconds) / middle - 1) for seconds in run["rounds"])
 
 
 def table(
@@ -65,18 +65,18 @@ def table(
     summary, logs = [], []
     for model, runs in measured.items():
         card, profile = card_of(model), profiles[model]
-        guesses = [estimate(card, one, MODELS[model][2], profile).step_seconds for one in runs]
-        seconds = [median_seconds(one) for one in runs]
+        guesses = [estimate(card, run, MODELS[model][2], profile).step_seconds for run in runs]
+        seconds = [median_seconds(run) for run in runs]
         errors = [guess / second - 1 for guess, second in zip(guesses, seconds, strict=True)]
         logs += [math.log(second / guess) for guess, second in zip(guesses, seconds, strict=True)]
-        for one, guess, second, error in zip(runs, guesses, seconds, errors, strict=True):
-            name = f"{Layout(**one['layout'])} {one['precision']}"
-            lines.append(f"| {model} | {name} | {second:.3f} | {guess:.3f} | {error:+.0%} | {noise(one):.0%} |")
+        for run, guess, second, error in zip(runs, guesses, seconds, errors, strict=True):
+            name = f"{Layout(**run['layout'])} {run['precision']}"
+            lines.append(f"| {model} | {name} | {second:.3f} | {guess:.3f} | {error:+.0%} | {noise(run):.0%} |")
         low, high = profile.interval("cpu", "meshwright", "node")
         inside = sum(low * guess <= second <= high * guess for guess, second in zip(guesses, seconds, strict=True))
         regrets = []
-        for precision in sorted({one["precision"] for one in runs}):
-            group = [index for index, one in enumerate(runs) if one["precision"] == precision]
+        for precision in sorted({run["precision"] for run in runs}):
+            group = [index for index, run in enumerate(runs) if run["precision"] == precision]
             chosen = min(group, key=lambda index: guesses[index])
             best = min(group, key=lambda index: seconds[index])
             regrets.append(f"{precision} {seconds[chosen] / seconds[best] - 1:.0%}")

@@ -71,7 +71,7 @@ class LayoutsDisagree(MeshwrightError):
     exit_code = 5
 
 
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """A phrase naming the known word closest to `name`: "did you mean 'lr'?" or "known: a, b, c"."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
+def nearest_name(name: str, names: Sequence[str]) -> str:
+    """A hint for an unknown name: "did you mean 'lr'?" or "known: a, b, c"."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(names))

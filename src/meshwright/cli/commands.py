@@ -66,7 +66,7 @@ def _explain(options: argparse.Namespace) -> None:
     if options.toml:
         if keys:
             raise InputError(Problem("command line", "--toml prints the whole job", f"leave out {' '.join(keys)}"))
-        sys.stdout.write(verbs.resolved(options.job, overrides))
+        sys.stdout.write(verbs.resolved_toml(options.job, overrides))
         return
     rows = verbs.explain(options.job, overrides, keys)
     if options.json:

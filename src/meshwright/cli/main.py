@@ -28,8 +28,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if first and not first.startswith("-") and first not in verbs:
         raise InputError(Problem("command line", f"unknown verb '{first}'", nearest_name(first, list(verbs))))
     options, extra = parser.parse_known_args(arguments)
-    known = verbs[options.verb] if options.verb else parser
-    flags = [flag for action in known._actions for flag in action.option_strings]
+    verb_parser = verbs[options.verb] if options.verb else parser
+    flags = [flag for action in verb_parser._actions for flag in action.option_strings]
     problems = []
     for word in extra:
         words = getattr(options, "overrides", getattr(options, "words", None))
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         elif words is not None:
             words.append(word)  # overrides may follow flags too
         else:
-            problems.append(Problem("command line", f"unexpected argument '{word}'", f"see {known.prog} --help"))
+            problems.append(Problem("command line", f"unexpected argument '{word}'", f"see {verb_parser.prog} --help"))
     if problems:
         raise InputError(problems)
     if options.verb is None:

@@ -268,13 +268,13 @@ def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Cons
     terminal = console.is_terminal
     printed_at = time.monotonic()
     view = Live(console=console, refresh_per_second=4, transient=False) if terminal else nullcontext()
-    with view as shown:
+    with view as display:
         for event in folder.tail(until, from_end=True):
             remark = progress.update(event)
             if remark:
                 console.print(remark, markup=False)
-            if shown is not None:
-                shown.update(Text(progress.line(plan.unit), no_wrap=True, overflow="ellipsis"))
+            if display is not None:
+                display.update(Text(progress.line(plan.unit), no_wrap=True, overflow="ellipsis"))
             elif event["event"] == "step" and _line_due(event, progress, printed_at):
                 printed_at = time.monotonic()
                 console.print(progress.line(plan.unit), markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from meshwright.verbs.calibrate import calibrate
 from meshwright.verbs.check import check
 from meshwright.verbs.doctor import doctor
 from meshwright.verbs.exact import plan_exact
-from meshwright.verbs.explain import explain, resolved
+from meshwright.verbs.explain import explain, resolved_toml
 from meshwright.verbs.generate import generate
 from meshwright.verbs.new import new
 from meshwright.verbs.plan import layout_table, plan
@@ -38,7 +38,7 @@ __all__ = [
     "predict",
     "read_job",
     "report",
-    "resolved",
+    "resolved_toml",
     "resume_command",
     "run_folder_of",
     "serve",

@@ -25,8 +25,8 @@ def explain(job: Job | str | Path, overrides: Sequence[str] = (), keys: Sequence
     sections = {key.partition(".")[0] for key in meanings}
     unknown = [key for key in keys if key not in meanings and key not in sections]
     if unknown:
-        known = [*meanings, *sections]
-        raise InputError([Problem("command line", f"no key '{key}'", _near_key(key, known)) for key in unknown])
+        names = [*meanings, *sections]
+        raise InputError([Problem("command line", f"no key '{key}'", _near_key(key, names)) for key in unknown])
     values, origins = job.as_dict(), job.origins
     rows = []
     for key, meaning in meanings.items():
@@ -36,15 +36,15 @@ def explain(job: Job | str | Path, overrides: Sequence[str] = (), keys: Sequence
     return rows
 
 
-def _near_key(key: str, known: Sequence[str]) -> str:
-    same_name = [one for one in known if one.partition(".")[2] == key.rpartition(".")[2]]
+def _near_key(key: str, names: Sequence[str]) -> str:
+    same_name = [one for one in names if one.partition(".")[2] == key.rpartition(".")[2]]
     if same_name:
         return "did you mean " + " or ".join(f"'{one}'" for one in same_name) + "?"
-    phrase = nearest_name(key, known)
+    phrase = nearest_name(key, names)
     return phrase if phrase.startswith("did you mean") else "`meshwright explain JOB` lists them all"
 
 
-def resolved(job: Job | str | Path, overrides: Sequence[str] = ()) -> str:
+def resolved_toml(job: Job | str | Path, overrides: Sequence[str] = ()) -> str:
     """The job with every default filled in, as TOML."""
     from meshwright.job import job_to_toml
 

@@ -53,13 +53,13 @@ class Reply:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TextChunk]]:
-        left = len(self.prompt_tokens)
-        while left:
+        remaining = len(self.prompt_tokens)
+        while remaining:
             item = await self._queue.get()
             if isinstance(item, RequestError):
                 raise item
             yield item
-            left -= item[1].finish_reason is not None
+            remaining -= item[1].finish_reason is not None
 
     def cancel(self) -> None:
         """Cancels the choices that have not ended."""
