@@ -1,7 +1,7 @@
-"""The main job from end to end, as `make demo` runs it: plan, proof, training, checkpoint, served stream, report.
+"""The main job from end to end, as `make demo` runs it: plan, verify, train, serve, report.
 
-Every step is a command that you could type; it is printed before it runs. Run again, it goes on from what is there:
-with the training done, it serves the checkpoint at once. `rm -r runs/demo` starts over.
+Every step is a command that you can type; it is printed before it runs. A second run continues where the first ended,
+and after the training it only serves the checkpoint. `rm -r runs/demo` starts over.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ START_SECONDS = 120.0  # longest wait for the server
 def main() -> int:
     began = time.monotonic()
     os.chdir(ROOT)
-    say("1. Which layout? The plan for this machine")
+    say("1. Plan: the layout for this machine")
     meshwright("plan", JOB)
     finished = any(event["event"] == "end" and event["finished"] for event in RUN.read_events())
     if not finished:
-        say("2. Is it right? Two processes against one device, on a small twin of the job, step by step")
+        say("2. Verify: two processes against one device, on a small twin of the job, step by step")
         twin = ("model.layers=2", "model.hidden=96", "model.ffn=256", "data.seq_len=64")
         meshwright("verify", JOB, *twin, "--steps", "5")
-        say("3. Train it (held-out bits per byte as it goes; kill it at any moment, `make demo` goes on)")
+        say("3. Train (kill it at any moment: `make demo` continues)")
         resume = ("--resume",) if RUN.job.exists() else ()
         meshwright("train", JOB, *resume)
     else:
-        say(f"2, 3. Verified and trained before: {RUN.path.relative_to(ROOT)} (remove the folder to do it again)")
+        say(f"2, 3. Already verified and trained: {RUN.path.relative_to(ROOT)} (remove the folder to repeat it)")
     compare_with_bigram()
-    say("4. Serve the checkpoint, and stream a completion over both wires")
+    say("4. Serve the checkpoint, and stream a completion over both protocols")
     serve_and_stream()
     print(f"\nreport      {RUN.report.relative_to(ROOT)}   (one HTML file: open it in a browser)")
     checkpoint = sorted((RUN.checkpoints).glob("step-*"))[-1] / "model"
@@ -67,7 +67,7 @@ def meshwright(*words: str) -> None:
 
 
 def compare_with_bigram() -> None:
-    """Held-out bits per byte of the model, beside a bigram model of the same bytes."""
+    """Held-out bits per byte of the model, and of a bigram model of the same bytes."""
     model = next(event["bits_per_byte"] for event in reversed(RUN.read_events()) if "bits_per_byte" in event)
     manifest = Manifest.open(RUN.manifest)
     bigram = bigram_bits_per_byte(manifest.text("train"), manifest.text("held_out"))
@@ -84,12 +84,11 @@ def serve_and_stream() -> None:
             line = server.stdout.readline()
             if not line:
                 sys.exit(server.wait() or 4)
-            at = json.loads(line)
-            http = stream_http(at["http"], PROMPT, max_tokens=60, temperature=0.0)
-            grpc = stream_grpc(at["grpc"], PROMPT, model=at["model"], max_tokens=60, temperature=0.7)
-            wires = {f"HTTP {at['http']}": http, f"gRPC {at['grpc']}": grpc}
-            for wire, pieces in wires.items():
-                print(f"\n--- {wire}\n{PROMPT}", end="", flush=True)
+            server_at = json.loads(line)
+            http = stream_http(server_at["http"], PROMPT, max_tokens=60, temperature=0.0)
+            grpc = stream_grpc(server_at["grpc"], PROMPT, model=server_at["model"], max_tokens=60, temperature=0.7)
+            for name, pieces in ((f"HTTP {server_at['http']}", http), (f"gRPC {server_at['grpc']}", grpc)):
+                print(f"\n--- {name}\n{PROMPT}", end="", flush=True)
                 count, begin = 0, time.monotonic()
                 for piece in pieces:
                     print(piece, end="", flush=True)

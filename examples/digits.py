@@ -2,7 +2,7 @@
 
     meshwright train examples/digits.toml
 
-Any `nn.Module` works. Naming its `blocks`, and folding them in `forward`, is what lets it be cut into a pipeline.
+Any `nn.Module` works. It can be split into a pipeline because it names its `blocks` and applies them in order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Stem(nn.Module):
 
 
 class Residual(nn.Module):
-    """A 3 x 3 convolution and a 1 x 1 one, added to what came in. [B, width, 8, 8] -> the same.
+    """A residual 3 x 3 and a 1 x 1 convolution. [B, width, 8, 8] -> the same.
 
-    GroupNorm, not BatchNorm: a sample's result must not depend on which others share its batch, or every layout
-    would compute something else.
+    GroupNorm, not BatchNorm: if a sample's result depended on the others in its batch, every layout would compute
+    something else.
     """
 
     def __init__(self, width: int) -> None:
@@ -76,5 +76,5 @@ class Digits(nn.Module):
 
 
 def build(width: int = 32, depth: int = 4) -> nn.Module:
-    """What `module = "digits:build"` of the job calls, with `arguments` as keywords."""
+    """The factory that `module = "digits:build"` of the job names; its keywords are `arguments`."""
     return Digits(width, depth)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "meshwright"
 PACKAGE = "meshwright"
 
-#: Every room (a top-level module or package, and those inside plan/) by its floor. A floor imports only floors below it.
+#: Every room, a top-level module or package, by its floor. A floor imports only floors below it.
 FLOORS: dict[str, int] = {
     # words
     **dict.fromkeys(

@@ -1,19 +1,22 @@
-"""Predicted against measured step time on this machine, for layouts of several models that nobody published.
+"""Predicted against measured step time on this machine, for layouts of several models of our own.
 
-    python -m bench.runs                              measures all of it and prints the tables (about eight minutes)
-    python -m bench.runs --save /tmp/runs.json        the same, and keeps the raw seconds
+    python -m bench.runs                              measures all runs and prints the tables (about eight minutes)
+    python -m bench.runs --save /tmp/runs.json        the same, and saves the raw seconds
     python -m bench.runs --load /tmp/runs.json        predicts again, measures nothing
-    python -m bench.runs --profile other.toml         with another profile beside them
+    python -m bench.runs --profile other.toml         with a table of another profile too
 
-Five kinds of constants are shown: those of microbenchmarks; the shipped profile's, which were fitted to these models'
-runs on one machine (default.toml says which) and know nothing of any other; the same as `calibrate machine` changes
-them by what it finds just before (--probe seconds of it; 0 for none); the same correct_profile by one run of each model; and
-those fitted to this machine's runs of the other models, which is how the shipped ones are made (--write-default: of all
-of them). On the machine of the shipped profile only the first and the last have not seen the run that they predict.
+There is a table for each of five sets of constants:
+- those of microbenchmarks;
+- the shipped profile, fitted to runs of these models on one machine (named in default.toml);
+- the shipped profile, changed by `calibrate machine` just before (for --probe seconds; 0 leaves it out);
+- the shipped profile, corrected by one run of each model;
+- constants fitted to this machine's runs of the other models. The shipped ones are made in this way from the runs of
+  all models (--write-default).
+On the machine of the shipped profile only the first and the last set have not seen the run that they predict.
 
-At most one rank a core. Two worlds take turns, one of two processes and one of a single process with both cores, and
-every round goes through all layouts, so that what else the machine does falls on all of them alike. The noise is the
-mean relative distance of a layout's rounds from its median.
+There is at most one rank per core. Two worlds take turns, one of two processes and one of a single process with both
+cores, and every round goes through all layouts, so that other work on the machine affects all of them alike. The noise
+is the mean relative distance of a layout's rounds from its median.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from pathlib import Path
 
 from bench.runs.fit import held_out, unfitted, write_default, write_intervals
 from bench.runs.models import MODELS, Run, runs
-from bench.runs.predicted import Measured, card_of, estimate, median_seconds, table
+from bench.runs.predicted import MeasuredRun, card_of, estimate, median_seconds, table
 from meshwright import launch, probe
 from meshwright.card import Card
 from meshwright.cluster import cpu_cluster
@@ -46,16 +49,16 @@ WORLDS = (1, 2)
 
 
 def stages_of(card: Card, run: Run, batch: int) -> tuple[tuple[str, ...], ...]:
-    """Block names by stage, as the default profile cuts them."""
+    """Block names by stage, as balanced by the default profile."""
     estimator = Estimator(Workload(card, cpu_cluster(run.layout.devices), batch, run.precision))
-    cut = estimator.stages(run.layout)
+    starts = estimator.stages(run.layout)
     names = [block.name for block in card.blocks]
-    return tuple(tuple(names[start:stop]) for start, stop in zip(cut, (*cut[1:], len(names)), strict=True))
+    return tuple(tuple(names[start:stop]) for start, stop in zip(starts, (*starts[1:], len(names)), strict=True))
 
 
-def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict[str, list[Measured]]:
-    """The runs of each model."""
-    of_model: dict[str, list[Measured]] = {}
+def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict[str, list[MeasuredRun]]:
+    """The measured runs of each model."""
+    of_model: dict[str, list[MeasuredRun]] = {}
     for model in models:
         card, batch = card_of(model), MODELS[model][2]
         of_model[model] = [
@@ -69,7 +72,7 @@ def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict
         for world in WORLDS
     ]
     with tempfile.TemporaryDirectory(prefix="meshwright-runs-") as folder:
-        payload = {"turns": turns, "asked": of_model, "folder": folder, "warm": warm, "counted": counted}
+        payload = {"turns": turns, "runs": of_model, "folder": folder, "warm": warm, "counted": counted}
         worlds = [launch.local("bench.runs.worker:work", payload, size, folder) for size in WORLDS]
         try:
             (Path(folder) / "turn-0").touch()
@@ -77,38 +80,37 @@ def measure(models: Sequence[str], rounds: int, warm: int, counted: int) -> dict
                 if any(world.poll() == "failed" for world in worlds):
                     break
                 time.sleep(0.2)
-            done = dict(zip(WORLDS, worlds, strict=True))
-            for world in sorted(worlds, key=lambda world: world.poll() != "failed"):
+            for world in sorted(worlds, key=lambda world: world.poll() != "failed"):  # raises the error of a failed one
                 world.wait(5.0)
-            answers = {size: world.wait(5.0) for size, world in done.items()}
+            answers = {size: world.wait(5.0) for size, world in zip(WORLDS, worlds, strict=True)}
         finally:
             for world in worlds:
                 world.stop()
     for model in models:
-        left = {size: iter(zip(*(rank[model] for rank in answers[size]), strict=True)) for size in WORLDS}
+        rows = {size: iter(zip(*(rank[model] for rank in answers[size]), strict=True)) for size in WORLDS}
         for one in of_model[model]:
-            ranks = next(left[Layout(**one["layout"]).devices])
+            ranks = next(rows[Layout(**one["layout"]).devices])
             one.update(ranks[0], spans=[rank["spans"] for rank in ranks])
     return of_model
 
 
-def after_a_run(measured: Mapping[str, list[Measured]], profile: Profile) -> str:
-    """A row a model: the mean error of its other runs in that precision, before and after the profile was correct_profile by
-    one of them, the replicated one."""
+def after_a_run(measured: Mapping[str, list[MeasuredRun]], profile: Profile) -> str:
+    """A row per model: the mean error of its runs before and after the profile is corrected by one of them, the
+    replicated one. It counts the other runs in the same precision."""
     lines = ["", f"Corrected by one run (dp2), from the profile {profile.name}:", ""]
     lines += ["| model | runs | mean error before | after | factors |", "|---|---|---|---|---|"]
-    for model, found in measured.items():
+    for model, model_runs in measured.items():
         card, batch = card_of(model), MODELS[model][2]
-        teacher = next(one for one in found if _is_replicated(Layout(**one["layout"])))
-        layout = Layout(**teacher["layout"])
-        trained = TrainedRun(Workload(card, cpu_cluster(2), batch, teacher["precision"]), layout)
-        observed = {"step": [seconds for turn in teacher["rounds"] for seconds in turn]}
+        source = next(one for one in model_runs if _is_replicated(Layout(**one["layout"])))
+        layout = Layout(**source["layout"])
+        trained = TrainedRun(Workload(card, cpu_cluster(2), batch, source["precision"]), layout)
+        observed = {"step": [seconds for turn in source["rounds"] for seconds in turn]}
         for name in ("forward", "backward", "optimizer"):
             observed[name] = [
-                statistics.fmean(ranks[name] for ranks in step) for step in zip(*teacher["spans"], strict=True)
+                statistics.fmean(ranks[name] for ranks in step) for step in zip(*source["spans"], strict=True)
             ]
         fit = correct_profile(trained, observed, profile, "corrected")
-        others = [one for one in found if one is not teacher and one["precision"] == teacher["precision"]]
+        others = [one for one in model_runs if one is not source and one["precision"] == source["precision"]]
         before, after = (
             statistics.fmean(
                 abs(estimate(card, one, batch, each).step_seconds / median_seconds(one) - 1) for one in others
@@ -128,18 +130,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--warm", type=int, default=1, help="steps of a round that are not counted")
-    parser.add_argument("--counted", type=int, default=2, help="steps of a round that are")
-    parser.add_argument("--save", type=Path, help="keep the raw seconds in this file")
-    parser.add_argument("--load", type=Path, help="measure nothing, read them from this file")
-    parser.add_argument("--profile", type=Path, nargs="*", default=[], help="beside the default, other profiles")
+    parser.add_argument("--warm", type=int, default=1, help="warm-up steps of a round")
+    parser.add_argument("--counted", type=int, default=2, help="counted steps of a round")
+    parser.add_argument("--save", type=Path, help="save the raw seconds to this file")
+    parser.add_argument("--load", type=Path, help="read the raw seconds from this file, measure nothing")
+    parser.add_argument("--profile", type=Path, nargs="*", default=[], help="other profiles, beside the default")
     parser.add_argument("--probe", type=float, default=40.0, help="seconds to measure the machine for its own profile")
-    parser.add_argument("--write-default", action="store_true", help="fit the shipped profile's CPU constants to this")
-    parser.add_argument("--write-intervals", action="store_true", help="the shipped profile's CPU intervals by this")
+    parser.add_argument("--write-default", action="store_true", help="fit the CPU constants of the shipped profile")
+    parser.add_argument("--write-intervals", action="store_true", help="widen the CPU intervals of the shipped profile")
     options = parser.parse_args()
     if options.load:
         loaded = json.loads(options.load.read_text())
-        measured = {model: found for model, found in loaded["measured"].items() if model in options.models}
+        measured = {model: rows for model, rows in loaded["measured"].items() if model in options.models}
         machine = loaded.get("machine")
     else:
         print(f"load {os.getloadavg()[0]:.2f} before", file=sys.stderr)

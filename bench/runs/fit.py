@@ -1,4 +1,4 @@
-"""The CPU constants fitted to measured runs of `bench.runs`, and what such a fit is worth on a model it did not see."""
+"""CPU constants fitted to measured runs of `bench.runs`, and the error of the fit on a model that it has not seen."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from itertools import combinations
 from typing import Any
 
 from bench.runs.models import MODELS
-from bench.runs.predicted import Measured, card_of, estimate, median_seconds, table
+from bench.runs.predicted import MeasuredRun, card_of, estimate, median_seconds, table
 from meshwright.plan.calibrate.fit import Prior, fit
 from meshwright.plan.calibrate.from_cases import weighted_quantile
 from meshwright.plan.constants import Profile, default_profile
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
 from meshwright.plan.constants.profile import DEFAULT_FILE
 
-#: Intervals are stated for 90 %, and kept wider than what was found: four models are few (the demo's is a fifth).
+#: Intervals are for 90 %, and wider than the measured ones by a factor: four models are few (the demo is a fifth).
 TAILS, WIDER = (0.05, 0.95), 1.2
 
 
 def unfitted() -> Profile:
-    """The shipped profile with its CPU constants as microbenchmarks gave them."""
+    """The shipped profile with the CPU constants of microbenchmarks."""
     return default_profile().changed({one.name: one.value for one in CPU_CONSTANTS})
 
 
-def fitted(measured: Mapping[str, list[Measured]], without: str = "") -> Profile:
-    """CPU constants that fit the runs of every model but `without`."""
+def fitted(measured: Mapping[str, list[MeasuredRun]], without: str = "") -> Profile:
+    """CPU constants fitted to the runs of every model but `without`."""
     import numpy as np
 
-    rows = [(model, one) for model, found in measured.items() if model != without for one in found]
+    rows = [(model, run) for model, runs in measured.items() if model != without for run in runs]
     cards = {model: card_of(model) for model in measured}
     start = unfitted()
 
@@ -40,54 +40,56 @@ def fitted(measured: Mapping[str, list[Measured]], without: str = "") -> Profile
 
     priors = [Prior(one.name, start[one.name], one.prior) for one in CPU_CONSTANTS if one.prior > 0]
     seconds = np.log([median_seconds(one) for _, one in rows])
-    found = fit(logs, seconds, np.ones(len(rows)), priors)
-    return start.changed(found.values, "without " + without if without else "fitted")
+    result = fit(logs, seconds, np.ones(len(rows)), priors)
+    return start.changed(result.values, "without " + without if without else "fitted")
 
 
-def held_out(measured: Mapping[str, list[Measured]]) -> tuple[str, list[float]]:
-    """`table`, each model predicted by constants fitted to the others."""
+def held_out(measured: Mapping[str, list[MeasuredRun]]) -> tuple[str, list[float]]:
+    """`table`, with each model predicted by constants fitted to the others."""
     profiles = {model: fitted(measured, without=model) for model in measured}
     return table(measured, profiles, "Each model by constants fitted to the other models' runs")
 
 
-def write_default(measured: Mapping[str, list[Measured]]) -> None:
-    """The shipped profile with CPU constants fitted to all the runs, and the intervals that models held out ask for."""
+def write_default(measured: Mapping[str, list[MeasuredRun]]) -> None:
+    """Writes the shipped profile with CPU constants fitted to all runs, and intervals from the held-out models."""
     _, logs = held_out(measured)
     best = fitted(measured)
     start = default_profile().changed({one.name: best[one.name] for one in CPU_CONSTANTS})
-    said = f"# cpu.*: written by `python -m bench.runs --write-default` from {len(logs)} runs on two cores of an EPYC."
-    _save(replace(start, intervals={**start.intervals, **_intervals(measured, logs)}), said, "# cpu.")
+    comment = (
+        f"# cpu.*: written by `python -m bench.runs --write-default` from {len(logs)} runs on two cores of an EPYC."
+    )
+    _save(replace(start, intervals={**start.intervals, **_intervals(measured, logs)}), comment, "# cpu.")
 
 
-def write_intervals(measured: Mapping[str, list[Measured]]) -> None:
-    """The shipped profile with its CPU constants as they are and its intervals widened by what runs on this machine ask
-    for, where it is not the one that they were fitted on."""
+def write_intervals(measured: Mapping[str, list[MeasuredRun]]) -> None:
+    """Writes the shipped profile with the same CPU constants, and intervals widened to hold the runs on this machine,
+    which should not be the one of the fit."""
     start = default_profile()
     _, logs = table(measured, dict.fromkeys(measured, start), "")
-    said = f"# cpu intervals: `python -m bench.runs --write-intervals`, {len(logs)} runs on a machine not fitted."
-    found = _intervals(measured, logs)
-    (low, high), (least, most) = found["cpu"], start.interval("cpu")
-    intervals = {**start.intervals, **found, "cpu": (min(low, least), max(high, most))}
-    _save(replace(start, intervals=intervals), said, "# cpu intervals")
+    comment = f"# cpu intervals: `python -m bench.runs --write-intervals`, {len(logs)} runs on a machine not fitted."
+    intervals = _intervals(measured, logs)
+    (low, high), (least, most) = intervals["cpu"], start.interval("cpu")
+    intervals = {**start.intervals, **intervals, "cpu": (min(low, least), max(high, most))}
+    _save(replace(start, intervals=intervals), comment, "# cpu intervals")
 
 
-def _intervals(measured: Mapping[str, list[Measured]], logs: list[float]) -> dict[str, tuple[float, float]]:
-    """Of a run, and of the ratio of two layouts of a model in one precision."""
+def _intervals(measured: Mapping[str, list[MeasuredRun]], logs: list[float]) -> dict[str, tuple[float, float]]:
+    """The intervals of a run, and of the ratio of two layouts of a model in one precision."""
     import numpy as np
 
     low, high = (math.exp(float(x)) for x in np.quantile(logs, TAILS))
-    left, pairs = iter(logs), []
-    for found in measured.values():
-        mine = [(one["precision"], log) for one, log in zip(found, left, strict=False)]
-        near = [abs(a - b) for (p, a), (q, b) in combinations(mine, 2) if p == q]
-        pairs += [(apart, 1 / len(near)) for apart in near]
-    apart = math.exp(weighted_quantile(pairs, TAILS[1] - TAILS[0]))
-    return {"cpu": (min(low / WIDER, 1.0), max(high * WIDER, 1.0)), "pairs.cpu": (1 / apart, apart)}
+    remaining, weighted = iter(logs), []
+    for runs in measured.values():
+        of_model = [(run["precision"], log) for run, log in zip(runs, remaining, strict=False)]
+        distances = [abs(a - b) for (p, a), (q, b) in combinations(of_model, 2) if p == q]
+        weighted += [(distance, 1 / len(distances)) for distance in distances]
+    ratio = math.exp(weighted_quantile(weighted, TAILS[1] - TAILS[0]))
+    return {"cpu": (min(low / WIDER, 1.0), max(high * WIDER, 1.0)), "pairs.cpu": (1 / ratio, ratio)}
 
 
-def _save(profile: Profile, said: str, instead: str) -> None:
-    """Writes the shipped profile, `said` in its head in place of the line that begins with `instead`."""
+def _save(profile: Profile, comment: str, prefix: str) -> None:
+    """Writes the shipped profile. In its head `comment` replaces the lines that begin with `prefix`."""
     head = [line for line in DEFAULT_FILE.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    lines = [*(line for line in head if not line.startswith(instead)), said]
+    lines = [*(line for line in head if not line.startswith(prefix)), comment]
     profile.save(DEFAULT_FILE)
     DEFAULT_FILE.write_text("\n".join(lines) + "\n" + DEFAULT_FILE.read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,12 +1,12 @@
-"""What a rank's tensors hold at most: the fast formula and the rehearsal beside what was really measured.
+"""Peak memory of a rank's tensors: the fast formula and the rehearsal beside real runs.
 
-    python -m bench.runs.memory                  every case, each rank's worst, on this machine's CPU
+    python -m bench.runs.memory                  every case, its fullest rank, on this machine's CPU
     python -m bench.runs.memory --only tp pp     cases whose name has one of these words
     python -m bench.runs.memory --large          layouts of Llama 3 8B on 8 to 1,024 GPUs: formula and rehearsal alone
 
-Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), the live tensors of a real run by
-the same tracker, and, of one process, what the allocator itself gave out in another real run without one: on a CPU by
-torch's profiler, on a GPU (`--gpu`) torch.cuda.max_memory_allocated.
+Columns: the formula (plan/cost/memory.py), the rehearsal (fake tensors, one process), and the live tensors of a real
+run under the same tracker. For layouts of one process also the allocator's own figure, from a real run without a
+tracker: by torch's profiler on a CPU, torch.cuda.max_memory_allocated on a GPU (`--gpu`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A job of `model` whose layout is pinned, on `named` devices (None: CPU processes)."""
 
     model: Mapping[str, Any]
@@ -64,7 +64,7 @@ class Case:
         return Job(model=dict(self.model), data=task, train=train, cluster=cluster, layout=self.layout.as_dict())
 
 
-def small_cases() -> Iterator[Case]:
+def small_cases() -> Iterator[MemoryCase]:
     for precision in ("fp32", "bf16"):
         for recompute in RECOMPUTE:
             for base in (
@@ -78,23 +78,23 @@ def small_cases() -> Iterator[Case]:
                 Layout(pp=2, schedule="gpipe", micro_batch=2),
                 Layout(pp=2, schedule="1f1b", micro_batch=1),
             ):
-                yield Case(LLAMA, dataclasses.replace(base, recompute=recompute), precision)
-        yield Case(TIED, Layout(dp=2, shard=2, micro_batch=2), precision)
-        yield Case(TIED, Layout(pp=2, micro_batch=2), precision)
+                yield MemoryCase(LLAMA, dataclasses.replace(base, recompute=recompute), precision)
+        yield MemoryCase(TIED, Layout(dp=2, shard=2, micro_batch=2), precision)
+        yield MemoryCase(TIED, Layout(pp=2, micro_batch=2), precision)
     for layout in (Layout(micro_batch=32), Layout(dp=2, shard=2, micro_batch=16), Layout(pp=2, micro_batch=8)):
-        yield Case(DIGITS, layout, "fp32", batch=64)
+        yield MemoryCase(DIGITS, layout, "fp32", batch=64)
 
 
-def gpu_cases() -> Iterator[Case]:
+def gpu_cases() -> Iterator[MemoryCase]:
     for layers, hidden, micro in ((8, 1024, 4), (12, 1536, 2), (16, 2048, 1)):
         for precision in ("fp32", "bf16"):
             for recompute in RECOMPUTE:
                 shape = {"layers": layers, "hidden": hidden, "heads": hidden // 64, "kv_heads": hidden // 128}
                 model = {"family": "llama", **shape, "ffn": 4 * hidden, "vocab": 32000}
-                yield Case(model, Layout(micro_batch=micro, recompute=recompute), precision, seq_len=1024)
+                yield MemoryCase(model, Layout(micro_batch=micro, recompute=recompute), precision, seq_len=1024)
 
 
-def large_cases() -> Iterator[Case]:
+def large_cases() -> Iterator[MemoryCase]:
     for layout, batch in (
         (Layout(dp=8, shard=8, micro_batch=1, recompute="full"), 64),
         (Layout(dp=64, shard=64, micro_batch=1, recompute="selective"), 128),
@@ -104,7 +104,7 @@ def large_cases() -> Iterator[Case]:
         (Layout(dp=32, shard=32, tp=8, pp=4, sequence_parallel=True, micro_batch=1), 1024),
         (Layout(dp=32, shard=32, tp=8, pp=4, sequence_parallel=True, micro_batch=1, schedule="gpipe"), 256),
     ):
-        yield Case(LLAMA_8B, layout, "bf16", batch=batch, seq_len=4096, named="h100-sxm-80gb")
+        yield MemoryCase(LLAMA_8B, layout, "bf16", batch=batch, seq_len=4096, named="h100-sxm-80gb")
 
 
 def main() -> None:
@@ -127,44 +127,44 @@ def main() -> None:
         _summary(rows)
 
 
-def _large_rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def _large_rows(cases: Sequence[MemoryCase]) -> Iterator[dict[str, Any]]:
     for case in cases:
         choice = verbs.plan(case.job).chosen
         begin = _children_seconds()
-        found = rehearse(case.job, choice, verbs.cluster_of_job(case.job).device)
-        peaks, formulas = [one.peak for one in found.ranks], [one.formula_bytes for one in found.ranks]
+        rehearsal = rehearse(case.job, choice, verbs.cluster_of_job(case.job).device)
+        peaks, formulas = [one.peak for one in rehearsal.ranks], [one.formula_bytes for one in rehearsal.ranks]
         yield {**_row(case, peaks, formulas), "seconds": _children_seconds() - begin}
 
 
 def _children_seconds() -> float:
-    """Processor time of the processes started so far: what a busy machine does not change."""
+    """Processor time of the processes started so far, which does not depend on the load of the machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def _rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Rows of cases of one number of devices, every rank rehearsed here and then run, all in one set of processes."""
+def _rows(cases: Sequence[MemoryCase]) -> Iterator[dict[str, Any]]:
+    """Rows of cases with the same number of devices. All cases are run in one set of processes, then rehearsed."""
     choices = [verbs.plan(case.job).chosen for case in cases]
     kind = verbs.cluster_of_job(cases[0].job).device.kind
     ranks = cases[0].layout.devices
     with tempfile.TemporaryDirectory() as folder:
-        questions = []
+        payloads = []
         for index, (case, choice) in enumerate(zip(cases, choices, strict=True)):
             path = Path(folder, f"job-{index}.toml")
             path.write_text(job_to_toml(case.job))
-            questions.append(payload_of(path, choice, kind))
-        # What gloo's own threads give back the CPU's profiler does not see, so only a process alone is measured.
-        payload = {"questions": questions, "steps": 3, "allocator": ranks == 1}
+            payloads.append(payload_of(path, choice, kind))
+        # The profiler does not see what gloo's threads free, so the allocator is measured for single processes only.
+        payload = {"cases": payloads, "steps": 3, "allocator": ranks == 1}
         environment = {"OMP_NUM_THREADS": "1", **({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
-        with launch.local("meshwright.rehearse.work:measure", payload, ranks, folder, env=environment) as started:
-            answers = started.wait()
-        everyone = list(range(ranks))
-        payload = {"questions": [{**payload_of, "ranks": everyone} for payload_of in questions]}
+        with launch.local("meshwright.rehearse.work:measure", payload, ranks, folder, env=environment) as processes:
+            answers = processes.wait()
+        all_ranks = list(range(ranks))
+        payload = {"cases": [{**case, "ranks": all_ranks} for case in payloads]}
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with launch.local("bench.runs.memory:rehearse_all", payload, 1, folder, env=environment) as started:
-            rehearsed = started.wait()[0]
+        with launch.local("bench.runs.memory:rehearse_all", payload, 1, folder, env=environment) as processes:
+            rehearsed = processes.wait()[0]
     for index, (case, choice) in enumerate(zip(cases, choices, strict=True)):
-        formulas = [choice.memory[coordinates(case.layout, rank).pp].allocated for rank in everyone]
+        formulas = [choice.memory[coordinates(case.layout, rank).pp].allocated for rank in all_ranks]
         row = _row(case, [Peak.from_dict(peak) for peak in rehearsed[index]], formulas)
         row["tracked"] = max(rank[index]["peak_bytes"] for rank in answers)
         if ranks == 1:
@@ -173,14 +173,14 @@ def _rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
 
 
 def rehearse_all(payload: Mapping[str, Any], context: Context) -> list[list[dict[str, Any]]]:
-    """What the process runs that rehearses a whole group of cases."""
+    """The function of the process that rehearses all cases of a group."""
     from meshwright.rehearse import work
 
-    return [work.rehearse(payload_of, context) for payload_of in payload["questions"]]
+    return [work.rehearse(case, context) for case in payload["cases"]]
 
 
-def _row(case: Case, peaks: Sequence[Peak], formulas: Sequence[int]) -> dict[str, Any]:
-    """The worst rank of each figure, in bytes."""
+def _row(case: MemoryCase, peaks: Sequence[Peak], formulas: Sequence[int]) -> dict[str, Any]:
+    """The largest figures over the ranks, in bytes."""
     worst = max(peaks, key=lambda peak: peak.total)
     figures = {"formula": max(formulas), "rehearsed": worst.total, "ranks": len(peaks)}
     return {"case": case.name, **figures, "moment": worst.moment, "parts": dict(worst.parts)}

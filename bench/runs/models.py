@@ -1,4 +1,4 @@
-"""The models and layouts that `bench.runs` measures: steps of a tenth of a second to one and a half on two cores."""
+"""The models and layouts that `bench.runs` measures, with steps of 0.1 to 1.5 s on two cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meshwright.layout import Layout
 
-#: Model -> (the [model] section, seq_len, sequences or samples a step).
+#: Model -> (the [model] section, seq_len, sequences or samples per step).
 MODELS: Mapping[str, tuple[Mapping[str, Any], int, int]] = {
     "wide": ({"family": "llama", "layers": 4, "hidden": 512, "heads": 8, "ffn": 1408, "vocab": 2048}, 256, 4),
     "narrow": (
@@ -59,7 +59,7 @@ class Run:
 
 
 def runs(model: str) -> tuple[Run, ...]:
-    """What is measured of a model. `b` stands for the largest micro-batch, the whole batch."""
+    """The runs of a model."""
     b = MODELS[model][2]
     one = [{"micro_batch": b}, {"micro_batch": b // 4}, {"micro_batch": b // 2, "recompute": "full"}]
     data = [
@@ -85,12 +85,12 @@ def runs(model: str) -> tuple[Run, ...]:
         layouts = [*one, *data, *stages, *tensor]
         other = [one[0], data[0], data[2], stages[1], tensor[0], tensor[2]]
     main, second = ("bf16", "fp32") if model != "narrow" else ("fp32", "bf16")
-    made = [Run(Layout(**fields), main) for fields in layouts]  # type: ignore[arg-type]
-    return (*made, *(Run(Layout(**fields), second) for fields in other))  # type: ignore[arg-type]
+    choices = [(fields, main) for fields in layouts] + [(fields, second) for fields in other]
+    return tuple(Run(Layout(**fields), precision) for fields, precision in choices)  # type: ignore[arg-type]
 
 
 class Mix(nn.Module):
-    """A mixer's layer (arXiv 2105.01601): one product over places, two over channels. x [B, places, width]."""
+    """An MLP-mixer's layer (arXiv 2105.01601): one product over places, two over channels. x [B, places, width]."""
 
     def __init__(self, places: int, width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Pool(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A classifier of somebody's own: no attention, layer norms, biases, and a table for tensor parallelism."""
+    """A custom classifier: no attention, layer norms, biases, and a table for tensor parallelism."""
 
     def __init__(self, places: int = 128, features: int = 48, width: int = 320, depth: int = 6) -> None:
         super().__init__()

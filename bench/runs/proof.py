@@ -1,10 +1,10 @@
-"""The full proof of the layouts: every one up to some processes, against one device. Long; run by hand.
+"""The full proof of the layouts: each one up to a number of processes, against one device. Long; run by hand.
 
     make proof                             every layout of 1, 2, 4 and 8 processes
     python -m bench.runs.proof --most 4    of 1, 2 and 4
 
-Degrees x schedules x recompute x tied or untied embeddings, 20 steps of AdamW in fp32 each, with padding spread
-unevenly over the samples. Prints a row a layout and ends with 1 if any differs from one device by more than 1e-5.
+Degrees x schedules x recompute x tied or untied embeddings, each 20 steps of AdamW in fp32, with uneven padding of the
+samples. Prints a row per layout, and exits with 1 if one differs from one device by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tests.worlds import GLOBAL_BATCH, Case, Distance, compare, train_cases, tra
 TOLERANCE = 1e-5
 SIZES = (1, 2, 4, 8)
 AT_ONCE = 12  # cases that share one set of processes
-#: Untied and tied, both with sizes that four tensor-parallel ranks can share, and four blocks for the stages.
+#: Untied and tied embeddings, both with sizes that four tensor-parallel ranks divide, and four blocks for the stages.
 SHAPES = ("fourfold", "tied fourfold")
 
 
 def layouts(processes: int) -> Iterator[Layout]:
-    """Every layout of that many processes that the test model can have (four key heads, four blocks)."""
+    """Every layout of `processes` that the test model (four key heads, four blocks) allows."""
     divisors = [degree for degree in SIZES if processes % degree == 0]
     for dp, tp, pp in itertools.product(divisors, repeat=3):
         if dp * tp * pp != processes or tp > 4 or pp > 4:
@@ -53,19 +53,19 @@ def layouts(processes: int) -> Iterator[Layout]:
 
 
 def prove(cases: list[Case], folder: Path) -> dict[str, Distance | str]:
-    """The distance of each case from one device, by name; the error's text for what did not run."""
-    found: dict[str, Distance | str] = {}
+    """Case name -> its distance from one device, or the text of its error."""
+    results: dict[str, Distance | str] = {}
     references = {
         shape: train_one(Case(Layout(micro_batch=GLOBAL_BATCH), shape), 0, folder / f"store-{number}", folder / shape)
         for number, shape in enumerate(sorted({case.shape for case in cases}))
     }
     try:
         trained = train_cases(cases, folder / "layouts", seconds=1800)
-        found.update({case.name: compare(references[case.shape], trained[case.name]) for case in cases})
-    except Exception as error:  # reported in the table, so that one layout does not hide the others
+        results.update({case.name: compare(references[case.shape], trained[case.name]) for case in cases})
+    except Exception as error:  # reported in the table, so that one failure does not hide the other layouts
         for case in cases:
-            found[case.name] = f"{type(error).__name__}: {error}" if len(cases) == 1 else "retry"
-    return found
+            results[case.name] = f"{type(error).__name__}: {error}" if len(cases) == 1 else "retry"
+    return results
 
 
 def main() -> int:
@@ -89,19 +89,19 @@ def main() -> int:
 
 
 def in_folder(group: list[Case]) -> dict[str, Distance | str]:
-    """`prove` in a temporary folder; where the processes of a group failed together, each case by itself."""
+    """`prove` in a temporary folder. If a group fails, each of its cases runs by itself."""
     folder = Path(tempfile.mkdtemp(prefix="meshwright-proof-"))
     try:
-        found = prove(group, folder)
+        results = prove(group, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if "retry" in found.values():
+    if "retry" in results.values():
         return {name: distance for case in group for name, distance in in_folder([case]).items()}
-    return found
+    return results
 
 
 def show(name: str, distance: Distance | str) -> bool:
-    """Prints the row of a layout; whether it is wrong."""
+    """Prints the row of a layout. Returns whether it is wrong."""
     if isinstance(distance, str):
         print(f"{name:<64} FAILED {distance}", flush=True)
         return True

@@ -1,4 +1,4 @@
-"""What the processes of `bench.runs` do: many layouts in one world, through the real trainer, taking turns."""
+"""The processes of `bench.runs`: they measure many layouts in one world with the real trainer, taking turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 900.0
 
 
 def job_of(model: str) -> Job:
-    """The job whose model is measured; its data are drawn at random."""
+    """The job of a measured model. Its data are not used: batches are random."""
     section, seq_len, batch = MODELS[model]
     source = {"source": "digits"} if "module" in section else {"source": "stdlib", "tokenizer": "bpe"}
     if "module" not in section:
@@ -38,7 +38,7 @@ def job_of(model: str) -> Job:
 
 
 class RandomBatches:
-    """Batches that depend on the step alone."""
+    """Random batches that depend only on the step."""
 
     held_out_samples = 0
 
@@ -59,7 +59,7 @@ class RandomBatches:
 
 
 class World:
-    """The one process group, and a mesh for each shape of it."""
+    """The process group, and a mesh for each shape."""
 
     def __init__(self, context: Context) -> None:
         self.rank, self.size = context.rank, context.world
@@ -84,23 +84,22 @@ class World:
 class Runner:
     """One layout of one model on this rank, kept between its turns."""
 
-    def __init__(self, model: str, made: Model, asked: Mapping[str, Any], world: World) -> None:
-        job, layout = job_of(model), Layout(**asked["layout"])
+    def __init__(self, name: str, model: Model, run: Mapping[str, Any], world: World) -> None:
+        job, layout = job_of(name), Layout(**run["layout"])
         mesh = world.mesh(layout)
-        stages = tuple(tuple(stage) for stage in asked["stages"])
-        applied = apply(Execution(layout, stages, asked["precision"]), made.card, made.module, mesh)
-        made.fill(applied)
+        stages = tuple(tuple(stage) for stage in run["stages"])
+        applied = apply(Execution(layout, stages, run["precision"]), model.card, model.module, mesh)
+        model.fill(applied)
         vocab = None if job.model.module else job.model.vocab
-        self.trainer = Trainer(
-            job, made.card, applied, mesh, tasks.get(job.task.name), RandomBatches(model, vocab).batch
-        )
+        batches = RandomBatches(name, vocab)
+        self.trainer = Trainer(job, model.card, applied, mesh, tasks.get(job.task.name), batches.batch)
         self.steps = 0
         self.seconds: list[list[float]] = []
         self.cpu_seconds: list[float] = []
         self.spans: list[dict[str, float]] = []
 
     def turn(self, warm: int, counted: int) -> None:
-        """One round: steps that settle, then steps that count."""
+        """One round: warm-up steps, then counted steps."""
         clock, round_seconds = Clock(torch.device("cpu")), []
         for index in range(warm + counted):
             cpu = time.process_time()
@@ -110,10 +109,10 @@ class Runner:
             if index >= warm:
                 round_seconds.append(seconds)
                 self.cpu_seconds.append(time.process_time() - cpu)
-                mine = [span for span in self.trainer.spans._spans if span[3]["step"] == self.steps]
                 sums: dict[str, float] = {}
-                for name, _, taken, _ in mine:
-                    sums[name] = sums.get(name, 0.0) + taken
+                for name, _, span_seconds, details in self.trainer.spans._spans:
+                    if details["step"] == self.steps:
+                        sums[name] = sums.get(name, 0.0) + span_seconds
                 self.spans.append(sums)
         if round_seconds:
             self.seconds.append(round_seconds)
@@ -123,8 +122,8 @@ class Runner:
 
 
 def work(payload: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Takes this world's turns. payload: {world, turns: [{world, model, round}], asked: {model: [...]}, folder, warm,
-    counted}; a turn begins when the file turn-K is there and ends by making turn-(K+1)."""
+    """Takes this world's turns. payload: {turns: [{world, model, round}], runs: {model: [...]}, folder, warm, counted}.
+    Turn K begins when the file turn-K exists, and ends by creating turn-(K+1)."""
     torch.set_flush_denormal(True)
     world, folder = World(context), Path(payload["folder"])
     results: dict[str, list[Any]] = {}
@@ -135,13 +134,12 @@ def work(payload: dict[str, Any], context: Context) -> dict[str, Any]:
                 continue
             while not (folder / f"turn-{number}").exists():
                 time.sleep(POLL_SECONDS)
-            asked = payload["asked"][turn["model"]]
             if turn["round"] == 0:
                 runners = []
-                for one in asked:
-                    if Layout(**one["layout"]).devices == context.world:
-                        made = model_of_job(job_of(turn["model"]), None)
-                        runners.append(Runner(turn["model"], made, one, world))
+                for run in payload["runs"][turn["model"]]:
+                    if Layout(**run["layout"]).devices == context.world:
+                        model = model_of_job(job_of(turn["model"]), None)
+                        runners.append(Runner(turn["model"], model, run, world))
                         runners[-1].turn(1, 0)
             else:
                 for runner in runners:

@@ -3,12 +3,11 @@
     python bench/speed/decode.py                      both sizes, batch 1 and 8, five rounds
     python bench/speed/decode.py --sizes small --rounds 9
 
-Models are Llamas with random weights made on the spot: 3M parameters in fp32 and 443M in bf16. Both sides get the same
-prompts, the same number of new tokens and the same number of threads, greedy. "decoding" counts from when every prompt
-has its first token; "whole" is the whole call, reading the prompts included. Making and loading the models is not
-counted. A round runs each side once, in alternating order.
-Prints a Markdown table: median tokens per second over the rounds, lowest and highest, and the ratio of medians with the
-lowest and highest ratio within one round.
+Models are Llamas with random weights: 3M parameters in fp32 and 443M in bf16. Both sides have the same prompts, number
+of new tokens and number of threads, and decode greedily. "decoding" begins when every prompt has its first token;
+"whole" is the whole call with the prompts. Creating and loading the models does not count. A round runs each side once,
+in alternating order. Prints a Markdown table: median tokens per second over the rounds, lowest and highest, and the
+ratio of medians with the lowest and highest ratio within one round.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from meshwright.engine import Engine
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model to decode with, and how much."""
+class ModelSize:
+    """A model, and the numbers of tokens."""
 
     config: dict[str, int | bool]
     dtype: torch.dtype
@@ -38,7 +37,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(
+    "small": ModelSize(
         {
             "hidden_size": 224,
             "num_hidden_layers": 4,
@@ -52,7 +51,7 @@ SIZES = {
         prompt_tokens=64,
         new_tokens=128,
     ),
-    "large": Size(
+    "large": ModelSize(
         {
             "hidden_size": 1024,
             "num_hidden_layers": 24,
@@ -68,8 +67,8 @@ SIZES = {
 }
 
 
-def make_folder(size: Size, folder: Path) -> int:
-    """Save a random Llama of `size`; its number of parameters."""
+def make_folder(size: ModelSize, folder: Path) -> int:
+    """Save a random Llama of `size`. Returns its number of parameters."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **size.config, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0
@@ -81,14 +80,14 @@ def make_folder(size: Size, folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second: of the `whole` call, and of `decoding` alone, from when every prompt has its first token."""
+    """Tokens per second of the `whole` call, and of `decoding`, which begins when every prompt has its first token."""
 
     whole: float
     decoding: float
 
 
 class FirstToken(transformers.StoppingCriteria):
-    """Notes when `generate` has made its first tokens; stops nothing."""
+    """Records when `generate` has its first tokens. Never stops it."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -111,22 +110,22 @@ def by_transformers(model: transformers.PreTrainedModel, prompts: Sequence[Seque
         stopping_criteria=transformers.StoppingCriteriaList([first]),
     )
     end = time.perf_counter()
-    made = out.shape[0] * (out.shape[1] - ids.shape[1])
-    return Speed(made / (end - begin), (made - out.shape[0]) / (end - first.at))
+    count = out.shape[0] * (out.shape[1] - ids.shape[1])
+    return Speed(count / (end - begin), (count - out.shape[0]) / (end - first.at))
 
 
 def by_engine(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -> Speed:
     """The engine on `prompts`."""
-    made, made_first, waiting, first = 0, 0, set(range(len(prompts))), 0.0
+    count, first_count, waiting, first = 0, 0, set(range(len(prompts))), 0.0
     begin = time.perf_counter()
     for index, _ in engine.generate(prompts, max_tokens=new, ignore_eos=True):
-        made += 1
+        count += 1
         if waiting:
             waiting.discard(index)
             if not waiting:
-                first, made_first = time.perf_counter(), made
+                first, first_count = time.perf_counter(), count
     end = time.perf_counter()
-    return Speed(made / (end - begin), (made - made_first) / (end - first))
+    return Speed(count / (end - begin), (count - first_count) / (end - first))
 
 
 def measure(name: str, rounds: int, batches: Sequence[int], scratch: Path) -> list[str]:
@@ -188,7 +187,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None, help="of torch, for both; its own choice by default")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads of both sides (default: torch's own)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

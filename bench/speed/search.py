@@ -2,10 +2,10 @@
 
     python bench/speed/search.py [--candidates 100000] [--profile] [--json]
 
-Seconds are of this process's own work (process_time). The first table searches whole spaces, not narrowed: every
-candidate is estimated, or left out because a proven bound says that it cannot be the best. The second estimates every
-layout, with nothing left out, until there are so many candidates; the third makes whole plans, narrowed as usual, with
-runners-up, what changes would buy, and the outlook.
+Seconds are processor time of this process (process_time). The first table searches whole spaces: every candidate is
+estimated, or left out because a proven bound says that it cannot be the best. The second estimates each of the first
+--candidates layouts. The third makes whole plans with the usual limits of the space, with runners-up, what-ifs, and the
+forecast of the run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA_70B = LlamaShape(80, 8192, 64, 8, 128, 28672, 128256)
 LLAMA_405B = LlamaShape(126, 16384, 128, 8, 128, 53248, 128256)
 
-#: (model, its shape, devices, global batch, framework) whose layouts are all estimated
+#: (model, shape, devices, global batch, framework) of the first two tables.
 ESTIMATED = (
     ("8B", LLAMA_8B, 512, 1024, "megatron-lm"),
     ("70B", LLAMA_70B, 2048, 2048, "meshwright"),
     ("70B", LLAMA_70B, 1024, 2048, "megatron-lm"),
     ("405B", LLAMA_405B, 1024, 1024, "megatron-lm"),
 )
-#: ... and that are planned
+#: The same of the third table.
 PLANNED = (
     ("8B", LLAMA_8B, 8, 64, "meshwright"),
     ("70B", LLAMA_70B, 512, 1024, "meshwright"),
@@ -58,7 +58,7 @@ PLANNED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=100_000)
-    parser.add_argument("--profile", action="store_true", help="say where the time of the last row of each table goes")
+    parser.add_argument("--profile", action="store_true", help="print a profile of the last row of the last two tables")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     searched = [_searched(*row) for row in ESTIMATED]
@@ -84,7 +84,7 @@ def main() -> None:
         _profiled(lambda: _planned(*PLANNED[-1]))
 
 
-def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Cluster]:
+def _model_and_cluster(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Cluster]:
     model = {"layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "kv_heads": shape.kv_heads}
     job = Job(
         model={"family": "llama", **model, "ffn": shape.ffn, "vocab": shape.vocab},
@@ -96,8 +96,8 @@ def _setting(shape: LlamaShape, devices: int, framework: str) -> tuple[Card, Clu
 
 
 def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
-    """The whole space, by the search that loses nothing."""
-    model, cluster = _setting(shape, devices, framework)
+    """Searches the whole space without losing the best layout."""
+    model, cluster = _model_and_cluster(shape, devices, framework)
     space = Space(Workload(model, cluster, batch, "bf16", FRAMEWORKS[framework]), {})
     estimator = Estimator(space.workload)
     begin = time.process_time()
@@ -113,8 +113,8 @@ def _searched(name: str, shape: LlamaShape, devices: int, batch: int, framework:
 
 
 def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework: str, most: int) -> dict[str, Any]:
-    """Every layout of the whole space in the order it is generated, with a new estimator; `most` at most."""
-    model, cluster = _setting(shape, devices, framework)
+    """Estimates the first `most` layouts of the whole space with a new estimator."""
+    model, cluster = _model_and_cluster(shape, devices, framework)
     space = Space(Workload(model, cluster, batch, "bf16", FRAMEWORKS[framework]), {})
     estimator = Estimator(space.workload)
     begin, count = time.process_time(), 0
@@ -127,7 +127,7 @@ def _estimated(name: str, shape: LlamaShape, devices: int, batch: int, framework
 
 
 def _planned(name: str, shape: LlamaShape, devices: int, batch: int, framework: str) -> dict[str, Any]:
-    model, cluster = _setting(shape, devices, framework)
+    model, cluster = _model_and_cluster(shape, devices, framework)
     begin = time.process_time()
     plan = make_plan(model, cluster, PlanRequest(batch, steps=10_000, framework=framework))
     seconds = time.process_time() - begin

@@ -1,9 +1,9 @@
-"""Start-up seconds of plan, train and serve, as a user waits for them.
+"""Start-up seconds of plan, train and serve.
 
     python bench/speed/startup.py [--rounds 5] [--json]
 
-plan: the whole command. train: from the command to the end of the first step, the data already indexed (a resumed
-run). serve: from the command to the line that says where it listens. On the job of `meshwright new`.
+Of the job of `meshwright new`. plan: the whole command. train: to the end of the first step of a resumed run, whose
+data are indexed. serve: to the line with the addresses.
 """
 
 from __future__ import annotations

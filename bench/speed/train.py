@@ -4,15 +4,15 @@
     python bench/speed/train.py --rounds 2 --steps 6 --only ddp compiled
 
 Every side trains the same Llama-style model (25.7M parameters without embeddings) from random weights on the same
-batches of the Python standard library's sources: 8 x 512 tokens a step, AdamW, clipping at 1.0, bf16. A round starts
-each side once as fresh processes, in an order that turns with the round. On a CPU every side has all cores: two
-processes of one thread (DDP, Meshwright's plan permitting), or one process of two; `meshwright-one` is ours in the
-latter form, compiled. `torch.compile` keeps its cache
-between rounds, so only the first round compiles from nothing.
+batches of the Python standard library's sources: 8 x 512 tokens per step, AdamW, clipping at 1.0, bf16. A round starts
+each side once as new processes, in an order that changes with the round. On a CPU every side has all cores: two
+processes of one thread (DDP, and Meshwright as it plans), or one process of two threads; `meshwright-one` is ours in
+the latter form, compiled. `torch.compile` keeps its cache between rounds, so only the first round compiles from
+scratch.
 
-Prints a Markdown table. tokens/s: the median over the rounds of each round's median over its settled steps, with the
-lowest and highest round. Peak memory: resident bytes of all processes of a side together, sampled five times a second.
-First step: seconds from the command to the end of its first step, start and compilation included.
+Prints a Markdown table. tokens/s: the median over the rounds of each round's median over the steps after its warm-up,
+with the lowest and highest round. Peak memory: resident bytes of all processes of a side together, sampled five times a
+second. First step: seconds from the command to the end of its first step, start and compilation included.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LIMIT_SECONDS = 900.0
 
 @dataclass
 class Result:
-    """One side's measurements, an entry a round."""
+    """The measurements of one side, an entry per round."""
 
     tokens_per_second: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainBench:
     """What every side shares. `folder` holds batches.npz and the indexed data."""
 
     folder: Path
@@ -71,7 +71,7 @@ class Bench:
 
 
 def job_of(steps: int) -> Job:
-    """The job that Meshwright trains; the peers' settings are taken from the same constants."""
+    """The job that Meshwright trains. The peers' settings come from the same constants."""
     return Job(
         model={"family": "llama", **SHAPE},
         data={"source": "stdlib", "seq_len": SEQ_LEN, "tokenizer": "bpe"},
@@ -100,7 +100,7 @@ def write_batches(manifest: Manifest, steps: int, path: Path) -> None:
 
 
 class Memory:
-    """Samples the resident memory of processes and all that they start, until `stop`."""
+    """Samples the resident memory of processes and their children, until `stop`."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
         self.peak_bytes = 0
@@ -116,7 +116,7 @@ class Memory:
                 try:
                     total += sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
                 except psutil.Error:
-                    continue  # it ended between two looks
+                    continue  # a process ended meanwhile
             self.peak_bytes = max(self.peak_bytes, total)
 
     def stop(self) -> int:
@@ -125,7 +125,7 @@ class Memory:
         return self.peak_bytes
 
 
-def run_peer(bench: Bench, compiled: bool, result: Result) -> None:
+def run_peer(bench: TrainBench, compiled: bool, result: Result) -> None:
     """Plain torch: DDP over `bench.processes` processes, or one compiled process with every core."""
     world = 1 if compiled else bench.processes
     work = Path(tempfile.mkdtemp(dir=bench.folder))
@@ -170,10 +170,10 @@ def run_peer(bench: Bench, compiled: bool, result: Result) -> None:
     add(result, started, peak, [(line["seconds"], line["at"], line["loss"]) for line in lines])
 
 
-def run_ours(bench: Bench, result: Result, *overrides: str) -> None:
+def run_ours(bench: TrainBench, result: Result, *overrides: str) -> None:
     """`meshwright train` on the job with `overrides`, measured from its events."""
     run = RunFolder(Path(tempfile.mkdtemp(dir=bench.folder)) / "run").create()
-    shutil.copytree(bench.folder / "data", run.manifest)  # indexing is not what is measured
+    shutil.copytree(bench.folder / "data", run.manifest)  # indexing is not measured
     job = run.path.parent / "job.toml"
     job.write_text(job_to_toml(bench.job))
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / "compiled-ours")}
@@ -194,15 +194,15 @@ def run_ours(bench: Bench, result: Result, *overrides: str) -> None:
 
 def add(result: Result, started: float, peak_bytes: int, steps: Sequence[tuple[float, float, float]]) -> None:
     """One round. steps: (seconds, unix time of its end, loss)."""
-    settled = [seconds for seconds, _, _ in steps[WARM_STEPS:]]
-    result.tokens_per_second.append(GLOBAL_BATCH * SEQ_LEN / statistics.median(settled))
+    seconds = statistics.median(step[0] for step in steps[WARM_STEPS:])
+    result.tokens_per_second.append(GLOBAL_BATCH * SEQ_LEN / seconds)
     result.peak_bytes.append(peak_bytes)
     result.first_step_seconds.append(steps[0][1] - started)
     result.last_loss.append(steps[-1][2])
 
 
 def table(names: Sequence[str], results: dict[str, Result], steps: int) -> str:
-    """Markdown, a row a side."""
+    """Markdown, a row per side."""
     best = max(statistics.median(r.tokens_per_second) for name, r in results.items() if r.tokens_per_second)
     lines = [
         f"| side | tokens/s (lowest - highest) | of the best | peak, MiB | first step, s | loss at step {steps} |",
@@ -223,9 +223,9 @@ def table(names: Sequence[str], results: dict[str, Result], steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="a round; the first two are not counted")
+    parser.add_argument("--steps", type=int, default=12, help="per round; the first two are not counted")
     parser.add_argument("--only", nargs="+", choices=["ddp", "compiled", "meshwright", "meshwright-one"])
-    parser.add_argument("--folder", type=Path, help="keep what the bench makes here (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: a temporary one)")
     options = parser.parse_args()
     if options.steps <= WARM_STEPS:
         parser.error(f"--steps must be above {WARM_STEPS}")
@@ -237,7 +237,7 @@ def main() -> None:
         job = job_of(options.steps)
         print(f"indexing the data in {folder}", file=sys.stderr)
         write_batches(build_manifest(job, folder / "data"), options.steps, folder / "batches.npz")
-        bench = Bench(folder, job, device, options.steps, processes)
+        bench = TrainBench(folder, job, device, options.steps, processes)
         sides: dict[str, Callable[[Result], None]] = {
             "ddp": lambda result: run_peer(bench, False, result),
             "compiled": lambda result: run_peer(bench, True, result),

@@ -2,8 +2,8 @@
 
     python bench/speed/train_peers.py SETTINGS.json RANK WORLD
 
-Knows nothing of Meshwright. Reads its batches from a .npz; rank 0 prints a JSON line a step: step, seconds, loss, at
-(unix time of the step's end).
+Imports nothing of Meshwright. Reads its batches from a .npz file. Rank 0 prints a JSON line per step: step, seconds,
+loss, and at (unix time of the step's end).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return x_BHTD * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD
 
 
-class Layer(nn.Module):
+class PeerLayer(nn.Module):
     def __init__(self, shape: dict[str, int]) -> None:
         super().__init__()
         hidden, ffn = shape["hidden"], shape["ffn"]
@@ -48,13 +48,13 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-class Model(nn.Module):
+class PeerModel(nn.Module):
     """Token ids [B, T] -> logits [B, T, vocab]."""
 
     def __init__(self, shape: dict[str, int]) -> None:
         super().__init__()
         self.embed = nn.Embedding(shape["vocab"], shape["hidden"])
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape["layers"]))
+        self.layers = nn.ModuleList(PeerLayer(shape) for _ in range(shape["layers"]))
         self.norm = nn.RMSNorm(shape["hidden"], eps=1e-5)
         self.out = nn.Linear(shape["hidden"], shape["vocab"], bias=False)
         width = shape["hidden"] // shape["heads"]
@@ -86,7 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
     cuda = settings["device"] == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    model: Any = Model(settings["shape"]).to(device)
+    model: Any = PeerModel(settings["shape"]).to(device)
     optimizer = torch.optim.AdamW(
         groups(model, settings["weight_decay"]), lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8, fused=True
     )

@@ -1,4 +1,4 @@
-"""Meshwright: one job file in; a planned, proven, distributed training run and a served stream out.
+"""Meshwright: from one job file to a planned, verified, distributed training run and a served model.
 
 Names are loaded on first use, so that `import meshwright` costs nothing:
 
@@ -12,8 +12,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-#: Public name -> the module that it is loaded from.
-_HOMES = {
+#: Public name -> module.
+_MODULES = {
     "Job": "meshwright.job",
     "load_job": "meshwright.job",
     "job_to_toml": "meshwright.job",
@@ -30,13 +30,13 @@ _HOMES = {
     "LayoutsDisagree": "meshwright.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"meshwright has no {name!r}; it has {', '.join(_HOMES)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name not in _MODULES:
+        raise AttributeError(f"meshwright has no {name!r}; it has {', '.join(_MODULES)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The one file that reads environment variables: each is an accessor with a type."""
+"""The only file that reads environment variables: a typed function for each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Set by `launch` for the processes that it starts; nobody sets them by hand.
+#: Set by `launch` for the processes that it starts, never by hand.
 WORKER_FOLDER = "MESHWRIGHT_WORKER_FOLDER"
 WORKER_PARENT = "MESHWRIGHT_WORKER_PARENT"
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a started process finds in its environment. `folder` is the private folder, `parent` a process id."""
+    """The environment of a process that `launch` started. `folder` is the private folder, `parent` a process id."""
 
     rank: int
     world: int
@@ -28,7 +28,7 @@ def debug() -> bool:
 
 
 def worker_context() -> WorkerContext | None:
-    """Rank, world and private folder of a process that `launch` started; None in any other process."""
+    """The context of this process; None where `launch` did not start it."""
     if WORKER_FOLDER not in os.environ:
         return None
     return WorkerContext(
@@ -40,5 +40,5 @@ def worker_context() -> WorkerContext | None:
 
 
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `changes` made, and `defaults` where the user has set nothing."""
+    """This process's environment, overridden by `changes`, with `defaults` for variables that are not set."""
     return {**defaults, **os.environ, **changes}

@@ -1,10 +1,10 @@
-"""What can go wrong, as one small tree.
+"""The errors, as one small tree.
 
     MeshwrightError            exit  raised when
-    ├── InputError               2   a file, key, argument or request is wrong; lists every problem at once
+    ├── InputError               2   a file, key, argument or request is wrong; lists every problem
     ├── CannotWork               3   the request is well-formed but does not fit, or no layout can do it
     ├── RunFailed                4   a process failed while working; carries the command that resumes
-    └── LayoutsDisagree          5   `verify` found a layout that computes something else
+    └── LayoutsDisagree          5   `verify` found that a layout computes something else than one device
 
 Every message says what is wrong, where (file and key, or rank and step), and the nearest thing that works.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong: `where` names file and key (or rank and step), `nearest` the closest value that works."""
+    """`what` is wrong, at `where` (file and key, or rank and step); `nearest` is the closest that works."""
 
     where: str
     what: str
@@ -30,7 +30,7 @@ class Problem:
 
 
 class MeshwrightError(Exception):
-    """Root of the tree. `exit_code` is what the command line ends with; `problems` is never empty."""
+    """Root of the tree. `exit_code` is that of the command line; `problems` is never empty."""
 
     exit_code = 4
 
@@ -50,13 +50,13 @@ class InputError(MeshwrightError):
 
 
 class CannotWork(MeshwrightError):
-    """Well-formed, but it does not fit or cannot be done; `nearest` of each problem says what can."""
+    """Well-formed, but does not fit or cannot be done; `nearest` of each problem names what can."""
 
     exit_code = 3
 
 
 class RunFailed(MeshwrightError):
-    """A process failed at run time; `resume` is the command that goes on from the last checkpoint ("" if none)."""
+    """A process failed at run time; `resume` is the command that continues from the last checkpoint ("" if none)."""
 
     exit_code = 4
 
@@ -66,12 +66,12 @@ class RunFailed(MeshwrightError):
 
 
 class LayoutsDisagree(MeshwrightError):
-    """`verify` found the first step and tensor where a layout parts from one device."""
+    """A layout differs from one device; the problem names the first step and tensor."""
 
     exit_code = 5
 
 
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """A phrase naming the known word closest to `name`: "did you mean 'lr'?" or "known: a, b, c"."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
+def nearest_name(name: str, names: Sequence[str]) -> str:
+    """A hint for an unknown name: "did you mean 'lr'?" or "known: a, b, c"."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(names))

@@ -1,4 +1,4 @@
-"""Reading files with care (regular ones, up to a size, strict JSON), and writing them: all of a file or none of it."""
+"""Careful reading of files (regular, up to a size, strict JSON), atomic writing, and TOML text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem
 
-#: A key that TOML takes without quotes.
+#: A key that TOML accepts without quotes.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def open_regular(path: Path, *, follow_links: bool = False) -> int:
     """Opens a regular file for reading and returns its descriptor.
 
-    InputError if it is missing, or a link (unless `follow_links`), a pipe, a device or a folder. The folder that holds
-    it is checked for being a link too, since `model` and `state` are part of what a manifest can name.
+    Raises InputError if it is missing, or a link (unless `follow_links`), a pipe, a device or a folder. Its folder may
+    not be a link either where it is named `model` or `state`, since a checkpoint's manifest can name those.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not blocking: opening a pipe would hang
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # without O_NONBLOCK opening a pipe would hang
     if not follow_links:
         flags |= os.O_NOFOLLOW
         if path.parent.is_symlink() and path.parent.name in ("model", "state"):
@@ -29,7 +29,8 @@ def open_regular(path: Path, *, follow_links: bool = False) -> int:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        what = "it is a link, which a checkpoint never has" if path.is_symlink() else f"cannot be read: {_why(error)}"
+        reason = error.strerror or type(error).__name__
+        what = "it is a link, which a checkpoint never has" if path.is_symlink() else f"cannot be read: {reason}"
         raise InputError(Problem(str(path), what)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -38,7 +39,7 @@ def open_regular(path: Path, *, follow_links: bool = False) -> int:
 
 
 def read_capped(path: Path, cap_bytes: int, *, follow_links: bool = False) -> bytes:
-    """The whole file, InputError if it holds more than `cap_bytes`."""
+    """The whole file. Raises InputError if it holds more than `cap_bytes`."""
     descriptor = open_regular(path, follow_links=follow_links)
     with os.fdopen(descriptor, "rb") as stream:
         size = os.fstat(descriptor).st_size
@@ -67,15 +68,15 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def strict_json(data: bytes) -> Any:
-    """JSON in UTF-8 with no repeated keys, no NaN and no Infinity. Raises ValueError, or RecursionError where it is
-    nested too deeply."""
+    """Parse JSON in UTF-8 without repeated keys, NaN or Infinity. Raises ValueError, or RecursionError for deep
+    nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):
             names = [name for name, _ in pairs]
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"key {double[:40]!r} is given twice")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"key {repeated[:40]!r} is given twice")
         return record
 
     def refuse(word: str) -> Any:
@@ -84,14 +85,10 @@ def strict_json(data: bytes) -> Any:
     return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
 
 
-def _why(error: OSError) -> str:
-    return error.strerror or type(error).__name__
-
-
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
-    """Write `data` so that a reader, or a crash, meets the old file or the new one, never a part.
+    """Write `data` so that a reader, even after a crash, sees the old file or the new one, never a part.
 
-    `durable` waits until file and name are on the disk; without it a power cut may bring the old file back.
+    `durable` waits until file and name are on the disk; without it the old file may be back after a power cut.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -110,7 +107,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (a rename, a new file) survive a power cut."""
+    """Make renames and new files in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -119,7 +116,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML text; raises ValueError for what TOML has no word for."""
+    """A value as TOML text. Raises ValueError for a type that TOML does not have."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -139,7 +136,7 @@ def _toml_key(key: str) -> str:
 
 
 def toml_text(sections: dict[str, dict[str, Any]]) -> str:
-    """Sections of keys as a TOML file; a value of None is left out, and so is a section with none left."""
+    """Sections of keys as a TOML file, without values of None and without empty sections."""
     blocks = []
     for section, content in sections.items():
         lines = [f"{_toml_key(key)} = {toml_value(value)}" for key, value in content.items() if value is not None]

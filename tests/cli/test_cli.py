@@ -60,9 +60,9 @@ def test_no_verb_shows_the_help(capsys: Output) -> None:
         (["plan", "j.toml", "--jsn"], "unknown flag '--jsn'; did you mean '--json'?"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
         (["plan"], "the following arguments are required: JOB"),
-        (["plan", "j.toml", "--serving", "--write", "d"], "--serving does not read --write; leave out --write"),
-        (["plan", "j.toml", "--advice", "--for", "deepspeed"], "--advice does not read --for; leave out --for"),
-        (["report", "a", "b"], "'b' is one word too many"),
+        (["plan", "j.toml", "--serving", "--write", "d"], "--serving does not use --write; leave out --write"),
+        (["plan", "j.toml", "--advice", "--for", "deepspeed"], "--advice does not use --for; leave out --for"),
+        (["report", "a", "b"], "unexpected argument 'b'"),
         (["verify", "j.toml", "--steps", "0"], "must be a whole number of at least 1, not '0'"),
         (["generate", "r", "--prompt", "a", "--top-p", "nan"], "must be a number from 0 to 1, not 'nan'"),
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
@@ -276,7 +276,8 @@ def test_output_that_cannot_be_written_is_said_in_a_line(
     cases.write_text("{}\n" * 3)
     command = f"{sys.executable} -m meshwright {words} {where}".replace("JOB", small).replace("CASES", str(cases))
     done = in_bash(command, unbuffered)
-    said = f"error: stdout: the output cannot be written: {reason}; send it to a file with room, or to /dev/null\n"
+    hint = "send it to a file on a disk with free space, or to /dev/null"
+    said = f"error: stdout: the output cannot be written: {reason}; {hint}\n"
     assert (done.returncode, done.stderr) == (4, said)
 
 

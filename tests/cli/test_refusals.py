@@ -150,7 +150,7 @@ ONE_PROBLEM = [
     (2, "plan job.toml cluster.devices=-3", "must be at least 1, not -3; nearest: 1"),
     (2, "plan job.toml cluster.named=h100-sxm", "cluster.named: unknown device 'h100-sxm'; nearest: h100-sxm-80gb"),
     (2, "plan job.toml cluster.named=abacus", "command line: cluster.named: unknown device 'abacus'; known: a100"),
-    (3, "train job.toml cluster.named=l4", "command line: cluster.named: 'l4' is planned for"),
+    (3, "train job.toml cluster.named=l4", "command line: cluster.named: 'l4' can only be planned for"),
     # layouts
     (3, "plan job.toml layout.tp=4 cluster.devices=4", "layout.tp: tp=4 does not divide heads=6, kv_heads=2"),
     (3, "plan job.toml layout.tp=4 cluster.devices=4", "nearest: layout.tp=2"),
@@ -196,7 +196,7 @@ ONE_PROBLEM = [
     (2, "plan job.toml --objective fame", "--objective: unknown objective 'fame'; known: money, time"),
     (2, "plan job.toml --profile none.toml", "none.toml: no such profile"),
     # devices of several kinds
-    (3, f"train gpus.toml {MIXED}", "cluster.groups: devices of several kinds are planned for, and `train` runs those"),
+    (3, f"train gpus.toml {MIXED}", "cluster.groups: devices of several kinds can only be planned for: `train` runs"),
     (
         3,
         f"verify gpus.toml {MIXED}",
@@ -401,7 +401,7 @@ def test_a_run_is_not_overwritten(home: Path, refused: Refused) -> None:
     (home / "runs" / "job").mkdir(parents=True)
     shutil.copy(home / "job.toml", home / "runs" / "job")
     (line,) = refused(2, "train", "job.toml")
-    assert "runs/job: holds a run already; to go on with it: meshwright train job.toml --resume" in line
+    assert "runs/job: holds a run already; to resume it: meshwright train job.toml --resume" in line
 
 
 def checkpointed(home: Path, capfd: pytest.CaptureFixture[str]) -> Path:

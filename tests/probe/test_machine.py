@@ -127,7 +127,7 @@ def test_the_better_figure_of_two_rounds_counts() -> None:
         "read_bytes_per_second": 9.0,
         "chains": [1.0],
     }
-    assert probe._better(one, other) == probe._better(other, one) == best
+    assert probe._best_figures(one, other) == probe._best_figures(other, one) == best
 
 
 @pytest.fixture

@@ -48,30 +48,30 @@ class Case:
             return ["stem", "1", "2", "head"]
         return ["embed", *map(str, range(self.model["layers"])), "head"]
 
-    def question(self, folder: Path) -> dict[str, Any]:
-        """The JSON that a process is told, with the job written into `folder`."""
+    def payload(self, folder: Path) -> dict[str, Any]:
+        """The payload of a process, whose job is written into `folder`."""
         path = folder / f"{self.name.replace(' ', '-')}.toml"
         path.write_text(job_to_toml(self.job))
         cuts = [index * len(self.blocks) // self.layout.pp for index in range(self.layout.pp + 1)]
         stages = [self.blocks[a:b] for a, b in itertools.pairwise(cuts)]
-        how = {"stages": stages, "precision": self.precision, "kind": "cpu"}
-        return {"job": str(path), "layout": self.layout.as_dict(), **how}
+        options = {"stages": stages, "precision": self.precision, "kind": "cpu"}
+        return {"job": str(path), "layout": self.layout.as_dict(), **options}
 
 
 def rehearse_here(case: Case, folder: Path, ranks: Iterable[int]) -> list[Peak]:
     """Some ranks, in this process."""
-    from meshwright.rehearse.work import rehearsed, tracked_run
+    from meshwright.rehearse.work import rehearsed_peak, tracked_run
 
-    run = tracked_run(case.question(folder))
-    return [rehearsed(run, rank) for rank in ranks]
+    run = tracked_run(case.payload(folder))
+    return [rehearsed_peak(run, rank) for rank in ranks]
 
 
 def measure_here(case: Case, folder: Path) -> list[Peak]:
     """A case of one rank, run for real in this process."""
-    from meshwright.rehearse.work import measured, tracked_run
+    from meshwright.rehearse.work import measured_peaks, tracked_run
 
     with tempfile.TemporaryDirectory() as store:
-        peaks = measured(tracked_run(case.question(folder)), 0, Path(store, "store"), steps=2)
+        peaks = measured_peaks(tracked_run(case.payload(folder)), 0, Path(store, "store"), steps=2)
     return [min(peaks, key=lambda peak: peak.total)]
 
 
@@ -83,7 +83,7 @@ def measure(cases: Sequence[Case], folder: Path, steps: int, seconds: float = 50
         if size == 1:
             found |= {case.name: measure_here(case, folder) for case in group}
             continue
-        payload = {"questions": [case.question(folder) for case in group], "steps": steps}
+        payload = {"cases": [case.payload(folder) for case in group], "steps": steps}
         env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with launch.local("meshwright.rehearse.work:measure", payload, size, folder / f"logs-{size}", env=env) as work:
             ranks = work.wait(seconds)

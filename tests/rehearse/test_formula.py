@@ -31,7 +31,7 @@ MANY = [
 
 def distances(layout: Layout, precision: str, folder: Path) -> dict[int, float]:
     """Formula over rehearsal, less one, of the first rank of each stage."""
-    from meshwright.rehearse.work import rehearsed, tracked_run
+    from meshwright.rehearse.work import rehearsed_peak, tracked_run
 
     job = Job(
         model=MODEL,
@@ -45,7 +45,7 @@ def distances(layout: Layout, precision: str, folder: Path) -> dict[int, float]:
     path.write_text(job_to_toml(job))
     run = tracked_run(payload_of(path, chosen, "cuda"))
     column = layout.devices // layout.pp
-    found = {stage: rehearsed(run, stage * column).total for stage in range(layout.pp)}
+    found = {stage: rehearsed_peak(run, stage * column).total for stage in range(layout.pp)}
     return {stage: chosen.memory[stage].allocated / total - 1 for stage, total in found.items()}
 
 

@@ -86,7 +86,7 @@ def test_what_does_not_fit_names_the_runner_up_that_does(monkeypatch: pytest.Mon
         exact.plan_exact(job())
     assert caught.value.exit_code == 3
     (problem,) = caught.value.problems
-    assert "rank 0 needs 18.6 GiB at its worst (forward of loss), 9.3 GiB more" in problem.what
+    assert "rank 0 needs 18.6 GiB at its peak (forward of loss), 9.3 GiB more" in problem.what
     assert f"layout.pp={other.pp}" in problem.nearest
     everything = dict.fromkeys(range(1, 17), 2 * 10**10)
     monkeypatch.setattr(meshwright.rehearse, "rehearse", pretended(everything))

@@ -9,7 +9,7 @@ import torch
 
 from meshwright.layout import Layout
 from meshwright.rehearse import Peak
-from meshwright.rehearse.peak import extrapolated
+from meshwright.rehearse.peak import extrapolate
 from tests.rehearse.cases import DIGITS, TIED, Case, measure, rehearse_here
 
 SEQUENCE = Layout(tp=2, sequence_parallel=True, micro_batch=4)
@@ -44,18 +44,18 @@ MANY = [
 
 
 def compare(cases: list[Case], folder: Path, steps: int) -> None:
-    found = measure(cases, folder, steps)
-    apart = {}
+    measured = measure(cases, folder, steps)
+    different = {}
     for case in cases:
         column = case.layout.devices // case.layout.pp
         firsts = range(0, case.layout.devices, column)  # the ranks of a stage hold the same here
         for fake, rank in zip(rehearse_here(case, folder, firsts), firsts, strict=True):
-            real = found[case.name][rank]
-            # What is left is a collective's thread letting go late; without collectives there is nothing left.
+            real = measured[case.name][rank]
+            # The thread of a collective may free its tensors late; without collectives the peaks are equal.
             allowed = 0.01 if case.layout.devices > 1 else 0.0
             if abs(fake.total - real.total) > allowed * real.total:
-                apart[f"{case.name}, rank {rank}"] = (fake, real)
-    assert apart == {}
+                different[f"{case.name}, rank {rank}"] = (fake, real)
+    assert different == {}
 
 
 def test_rehearsed_is_what_was_measured(tmp_path: Path) -> None:
@@ -71,13 +71,13 @@ def test_rehearsed_is_what_was_measured_in_every_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_a_long_step_from_two_short_ones(schedule: str, tmp_path: Path) -> None:
     """A step of eight micro-batches rehearsed whole holds what is extrapolated from fewer."""
-    from meshwright.rehearse.stage import rehearsed_moments
+    from meshwright.rehearse.stage import rehearsed_peaks
     from meshwright.rehearse.work import tracked_run
 
-    run = tracked_run(Case(Layout(pp=2, schedule=schedule, micro_batch=1), "bf16", global_batch=8).question(tmp_path))
-    fewer, more = (rehearsed_moments(run.with_micro_batches(count), 0) for count in (3, 4))
-    whole = max(rehearsed_moments(run, 0).values(), key=lambda peak: peak.total)
-    assert extrapolated(fewer, more, 4) == whole
+    run = tracked_run(Case(Layout(pp=2, schedule=schedule, micro_batch=1), "bf16", global_batch=8).payload(tmp_path))
+    fewer, more = (rehearsed_peaks(run.with_micro_batches(count), 0) for count in (3, 4))
+    whole = max(rehearsed_peaks(run, 0).values(), key=lambda peak: peak.total)
+    assert extrapolate(fewer, more, 4) == whole
 
 
 def test_extrapolation_takes_the_worst_of_the_lines() -> None:
@@ -88,8 +88,8 @@ def test_extrapolation_takes_the_worst_of_the_lines() -> None:
         }
 
     # The backward is worse at first, the forward grows faster.
-    assert extrapolated(at(10, 50), at(20, 51), 0) == at(20, 51)["B"]
-    found = extrapolated(at(10, 50), at(20, 51), 10)
+    assert extrapolate(at(10, 50), at(20, 51), 0) == at(20, 51)["B"]
+    found = extrapolate(at(10, 50), at(20, 51), 10)
     assert (found.total, found.parts, found.phase) == (120, {"activations": 120}, "forward")
 
 

@@ -19,13 +19,13 @@ RNG_STATE_BYTES = 5056  # a checkpointed block keeps the state of the generator,
 @pytest.mark.parametrize(("recompute", "states"), [("none", 0), pytest.param("full", 4, marks=pytest.mark.slow)])
 def test_it_finds_what_the_allocator_gave_out(recompute: str, states: int, tmp_path: Path) -> None:
     """Two real runs: one followed by the tracker, one without it, of which torch's profiler saw every allocation."""
-    from meshwright.rehearse.stage import allocated
+    from meshwright.rehearse.stage import allocated_bytes
     from meshwright.rehearse.work import tracked_run
 
     case = Case(Layout(micro_batch=4, recompute=recompute))
     (tracked,) = measure_here(case, tmp_path)
-    given = allocated(tracked_run(case.question(tmp_path)), 0, tmp_path / "store")
-    assert 0 <= given - tracked.total <= 64 + states * RNG_STATE_BYTES
+    by_allocator = allocated_bytes(tracked_run(case.payload(tmp_path)), 0, tmp_path / "store")
+    assert 0 <= by_allocator - tracked.total <= 64 + states * RNG_STATE_BYTES
 
 
 def test_a_storage_counts_once_from_birth_to_death() -> None:
@@ -82,7 +82,7 @@ def test_forgetting_keeps_what_is_held() -> None:
 
 
 def test_values_are_made_up_only_when_asked() -> None:
-    with Tracker(made_up=True):
+    with Tracker(fake=True):
         assert torch.zeros(3).sum().item() == 1.0 and int(torch.zeros(3, dtype=torch.int64).sum()) == 1
     with Tracker():
         assert torch.zeros(3).sum().item() == 0.0

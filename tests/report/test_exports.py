@@ -24,7 +24,7 @@ from meshwright.families.decoder import DecoderShape
 from meshwright.layout import SCHEDULES, Layout
 from meshwright.plan.pipeline import TABLE
 from meshwright.plan.pipeline.actions import schedule_problem
-from meshwright.report.exports import EXPORTERS, Export, export
+from meshwright.report.exports import EXPORTERS, Export
 from meshwright.report.planfolder import RECORD, plan_files, write_plan
 from meshwright.report.training_words import Recipe
 from tests.report.plans import plan
@@ -90,7 +90,7 @@ def options(words: list[str]) -> dict[str, str]:
 def test_torchtitan_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) -> None:
     layout, micro_batches = made
     whole = plan(layout, micro_batches)
-    config = titan(export("torchtitan", whole, RECIPE))
+    config = titan(EXPORTERS["torchtitan"](whole, RECIPE))
     degrees = config["parallelism"]
     product = 1
     for name in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "pipeline_parallel"):
@@ -119,7 +119,7 @@ def test_torchtitan_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]
 def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) -> None:
     layout, micro_batches = made
     whole = plan(layout, micro_batches)
-    launch, words = megatron(export("megatron-lm", whole, RECIPE))
+    launch, words = megatron(EXPORTERS["megatron-lm"](whole, RECIPE))
     world = int(launch["--nnodes"]) * int(launch["--nproc_per_node"])
     assert world == layout.devices
     model = 1
@@ -138,7 +138,7 @@ def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) 
     needs = {"--use-distributed-optimizer", "--overlap-grad-reduce"}
     assert "--overlap-param-gather" not in words or needs <= set(words)
     assert "--optimizer-cpu-offload" not in words or "--use-distributed-optimizer" in words
-    script = export("megatron-lm", whole, RECIPE).files["megatron.sh"]
+    script = EXPORTERS["megatron-lm"](whole, RECIPE).files["megatron.sh"]
     assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in script) == ("--use-megatron-fsdp" not in words)
 
 
@@ -146,7 +146,7 @@ def test_megatron_degrees_multiply_and_batches_add_up(made: tuple[Layout, int]) 
 def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int]) -> None:
     layout, micro_batches = made
     whole = plan(layout, micro_batches)
-    written = export("deepspeed", whole, RECIPE)
+    written = EXPORTERS["deepspeed"](whole, RECIPE)
     config = json.loads(written.files["deepspeed.json"])
     batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * layout.dp
     assert batch == whole.global_batch
@@ -161,7 +161,7 @@ def test_deepspeed_batches_add_up_and_launch_all_devices(made: tuple[Layout, int
 
 @given(layouts(), st.sampled_from(list(EXPORTERS)))
 def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name: str) -> None:
-    written = export(name, plan(*made), RECIPE)
+    written = EXPORTERS[name](plan(*made), RECIPE)
     text = "\n".join(written.files.values())
     assert all(f"# not said here: {' '.join(sentence.split())}" in text for sentence in written.omitted)
     assert written.version in text
@@ -189,66 +189,66 @@ def test_what_cannot_be_said_is_data_and_comment(made: tuple[Layout, int], name:
     ],
 )
 def test_what_a_framework_lacks_is_named(name: str, layout: Layout, expected: str) -> None:
-    omitted = export(name, plan(layout, 4), RECIPE).omitted
+    omitted = EXPORTERS[name](plan(layout, 4), RECIPE).omitted
     named = any(expected in sentence for sentence in omitted)
     assert named == (layout != Layout(pp=3)), omitted  # even stages need no word
 
 
 def test_a_mixture_is_said_where_there_are_words_for_it() -> None:
     recipe = Recipe(MIXTURE, seq_len=2048, steps=10, lr=1e-4, devices_per_node=8)
-    _, words = megatron(export("megatron-lm", plan(Layout(dp=8, ep=8), 2), recipe))
+    _, words = megatron(EXPORTERS["megatron-lm"](plan(Layout(dp=8, ep=8), 2), recipe))
     assert words["--num-experts"] == "8" and words["--expert-model-parallel-size"] == "8"
     assert json.loads(words["--moe-layer-freq"]) == [0, *[1] * 15]
-    made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), recipe)
+    made = EXPORTERS["torchtitan"](plan(Layout(dp=8, shard=8, ep=8), 2), recipe)
     assert titan(made)["model"]["name"] == "deepseek_v3"
     assert any("8 experts of width 704, 2 to a token" in sentence for sentence in made.omitted)
 
 
 def test_a_kind_that_torchtitan_lacks_is_not_called_another() -> None:
     mixtral = replace(MIXTURE, hf_type="mixtral")
-    made = export("torchtitan", plan(Layout(dp=8, shard=8, ep=8), 2), replace(RECIPE, shape=mixtral))
+    made = EXPORTERS["torchtitan"](plan(Layout(dp=8, shard=8, ep=8), 2), replace(RECIPE, shape=mixtral))
     assert titan(made)["model"]["name"] == "planned"
     assert any("torchtitan has no mixtral" in sentence for sentence in made.omitted)
 
 
 def test_megatron_is_asked_for_the_overlap_that_was_predicted() -> None:
     for framework, overlaps in (("megatron-lm", False), ("megatron-bridge", True)):
-        made = export("megatron-lm", replace(plan(Layout(dp=8), 2), framework=framework), RECIPE)
+        made = EXPORTERS["megatron-lm"](replace(plan(Layout(dp=8), 2), framework=framework), RECIPE)
         assert ("--overlap-grad-reduce" in megatron(made)[1]) == overlaps
         assert any("overlap, since" in sentence for sentence in made.omitted) != overlaps
 
 
 def test_megatron_trains_what_was_planned() -> None:
     gemma = replace(DENSE, sliding_window=4096, hf_type="gemma")
-    made = export("megatron-lm", plan(Layout(), 2), replace(RECIPE, shape=gemma))
+    made = EXPORTERS["megatron-lm"](plan(Layout(), 2), replace(RECIPE, shape=gemma))
     words = megatron(made)[1]
     assert words["--attention-dropout"] == words["--hidden-dropout"] == "0"  # 0.1 unless it is said
     assert words["--window-size"] == "4095,0"  # tokens before a token, and after it
     assert any("what a gemma is beside its sizes" in sentence for sentence in made.omitted)
     bloom = replace(DENSE, gated=False, norm="layer", hf_type="bloom")
-    assert megatron(export("megatron-lm", plan(Layout(), 2), replace(RECIPE, shape=bloom)))[1][
+    assert megatron(EXPORTERS["megatron-lm"](plan(Layout(), 2), replace(RECIPE, shape=bloom)))[1][
         "--position-embedding-type"
     ] == ("none")
-    plain = export("megatron-lm", plan(Layout(), 2), RECIPE)
+    plain = EXPORTERS["megatron-lm"](plan(Layout(), 2), RECIPE)
     assert not any("beside its sizes" in sentence for sentence in plain.omitted)
 
 
 def test_precisions_and_odd_names_are_written_whole() -> None:
     whole = plan(Layout(), 2, precision="fp8")
-    _, words = megatron(export("megatron-lm", whole, RECIPE))
+    _, words = megatron(EXPORTERS["megatron-lm"](whole, RECIPE))
     assert "--bf16" in words and words["--fp8-format"] == "hybrid"
     assert (
-        titan(export("torchtitan", plan(Layout(), 2, precision="fp32"), RECIPE))["training"]["mixed_precision_param"]
+        titan(EXPORTERS["torchtitan"](plan(Layout(), 2, precision="fp32"), RECIPE))["training"]["mixed_precision_param"]
         == "float32"
     )
     odd = Recipe(None, seq_len=1, steps=1, lr=1.0, devices_per_node=1)
     for name in EXPORTERS:
-        assert any("the model" in sentence for sentence in export(name, whole, odd).omitted)
+        assert any("the model" in sentence for sentence in EXPORTERS[name](whole, odd).omitted)
 
 
 def test_a_shell_reads_megatrons_script(tmp_path: Path) -> None:
     """Run by a shell with torchrun replaced: what arrives is what was meant."""
-    written = export("megatron-lm", plan(Layout(dp=4, tp=2, pp=2, schedule="1f1b"), 8), RECIPE)
+    written = EXPORTERS["megatron-lm"](plan(Layout(dp=4, tp=2, pp=2, schedule="1f1b"), 8), RECIPE)
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -383,7 +383,7 @@ def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
         RECIPE, warmup_steps=77, decay=decay, min_lr_ratio=0.05, decay_fraction=0.3, weight_decay=0.3,
         betas=(0.8, 0.85), eps=1e-6, clip=0.5, seed=42,
     )  # fmt: skip
-    tables = titan(export("torchtitan", plan(Layout(), 2), recipe))
+    tables = titan(EXPORTERS["torchtitan"](plan(Layout(), 2), recipe))
     adam = {"beta1": 0.8, "beta2": 0.85, "eps": 1e-6, "weight_decay": 0.3}
     assert tables["optimizer"] == {"name": "AdamW", "lr": 3e-4, **adam}
     assert (tables["training"]["max_norm"], tables["debug"]["seed"]) == (0.5, 42)
@@ -391,13 +391,13 @@ def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
     assert rate["warmup_steps"] == 77
     assert rate.get("decay_ratio") == {"wsd": 0.3, "constant": 0.0}.get(decay)
     assert rate.get("decay_type", "none") == {"cosine": "cosine", "wsd": "linear"}.get(decay, "none")
-    words = megatron(export("megatron-lm", plan(Layout(), 2), recipe))[1]
+    words = megatron(EXPORTERS["megatron-lm"](plan(Layout(), 2), recipe))[1]
     said = ("lr-warmup-iters", "weight-decay", "adam-beta1", "adam-beta2", "adam-eps", "clip-grad", "seed")
     assert [float(words[f"--{name}"]) for name in said] == [77, 0.3, 0.8, 0.85, 1e-6, 0.5, 42]
     assert words["--lr-decay-style"] == {"wsd": "WSD"}.get(decay, decay)
     assert words.get("--lr-wsd-decay-iters") == ("300" if decay == "wsd" else None)
     assert float(words["--min-lr"]) == (3e-4 if decay == "constant" else 1.5e-5)
-    made = export("deepspeed", plan(Layout(), 2), recipe)
+    made = EXPORTERS["deepspeed"](plan(Layout(), 2), recipe)
     config = json.loads(made.files["deepspeed.json"])
     assert config["gradient_clipping"] == 0.5
     assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.85], "eps": 1e-6, "weight_decay": 0.3}
@@ -408,8 +408,8 @@ def test_how_it_trains_is_said_in_each_framework_s_words(decay: str) -> None:
 def test_positions_that_are_scaled_are_said_or_named() -> None:
     llama3 = replace(RECIPE, rope_scaling={"rope_type": "llama3", "factor": 32.0})
     linear = replace(RECIPE, rope_scaling={"rope_type": "linear", "factor": 4.0})
-    made = export("megatron-lm", plan(Layout(), 2), llama3)
+    made = EXPORTERS["megatron-lm"](plan(Layout(), 2), llama3)
     assert megatron(made)[1]["--rope-scaling-factor"] == "32.0"
-    other = export("megatron-lm", plan(Layout(), 2), linear)
+    other = EXPORTERS["megatron-lm"](plan(Layout(), 2), linear)
     assert any('"linear"' in sentence and "unscaled" in sentence for sentence in other.omitted)
-    assert any('"linear"' in sentence for sentence in export("torchtitan", plan(Layout(), 2), linear).omitted)
+    assert any('"linear"' in sentence for sentence in EXPORTERS["torchtitan"](plan(Layout(), 2), linear).omitted)

@@ -244,4 +244,4 @@ def test_the_page_of_a_plan_says_what_failures_and_money_make_of_it() -> None:
     assert planned.outlook is not None and planned.outlook.dollars is not None
     assert f"${planned.outlook.dollars:,.2f}" in page
     assert f"save every {planned.outlook.checkpoint_steps:,} steps" in page
-    assert "Held back by" in page
+    assert "<strong>Limit:</strong>" in page

@@ -76,26 +76,26 @@ def write_run(folder: RunFolder) -> None:
 def test_the_live_line_says_where_a_run_is() -> None:
     progress = terminal.Progress()
     assert progress.line("tokens") == "starting"
-    progress.take({"event": "start", "step": 0, "steps": 40})
+    progress.update({"event": "start", "step": 0, "steps": 40})
     step = {"event": "step", "step": 10, "loss": 3.5, "tokens_per_second": 1234.0, "step_seconds": 2.0}
-    progress.take({**step, "predicted_step_seconds": 1.5})
-    remark = progress.take({"event": "eval", "step": 10, "held_out_loss": 3.25})
+    progress.update({**step, "predicted_step_seconds": 1.5})
+    remark = progress.update({"event": "eval", "step": 10, "held_out_loss": 3.25})
     assert remark == "step 10: held out: loss 3.25"
     line = progress.line("tokens")
-    for words in ("step 10/40", "loss 3.5000", "held out loss 3.25", "1,234 tokens/s", "2 s a step (predicted 1.5)"):
+    for words in ("step 10/40", "loss 3.5000", "held out loss 3.25", "1,234 tokens/s", "2 s/step (predicted 1.5)"):
         assert words in line
     assert line.endswith("1 min 00 s left")
 
 
 def test_without_a_terminal_lines_are_few_and_plain(tmp_path: Path) -> None:
     folder, screen = RunFolder(tmp_path), console()
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     def until() -> bool:
-        if not asked:
+        if not calls:
             write_run(folder)
-        asked.append(True)
-        return len(asked) > 1
+        calls.append(True)
+        return len(calls) > 1
 
     terminal.live(folder, plan(), until, screen)
     lines = text_of(screen).splitlines()
@@ -107,13 +107,13 @@ def test_without_a_terminal_lines_are_few_and_plain(tmp_path: Path) -> None:
 def test_in_a_terminal_the_line_stays_in_place(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     screen = Console(file=io.StringIO(), width=100, force_terminal=True)
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     def until() -> bool:
-        if not asked:
+        if not calls:
             write_run(folder)
-        asked.append(True)
-        return len(asked) > 1
+        calls.append(True)
+        return len(calls) > 1
 
     terminal.live(folder, plan(), until, screen)
     assert "step 10/40" in text_of(screen)

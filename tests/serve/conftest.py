@@ -18,8 +18,8 @@ from meshwright.engine.request import check
 from meshwright.serve.access import Access
 from meshwright.serve.server import Addresses, ModelServer
 from meshwright.serve.workers.chat import DEFAULT_TEMPLATE, ChatTemplate, Renderer
-from meshwright.serve.workers.served import ServedModel
-from meshwright.serve.workers.worker import Loop
+from meshwright.serve.workers.served_model import ServedModel
+from meshwright.serve.workers.worker import EngineLoop
 
 END = 4  # the double's end-of-sequence id
 
@@ -92,7 +92,7 @@ class EchoEngine:
 async def in_thread(engine: EchoEngine) -> AsyncIterator[ServedModel]:
     """`engine` behind the real channel and the real loop, in a thread."""
     ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=Loop(engine, ByteTokenizer(), "echo", theirs).run, daemon=True)
+    thread = threading.Thread(target=EngineLoop(engine, ByteTokenizer(), "echo", theirs).run, daemon=True)
     thread.start()
     model = await ServedModel.connect(*await asyncio.open_connection(sock=ours))
     try:

@@ -19,18 +19,17 @@ import openai
 import pytest
 
 from meshwright.errors import InputError
-from meshwright.serve import main
 from meshwright.serve.client import stream_grpc, stream_http
-from meshwright.serve.server import bind, model_name
+from meshwright.serve.server import bind, main, model_name
 
 PROGRAM = """
 import json, sys
 from types import SimpleNamespace
 from meshwright.errors import MeshwrightError
-from meshwright.serve import main
-folder, ready, config = sys.argv[1:]
+from meshwright.serve.server import main
+folder, config = sys.argv[1:]
 try:
-    main(folder, SimpleNamespace(**json.loads(config)), ready, precision="fp32")
+    main(folder, SimpleNamespace(**json.loads(config)), precision="fp32")
 except MeshwrightError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -76,24 +75,22 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 class Process:
-    """`main` in a process; its addresses come from the ready file."""
+    """`main` in a process, whose temporary files go to `temporary`; its first line of output has the addresses."""
 
-    def __init__(self, folder: Path, ready: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, temporary: Path, **changes: Any) -> None:
         config = json.dumps(CONFIG | changes)
-        environment = dict(
-            os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), TMPDIR=str(ready.parent)
-        )
-        command = [sys.executable, "-c", PROGRAM, str(folder), str(ready), config]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), TMPDIR=str(temporary))
+        command = [sys.executable, "-c", PROGRAM, str(folder), config]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-        self.ready = ready
 
-    def wait_ready(self, until) -> dict[str, Any]:
-        until(lambda: self.ready.exists() or self.process.poll() is not None, seconds=120)
-        if not self.ready.exists():
+    def wait_ready(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
             raise AssertionError(self.process.communicate())
-        found: dict[str, Any] = json.loads(self.ready.read_text())
-        return found
+        addresses: dict[str, Any] = json.loads(line)
+        return addresses
 
     def family(self) -> set[int]:
         """Process ids of everything that it started."""
@@ -115,10 +112,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, ready: Path, until, **changes: Any) -> Iterator[tuple[Process, dict[str, Any]]]:
-    process = Process(folder, ready, **changes)
+def serving(folder: Path, temporary: Path, **changes: Any) -> Iterator[tuple[Process, dict[str, Any]]]:
+    process = Process(folder, temporary, **changes)
     try:
-        yield process, process.wait_ready(until)
+        yield process, process.wait_ready()
     finally:
         if process.process.poll() is None:
             process.process.kill()
@@ -151,7 +148,7 @@ def gone(pids: set[int]) -> bool:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_real_model_over_both_protocols(tiny_folder, tmp_path, until, tp):
-    with serving(tiny_folder, tmp_path / "ready", until, tp=tp) as (process, at):
+    with serving(tiny_folder, tmp_path, tp=tp) as (process, at):
         assert at["model"] == "tiny-llama" and at["pid"] == process.process.pid
         client = openai.OpenAI(base_url=at["http"] + "/v1", api_key="none", max_retries=0)
         for prompt in PROMPTS:
@@ -168,12 +165,12 @@ def test_a_real_model_over_both_protocols(tiny_folder, tmp_path, until, tp):
         assert len(family) >= tp + 1  # the ranks and the template's process
         status, out, err = process.end()
         assert (status, err) == (0, "")
-        assert json.loads(out) == at
+        assert out == ""  # after the line with the addresses
         until(lambda: gone(family))
 
 
 def test_client_that_leaves_frees_the_real_engine(tiny_folder, tmp_path, until):
-    with serving(tiny_folder, tmp_path / "ready", until) as (_, at):
+    with serving(tiny_folder, tmp_path) as (_, at):
         stream = stream_http(at["http"], "x", max_tokens=4000, ignore_eos=True)
         next(stream)
 
@@ -186,7 +183,7 @@ def test_client_that_leaves_frees_the_real_engine(tiny_folder, tmp_path, until):
 
 
 def test_sigint_lets_running_requests_end_and_refuses_new_ones(tiny_folder, tmp_path, until):
-    with serving(tiny_folder, tmp_path / "ready", until) as (process, at):
+    with serving(tiny_folder, tmp_path) as (process, at):
         texts: list[str] = []
 
         def ask() -> None:
@@ -204,7 +201,7 @@ def test_sigint_lets_running_requests_end_and_refuses_new_ones(tiny_folder, tmp_
 
 
 def test_killed_engine_is_an_error_and_leaves_nothing(tiny_folder, tmp_path, until):
-    with serving(tiny_folder, tmp_path / "ready", until, tp=2) as (process, _):
+    with serving(tiny_folder, tmp_path, tp=2) as (process, _):
         family = process.family()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family}
         rank = max(pid for pid, command in commands.items() if "meshwright.launch.worker" in command)
@@ -216,14 +213,14 @@ def test_killed_engine_is_an_error_and_leaves_nothing(tiny_folder, tmp_path, unt
 
 
 def test_killed_server_leaves_nothing(tiny_folder, tmp_path, until):
-    with serving(tiny_folder, tmp_path / "ready", until) as (process, _):
+    with serving(tiny_folder, tmp_path) as (process, _):
         family = process.family()
         process.process.kill()
         until(lambda: gone(family))
 
 
 def test_sigterm_before_it_is_ready_is_a_clean_end(tiny_folder, tmp_path, until):
-    process = Process(tiny_folder, tmp_path / "ready")
+    process = Process(tiny_folder, tmp_path)
     try:
         until(lambda: len(process.family()) >= 2)  # the template's process and the engine's
         family = process.family()

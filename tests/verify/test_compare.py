@@ -38,7 +38,7 @@ def test_boxes_of_all_ranks_become_whole_tensors(tmp_path: Path) -> None:
 
 def test_a_hole_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, {"a": (torch.ones(3, 3), (0, 0), (4, 3))})
-    with pytest.raises(ValueError, match=r"hole.*a"):
+    with pytest.raises(ValueError, match=r"missing boxes.*a"):
         read_step(tmp_path, 1)
 
 

@@ -1,1 +1,1 @@
-"""The command line: parses, calls the verbs, shows what they return. stdout is the result, stderr is talk."""
+"""The command line: parses, calls the verbs, shows their results on stdout and messages on stderr."""

@@ -1,4 +1,4 @@
-"""What each verb does on the command line: calls its function in `verbs`, shows the result."""
+"""A function per verb of the command line: calls the verb in `verbs` and shows its result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshwright import verbs
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
-
-#: Columns that a screen is laid out for at least.
+#: Narrower screens are laid out as if they had this many columns.
 LEAST_COLUMNS = 40
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the parsed command says; raises MeshwrightError."""
+    """Run the parsed command. Raises MeshwrightError."""
     COMMANDS[options.verb](options)
 
 
@@ -35,10 +34,10 @@ def _console() -> Console:
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # main.py ends in order when a reader leaves, as for any other output
+            raise BrokenPipeError  # handled in main.py, as for any other output
 
     screen = Screen(highlight=False)
-    # A terminal that says it has no columns (COLUMNS=0, some job queues) would get nothing at all.
+    # rich prints nothing on a terminal of 0 columns (COLUMNS=0, some job queues).
     return screen if screen.width >= LEAST_COLUMNS else Screen(highlight=False, width=LEAST_COLUMNS)
 
 
@@ -67,7 +66,7 @@ def _explain(options: argparse.Namespace) -> None:
     if options.toml:
         if keys:
             raise InputError(Problem("command line", "--toml prints the whole job", f"leave out {' '.join(keys)}"))
-        sys.stdout.write(verbs.resolved(options.job, overrides))
+        sys.stdout.write(verbs.resolved_toml(options.job, overrides))
         return
     rows = verbs.explain(options.job, overrides, keys)
     if options.json:
@@ -96,11 +95,11 @@ def _plan(options: argparse.Namespace) -> None:
         return _plan_serving(options)
     if options.advice:
         return _advise(options)
-    words = {"framework": options.framework, "objective": options.objective, "profile": options.profile}
-    given = {name: word for name, word in words.items() if word is not None}
+    names = ("framework", "objective", "profile")
+    arguments = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.exact or options.ranks is not None:
-        return _plan_exact(options, given)
-    plan = verbs.plan(options.job, options.overrides, **given)
+        return _plan_exact(options, arguments)
+    plan = verbs.plan(options.job, options.overrides, **arguments)
     _write(plan, options)
     if options.json:
         return _print_json(plan.as_dict())
@@ -109,34 +108,21 @@ def _plan(options: argparse.Namespace) -> None:
     terminal.show_plan(plan, _console())
 
 
-#: Kinds of plan -> flags that they do not read, by their names among the options.
-UNREAD_FLAGS: Mapping[str, Mapping[str, str]] = {
-    "serving": {
-        "advice": "--advice",
-        "exact": "--exact",
-        "ranks": "--ranks",
-        "framework": "--for",
-        "objective": "--objective",
-        "write": "--write",
-    },
-    "advice": {
-        "exact": "--exact",
-        "ranks": "--ranks",
-        "framework": "--for",
-        "objective": "--objective",
-        "profile": "--profile",
-        "write": "--write",
-    },
+#: Kind of plan -> the options that it ignores.
+IGNORED_OPTIONS: Mapping[str, Sequence[str]] = {
+    "serving": ("advice", "exact", "ranks", "framework", "objective", "write"),
+    "advice": ("exact", "ranks", "framework", "objective", "profile", "write"),
 }
 
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raises InputError for flags that the kind of plan would ignore."""
-    for kind, unread in UNREAD_FLAGS.items():
-        given = [flag for name, flag in unread.items() if getattr(options, name) not in (None, False)]
-        if getattr(options, kind) and given:
-            what = f"--{kind} does not read {', '.join(given)}"
-            raise InputError(Problem("command line", what, f"leave out {', '.join(given)}, or --{kind}"))
+    for kind, ignored in IGNORED_OPTIONS.items():
+        names = [name for name in ignored if getattr(options, name) not in (None, False)]
+        if getattr(options, kind) and names:
+            flags = ", ".join("--for" if name == "framework" else f"--{name}" for name in names)
+            what = f"--{kind} does not use {flags}"
+            raise InputError(Problem("command line", what, f"leave out {flags}, or --{kind}"))
 
 
 def _write(plan: Plan, options: argparse.Namespace) -> None:
@@ -145,13 +131,13 @@ def _write(plan: Plan, options: argparse.Namespace) -> None:
             say(f"wrote {path}")
 
 
-def _plan_exact(options: argparse.Namespace, given: dict[str, Any]) -> None:
-    result = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **given)
+def _plan_exact(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    result = verbs.plan_exact(options.job, options.overrides, ranks=options.ranks, **arguments)
     _write(result.plan, options)
     if options.json:
         return _print_json(result.as_dict())
     from meshwright.report import terminal
-    from meshwright.report.exact import exact_lines
+    from meshwright.report.lines import exact_lines
 
     terminal.show_plan(result.plan, _console())
     for line in exact_lines(result.exact.as_dict()):
@@ -162,7 +148,7 @@ def _advise(options: argparse.Namespace) -> None:
     result = verbs.advice(options.job, options.overrides, experience=options.advice)
     if options.json:
         return _print_json(result.as_dict())
-    from meshwright.report.outlook import advice_lines
+    from meshwright.report.lines import advice_lines
 
     for line in advice_lines(result):
         print(line)
@@ -181,11 +167,11 @@ def _verify(options: argparse.Namespace) -> None:
     result = verbs.verify(options.job, options.overrides, steps=options.steps)
     if options.json:
         return _print_json(result)
-    print(f"equal: {result['layout']} and one device agree over {result['steps']} steps in {result['precision']}")
+    print(f"equal: {result['layout']} and one device over {result['steps']} steps in {result['precision']}")
     print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
     print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
     if result["twin"]:
-        print(f"  shown on {result['twin']}: one process of this machine does not hold the model itself")
+        print(f"  compared on {result['twin']}, since one process of this machine cannot hold the model itself")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -202,19 +188,19 @@ def _calibrate(options: argparse.Namespace) -> None:
         return _show_measured(result)
     error = result["mean_error"]
     print(f"{result['out']}: fitted to {result['rows']} runs, {len(result['skipped'])} lines left out")
-    print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on runs whose group was not fitted")
+    print(f"  mean error {error['before']:.1%} before, {error['held_out']:.1%} on groups of runs left out of the fit")
     for one in result["moved"]:
         print(f"  {one['constant']:<36} {one['from']:>12.5g} -> {one['to']:<12.5g} {one['unit']}")
     for regime, one in result["corrections"].items():
-        print(f"  correction of {regime}: {one['points']} points, {one['amplitude']:.0%} strong")
+        print(f"  correction of {regime}: {one['points']} points, amplitude {one['amplitude']:.0%}")
     for regime, (low, high) in result["intervals"].items():
-        print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the middle")
+        print(f"  90 % interval of {regime}: {low:.3f} to {high:.3f} times the prediction")
     for bad in result["skipped"]:
         say(f"left out: {bad['id']}: {bad['error']}")
 
 
 def _show_measured(result: Mapping[str, Any]) -> None:
-    """What a run or the machine itself changed."""
+    """The changes of a profile made from a run or from this machine."""
     if result["from"] == "machine":
         print(f"{result['out']}: this machine, measured for {result['seconds']:.0f} s")
     else:
@@ -224,30 +210,30 @@ def _show_measured(result: Mapping[str, Any]) -> None:
             was, now = (part[when] / part["measured"] - 1 for when in ("before", "after"))
             print(f"  {part['name']:<12} {part['measured']:.4g} s measured; predicted {was:+.0%}, now {now:+.0%}")
         for group, factor in result["factors"].items():
-            print(f"  {group:<12} takes {factor:.2f} times as long as was supposed")
-        print(f"  90 % interval of layouts near: {low:.3f} to {high:.3f} times the middle")
+            print(f"  {group:<12} takes {factor:.2f} times as long as predicted")
+        print(f"  90 % interval of similar layouts: {low:.3f} to {high:.3f} times the prediction")
         return
     for one in result["changed"]:
         print(f"  {one['constant']:<40} {one['from']:>10.4g} -> {one['to']:<10.4g} {one['unit']}: {one['what']}")
 
 
 def _train(options: argparse.Namespace) -> None:
-    again = verbs.resume_command(options.job, options.overrides, options.run)
+    resume_with = verbs.resume_command(options.job, options.overrides, options.run)
 
     def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
         from meshwright.report import terminal
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to end, treated as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # treated as Ctrl-C
         try:
             terminal.live(folder, plan, until=lambda: processes.poll() != "running")
         except KeyboardInterrupt:
             say("stopping: saving a checkpoint first")
             processes.stop()
-            say(f"resume with: {again}")
+            say(f"resume with: {resume_with}")
             raise
 
-    given = {"run": options.run, "resume": options.resume, "profile": options.profile}
-    result = verbs.train(options.job, options.overrides, **given, watch=watch)
+    arguments = {"run": options.run, "resume": options.resume, "profile": options.profile}
+    result = verbs.train(options.job, options.overrides, **arguments, watch=watch)
     if options.json:
         return _print_json(result)
     for name, value in result.items():
@@ -281,9 +267,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     path = str(verbs.report(options.run))
-    if options.json:
-        return _print_json({"report": path})
-    print(path)
+    _print_json({"report": path}) if options.json else print(path)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -301,7 +285,7 @@ def _completion(options: argparse.Namespace) -> None:
     sys.stdout.write(script(options.shell))
 
 
-#: Verb of the command line -> what does it.
+#: Verb -> its function.
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "new": _new,
     "check": _check,

@@ -1,4 +1,4 @@
-"""Completion scripts for bash, zsh and fish, made from the parser and the job's keys: nothing is listed twice."""
+"""Completion scripts for bash, zsh and fish, made from the parser and the job's keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meshwright.job import job_keys
 
 @dataclass(frozen=True)
 class _Verb:
-    """What may follow a verb: flags with their help, fixed words, and overrides such as `train.lr=` after the job."""
+    """What may follow a verb: (flag, help), fixed words, and whether overrides such as `train.lr=` follow the job."""
 
     name: str
     summary: str
@@ -37,13 +37,13 @@ def _verbs() -> list[_Verb]:
         if isinstance(action, argparse._SubParsersAction)
         for choice in action._choices_actions
     }
-    found = []
+    result = []
     for name, verb in verbs.items():
         flags = tuple((flag, action.help or "") for action in verb._actions for flag in action.option_strings)
         words = tuple(str(choice) for action in verb._actions for choice in action.choices or ())
         takes = any(action.dest in ("overrides", "words") for action in verb._actions)
-        found.append(_Verb(name, summaries[name], flags, words, takes))
-    return found
+        result.append(_Verb(name, summaries[name], flags, words, takes))
+    return result
 
 
 def _overrides(section: str = "") -> str:
@@ -76,7 +76,7 @@ def _bash(verbs: list[_Verb]) -> str:
     for verb in verbs:
         flags = " ".join(flag for flag, _ in verb.flags)
         words = f"words='{' '.join(verb.words)}'" if verb.words else "words="
-        if verb.takes_overrides:  # after the job, whose name bash's own completion of files finds
+        if verb.takes_overrides:  # after the job file, which bash completes by itself
             words = '[ "$COMP_CWORD" -gt 2 ] && words=$keys'
         cases.append(f"      {verb.name}) flags='{flags}'; {words} ;;")
     named = " ".join(verb.name for verb in verbs)

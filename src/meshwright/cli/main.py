@@ -1,6 +1,6 @@
-"""The command line: parses, lets commands.py do it, turns errors into messages and exit codes.
+"""The command line: parses, runs the command, turns errors into messages and exit codes.
 
-Nothing heavy is imported here: `meshwright --help` answers before torch could be loaded.
+Nothing heavy is imported here, so that `meshwright --help` is quick.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if first and not first.startswith("-") and first not in verbs:
         raise InputError(Problem("command line", f"unknown verb '{first}'", nearest_name(first, list(verbs))))
     options, extra = parser.parse_known_args(arguments)
-    known = verbs[options.verb] if options.verb else parser
-    flags = [flag for action in known._actions for flag in action.option_strings]
+    verb_parser = verbs[options.verb] if options.verb else parser
+    flags = [flag for action in verb_parser._actions for flag in action.option_strings]
     problems = []
     for word in extra:
         words = getattr(options, "overrides", getattr(options, "words", None))
@@ -37,9 +37,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             flag = word.partition("=")[0]
             problems.append(Problem("command line", f"unknown flag '{flag}'", nearest_name(flag, flags)))
         elif words is not None:
-            words.append(word)  # overrides may come after flags too
+            words.append(word)  # overrides may follow flags too
         else:
-            problems.append(Problem("command line", f"'{word}' is one word too many", f"see {known.prog} --help"))
+            problems.append(Problem("command line", f"unexpected argument '{word}'", f"see {verb_parser.prog} --help"))
     if problems:
         raise InputError(problems)
     if options.verb is None:
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (see `--help`). Raises nothing but SystemExit of --help."""
+    """Run the command and return its exit code (see `--help`). Raises only the SystemExit of --help."""
     try:
         with checked_output():
             options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader left, as of `| head`
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         return 0
-    except Exception as error:  # a bug of ours, or a broken machine: reported in one line, with the way to see more
+    except Exception as error:  # a bug of ours, or a broken machine
         if env.debug():
             traceback.print_exc()
         say(f"error: {type(error).__name__}: {error}")
-        say("this is not a message we foresaw; MESHWRIGHT_DEBUG=1 shows where it came from")
+        say("this error was not expected; MESHWRIGHT_DEBUG=1 shows its traceback")
         return RunFailed.exit_code
     finally:
         drop_unwritten()
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Makes SIGTERM end a verb as Ctrl-C does, so that `train` saves first when a supervisor ends it."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+    """Makes SIGTERM end a verb as Ctrl-C does, so that `train` saves a checkpoint when a supervisor ends it."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Stdout, which is the result and must not be lost in silence, and stderr, which is talk."""
+"""Stdout for results, whose write errors are reported, and stderr for messages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from meshwright.errors import Problem, RunFailed
 
 
 class OutputFailed(RunFailed):
-    """Stdout, which is the result, could not be written."""
+    """Stdout could not be written."""
 
     def __init__(self, reason: str) -> None:
         what = f"the output cannot be written: {reason}"
-        super().__init__(Problem("stdout", what, "send it to a file with room, or to /dev/null"))
+        super().__init__(Problem("stdout", what, "send it to a file on a disk with free space, or to /dev/null"))
 
 
 class _Output:
-    """Stdout, whose failures are OutputFailed, and no other file's; a reader that left stays a BrokenPipeError."""
+    """Stdout whose OSErrors become OutputFailed, so that they differ from other files'. BrokenPipeError stays."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -49,8 +49,8 @@ class _Output:
 
 @contextlib.contextmanager
 def checked_output() -> Iterator[None]:
-    """Raises OutputFailed where stdout is closed, before anything is done, and where what is printed inside cannot be
-    written, a help text that ends in SystemExit too."""
+    """Raises OutputFailed at once where stdout is closed, and at the end where it could not be written, even after a
+    SystemExit (--help)."""
     if sys.stdout is None:
         raise OutputFailed(os.strerror(errno.EBADF))
     output: Any = _Output(sys.stdout)
@@ -64,7 +64,7 @@ def checked_output() -> Iterator[None]:
 
 
 def drop_unwritten() -> None:
-    """Lets what stdout does not take go nowhere: Python would try again at exit, and complain."""
+    """Discards output that cannot be written: Python would try again at exit, and print an error."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -73,6 +73,6 @@ def drop_unwritten() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line of talk."""
-    if sys.stderr is not None:  # print would take stdout for it
+    """Prints a message on stderr."""
+    if sys.stderr is not None:  # print(file=None) would print on stdout
         print(text, file=sys.stderr, flush=True)

@@ -10,12 +10,12 @@ from meshwright import __version__
 from meshwright.errors import InputError, Problem
 
 ABOUT = """\
-One job file in; a planned, proven, distributed training run and a served stream out.
+Plans, verifies, trains and serves a model over many devices, from one job file.
 
-  meshwright new > job.toml      a small job that needs nothing else
-  meshwright plan job.toml       how it would be split over this machine, and why
+  meshwright new > job.toml      a small job to start from
+  meshwright plan job.toml       how to split it over this machine, and why
   meshwright train job.toml      trains it into runs/job
-  meshwright serve runs/job      serves what was trained, over HTTP and gRPC"""
+  meshwright serve runs/job      serves the trained model over HTTP and gRPC"""
 
 EXIT_CODES = """\
 exit codes: 0 done, 2 bad input, 3 does not fit or cannot work, 4 failed at run time, 5 layouts disagree,
@@ -28,7 +28,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises InputError, with the nearest word, where it would print its usage and exit."""
+    """argparse that raises InputError where it would print its usage and exit."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "allow_abbrev": False, "formatter_class": _Help})
@@ -65,29 +65,29 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 
 def _add_job_verbs(add: Adder) -> None:
-    one = add("new", "print a small commented job", "new > job.toml", "new --schema > job.schema.json")
-    one.add_argument("--schema", action="store_true", help="print the JSON Schema of job files instead, for editors")
+    verb = add("new", "print a small commented job", "new > job.toml", "new --schema > job.schema.json")
+    verb.add_argument("--schema", action="store_true", help="print the JSON Schema of job files instead, for editors")
 
-    one = add("check", "read the job and its data, and list every problem at once", "check job.toml train.lr=1e-3")
-    _takes_job(one)
+    verb = add("check", "read the job and its data, and list every problem at once", "check job.toml train.lr=1e-3")
+    _takes_job(verb)
 
-    one = add(
+    verb = add(
         "explain",
-        "say what each value of the job is, and where it came from",
+        "show each value of the job, its origin and its meaning",
         "explain job.toml",
         "explain job.toml train.lr model.head_dim",
         "explain base.toml train.lr=1e-3 --toml",
     )
-    one.add_argument("job", metavar="JOB", help="job file")
-    one.add_argument("words", metavar="KEY|KEY=VALUE", nargs="*", help="keys to show (default: all), and overrides")
-    one.add_argument("--toml", action="store_true", help="print the resolved job as TOML")
-    _takes_json(one)
+    verb.add_argument("job", metavar="JOB", help="job file")
+    verb.add_argument("words", metavar="KEY|KEY=VALUE", nargs="*", help="keys to show (default: all), and overrides")
+    verb.add_argument("--toml", action="store_true", help="print the resolved job as TOML")
+    _takes_json(verb)
 
 
 def _add_plan_verbs(add: Adder) -> None:
-    one = add(
+    verb = add(
         "plan",
-        "choose the layout: does it fit, how fast will it be, and why",
+        "choose the layout: whether it fits, how fast it will be, and why",
         "plan job.toml",
         "plan job.toml cluster.named=h100-sxm-80gb cluster.devices=64 --json",
         "plan job.toml --exact --ranks 0,5",
@@ -96,118 +96,115 @@ def _add_plan_verbs(add: Adder) -> None:
         "plan job.toml --for megatron-lm --objective money",
         "plan job.toml --serving cluster.named=h100-sxm-80gb serve.tpot_seconds=0.03",
     )
-    _takes_job(one)
-    one.add_argument("--layout-table", action="store_true", help="print how each logical axis is split, and end")
-    one.add_argument(
+    _takes_job(verb)
+    verb.add_argument("--layout-table", action="store_true", help="only print how each logical axis is split")
+    verb.add_argument(
         "--advice",
         nargs="?",
         const="some",
         choices=("new", "some", "expert"),
         metavar="EXPERIENCE",
-        help="say which strategy and tools suit, for a team that is new, has some experience (default) or is expert",
+        help="which strategy and tools suit a team that is new, has some experience (default) or is expert",
     )
-    one.add_argument("--exact", action="store_true", help="rehearse ranks of the layout for the bytes they really hold")
+    verb.add_argument("--exact", action="store_true", help="rehearse ranks of the layout, for their exact memory")
     what = "ranks to rehearse (default: one of the first, second, last and fullest stage)"
-    one.add_argument("--ranks", type=_ranks, metavar="N,N", help=what)
-    one.add_argument("--serving", action="store_true", help="plan how to serve the model, for the targets in [serve]")
-    one.add_argument(
-        "--for", dest="framework", metavar="FRAMEWORK", help="who will run it: megatron-lm, ... (default: meshwright)"
-    )
-    one.add_argument("--objective", metavar="WORD", help="time (default), or money: fewer devices")
-    one.add_argument("--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: those shipped)")
-    one.add_argument(
-        "--write", metavar="DIR", help="write plan, page, timeline and other frameworks' configuration to DIR"
-    )
+    verb.add_argument("--ranks", type=_ranks, metavar="N,N", help=what)
+    verb.add_argument("--serving", action="store_true", help="plan how to serve the model, for the targets in [serve]")
+    what = "framework to plan for: megatron-lm, ... (default: meshwright)"
+    verb.add_argument("--for", dest="framework", metavar="FRAMEWORK", help=what)
+    verb.add_argument("--objective", metavar="WORD", help="time (default), or money, with fewer devices")
+    verb.add_argument("--profile", metavar="PROFILE", help="profile that `calibrate` wrote (default: the shipped one)")
+    what = "write plan, page, timeline and other frameworks' configuration to DIR"
+    verb.add_argument("--write", metavar="DIR", help=what)
 
-    one = add("verify", "train a layout and one device side by side, and compare", "verify job.toml layout.tp=2")
-    _takes_job(one)
-    one.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="steps to compare (default: 20)")
+    verb = add("verify", "train a layout and one device side by side, and compare", "verify job.toml layout.tp=2")
+    _takes_job(verb)
+    verb.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="steps to compare (default: 20)")
 
 
 def _add_prediction_verbs(add: Adder) -> None:
-    one = add(
+    verb = add(
         "predict",
-        "say how long runs take and what memory they need, a JSON line a case",
+        "predict step time and memory of runs, one JSON line per case",
         "predict cases.jsonl",
         "predict cases.jsonl --profile ours.toml",
     )
-    one.add_argument("cases", metavar="CASES", help="file of cases, one JSON object a line (docs/predict.md)")
-    _takes_profile(one, "predict")
+    verb.add_argument("cases", metavar="CASES", help="file of cases, one JSON object per line (docs/predict.md)")
+    _takes_profile(verb, "predict with")
 
-    one = add(
+    verb = add(
         "calibrate",
-        "make a profile from measured runs, from one run, or from this machine, for `predict` and `plan` to use",
+        "make a profile of constants from measured runs, one run, or this machine",
         "calibrate machine --out here.toml",
         "calibrate runs/job --out here.toml",
         "calibrate measured.jsonl --out ours.toml",
     )
-    what = "machine, a run folder of 20 steps or more, or a file of cases with what they took (docs/calibrate.md)"
-    one.add_argument("source", metavar="SOURCE", help=what)
-    one.add_argument("--out", required=True, metavar="PROFILE", help="file to write the profile to (TOML)")
-    one.add_argument(
-        "--seconds",
-        type=_number(1.0, 300.0),
-        default=30.0,
-        metavar="S",
-        help="about how long to measure the machine (default: 30)",
-    )
-    _takes_profile(one, "start")
-    _takes_json(one)
+    what = "machine, a run folder of 20 steps or more, or a file of measured cases (docs/calibrate.md)"
+    verb.add_argument("source", metavar="SOURCE", help=what)
+    verb.add_argument("--out", required=True, metavar="PROFILE", help="file to write the profile to (TOML)")
+    what = "about how long to measure the machine (default: 30)"
+    verb.add_argument("--seconds", type=_number(1.0, 300.0), default=30.0, metavar="S", help=what)
+    _takes_profile(verb, "start from")
+    _takes_json(verb)
 
 
 def _add_train_verbs(add: Adder) -> None:
-    one = add(
+    verb = add(
         "train",
         "train the job as planned, into a run folder",
         "train job.toml",
         "train job.toml --run runs/second train.lr=1e-3",
         "train job.toml --resume",
     )
-    _takes_job(one)
-    one.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
-    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
-    one.add_argument("--profile", metavar="PROFILE", help="plan with what `calibrate` wrote (default: what is shipped)")
+    _takes_job(verb)
+    verb.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
+    verb.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
+    verb.add_argument(
+        "--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: the shipped ones)"
+    )
 
 
 def _add_serve_verbs(add: Adder) -> None:
-    one = add(
+    verb = add(
         "generate",
         "continue a text with a trained model",
         'generate runs/job --prompt "def main("',
         "generate ./qwen3-folder --prompt Hello --temperature 0.8 --top-p 0.95 --seed 1",
     )
-    one.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
-    one.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
-    one.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
-    one.add_argument(
-        "--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 takes the likeliest (default)"
+    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
+    verb.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
+    verb.add_argument("--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default)")
+    verb.add_argument(
+        "--top-p",
+        type=_number(0.0, 1.0),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens with probabilities of sum P",
     )
-    one.add_argument(
-        "--top-p", type=_number(0.0, 1.0), default=1.0, metavar="P", help="sample from the likeliest tokens of sum P"
-    )
-    one.add_argument("--seed", type=_at_least(0), metavar="N", help="seed of the sampling (default: another each time)")
-    _takes_json(one)
+    verb.add_argument("--seed", type=_at_least(0), metavar="N", help="seed of the sampling (default: random)")
+    _takes_json(verb)
 
-    one = add(
+    verb = add(
         "serve",
-        "serve a trained model by stream, over HTTP and gRPC",
+        "serve a trained model over HTTP and gRPC",
         "serve runs/job",
         "serve ./qwen3-folder serve.http_port=9000 serve.tp=2",
     )
-    one.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
-    one.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
+    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
 
 
 def _add_report_verbs(add: Adder) -> None:
-    one = add("report", "write the HTML page of a run, and name it", "report runs/job")
-    one.add_argument("run", metavar="RUN", help="run folder")
-    _takes_json(one)
+    verb = add("report", "write the HTML page of a run, and print its path", "report runs/job")
+    verb.add_argument("run", metavar="RUN", help="run folder")
+    _takes_json(verb)
 
-    one = add("doctor", "say what this machine has, how fast it is, and what listens", "doctor", "doctor --json")
-    _takes_json(one)
+    verb = add("doctor", "show this machine, its speeds and the sockets, and what is wrong", "doctor", "doctor --json")
+    _takes_json(verb)
 
-    one = add("completion", "print the completion script of a shell", "completion bash > ~/.meshwright-completion")
-    one.add_argument("shell", choices=("bash", "zsh", "fish"), help="for which shell")
+    verb = add("completion", "print the completion script of a shell", "completion bash > ~/.meshwright-completion")
+    verb.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell")
 
 
 def _takes_job(parser: argparse.ArgumentParser) -> None:
@@ -216,11 +213,10 @@ def _takes_job(parser: argparse.ArgumentParser) -> None:
     _takes_json(parser)
 
 
-def _takes_profile(parser: argparse.ArgumentParser, what: str) -> None:
-    words = {"predict": "predict with", "start": "start from"}[what]
+def _takes_profile(parser: argparse.ArgumentParser, words: str) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--profile", metavar="PROFILE", help=f"{words} this profile (default: the one shipped)")
-    chosen.add_argument("--datasheet", action="store_true", help=f"{words} data sheets alone: nothing fitted")
+    chosen.add_argument("--datasheet", action="store_true", help=f"{words} data sheets alone, with no fitted constants")
 
 
 def _takes_json(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Processes of this machine: started together, watched together, ended together."""
+"""Processes of this machine, started, watched and ended together."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
 from meshwright.launch.messages import error_from_dict
 
 POLL_SECONDS = 0.02
-LOG_LINES = 12  # last lines of the failing rank's log that an error carries
+LOG_LINES = 12  # of the end of the failing rank's log, in an error
 PREFIX = ".workers-"
-#: What a step gives back glibc keeps for the next, whatever its size: returned to the system, it would come back as
-#: pages to be cleared anew, at a tenth of the memory's speed. A CPU step of our models is 5 to 20 % shorter for it.
+#: Makes glibc keep freed memory of any size. Memory returned to the system comes back as pages that must be cleared,
+#: at a tenth of the memory's speed: keeping it makes a CPU step of our models 5 to 20 % shorter.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """What to start. `folder` gets one log a rank and, for as long as the processes live, a private folder."""
+    """What to start. `folder` gets a log per rank and, as long as the processes live, a private folder."""
 
     function: str
     payload: Mapping[str, Any]
@@ -56,12 +56,12 @@ def local(
     """Start `processes` processes that each call `function(payload, context)`; see `launch.Context`.
 
     function: "package.module:function", importable from this process's sys.path; payload: JSON.
-    folder: where rank-k.log is appended; a folder inside it that only this user can read (mode 0700, a name that
-        cannot be guessed) holds the payload and the rendezvous store: who cannot read it cannot join the job.
-    env: environment variables to set on top; by default each process gets cores // processes threads, and keeps the
-        memory that it has freed.
+    folder: rank-k.log is appended there. A private folder inside it (mode 0700, a name that cannot be guessed) holds
+        the payload and the rendezvous store, so that other users cannot join the job.
+    env: more environment variables; by default each process gets cores // processes threads, and keeps the memory that
+        it has freed.
     interface: the network interface that gloo and NCCL bind to.
-    grace_seconds: between asking processes to end and killing them.
+    grace_seconds: from SIGTERM to SIGKILL.
     Raises InputError where the payload is not JSON or the folder cannot be written.
     """
     if processes < 1:
@@ -71,7 +71,7 @@ def local(
 
 
 class LocalProcesses:
-    """Processes of this machine that run one function. As a context manager it ends them on the way out."""
+    """Processes of this machine that run one function. As a context manager it ends them at exit."""
 
     def __init__(self, spec: LaunchSpec) -> None:
         self._spec = spec
@@ -81,8 +81,8 @@ class LocalProcesses:
         self._results: list[Any] = []
         self._error: MeshwrightError | None = None
         started_pids: queue.Queue[list[int] | OSError] = queue.Queue()
-        # The kernel sends the death signal when the *thread* that started a process ends, so one thread starts them
-        # and stays until the last has ended, whatever the caller's thread does.
+        # The kernel sends the death signal when the *thread* that started a process ends. So one thread starts all
+        # processes and lives until the last has ended, whatever happens to the caller's thread.
         self._thread = threading.Thread(target=self._watch, args=(started_pids,), name="meshwright-launch", daemon=True)
         self._thread.start()
         pids = started_pids.get()
@@ -101,9 +101,9 @@ class LocalProcesses:
     def wait(self, timeout_seconds: float | None = None) -> list[Any]:
         """Results by rank, once every process has ended. Raises the error of the rank that failed first.
 
-        An error of Meshwright's tree comes back as the class it was raised as; anything else (an exception, a
-        signal, an exit without a result) is RunFailed, naming the rank. Raises TimeoutError after `timeout_seconds`
-        with the processes still running, and RunFailed if `stop` ended one before it could return.
+        A MeshwrightError keeps its class; any other end (an exception, a signal, an exit without a result) is RunFailed
+        and names the rank. Raises TimeoutError after `timeout_seconds` with the processes still running, and RunFailed
+        if `stop` ended one before it returned.
         """
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
@@ -115,12 +115,12 @@ class LocalProcesses:
         return self._results
 
     def stop(self) -> None:
-        """Ask every process to end (SIGTERM), kill those that have not after the grace time. Returns when none is."""
+        """Send SIGTERM to every process, and SIGKILL after the grace time. Returns when all have ended."""
         self._stop_requested.set()
         self._thread.join()
 
     def log(self, rank: int) -> Path:
-        """The text that `rank` printed, stdout and stderr together."""
+        """The file with stdout and stderr of `rank`."""
         return self._spec.folder / f"rank-{rank}.log"
 
     def __enter__(self) -> LocalProcesses:
@@ -129,7 +129,7 @@ class LocalProcesses:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # What follows runs in the watching thread, which alone starts, reaps and signals the processes.
+    # All methods below run in the watching thread: only it starts, reaps and signals the processes.
 
     def _watch(self, started_pids: queue.Queue[list[int] | OSError]) -> None:
         workers: list[subprocess.Popen[bytes]] = []
@@ -152,23 +152,22 @@ class LocalProcesses:
         while not self._stop_requested.wait(POLL_SECONDS):
             statuses = [worker.poll() for worker in workers]
             if any(statuses):
-                # Polled again: a rank that died before the one seen first, but after its own poll, shows now.
+                # Poll again: a rank may have died after its poll above, yet before the one that was seen first.
                 failed = {rank: status for rank, worker in enumerate(workers) if (status := worker.poll())}
                 _end(workers, min(1.0, self._spec.grace_seconds))  # the others cannot go on without it
                 self._error = self._first_error(failed)
                 return
             if all(status == 0 for status in statuses):
-                if not self._finished(workers):
-                    self._error = self._first_error(
-                        {rank: 0 for rank in range(len(workers)) if "result" not in self._answer(rank)}
-                    )
+                if not self._take_results(workers):
+                    no_result = {rank: 0 for rank in range(len(workers)) if "result" not in self._read_answer(rank)}
+                    self._error = self._first_error(no_result)
                 return
         _end(workers, self._spec.grace_seconds)
-        self._stopped = not self._finished(workers)  # asked to end, a function may still return its result
+        self._stopped = not self._take_results(workers)  # after SIGTERM a function may still return its result
 
-    def _finished(self, workers: list[subprocess.Popen[bytes]]) -> bool:
-        """Whether every process left a result; takes the results if so."""
-        answers = [self._answer(rank) for rank in range(len(workers))]
+    def _take_results(self, workers: list[subprocess.Popen[bytes]]) -> bool:
+        """Takes the results if every process left one; returns whether it did."""
+        answers = [self._read_answer(rank) for rank in range(len(workers))]
         if any(worker.poll() for worker in workers) or not all("result" in answer for answer in answers):
             return False
         self._results = [json.loads(answer["result"]) for answer in answers]
@@ -183,7 +182,7 @@ class LocalProcesses:
             "WORLD_SIZE": str(spec.processes),
             environment.WORKER_FOLDER: str(self._private),
             environment.WORKER_PARENT: str(os.getpid()),
-            # What this process can import, its workers can; -P below keeps the current folder from adding itself.
+            # Workers import from the same places as this process; -P below keeps out the current folder.
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "PYTHONUNBUFFERED": "1",
             "GLOO_SOCKET_IFNAME": spec.interface,
@@ -201,13 +200,13 @@ class LocalProcesses:
                 start_new_session=True,  # Ctrl-C reaches the parent only, which ends the workers
             )
 
-    def _answer(self, rank: int) -> dict[str, Any]:
+    def _read_answer(self, rank: int) -> dict[str, Any]:
         path = self._private / f"answer-{rank}.json"
         return json.loads(path.read_bytes()) if path.exists() else {}
 
     def _first_error(self, failed: Mapping[int, int]) -> MeshwrightError:
-        """The error of the rank that failed first: one killed by a signal (never a consequence), else by the clock."""
-        answers = {rank: self._answer(rank) for rank in failed}
+        """The error of the rank that failed first: one killed by a signal (never a consequence), else the earliest."""
+        answers = {rank: self._read_answer(rank) for rank in failed}
         first = min(failed, key=lambda rank: (failed[rank] >= 0, answers[rank].get("at", 0.0), rank))
         status, answer = failed[first], answers[first]
         if "error" in answer:
@@ -216,7 +215,7 @@ class LocalProcesses:
         log = self.log(first)
         tail = log.read_bytes()[-20_000:].decode(errors="replace").strip().splitlines()[-LOG_LINES:]
         if tail:
-            what += "; its last lines:\n    " + "\n    ".join(tail) + "\n"
+            what += "; the end of its log:\n    " + "\n    ".join(tail) + "\n"
         return RunFailed(Problem(f"rank {first} of {self._spec.processes}", what, f"whole log: {log}"))
 
 
@@ -229,7 +228,7 @@ def _status_in_words(status: int) -> str:
 
 
 def _end(workers: list[subprocess.Popen[bytes]], grace_seconds: float) -> None:
-    """End the process group of every worker: SIGTERM, then SIGKILL for what is left after the grace time."""
+    """End the process group of every worker: SIGTERM, and SIGKILL after the grace time."""
     _signal(workers, signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
@@ -241,12 +240,12 @@ def _end(workers: list[subprocess.Popen[bytes]], grace_seconds: float) -> None:
 
 def _signal(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     for worker in workers:
-        if worker.poll() is None:  # not reaped, so the process id is still its own
+        if worker.poll() is None:  # not reaped, so its process id cannot have been reused
             os.killpg(worker.pid, number)
 
 
 def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
-    """A fresh folder of mode 0700 with the spec in it, and a lock held as long as this process needs the folder."""
+    """A new folder of mode 0700 with the spec in it, and the lock that is held as long as the folder is needed."""
     try:
         text = json.dumps({"function": spec.function, "payload": spec.payload}, allow_nan=True)
     except (TypeError, ValueError) as error:
@@ -266,11 +265,11 @@ def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove private folders that a killed parent left behind: those whose lock nobody holds."""
+    """Remove private folders that a killed parent left behind: no process holds their lock."""
     for private in folder.glob(PREFIX + "*"):
         try:
             with open(private / "lock", "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(private, ignore_errors=True)
         except OSError:
-            continue  # held by a live parent, or being made just now
+            continue  # its parent lives, or is just creating it

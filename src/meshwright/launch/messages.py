@@ -1,4 +1,4 @@
-"""What passes between a process and those it starts: who a worker is, and an error as JSON."""
+"""What a process and its workers exchange: the context of a worker, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from meshwright.errors import CannotWork, InputError, LayoutsDisagree, MeshwrightError, Problem, RunFailed
 
-#: Errors that come back from a worker as the class they were raised as. Any other comes back as RunFailed.
+#: Errors of a worker that keep their class in the parent. Any other becomes RunFailed.
 ERRORS: dict[str, type[MeshwrightError]] = {
     error.__name__: error for error in (MeshwrightError, InputError, CannotWork, RunFailed, LayoutsDisagree)
 }
@@ -16,7 +16,7 @@ ERRORS: dict[str, type[MeshwrightError]] = {
 
 @dataclass(frozen=True)
 class Context:
-    """Who this process is. `store_path` is where torch's FileStore of the job goes, in a folder only its user reads."""
+    """A worker's place among the processes. `store_path` is for torch's FileStore, in a folder only the user reads."""
 
     rank: int
     world: int
@@ -24,14 +24,14 @@ class Context:
 
 
 def error_to_dict(error: MeshwrightError) -> dict[str, Any]:
-    """The JSON form of an error of our tree."""
+    """An error as JSON, under the nearest class of ERRORS."""
     kind = next(name for name in (base.__name__ for base in type(error).__mro__) if name in ERRORS)
     problems = [[problem.where, problem.what, problem.nearest] for problem in error.problems]
     return {"kind": kind, "problems": problems, "resume": error.resume if isinstance(error, RunFailed) else ""}
 
 
 def error_from_dict(error: dict[str, Any]) -> MeshwrightError:
-    """The error that `error_to_dict` wrote down, of the same class."""
+    """The inverse of `error_to_dict`."""
     problems = [Problem(*texts) for texts in error["problems"]]
     if error["kind"] == "RunFailed":
         return RunFailed(problems, resume=error["resume"])

@@ -1,7 +1,7 @@
-"""The inside of a started process: `python -m meshwright.launch.worker`, told by its environment what to do.
+"""The main program of a worker: `python -m meshwright.launch.worker`, configured by its environment.
 
-It reads the function's name and payload from the private folder, calls `function(payload, context)`, and leaves
-either the result or the error there as JSON. It ends when its parent does.
+It reads the function's name and payload from the private folder, calls `function(payload, context)`, and writes the
+result or the error there as JSON. It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Function = Callable[[dict[str, Any], Context], Any]
 
 
 def resolve(name: str) -> Function:
-    """The function called `name` ("package.module:function"). Raises InputError if there is none."""
+    """The function named "package.module:function". Raises InputError if there is none."""
     module, _, attribute = name.partition(":")
     try:
         function: Function = getattr(importlib.import_module(module), attribute)
@@ -43,24 +43,24 @@ def resolve(name: str) -> Function:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; end at once if that has happened already."""
+    """Have the kernel kill this process when its parent dies; end at once if it is already dead."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os._exit(1)
 
 
 def _watch_parent(parent: int) -> None:
-    """For systems where the kernel cannot do it."""
+    """For systems whose kernel cannot do it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main() -> int:
-    """Run this process's part. Returns its exit status: 0, or the exit code of the error that it left behind."""
+    """Run the function. Returns the exit status: 0, or the code of the error that was written."""
     me = env.worker_context()
     if me is None:
         print("meshwright.launch.worker is started by `meshwright`, not by hand", file=sys.stderr)
@@ -76,7 +76,7 @@ def main() -> int:
     except MeshwrightError as error:
         traceback.print_exc()
         status, answer = error.exit_code, {"error": error_to_dict(error)}
-    except Exception as error:  # reported: the parent turns it into RunFailed, the log holds the traceback
+    except Exception as error:  # the parent raises RunFailed, the log has the traceback
         traceback.print_exc()
         status, answer = 1, {"failure": f"{type(error).__name__}: {error}"}
     answer["at"] = time.time()
@@ -88,6 +88,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after an error, a collective that still waits for a lost rank would hold the interpreter up.
+    # Not sys.exit: a collective that still waits for a dead rank would keep the interpreter from ending.
     if status:
         os._exit(status)

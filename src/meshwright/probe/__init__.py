@@ -1,5 +1,5 @@
-"""Measures this machine: `measure` times arithmetic, memory, links and disk; `machine` what training is made of, for
-`calibrate`; `diagnose` is what `doctor` prints."""
+"""Measures this machine: `measure` its arithmetic, memory, links and disk; `machine` the parts of a training step, for
+`calibrate`; `diagnose` describes it for `doctor`."""
 
 from meshwright.probe.doctor import diagnose
 from meshwright.probe.machine import machine

@@ -1,4 +1,4 @@
-"""The collectives as `parallel` calls them: through torch's functional ones, whose names differ between versions."""
+"""The collectives as `parallel` calls them: torch's functional ones, whose names differ between versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-# torch 2.13 renamed both; 2.11 knows the old names alone.
+# torch 2.13 renamed both; 2.11 has only the old names.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 

@@ -1,4 +1,4 @@
-"""`diagnose`: what this machine has, how fast it is, every socket Meshwright opens, and what is wrong."""
+"""`diagnose`: the hardware and software of this machine, its speeds, Meshwright's sockets, and the problems."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 
-from meshwright.cluster import available_cores, available_memory_bytes, memory_bytes, this_machine
+from meshwright.cluster import GIB, available_cores, available_memory_bytes, memory_bytes, this_machine
 from meshwright.errors import InputError, Problem
-from meshwright.job import Job
 from meshwright.job.sections import LaunchSection, ServeSection
 from meshwright.probe.sockets import listeners, socket_problems
 from meshwright.probe.speeds import Speeds, measure
 
-GIB = 1024**3
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
 LOW_MEMORY_BYTES = 2 * GIB
 LOW_DISK_BYTES = 2 * GIB
@@ -31,16 +29,17 @@ COMPILERS = ("g++", "clang++")
 PACKAGES = ("torch", "ray", "safetensors", "tokenizers", "numpy", "pydantic", "grpcio", "transformers", "scikit-learn")
 
 
-def diagnose(quick: bool = False, job: Job | None = None) -> dict[str, Any]:
-    """JSON-able picture of this machine; `quick` leaves out the measurements (a few seconds).
+def diagnose(quick: bool = False) -> dict[str, Any]:
+    """This machine as JSON; `quick` leaves out the measurements (a few seconds).
 
-    With a `job`, its ports and interface are looked at, otherwise the defaults. Keys: meshwright, python, platform,
-    packages {name: version or None}, cpu, memory, devices, cluster, disk, compiler, speeds (None if quick), sockets
-    and problems [{where, what, nearest}]. Sizes in bytes, rates a second. Never raises for what it finds.
+    Keys: meshwright, python, platform, packages {name: version or None}, cpu, memory, devices, cluster, disk, compiler,
+    speeds (None if quick), sockets (with the default ports and interface) and problems [{where, what, nearest}]. Sizes
+    are in bytes, rates per second. Problems are reported, never raised.
     """
-    serve, launch = (job.serve, job.launch) if job else (ServeSection(), LaunchSection())
+    serve, launch = ServeSection(), LaunchSection()
     versions = {name: _version(name) for name in PACKAGES}
-    memory, disk, compiler = _memory(), _disk(), _compiler()
+    memory = {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()}
+    disk, compiler = _disk(), _compiler()
     gpus = _cuda_devices()
     problems = [
         *_version_problems(versions),
@@ -50,10 +49,10 @@ def diagnose(quick: bool = False, job: Job | None = None) -> dict[str, Any]:
     ]
     cluster = ""
     try:
-        found = this_machine()
-        cluster = str(found)
-        if found.device.kind == "cuda" and not gpus:
-            what = f"the machine has {found.devices} GPUs, and this build of torch ({torch.__version__}) uses none"
+        machine = this_machine()
+        cluster = str(machine)
+        if machine.device.kind == "cuda" and not gpus:
+            what = f"the machine has {machine.devices} GPUs, and this build of torch ({torch.__version__}) uses none"
             problems.append(Problem("torch", what, "install torch's CUDA build"))
     except InputError as error:
         problems.extend(error.problems)
@@ -85,19 +84,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    fields = _fields(Path("/proc/cpuinfo"))
+    fields = _proc_fields(Path("/proc/cpuinfo"))
     flags = set(fields.get("flags", "").split())
     fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
     return {"name": name, "cores": available_cores(), "load": round(os.getloadavg()[0], 2), "instructions": fast}
 
 
-def _memory() -> dict[str, int]:
-    return {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()}
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """ "key: value" lines of a file of /proc, down to its first blank one; {} where there is none."""
+def _proc_fields(path: Path) -> dict[str, str]:
+    """The "key: value" lines of a file of /proc, up to its first blank line; {} where it does not exist."""
     if not path.exists():
         return {}
     pairs = (line.partition(":") for line in path.read_text().split("\n\n")[0].splitlines())
@@ -105,12 +100,11 @@ def _fields(path: Path) -> dict[str, str]:
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory_bytes = properties.total_memory
-        found.append({"kind": "cuda", "name": properties.name, "index": index, "memory_bytes": memory_bytes})
-    return found
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"kind": "cuda", "name": device.name, "index": index, "memory_bytes": device.total_memory}
+        for index, device in enumerate(devices)
+    ]
 
 
 def _disk() -> dict[str, Any]:
@@ -120,7 +114,7 @@ def _disk() -> dict[str, Any]:
 
 def _compiler() -> dict[str, Any]:
     """What torch.compile needs on a CPU: a C++ compiler, and Python's headers."""
-    path = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    path = next(filter(None, map(shutil.which, COMPILERS)), None)
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return {"cpp": path, "python_headers": headers.exists(), "torch_compile": path is not None and headers.exists()}
 
@@ -128,7 +122,7 @@ def _compiler() -> dict[str, Any]:
 def _version_problems(versions: Mapping[str, str | None]) -> list[Problem]:
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if not OLDEST_TORCH <= numbers <= NEWEST_TORCH:
-        what = f"version {torch.__version__} was never tried with Meshwright"
+        what = f"version {torch.__version__} was never tested with Meshwright"
         return [Problem("torch", what, "pip install 'torch>=2.11,<=2.13.0'")]
     return []
 

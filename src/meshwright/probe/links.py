@@ -1,4 +1,4 @@
-"""Speed of the links between processes of this machine: bandwidth and latency of the collectives training uses."""
+"""Bandwidth and latency of the collectives of training, between processes of this machine."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 class LinkSpeed:
     """`collective` over `processes` processes through `backend`.
 
-    `latency_seconds`: of 8 bytes a process. `bytes_per_second`: bytes of the whole tensor (every process's part
-    together) over seconds, at `message_bytes`.
+    `latency_seconds` is the time for 8 bytes per process. `bytes_per_second` is `message_bytes`, the size of the whole
+    tensor (the parts of all processes together), over its time.
     """
 
     backend: str
@@ -37,22 +37,22 @@ class LinkSpeed:
     bytes_per_second: float
 
 
-def measure_links(processes: int, interface: str, seconds_each: float) -> tuple[LinkSpeed, ...]:
-    """Start `processes` local processes and time their collectives: NCCL with a GPU for each, gloo otherwise.
+def measure_links(processes: int, interface: str) -> tuple[LinkSpeed, ...]:
+    """Start `processes` local processes and time their collectives: NCCL with a GPU per process, else gloo.
 
-    Raises RunFailed when the processes cannot connect (there is no such interface, say).
+    Raises RunFailed when the processes cannot connect, for example without such an interface.
     """
     backend = "nccl" if torch.cuda.device_count() >= processes else "gloo"
-    payload = {"backend": backend, "seconds_each": seconds_each}
+    payload = {"backend": backend}
     with tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder:
-        how: dict[str, Any] = {"env": {"OMP_NUM_THREADS": "1"}, "interface": interface}
-        with launch.local("meshwright.probe.links:work", payload, processes, folder, **how) as started:
-            rows = started.wait(TIMEOUT_SECONDS)[0]
+        options: dict[str, Any] = {"env": {"OMP_NUM_THREADS": "1"}, "interface": interface}
+        with launch.local("meshwright.probe.links:work", payload, processes, folder, **options) as workers:
+            rows = workers.wait(TIMEOUT_SECONDS)[0]
     return tuple(LinkSpeed(**row) for row in rows)
 
 
 def work(payload: dict[str, Any], context: launch.Context) -> list[dict[str, Any]]:
-    """What each process does. payload: {backend, seconds_each}; returns a LinkSpeed's fields per collective."""
+    """The function of each process. payload: {backend}. Returns the fields of a LinkSpeed per collective."""
     backend = payload["backend"]
     device = torch.device("cuda", context.rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -68,7 +68,7 @@ def work(payload: dict[str, Any], context: launch.Context) -> list[dict[str, Any
         rows = []
         for collective in COLLECTIVES:
             small = _times(collective, 2 * context.world, context.world, device, repeats=20)
-            # Every process must do as many rounds as the others, so the count is not by each one's own clock.
+            # All processes must do the same number of repeats, so it cannot depend on their clocks.
             large_elements = MESSAGE_BYTES // 4 // context.world * context.world
             large = _times(collective, large_elements, context.world, device, repeats=4)
             row = LinkSpeed(
@@ -86,7 +86,7 @@ def work(payload: dict[str, Any], context: launch.Context) -> list[dict[str, Any
 
 
 def _times(collective: str, elements: int, world: int, device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each repetition after two to warm up, over a tensor of `elements` fp32 (all ranks' parts together)."""
+    """Seconds of each repeat, after two for warm-up, with a tensor of `elements` fp32 (the parts of all ranks)."""
     whole = torch.zeros(elements, device=device)
     part = torch.zeros(elements // world, device=device)
     calls: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""`machine`: measures what training on this machine is made of, with every rank busy at once, for `calibrate`."""
+"""`machine`: measures the parts of a training step on this machine, with all ranks busy at once, for `calibrate`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from meshwright.plan.calibrate.from_machine import QUIET
 from meshwright.probe import parts
 from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
 
-#: All parts are measured so many times, one time after the other, and the better figure of each counts.
+#: All parts are measured in each round, and the best figure of each counts.
 ROUNDS = 2
-#: What is measured takes this share of the seconds asked for, starts of processes included; their end takes the rest.
+#: Share of the requested seconds for starting processes and measuring; the rest is for ending them.
 MEASURED_SHARE = 0.93
-#: A busy machine is waited for so many times as long as was asked for, or so many seconds if that is more, but never
-#: longer than the last, which leaves time to end the processes within five minutes.
+#: Time limit on a busy machine: this multiple of the requested seconds, but at least the second figure, and at most the
+#: third, which leaves time to end the processes within five minutes.
 TIMEOUT_FACTOR, LEAST_SECONDS, MOST_SECONDS = 3.0, 120.0, 287.0
 #: Bytes of the whole tensor.
 MESSAGES = {"cpu": (8, 1 << 20, 1 << 22, 1 << 24), "cuda": (8, 1 << 16, 1 << 20, 1 << 24, 1 << 28)}
@@ -34,14 +34,13 @@ REPEATS = {8: 30}
 
 
 def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
-    """Raw figures of this machine, in about `seconds` of the wall, or what one round of everything takes if that is
-    more.
+    """Measurements of this machine, in about `seconds` of wall time, or in the time of one round if that is longer.
 
-    {"kind", "ranks", "threads", "busy": what every rank measured while all were (medians over the ranks), "links": rows
-    of collectives, "together": what one process with all cores measured (CPU only), "seconds"}. Under "busy" and
-    "together" "processors" is the share of their processors that the processes got: the least of all ranks. Where that
-    is less than QUIET, "together" has no "chains": it tells nothing of threads. Raises RunFailed when the processes
-    cannot start or connect, CannotWork when they take far longer than asked for.
+    {"kind", "ranks", "threads", "busy": medians over the ranks, measured by all ranks at once, "links": rows of
+    collectives, "together": measured by one process with all cores (CPU only), "seconds"}. "busy" and "together" each
+    have "processors", the share of its processors that a process got, the least of all ranks. Where it is below QUIET,
+    "together" has no "chains", because they would show nothing about threads. Raises RunFailed when the processes
+    cannot start or connect, CannotWork when they exceed the time limit.
     """
     began = time.monotonic()
     cuda = torch.cuda.is_available()
@@ -50,7 +49,7 @@ def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
     payload = {"kind": "cuda" if cuda else "cpu", "began": began, "until": began + MEASURED_SHARE * seconds}
     limit_seconds = min(max(TIMEOUT_FACTOR * seconds, LEAST_SECONDS), MOST_SECONDS)
     answers = _run_ranks({**payload, "whole": True, "again": again}, ranks, limit_seconds, interface)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "kind": payload["kind"],
         "ranks": ranks,
         "threads": 1,
@@ -63,20 +62,20 @@ def machine(seconds: float = 30.0, interface: str = "lo") -> dict[str, Any]:
     }
     if again:
         alone = _run_ranks({**payload, "whole": False, "again": False}, 1, limit_seconds, interface)[0]
-        found["together"] = {"threads": ranks, **alone["parts"], "processors": alone["processors"]}
-    return {**found, "seconds": round(time.monotonic() - began, 1)}
+        figures["together"] = {"threads": ranks, **alone["parts"], "processors": alone["processors"]}
+    return {**figures, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _run_ranks(payload: dict[str, Any], ranks: int, limit_seconds: float, interface: str) -> list[dict[str, Any]]:
-    """The answers of `ranks` processes, waited for until `limit_seconds` after the probe began."""
-    threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}  # whatever this process was told
-    how: dict[str, Any] = {"interface": interface, "env": threads}
+    """The results of `ranks` processes, which must end within `limit_seconds` of the probe's start."""
+    threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}  # overrides the user's setting
+    options: dict[str, Any] = {"interface": interface, "env": threads}
     with (
         tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder,
-        launch.local("meshwright.probe.machine:work", payload, ranks, folder, **how) as started,
+        launch.local("meshwright.probe.machine:work", payload, ranks, folder, **options) as workers,
     ):
         try:
-            return started.wait(max(0.0, payload["began"] + limit_seconds - time.monotonic()))
+            return workers.wait(max(0.0, payload["began"] + limit_seconds - time.monotonic()))
         except TimeoutError as error:
             what = f"measuring did not end within {limit_seconds:.0f} s: the machine has other work, or very many cores"
             hint = "measure again when it is quiet, or allow more with --seconds, up to 300"
@@ -84,32 +83,34 @@ def _run_ranks(payload: dict[str, Any], ranks: int, limit_seconds: float, interf
 
 
 class TimeBudget:
-    """Allows each of `timings` measurements an equal part of what is left until `until`, of the machine's
-    time.monotonic(): what is late, or started late, shortens the rest."""
+    """Gives each of `timings` measurements an equal part of the time left until `until` (of time.monotonic()), so that
+    a delay shortens all later measurements."""
 
     def __init__(self, until: float, timings: int) -> None:
         self.until, self.timings = until, timings
 
     def __call__(self) -> float:
-        """Seconds of the next measurement."""
+        """Seconds for the next measurement."""
         allowed = max(0.0, self.until - time.monotonic()) / max(1, self.timings)
         self.timings -= 1
         return allowed
 
 
 def _time_budget(payload: dict[str, Any]) -> TimeBudget:
-    """Where the probe starts processes again, it is supposed to take as long as this start, and the rest is shared."""
+    """The budget of this process. Where another start of processes follows, it is assumed to take as long as this one,
+    and the time that is left is divided by the number of measurements."""
     now, until = time.monotonic(), payload["until"]
-    mine = parts.timings(payload["kind"], payload["whole"])
+    count = parts.timings(payload["kind"], payload["whole"])
     if payload["again"]:
         left = until - now - (now - payload["began"])
-        until = now + left * mine / (mine + parts.timings(payload["kind"], False))
-    return TimeBudget(until, ROUNDS * mine)
+        until = now + left * count / (count + parts.timings(payload["kind"], False))
+    return TimeBudget(until, ROUNDS * count)
 
 
 def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
-    """What each process does. payload: {kind, began, until, whole, again}; without `whole` only what threads speed up;
-    `again` where another start follows. What takes longest is measured first, so that the rest can make up for it."""
+    """The function of each process. payload: {kind, began, until, whole, again}. Without `whole` it measures only the
+    parts that threads speed up; `again` means that another start follows. The longest parts come first, so that later
+    ones can make up for a delay."""
     budget = _time_budget(payload)
     device = torch.device("cpu")
     if payload["kind"] == "cuda":
@@ -126,56 +127,57 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
     try:
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if own_time else time.perf_counter
-        typical = statistics.median if payload["whole"] else min  # a thread that waits for its core holds all up
+        typical = statistics.median if payload["whole"] else min  # one thread without a core delays all threads
         bench = parts.Bench(device, budget, dist.barrier, clock, typical)
         links = _links(context.rank, context.world, device) if context.world > 1 else []
-        found = _parts(bench, payload)
+        figures = _measure_parts(bench, payload)
         for _ in range(ROUNDS - 1):
             late = torch.tensor(time.monotonic() > budget.until, dtype=torch.int32)
-            dist.all_reduce(late, dist.ReduceOp.MAX)  # all ranks go on, or none
+            dist.all_reduce(late, dist.ReduceOp.MAX)  # all ranks continue, or none
             if late.item():
                 break
-            found = _better(found, _parts(bench, payload))
-        return {"parts": found, "links": links, "processors": statistics.median(bench.shares or [1.0])}
+            figures = _best_figures(figures, _measure_parts(bench, payload))
+        return {"parts": figures, "links": links, "processors": statistics.median(bench.shares or [1.0])}
     finally:
         dist.destroy_process_group()
 
 
-def _parts(bench: parts.Bench, payload: dict[str, Any]) -> dict[str, Any]:
-    """Every part, measured once."""
-    found: dict[str, Any] = {}
+def _measure_parts(bench: parts.Bench, payload: dict[str, Any]) -> dict[str, Any]:
+    """One round of all parts."""
+    figures: dict[str, Any] = {}
     if payload["whole"]:
-        found |= {
+        figures |= {
             "layers": parts.layers(bench, parts.one_rank_mesh(payload["kind"])),
             "optimizer": parts.optimizer(bench),
             "read_bytes_per_second": parts.memory(bench),
             "losses": parts.losses(bench),
             "attention": parts.attention(bench),
         }
-    found["products"] = parts.products(bench)
+    figures["products"] = parts.products(bench)
     if payload["whole"] or statistics.median(bench.shares) >= QUIET:
-        found["chains"] = parts.chains(bench)
-    return found
+        figures["chains"] = parts.chains(bench)
+    return figures
 
 
-def _better(one: Any, other: Any, speed: bool = False) -> Any:
-    """Of two rounds the better of every figure: the shorter time, the greater speed. What a machine's hardware does for
-    others shows in no share of the processors, and passes."""
-    if isinstance(one, dict):
-        whole = {**other, **one}
+def _best_figures(first: Any, second: Any, speed: bool = False) -> Any:
+    """The best of every figure of two rounds: the shorter time, the higher speed. Work of other guests on the same
+    hardware is temporary, and does not show in the share of the processors."""
+    if isinstance(first, dict):
         return {
-            key: _better(value, other[key], key.endswith("_per_second")) if key in one and key in other else value
-            for key, value in whole.items()
+            key: _best_figures(value, second[key], key.endswith("_per_second"))
+            if key in first and key in second
+            else value
+            for key, value in {**second, **first}.items()
         }
-    if isinstance(one, list):
-        return [_better(*pair) for pair in zip(one, other, strict=True)]
-    if isinstance(one, int | float):
-        return max(one, other) if speed else min(one, other)
-    return one
+    if isinstance(first, list):
+        return [_best_figures(*pair) for pair in zip(first, second, strict=True)]
+    if isinstance(first, int | float):
+        return max(first, second) if speed else min(first, second)
+    return first
 
 
 def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
-    """Seconds of each collective by size, as training calls it; the lower quartile of repeats that every rank makes."""
+    """Seconds of each collective by size, called as in training: the lower quartile of the repeats."""
     group = dist.group.WORLD
     rows = []
     for size in MESSAGES[device.type]:
@@ -188,14 +190,8 @@ def _links(rank: int, world: int, device: torch.device) -> list[dict[str, Any]]:
             "point_to_point": partial(_send_receive, whole, rank),
         }
         for name, call in calls.items():
-            rows.append(
-                {
-                    "collective": name,
-                    "ranks": world,
-                    "bytes": elements * 4,
-                    "seconds": _timed(call, device, REPEATS.get(size, 8)),
-                }
-            )
+            seconds = _lower_quartile(call, device, REPEATS.get(size, 8))
+            rows.append({"collective": name, "ranks": world, "bytes": elements * 4, "seconds": seconds})
     return rows
 
 
@@ -207,7 +203,8 @@ def _send_receive(tensor: Tensor, rank: int) -> None:
         dist.recv(tensor, 0)
 
 
-def _timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _lower_quartile(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of `call`, after two warm-ups."""
     times = []
     for _ in range(repeats + 2):
         dist.barrier()
@@ -220,7 +217,7 @@ def _timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float
 
 
 def _medians(answers: list[Any]) -> Any:
-    """The same nest of lists and tables with the median over the ranks in place of every number."""
+    """The same nested lists and dicts with the median over the ranks for every float."""
     first = answers[0]
     if isinstance(first, dict):
         return {key: _medians([answer[key] for answer in answers]) for key in first}

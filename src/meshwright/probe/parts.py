@@ -1,5 +1,5 @@
-"""Times the parts that a training step is made of on one device: products, attention, memory-bound chains, the loss,
-copies, AdamW, FSDP2's and checkpointing's own work. Every function returns rows of plain figures.
+"""Times the parts of a training step on one device: products, attention, memory-bound chains, the loss, copies, AdamW,
+and the overhead of FSDP2 and of checkpointing. Every function returns rows of plain figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from meshwright.nn import Attention, Rotary, cross_entropy_sum
 
 MIB = 1024**2
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: (rows, inner, columns) of products: tokens x width x width, as blocks of small (CPU) and large (GPU) models have.
+#: (rows, inner, columns) of products: tokens x width x width of blocks of small (CPU) and large (GPU) models.
 PRODUCTS = {
     "cpu": ((64, 512, 512), (128, 768, 768), (256, 256, 1024), (512, 512, 1408), (1024, 512, 512), (2048, 384, 1024)),
     "cuda": ((2048, 1024, 1024), (4096, 2048, 2048), (4096, 4096, 4096), (8192, 4096, 11008), (16384, 4096, 4096)),
@@ -33,11 +33,11 @@ ATTENTION = {
     "cpu": ((4, 128, 4, 4, 32), (2, 256, 8, 4, 64), (1, 1024, 4, 4, 64)),
     "cuda": ((4, 2048, 16, 16, 64), (2, 4096, 32, 8, 128), (1, 8192, 32, 8, 128)),
 }
-#: (width, gated width, bytes of the gated tensor) of the memory-bound chain, and (rows, vocabulary) of the loss: sizes
-#: that a core's caches hold, and that they do not.
+#: (width, gated width, bytes of the gated tensor) of the memory-bound chain, and (rows, vocabulary) of the loss: one
+#: size that fits a core's caches, and one that does not.
 CHAINS = {"cpu": ((384, 1024, MIB), (384, 1024, 8 * MIB)), "cuda": ((2048, 5632, 88 * MIB), (4096, 11008, 344 * MIB))}
 LOSSES = {"cpu": ((512, 2048), (256, 16384)), "cuda": ((8192, 32000), (4096, 128256))}
-#: Parameters of AdamW: as 16 matrices; and the width of the layers that FSDP2 wraps.
+#: Parameters of AdamW, in 16 matrices, and the width of the layers that FSDP2 wraps.
 OPTIMIZER_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
 SHARDED_WIDTH = {"cpu": 1024, "cuda": 4096}
 READ_MIB = {"cpu": 128, "cuda": 1024}
@@ -46,14 +46,14 @@ LAYERS, TOKENS = 3, 8
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how long to time. `allowance()` gives the seconds of the wall that the next measurement may take, its
-    warm-ups included; `together()` makes all ranks start one at once; `clock` is the process's own time where it has
-    one thread, so that what else the machine does is not counted, and the wall's elsewhere, where `typical` is then
-    better the least than the median. `shares` collects what part of its processors each measurement got, on a CPU."""
+    """How to time on a device. `allowance()` is the wall time for the next measurement with its warm-ups; `barrier()`
+    makes all ranks start it together. `clock` is processor time for a process of one thread, so that other work on the
+    machine does not count, else wall time. `typical` picks the result from the repeats. `shares` collects the share of
+    its processors that each measurement got, on a CPU."""
 
     device: torch.device
     allowance: Callable[[], float]
-    together: Callable[[], None]
+    barrier: Callable[[], None]
     clock: Callable[[], float] = time.perf_counter
     typical: Callable[[list[float]], float] = statistics.median
     shares: list[float] = field(default_factory=list)
@@ -67,14 +67,14 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], Any], least: int = 3) -> float:
-        """Typical time of `work` after two warm-ups, in about the seconds allowed and at least so many repeats, or one
-        where no time is left."""
+        """Typical time of `work` after two warm-ups, from repeats within the allowance: at least `least`, or one where
+        no time is left."""
         allowed = self.allowance()
         until, least = time.perf_counter() + allowed, least if allowed > 0 else 1
         work()
         work()
         self.synchronize()
-        self.together()
+        self.barrier()
         times: list[float] = []
         began, own = time.perf_counter(), time.process_time()
         while len(times) < least or time.perf_counter() < until:
@@ -89,7 +89,7 @@ class Bench:
 
 
 def timings(kind: str, whole: bool) -> int:
-    """How many measurements all parts take together; without `whole`, products and chains."""
+    """The number of measurements of all parts, or without `whole` of products and chains."""
     count = 3 * len(PRODUCTS[kind]) + 2 * len(CHAINS[kind])
     if whole:
         count += 2 * len(ATTENTION[kind]) + len(LOSSES[kind]) + 1 + 2 * 4  # memory and AdamW; layers of two widths
@@ -97,7 +97,7 @@ def timings(kind: str, whole: bool) -> int:
 
 
 def products(bench: Bench) -> list[dict[str, Any]]:
-    """Forward, gradient of the input and gradient of the weight, each as autograd runs it."""
+    """Forward, input gradient and weight gradient, each as autograd computes it."""
     rows = []
     for precision, dtype in PRECISIONS.items():
         for size in PRODUCTS[bench.kind]:
@@ -121,7 +121,7 @@ def _shapes(rows: int, inner: int, columns: int) -> tuple[tuple[int, int], ...]:
 
 
 def attention(bench: Bench) -> list[dict[str, Any]]:
-    """nn.Attention forward, and forward and backward less it."""
+    """Forward and backward of nn.Attention."""
     rows, attend = [], Attention()
     for precision, dtype in PRECISIONS.items():
         for batch, length, heads, kv_heads, width in ATTENTION[bench.kind]:
@@ -145,7 +145,7 @@ def attention(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _passes(bench: Bench, work: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> dict[str, float]:
-    """Seconds of the forward (recording its graph), and what the backward adds."""
+    """Seconds of the forward pass with its graph, and what the backward pass adds."""
     upstream = torch.ones_like(work())
     both = bench.seconds(lambda: torch.autograd.grad(work(), leaves, upstream))
     forward = bench.seconds(work)
@@ -153,8 +153,8 @@ def _passes(bench: Bench, work: Callable[[], Tensor], leaves: tuple[Tensor, ...]
 
 
 def chains(bench: Bench) -> list[dict[str, Any]]:
-    """The memory-bound part of a transformer's layer: two norms and residuals, rotary turns, a gated product. `moved`
-    counts elements as the cards of families do: 8 x width + 4 x (queries and keys) + 6 x gated width a token."""
+    """The memory-bound part of a transformer layer: two norms and residuals, rotary positions, a gated product. `moved`
+    counts elements as the cards of families do: 8 x width + 4 x (queries and keys) + 6 x gated width per token."""
     rows = []
     for precision, dtype in PRECISIONS.items():
         for width, gated, size in CHAINS[bench.kind]:
@@ -201,13 +201,13 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def memory(bench: Bench) -> float:
-    """Bytes a second of reading more memory than the caches hold."""
+    """Bytes per second of reading more memory than the caches hold."""
     data = torch.ones(READ_MIB[bench.kind] * MIB // 4, device=bench.device)
     return READ_MIB[bench.kind] * MIB / bench.seconds(data.sum)
 
 
 def optimizer(bench: Bench) -> dict[str, float]:
-    """Seconds of fused AdamW, the norm and the scaling over `elements` parameters."""
+    """Seconds of the gradient norm, the clipping and fused AdamW over `elements` parameters."""
     elements = OPTIMIZER_ELEMENTS[bench.kind]
     weights = [torch.zeros(elements // 16, device=bench.device) for _ in range(16)]
     for weight in weights:
@@ -224,7 +224,7 @@ def optimizer(bench: Bench) -> dict[str, float]:
 
 
 class _TransformerLayer(nn.Module):
-    """A transformer's layer of seven matrices and two norms, as families have it: what the host has to do for one."""
+    """A transformer layer of seven matrices and two norms, as in `families`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -244,9 +244,9 @@ class _TransformerLayer(nn.Module):
 
 
 def layers(bench: Bench, mesh: DeviceMesh) -> list[dict[str, Any]]:
-    """Seconds a layer of tiny and of wide ones on a few tokens, forward and backward, adding to the gradients there
-    are: `plain`, `checkpointed`, and `sharded` by FSDP2 over a group of one rank. The tiny ones show the host's work,
-    the wide ones FSDP2's copies."""
+    """Seconds per layer, of tiny and of wide layers on a few tokens: the forward pass, and forward and backward with
+    gradient accumulation of layers that are `plain`, `checkpointed`, and `sharded` by FSDP2 over a group of one rank.
+    The tiny layers show the host's work, the wide ones FSDP2's copies."""
     rows = []
     for precision, dtype in PRECISIONS.items():
         for width in (16, SHARDED_WIDTH[bench.kind]):
@@ -255,25 +255,25 @@ def layers(bench: Bench, mesh: DeviceMesh) -> list[dict[str, Any]]:
             positions = torch.arange(TOKENS, device=bench.device)[None]
             sharded = _sharded(width, precision, bench, mesh)
             calls: dict[str, Callable[[], Any]] = {
-                "forward": partial(_fold, plain, x, positions),
-                "plain": partial(_both, plain, x, positions),
-                "checkpointed": partial(_both, plain, x, positions, again=True),
-                "sharded": partial(_both, sharded, x, positions),
+                "forward": partial(_forward, plain, x, positions),
+                "plain": partial(_forward_backward, plain, x, positions),
+                "checkpointed": partial(_forward_backward, plain, x, positions, recompute=True),
+                "sharded": partial(_forward_backward, sharded, x, positions),
             }
             times = {name: bench.seconds(call, 5) / LAYERS for name, call in calls.items()}
             rows.append({"precision": precision, "elements": 7 * width * width, **times})
     return rows
 
 
-def _fold(layers: nn.ModuleList, x: Tensor, positions: Tensor, again: bool = False) -> Tensor:
+def _forward(layers: nn.ModuleList, x: Tensor, positions: Tensor, recompute: bool = False) -> Tensor:
     for layer in layers:
-        x = checkpoint(layer, x, positions, use_reentrant=False) if again else layer(x, positions)
+        x = checkpoint(layer, x, positions, use_reentrant=False) if recompute else layer(x, positions)
     return x
 
 
-def _both(layers: nn.ModuleList, x: Tensor, positions: Tensor, again: bool = False) -> None:
-    """Forward and backward of one micro-batch of many: gradients add up."""
-    _fold(layers, x, positions, again).sum().backward()
+def _forward_backward(layers: nn.ModuleList, x: Tensor, positions: Tensor, recompute: bool = False) -> None:
+    """Forward and backward of one micro-batch; gradients accumulate over calls."""
+    _forward(layers, x, positions, recompute).sum().backward()
 
 
 def _sharded(width: int, precision: str, bench: Bench, mesh: DeviceMesh) -> nn.ModuleList:
@@ -287,7 +287,7 @@ def _sharded(width: int, precision: str, bench: Bench, mesh: DeviceMesh) -> nn.M
 
 
 def one_rank_mesh(kind: str) -> DeviceMesh:
-    """A mesh whose only rank is this process, in a world of any size. Every rank calls it."""
+    """A mesh of this process alone, in a world of any size. All ranks must call it."""
     world = dist.get_world_size()
     mesh = DeviceMesh(kind, torch.arange(world).view(world, 1), mesh_dim_names=("ranks", "one"))
     return mesh["one"]

@@ -1,4 +1,4 @@
-"""Every socket that Meshwright opens: what for, where it listens, and what a client must show."""
+"""Every socket that Meshwright opens: its purpose, its address, and the credentials that it asks for."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from meshwright.job.sections import LaunchSection, ServeSection
 
 @dataclass(frozen=True)
 class Listener:
-    """One row of the table that `doctor` prints.
+    """A row of the table of `doctor`.
 
-    `port`: 0 is any free one. `authenticated` says in words what a client must show; "" means that it need not.
-    `state`: "free", "in use" or "" where that cannot be asked.
+    `authenticated` names the credentials that a client must show, "" for none. `state` is "free", "in use", or "" where
+    it is not known.
     """
 
     what: str
@@ -29,9 +29,9 @@ class Listener:
 
 
 def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...]:
-    """The sockets of a job with these sections; nothing else of Meshwright listens."""
+    """All sockets of a job with these sections."""
     token = f"bearer token of {serve.token_file}" if serve.token_file else ""
-    where = interface_address(launch.interface) or "not there"
+    where = interface_address(launch.interface) or "no address"
     return (
         Listener(
             "HTTP: completions, chat, health, metrics",
@@ -67,13 +67,13 @@ def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...
             "none",
             "this user only: folder of mode 0700 with a name that cannot be guessed",
             "",
-            "who cannot read the folder cannot join the job",
+            "only who can read the folder can join the job",
         ),
     )
 
 
 def socket_problems(serve: ServeSection, launch: LaunchSection) -> list[Problem]:
-    """What is wrong with where a job would listen."""
+    """The problems of the addresses of a job."""
     problems = []
     for key, port in (("serve.http_port", serve.http_port), ("serve.grpc_port", serve.grpc_port)):
         if _state(serve.host, port) == "in use":
@@ -88,13 +88,13 @@ def socket_problems(serve: ServeSection, launch: LaunchSection) -> list[Problem]
     else:
         address = interface_address(launch.interface)
         if address and ipaddress.ip_address(address).is_global:
-            what = f"'{launch.interface}' has the public address {address}, and gloo's and NCCL's ports ask no password"
+            what = f"'{launch.interface}' has the public address {address}, and gloo and NCCL do not authenticate"
             problems.append(Problem("launch.interface", what, "use a private interface, or lo on one machine"))
     return problems
 
 
 def interface_address(name: str) -> str | None:
-    """The IPv4 address of a network interface, None where it has none (or the system does not tell)."""
+    """The IPv4 address of a network interface, or None."""
     try:
         import fcntl
     except ImportError:  # not a Unix
@@ -120,7 +120,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _state(host: str, port: int) -> str:
-    """Tries to listen where a server would, and closes it at once."""
+    """Tries to listen on the port, and closes it at once."""
     if not port:
         return ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

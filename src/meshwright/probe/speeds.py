@@ -1,4 +1,4 @@
-"""How fast this machine is at what training needs, measured in a few seconds: `measure() -> Speeds`."""
+"""The speeds of this machine that matter for training, measured in a few seconds: `measure() -> Speeds`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meshwright.errors import MeshwrightError, Problem
 from meshwright.probe.links import LinkSpeed, measure_links
 
 MIB = 1024**2
-#: Products timed: (rows, inner, columns). The shapes of a block 512 wide, and a square one that any device likes.
+#: (rows, inner, columns) of the products: those of a block 512 wide, and a square one that suits any device.
 SHAPES_CPU = ((512, 512, 512), (2048, 512, 1408), (1024, 1024, 1024))
 SHAPES_CUDA = ((4096, 1024, 1024), (8192, 4096, 4096), (8192, 8192, 8192))
 
@@ -38,10 +38,10 @@ class ProductSpeed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured. Rates are the best of some tries: a busy machine shows less, never more, than it can.
+    """The results. Rates are the best of several tries, since other work on the machine can only lower them.
 
-    `memory_read_bytes_per_second`: by threads on a CPU ({1: ..., 2: ...}), by 0 for a GPU's own memory.
-    `host_link_bytes_per_second`: memory of the host to the first GPU, None without one.
+    `memory_read_bytes_per_second`: by number of CPU threads ({1: ..., 2: ...}); key 0 is a GPU's own memory.
+    `host_link_bytes_per_second`: from host memory to the first GPU, None without a GPU.
     `disk_write_bytes_per_second`: a file written and synced in the folder for temporary files.
     `problems`: what could not be measured, and why.
     """
@@ -64,7 +64,7 @@ class Speeds:
 def measure(seconds_each: float = 0.12, processes: int = 2, interface: str = "lo") -> Speeds:
     """Time this machine's devices, memory, links and disk. Takes about 40 x `seconds_each` and a process start.
 
-    `processes` are started on `interface` for the links; 0 leaves the links out.
+    `processes` is the number of processes for the links, on `interface`; 0 leaves the links out.
     """
     start = time.perf_counter()
     cuda = torch.cuda.is_available()
@@ -79,12 +79,12 @@ def measure(seconds_each: float = 0.12, processes: int = 2, interface: str = "lo
     links: tuple[LinkSpeed, ...] = ()
     if processes:
         try:
-            links = measure_links(processes, interface, seconds_each)
+            links = measure_links(processes, interface)
         except MeshwrightError as error:
             problems.extend(error.problems)
     disk = _disk_write()
-    taken = time.perf_counter() - start
-    return Speeds(tuple(products), memory, links, host_link, disk, taken, tuple(problems))
+    seconds = time.perf_counter() - start
+    return Speeds(tuple(products), memory, links, host_link, disk, seconds, tuple(problems))
 
 
 @contextmanager
@@ -102,9 +102,9 @@ def _thread_counts() -> list[int]:
 
 
 def best_seconds(work: Callable[[], Any], budget_seconds: float, sync: Callable[[], Any] = lambda: None) -> float:
-    """Shortest time of `work`, tried for about `budget_seconds` after one warm-up, at least three times.
+    """Shortest time of `work`, repeated for about `budget_seconds` after one warm-up, at least three times.
 
-    `sync` waits for the device and is inside the measured time.
+    `sync` waits for the device, and counts.
     """
     work()
     sync()
@@ -113,8 +113,8 @@ def best_seconds(work: Callable[[], Any], budget_seconds: float, sync: Callable[
         start = time.perf_counter()
         work()
         sync()
-        taken = time.perf_counter() - start
-        best, spent, tries = min(best, taken), spent + taken, tries + 1
+        seconds = time.perf_counter() - start
+        best, spent, tries = min(best, seconds), spent + seconds, tries + 1
     return best
 
 
@@ -137,7 +137,7 @@ def _products(device: str, shapes: tuple[tuple[int, int, int], ...], seconds_eac
 
 
 def _memory_read(seconds_each: float, mebibytes: int = 256) -> dict[int, float]:
-    """Bytes a second read by a sum over more memory than the caches hold, by number of threads."""
+    """Bytes per second read by a sum over more memory than the caches hold, by number of threads."""
     data = torch.ones(mebibytes * MIB // 4)
     rates = {}
     for threads in _thread_counts():
@@ -159,7 +159,7 @@ def _host_link(seconds_each: float, mebibytes: int = 128) -> float:
 
 
 def _disk_write(mebibytes: int = 48) -> float:
-    """Bytes a second of one file written and synced, where temporary files go."""
+    """Bytes per second of writing and syncing a temporary file."""
     block = os.urandom(MIB)
     with tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder:
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Rehearses chosen ranks of a layout: the real training step under fake tensors, for the bytes that each rank holds.
+"""Rehearses ranks of a layout: runs the real training step on fake tensors, to find the peak memory of each rank.
 
-`rehearse` starts a process for it, so that the caller stays without torch.
+`rehearse` starts a process for it, so that the caller does not load torch.
 """
 
 from meshwright.rehearse.peak import CATEGORIES, Peak
-from meshwright.rehearse.rehearsal import RankPeak, Rehearsal, nearest_pins, ranks_to_rehearse, rehearse
+from meshwright.rehearse.rehearsal import RankPeak, Rehearsal, ranks_to_rehearse, rehearse
 
-__all__ = ["CATEGORIES", "Peak", "RankPeak", "Rehearsal", "nearest_pins", "ranks_to_rehearse", "rehearse"]
+__all__ = ["CATEGORIES", "Peak", "RankPeak", "Rehearsal", "ranks_to_rehearse", "rehearse"]

@@ -1,4 +1,4 @@
-"""What is different on the device that a rehearsal stands for: its allocator, its kernels, its sends."""
+"""How the rehearsed device differs from the CPU that runs the fake tensors: its allocator, kernels and sends."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from meshwright.nn import Attention
 
 aten = torch.ops.aten
 
-#: CUDA's caching allocator hands out multiples of this; what it hands out is what `max_memory_allocated` counts.
+#: CUDA's caching allocator allocates multiples of this, which `max_memory_allocated` counts.
 _CUDA_BLOCK_BYTES = 512
-_FLASH_ROWS = 128  # flash attention's backward rounds the sequence up to this, and the width of a head to 32
+_FLASH_ROWS = 128  # flash attention's backward rounds the sequence up to this, and the head width up to 32
 
 
 def rounding(kind: str) -> int:
-    """Bytes that an allocation is a multiple of. On a CPU tensors are counted as they are."""
+    """Allocations are multiples of this many bytes. On a CPU tensors count with their own size."""
     return _CUDA_BLOCK_BYTES if kind == "cuda" else 1
 
 
 def stand_in_kernels(module: nn.Module, kind: str) -> None:
-    """Has the parts of `module` that ask the device of their tensors run what a device of `kind` would: fake tensors
+    """Makes the parts of `module` that depend on the device run the kernels of a device of `kind`, though fake tensors
     are on the CPU.
 
-    On a GPU torch takes flash attention in half precision and its memory-efficient one in fp32, and RMS norms are one
-    kernel each; on a CPU they are written out, in fp32.
+    On a GPU torch runs flash attention in half precision and memory-efficient attention in fp32, and an RMS norm is one
+    kernel. On a CPU these are sequences of operations, in fp32.
     """
     if kind == "cpu":
         return
     for child in module.modules():
         if isinstance(child, Attention):
-            child.forward = attention(kind)  # type: ignore[method-assign]
+            child.forward = _attend  # type: ignore[method-assign]
         elif isinstance(child, nn.RMSNorm) and child.weight is not None:
             child.forward = partial(_norm, child)  # type: ignore[method-assign]
 
@@ -49,7 +49,7 @@ def _norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What torch's fused RMS norm takes and keeps: its input and the scale of each row, in fp32."""
+    """The memory of torch's fused RMS norm: it keeps its input, and the scale of each row in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -63,31 +63,26 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def attention(kind: str) -> Callable[..., Tensor]:
-    """The kernel that `nn.Attention` would run on a device of `kind`."""
-    assert kind == "cuda", kind
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if q.dtype == torch.float32:
-            out = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
-        else:
-            out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-        return out.transpose(1, 2)
-
-    return attend
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """`nn.Attention` with the kernels of a GPU."""
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.dtype == torch.float32:
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
+    else:
+        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    return out.transpose(1, 2)
 
 
-def inside(kind: str) -> Callable[[Any, Any], int] | None:
-    """Bytes that an operation takes and gives back within itself, where that is known and large."""
-    return _inside_cuda if kind == "cuda" else None
+def workspace(kind: str) -> Callable[[Any, Any], int] | None:
+    """(operation, arguments) -> bytes that the operation allocates and frees within itself; None for none."""
+    return _cuda_workspace if kind == "cuda" else None
 
 
-def _inside_cuda(operation: Any, arguments: Any) -> int:
-    """Flash attention's backward adds up dq in fp32 beside a row of sums (FlashAttention-2, arXiv 2307.08691)."""
+def _cuda_workspace(operation: Any, arguments: Any) -> int:
+    """Flash attention's backward accumulates dq in fp32, and a row of sums (FlashAttention-2, arXiv 2307.08691)."""
     if operation is not aten._scaled_dot_product_flash_attention_backward.default:
         return 0
     batch, heads, length, width = arguments[1].shape
@@ -96,7 +91,7 @@ def _inside_cuda(operation: Any, arguments: Any) -> int:
 
 
 class _BufferedSend:
-    """A send that keeps its tensor, as gloo's does, until it is freed itself."""
+    """A send that keeps its tensor until it is freed itself, as gloo's sends do."""
 
     def __init__(self, work: Any, tensor: Tensor) -> None:
         self._work, self._tensor = work, tensor
@@ -106,8 +101,8 @@ class _BufferedSend:
 
 
 @contextmanager
-def holding_sent(kind: str) -> Iterator[None]:
-    """Makes sends over the fake process group keep what they send as gloo's do; NCCL's free it once waited for."""
+def buffered_sends(kind: str) -> Iterator[None]:
+    """Makes sends of the fake process group keep their tensors on a CPU, as gloo's do. NCCL's free them after wait."""
     if kind != "cpu":
         yield
         return

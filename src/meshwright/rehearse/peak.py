@@ -1,4 +1,4 @@
-"""What a tracker of live tensors found: the worst moment of a rank."""
+"""`Peak`: the result of a tracker of live tensors."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: What a byte is for. Weights are those kept and those gathered; activations are what a forward pass left for its
-#: backward, the batch and the pipeline's buffers with them; temporaries end with the pass that made them.
+#: What bytes are for. Weights: shards and gathered copies. Activations: tensors saved for the backward pass, the batch,
+#: and the pipeline's buffers. Temporaries: tensors that are freed in the pass that allocated them.
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporaries")
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that tensors held at once, by category, and when: `phase` of the step, in `block` if in one."""
+    """The most bytes that tensors hold at once, by category, and the moment: `phase` of the step, and `block` or ""."""
 
     total: int
     parts: Mapping[str, int]
@@ -32,19 +32,19 @@ class Peak:
         return Peak(data["peak_bytes"], dict(data["parts"]), data["phase"], data["block"])
 
 
-def extrapolated(fewer: Mapping[Any, Peak], more: Mapping[Any, Peak], micro_batches: int) -> Peak:
-    """The peak of a step that has `micro_batches` more than `more`, which has one more than `fewer`.
+def extrapolate(fewer: Mapping[Any, Peak], more: Mapping[Any, Peak], micro_batches: int) -> Peak:
+    """The peak of a step with `micro_batches` more than `more` has, which has one more than `fewer`.
 
-    Both map a moment to the most held then. Once a schedule is in its stride, each moment grows by the same bytes for
-    every further micro-batch (its share of the batch, its buffers; under GPipe its activations), so the worst of the
-    straight lines is the peak.
+    Both map a moment to its peak. In a schedule's steady state each further micro-batch adds the same bytes to a moment
+    (its share of the batch, its buffers; under GPipe its activations). So every moment is a straight line, and the
+    highest line is the peak.
     """
 
-    def line(moment: Any) -> int:
+    def total(moment: Any) -> int:
         low = fewer[moment].total if moment in fewer else more[moment].total
         return more[moment].total + micro_batches * (more[moment].total - low)
 
-    worst = max(more, key=line)
+    worst = max(more, key=total)
     high, low = more[worst], fewer.get(worst, more[worst])
     parts = {name: size + micro_batches * (size - low.parts[name]) for name, size in high.parts.items()}
-    return Peak(line(worst), parts, high.phase, high.block)
+    return Peak(total(worst), parts, high.phase, high.block)

@@ -1,9 +1,9 @@
-"""A rehearsal: of which ranks, in a process of its own, and whether what they hold fits the device."""
+"""`rehearse`: which ranks to rehearse, in a process of its own, and whether they fit the device."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankPeak:
-    """A rehearsed rank: `peak` of its tensors, what the fast formula says of its stage (`formula_bytes`), and
-    `device_bytes`, the peak with what the allocator and the process hold besides, by the formula."""
+    """A rehearsed rank: the `peak` of its tensors, the formula's figure for its stage (`formula_bytes`), and
+    `device_bytes`, the peak plus the formula's figures for the allocator and the process."""
 
     rank: int
     stage: int
@@ -38,7 +38,7 @@ class RankPeak:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The rehearsed ranks of a layout; `room_bytes` is what a plan may fill of a device."""
+    """The rehearsed ranks of a layout; `room_bytes` are the usable bytes of a device."""
 
     layout: Layout
     ranks: tuple[RankPeak, ...]
@@ -65,10 +65,10 @@ class Rehearsal:
 
 
 def ranks_to_rehearse(choice: Choice) -> tuple[int, ...]:
-    """The first rank of the first, the second and the last stage, and of the worst by the formula.
+    """The first rank of the first, the second and the last stage, and of the fullest by the formula.
 
-    The first rank of a stage holds the largest shards. Between first and last, stages differ by the micro-batches in
-    flight, of which the second has the most, and by their number of blocks, which the formula knows.
+    The first rank of a stage has the largest shards. The stages between first and last differ by the micro-batches in
+    flight, of which the second has the most, and by their number of blocks, which the formula takes into account.
     """
     pp = choice.layout.pp
     worst = max(range(pp), key=lambda stage: choice.memory[stage].allocated)
@@ -77,11 +77,11 @@ def ranks_to_rehearse(choice: Choice) -> tuple[int, ...]:
 
 
 def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | None = None) -> Rehearsal:
-    """Runs a step of `choice`, a layout planned for `job` on devices like `device`, as each of `ranks` would, on fake
-    tensors; by default as those of `ranks_to_rehearse`.
+    """Runs a step of each of `ranks` (default: `ranks_to_rehearse`) on fake tensors. `choice` is a layout planned for
+    `job` on devices like `device`.
 
-    Takes seconds to a minute and hardly any memory, for any number of devices. Raises InputError for a rank that
-    the layout has not, CannotWork for a model whose shapes depend on values.
+    Takes seconds to a minute and little memory, for any number of devices. Raises InputError for a rank that the layout
+    does not have, CannotWork for a model whose shapes depend on values.
     """
     layout = choice.layout
     chosen = tuple(ranks) if ranks is not None else ranks_to_rehearse(choice)
@@ -98,8 +98,8 @@ def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | No
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fake tensors need no device
         with launch.local("meshwright.rehearse.work:rehearse", payload, 1, folder, env=environment) as processes:
             answers = processes.wait()[0]
-    found = tuple(_rank(choice, rank, Peak.from_dict(answer)) for rank, answer in zip(chosen, answers, strict=True))
-    return Rehearsal(layout, found, usable_bytes(device), _assumed(choice, device.kind))
+    peaks = tuple(_rank(choice, rank, Peak.from_dict(answer)) for rank, answer in zip(chosen, answers, strict=True))
+    return Rehearsal(layout, peaks, usable_bytes(device), _assumed(choice, device.kind))
 
 
 def payload_of(job: Path, choice: Choice, kind: str) -> dict[str, Any]:
@@ -120,16 +120,9 @@ def _rank(choice: Choice, rank: int, peak: Peak) -> RankPeak:
 
 
 def _assumed(choice: Choice, kind: str) -> tuple[str, ...]:
-    assumed = ["what the allocator and the process hold besides tensors is the formula's"]
+    assumed = ["bytes of the allocator and the process by the formula"]
     if kind != "cpu":
         assumed.append("flash attention, and no working memory inside other operations")
     if choice.compiled:
-        assumed.append("rehearsed without torch.compile, which keeps less")
+        assumed.append("rehearsed without torch.compile, which keeps fewer activations")
     return tuple(assumed)
-
-
-def nearest_pins(found: Rehearsal, than: Layout) -> str:
-    """The overrides that lead from the layout `than` to a rehearsed one: "layout.tp=2 layout.dp=4"."""
-    before: Mapping[str, Any] = than.as_dict()
-    changed = {name: value for name, value in found.layout.as_dict().items() if value != before[name]}
-    return " ".join(f"layout.{name}={str(value).lower()}" for name, value in changed.items())

@@ -1,7 +1,7 @@
-"""Lines over steps as plain numbers for the page: places in per cent, ticks, and paths of an SVG that may stretch.
+"""Line charts over steps as plain numbers for the page: positions in per cent, ticks, and SVG paths.
 
-A chart's SVG is stretched to the page's width, so it holds lines only; whatever must keep its form (labels, dots) is
-HTML placed in per cent. That is what keeps text readable on a phone.
+A chart's SVG is stretched to the page's width, so it holds lines only. Labels and dots, which must not be stretched,
+are HTML positioned in per cent, so that text stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Chart:
-    """All that the template needs; every place is in per cent of the plot, every text for a person."""
+    """All that the template needs. Positions are in per cent of the plot."""
 
     title: str
     about: str
@@ -84,7 +84,7 @@ def line_chart(
 ) -> Chart | None:
     """A chart of `series` over steps, or None where no series has a finite point.
 
-    Values far above the rest (the first step, which compiles) are cut off at the top and said in the note.
+    Values far above the others (the first step, which compiles) are cut off at the top and counted in the note.
     """
     shown = [Series(s.name, thinned(s.points), s.style, s.dots) for s in series]
     finite = [y for s in shown for _, y in s.points if math.isfinite(y)]
@@ -124,7 +124,7 @@ def line_chart(
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
-    """At most `most` points: means of runs of neighbours (values that are not finite stay as they are, once a run)."""
+    """At most `most` points: means of runs of consecutive finite values; a run without one keeps its first value."""
     if len(points) <= most:
         return tuple(points)
     size = -(-len(points) // most)
@@ -139,7 +139,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ..
 def smoothed(points: Sequence[Point], share: float = 0.05) -> tuple[Point, ...]:
     """Mean over the neighbours within `share` of all points, half of them on each side; fewer at the ends.
 
-    Centred, so that it does not lag behind a falling loss. Values that are not finite are passed over.
+    Centred, so that it does not lag behind a falling loss. Values that are not finite are left out.
     """
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     half = max(1, round(share * len(finite) / 2))
@@ -201,7 +201,7 @@ def bytes_in_words(count: float) -> str:
 
 
 def _top(values: Sequence[float], bands: Sequence[float]) -> tuple[float, int]:
-    """The highest value to show, and how many points are cut off: at most a twentieth, and far above the others."""
+    """The highest value to show, and how many points lie above it: at most a twentieth, far above the others."""
     ordered = sorted(values)
     usual = max([ordered[math.ceil(0.95 * len(ordered)) - 1], *bands])
     if ordered[-1] > 3 * usual > 0:
@@ -236,7 +236,7 @@ def _path(points: Iterable[Point], left: Scale, down: Scale) -> str:
 
 
 def _hovers(series: Sequence[Series], left: Scale, unit: str) -> tuple[Hover, ...]:
-    """Strips that show their values when pointed at."""
+    """Strips of the plot that show their values on hover."""
     tables = [(s.name, dict(s.points)) for s in series if s.style != "guide"]
     steps = sorted({x for _, table in tables for x in table})
     if len(steps) > MOST_HOVERS:

@@ -1,4 +1,4 @@
-"""A plan as configuration of other frameworks, for those who stay with them, and what cannot be said there.
+"""A plan as configuration of other frameworks, and what that configuration cannot express.
 
 Option names are those of torchtitan 0.2.2 (torchtitan/config/job_config.py, the last release that reads TOML),
 Megatron-LM core 0.19.0 (megatron/training/arguments.py and config/) and DeepSpeed 0.19.6 (docs/_pages/config-json.md).
@@ -19,7 +19,7 @@ from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules import FRAMEWORKS
 from meshwright.report.training_words import Recipe, deepspeed_training, megatron_training, titan_training
 
-#: Layout.schedule -> torchtitan's word (torch.distributed.pipelining's class), where it has one.
+#: Layout.schedule -> torchtitan's name for it (a class of torch.distributed.pipelining); it lacks the others.
 TITAN_SCHEDULES = {
     "gpipe": "GPipe",
     "1f1b": "1F1B",
@@ -29,31 +29,26 @@ TITAN_SCHEDULES = {
     "dualpipev": "DualPipeV",
 }
 MEGATRON_SCHEDULES = ("1f1b", "interleaved")
-#: Models that torchtitan has code for, by Hugging Face's name; "" is a family of ours.
+#: Models that torchtitan has code for, by Hugging Face's model type.
 TITAN_MODELS = {"llama": "llama3", "mistral": "llama3", "deepseek_v3": "deepseek_v3", "qwen3": "qwen3"}
 TITAN_MODELS |= {"qwen3_moe": "qwen3"}
-#: Hugging Face's models that Megatron's options below say whole; "" is a family of ours. Of others they say the sizes.
-SAID_WHOLE = ("", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt2")
+#: Hugging Face's model types that Megatron's options below describe fully ("" is a family of ours). For other types the
+#: options give the sizes alone.
+FULLY_DESCRIBED = ("", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt2")
 ALIBI = ("bloom", "mpt")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A plan in a framework's own words: its files by name, and sentences on what they do not, or cannot, say."""
+    """The configuration of a framework: its files by name, and a sentence on each thing that they leave out."""
 
-    framework: str
     version: str
     files: Mapping[str, str]
     omitted: tuple[str, ...] = field(default=())
 
 
-def export(name: str, plan: Plan, recipe: Recipe) -> Export:
-    """The plan's chosen layout for "torchtitan", "megatron-lm" or "deepspeed". Raises KeyError for others."""
-    return EXPORTERS[name](plan, recipe)
-
-
 def torchtitan(plan: Plan, recipe: Recipe) -> Export:
-    """torchtitan.toml. In a pipeline its local batch is cut into micro-batches; without one they are accumulated."""
+    """torchtitan.toml. Its local batch is cut into micro-batches in a pipeline; elsewhere micro-batches accumulate."""
     choice, layout = plan.chosen, plan.chosen.layout
     omitted: list[str] = []
     sharding, whole_only = _titan_sharding(layout, omitted), layout.pp > 1 and TABLE[layout.schedule].splits
@@ -103,11 +98,11 @@ def torchtitan(plan: Plan, recipe: Recipe) -> Export:
     nodes, each = recipe.nodes(layout)
     launch = f"torchrun --nnodes {nodes} --nproc_per_node {each} -m torchtitan.train --job.config_file torchtitan.toml"
     text = _comments(plan, "torchtitan 0.2.2", omitted, f"start: {launch}") + "\n" + toml_text(tables)
-    return Export("torchtitan", "0.2.2", {"torchtitan.toml": text}, tuple(omitted))
+    return Export("0.2.2", {"torchtitan.toml": text}, tuple(omitted))
 
 
 def _titan_sharding(layout: Layout, omitted: list[str]) -> dict[str, Any]:
-    """Its degrees of data parallelism. Weights are sharded over the second of them times the context-parallel one."""
+    """torchtitan's degrees of data parallelism. It shards weights over its shard degree times its context degree."""
     weights, more = layout.shard // layout.cp if layout.shard % layout.cp == 0 else 0, {}
     if weights == 0:
         omitted.append(
@@ -175,7 +170,7 @@ def _titan_pipeline(choice: Choice, recipe: Recipe, omitted: list[str]) -> dict[
 
 
 def megatron(plan: Plan, recipe: Recipe) -> Export:
-    """megatron.sh, which calls pretrain_gpt.py with mock data: put your own data and tokenizer in its place."""
+    """megatron.sh, which calls pretrain_gpt.py with mock data, to be replaced by the user's data and tokenizer."""
     choice, layout = plan.chosen, plan.chosen.layout
     omitted: list[str] = []
     words: list[str | int | float] = [
@@ -207,14 +202,12 @@ def megatron(plan: Plan, recipe: Recipe) -> Export:
     words += ["--vocab-size", recipe.shape.vocab, "--make-vocab-size-divisible-by", 1] if recipe.shape else []
     nodes, each = recipe.nodes(layout)
     lines = [_comments(plan, "Megatron-LM, core 0.19.0", omitted, "mock data: put --data-path and your tokenizer here")]
-    # its FSDP refuses the single connection that its tensor and context parallelism ask for on devices before Blackwell
+    # Megatron's FSDP refuses the single connection that its tensor and context parallelism need before Blackwell.
     lines += ["set -eu", *([] if "--use-megatron-fsdp" in words else ["export CUDA_DEVICE_MAX_CONNECTIONS=1"])]
     lines += [f"torchrun --nnodes {nodes} --nproc_per_node {each} \\"]
     lines += ['  --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}" --master_port 29500 \\']
     lines += ["  pretrain_gpt.py \\", *_options(words)]
-    return Export(
-        "megatron-lm", "core 0.19.0", {"megatron.sh": "#!/bin/sh\n" + "\n".join(lines) + "\n"}, tuple(omitted)
-    )
+    return Export("core 0.19.0", {"megatron.sh": "#!/bin/sh\n" + "\n".join(lines) + "\n"}, tuple(omitted))
 
 
 def _megatron_model(recipe: Recipe, omitted: list[str]) -> list[str | int | float]:
@@ -236,7 +229,7 @@ def _megatron_model(recipe: Recipe, omitted: list[str]) -> list[str | int | floa
             ["--group-query-attention", "--num-query-groups", shape.kv_heads] if shape.kv_heads < shape.heads else []
         )
     words += ["--swiglu"] if shape.gated else []
-    if shape.hf_type not in SAID_WHOLE:
+    if shape.hf_type not in FULLY_DESCRIBED:
         omitted.append(
             f"what a {shape.hf_type} is beside its sizes (activation, positions, the order within a layer, how tokens "
             "choose experts): compare the options with its config"
@@ -309,7 +302,7 @@ def _megatron_sharding(plan: Plan, omitted: list[str]) -> list[str | int | float
 
 
 def deepspeed(plan: Plan, recipe: Recipe) -> Export:
-    """deepspeed.json, and deepspeed.sh with the launch line and, since JSON has no comments, what is left out."""
+    """deepspeed.json, and deepspeed.sh with the launch command and the comments, which JSON has no place for."""
     choice, layout = plan.chosen, plan.chosen.layout
     omitted: list[str] = []
     config: dict[str, Any] = {
@@ -361,7 +354,7 @@ def deepspeed(plan: Plan, recipe: Recipe) -> Export:
     launch = f"deepspeed {where} train.py --deepspeed --deepspeed_config deepspeed.json"
     shell = "#!/bin/sh\n" + _comments(plan, "DeepSpeed 0.19.6", omitted, "train.py is your own script") + launch + "\n"
     files = {"deepspeed.json": json.dumps(config, indent=2) + "\n", "deepspeed.sh": shell}
-    return Export("deepspeed", "0.19.6", files, tuple(omitted))
+    return Export("0.19.6", files, tuple(omitted))
 
 
 def _zero(plan: Plan, omitted: list[str]) -> dict[str, Any]:
@@ -390,7 +383,7 @@ def _zero(plan: Plan, omitted: list[str]) -> dict[str, Any]:
 
 
 def _comments(plan: Plan, version: str, omitted: Sequence[str], note: str) -> str:
-    """Comment lines: the framework that they are for, the prediction, and what is left out."""
+    """Comment lines: the framework and its version, the prediction, and what the files leave out."""
     seconds = plan.chosen.predicted.step_seconds
     lines = [
         f"For {version}; written by meshwright plan.",
@@ -403,7 +396,7 @@ def _comments(plan: Plan, version: str, omitted: Sequence[str], note: str) -> st
 
 
 def _options(words: Sequence[str | int | float]) -> list[str]:
-    """Lines of a shell command, an option with its value each, quoted where the shell asks for it."""
+    """Lines of a shell command, one per option with its value, quoted where the shell needs it."""
     lines: list[str] = []
     for word in words:
         text = shlex.quote(str(word))

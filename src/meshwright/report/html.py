@@ -1,4 +1,4 @@
-"""`write_report`: a run folder as one page, report.html. Opens anywhere: no script, nothing fetched, light and dark."""
+"""`write_report`: a run folder as one page, report.html, with no script and nothing fetched, light and dark."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from meshwright.report.charts import (
     smoothed,
     spoken,
 )
-from meshwright.report.outlook import plan_lines
+from meshwright.report.lines import plan_lines
 from meshwright.report.run_record import PLAIN_FIELDS, RunRecord, is_number, read_run
 from meshwright.report.timeline import KIND_WORDS, MOST_MICRO_BATCHES
 from meshwright.run import RunFolder
 
 TEMPLATE = "page.html.jinja"
-HELD_OUT_LOSS = "held_out_loss"  # of a line of kind "eval"; what else it holds is a metric
+HELD_OUT_LOSS = "held_out_loss"  # of an "eval" event, whose other numbers are metrics
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
 MOST_EVENTS = 200
 MOST_REJECTED = 40
@@ -51,7 +51,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of the memory chart: parts in per cent of the widest, each with its name and text."""
+    """A row of the memory chart: (kind, per cent of the widest row, text) of each part."""
 
     name: str
     total: str
@@ -60,7 +60,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class PipelinePass:
-    """One forward or backward of the pipeline's picture, in per cent of a step."""
+    """One forward or backward pass in the pipeline's picture. `left` and `width`: per cent of what is shown."""
 
     kind: str
     left: float
@@ -72,7 +72,7 @@ class PipelinePass:
 def write_report(run_folder: RunFolder | Path | str) -> Path:
     """Write report.html into a run folder and return its path.
 
-    Reads events.jsonl, plan.json and job.toml; what is not there yet is said on the page. Raises InputError for a
+    Reads events.jsonl, plan.json and job.toml; the page leaves out what does not exist yet. Raises InputError for a
     folder that holds none of them, or a plan that cannot be read.
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
@@ -81,7 +81,7 @@ def write_report(run_folder: RunFolder | Path | str) -> Path:
 
 
 def plan_page(plan: Plan) -> str:
-    """The same page of a plan that has not been run."""
+    """The page of a plan without a run."""
     return _render(RunRecord(plan.model, (), (), (), plan, "", {}))
 
 
@@ -110,7 +110,7 @@ def _page(record: RunRecord) -> dict[str, Any]:
         "charts": _charts(record),
         "memory": _memory_bars(record),
         "plan": record.plan,
-        "further": plan_lines(record.plan) if record.plan else (),
+        "plan_lines": plan_lines(record.plan) if record.plan else (),
         "prediction": _prediction_sentence(record),
         "chosen": None if chosen is None else _choice_row(chosen, record.unit),
         "breakdown": [] if chosen is None else _breakdown(chosen),
@@ -126,7 +126,7 @@ def _page(record: RunRecord) -> dict[str, Any]:
 
 
 def _verdict(record: RunRecord) -> tuple[str, str]:
-    """(one or two words, tone) of how the run ended."""
+    """(state of the run in a word or two, tone)."""
     last = next(
         (e["event"] for e in reversed(record.events) if e["event"] in ("start", "end", "failure", "recovery")), ""
     )
@@ -148,7 +148,7 @@ def _summary(record: RunRecord) -> str:
     """One sentence: steps, time and layout."""
     if record.plan and _only_planned(record):
         plan = record.plan
-        return f"{plain(plan.parameters)} parameters on {plan.cluster}, laid out as {plan.chosen.layout}."
+        return f"{plain(plan.parameters)} parameters on {plan.cluster}, layout {plan.chosen.layout}."
     done = int(record.steps[-1]["step"]) if record.steps else 0
     total = record.steps_of_job
     text = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
@@ -156,7 +156,7 @@ def _summary(record: RunRecord) -> str:
     if len(times) > 1:
         text += f" in {seconds_in_words(times[-1] - times[0])}"
     if record.plan:
-        text += f" on {record.plan.cluster}, laid out as {record.plan.chosen.layout}"
+        text += f" on {record.plan.cluster}, layout {record.plan.chosen.layout}"
         text = f"{record.plan.model}, {plain(record.plan.parameters)} parameters: {text}"
     return text + "."
 
@@ -195,7 +195,7 @@ def _tiles(record: RunRecord) -> list[Tile]:
 
 
 def _held_out_tiles(evals: Sequence[Mapping[str, Any]]) -> list[Tile]:
-    """The last measurement on held-out data: its metrics, or the loss when there is no metric."""
+    """The last measurement on held-out data: two metrics at most, or the loss where it has no metric."""
     last, first = evals[-1], evals[0]
     names = [name for name in last if name not in PLAIN_FIELDS and is_number(last[name])]
     tiles = []
@@ -213,7 +213,7 @@ def _metric(name: str, value: float) -> str:
 
 
 def _charts(record: RunRecord) -> list[Chart]:
-    """Loss, throughput, step time and gradient norm, each where its figures are there."""
+    """Loss, throughput, step time and gradient norm, each where the run has its figures."""
     losses = record.points("loss")
     held_out = tuple(
         (float(e["step"]), float(e[HELD_OUT_LOSS])) for e in record.evals if is_number(e.get(HELD_OUT_LOSS))
@@ -241,7 +241,7 @@ def _charts(record: RunRecord) -> list[Chart]:
 
 
 def _memory_bars(record: RunRecord) -> list[Bar]:
-    """What each stage was predicted to hold, by kind, and what the fullest process held."""
+    """Predicted bytes of each stage by kind, and the measured peak of the fullest process."""
     rows: list[tuple[str, list[tuple[str, float]]]] = []
     if record.plan:
         memory = record.plan.chosen.memory
@@ -267,7 +267,7 @@ def _memory_bars(record: RunRecord) -> list[Bar]:
 
 
 def _prediction_sentence(record: RunRecord) -> str:
-    """Whether the measured step time lies where the plan said."""
+    """Whether the measured step time lies in the predicted interval."""
     seconds = record.after_warm_up("step_seconds")
     if not record.plan or not seconds:
         return ""
@@ -306,7 +306,7 @@ def _breakdown(choice: Choice) -> list[tuple[str, float, str]]:
 
 
 def _pipeline(choice: Choice) -> dict[str, Any]:
-    """The schedule of a step (of its first micro-batches, where there are many): a row a stage, a slot an action."""
+    """The schedule of a step, or of its first micro-batches: a row per rank, a slot per action."""
     timeline = choice.timeline(MOST_MICRO_BATCHES)
     rows: list[list[PipelinePass]] = [[] for _ in range(timeline.ranks)]
     for event in timeline.events:

@@ -15,20 +15,20 @@ from pathlib import Path
 from meshwright.errors import InputError, Problem
 from meshwright.files import write_atomic
 from meshwright.plan import Plan
-from meshwright.report.exports import EXPORTERS, export
+from meshwright.report.exports import EXPORTERS
 from meshwright.report.html import plan_page
 from meshwright.report.timeline import MOST_IN_TRACE, chrome_trace, timeline_svg
 from meshwright.report.training_words import Recipe
 
-#: Names what was written here, with its digest (or digests: what was there, and what was about to be), so that the next
-#: time nothing else is overwritten.
+#: File name -> digests of what plans wrote under it (two while a write is under way), so that no other file is ever
+#: overwritten.
 RECORD = "written.json"
 DRAFTS = ".plan-"
 
 
 def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
-    """The text of every file, by name. Other frameworks cannot express a batch that groups of devices share
-    unevenly: such a plan has no configuration for them."""
+    """The text of every file, by name. A batch that groups of devices share unevenly has no configuration for other
+    frameworks, which cannot express it."""
     layout = plan.chosen.layout
     files = {
         "plan.json": f"{plan}\n",
@@ -36,16 +36,16 @@ def plan_files(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "timeline.svg": timeline_svg(plan.chosen),
         "timeline.trace.json": chrome_trace(plan.chosen, layout.devices // layout.pp, MOST_IN_TRACE),
     }
-    for name in () if plan.has_batch_shares else EXPORTERS:
-        files |= export(name, plan, recipe).files
+    for exporter in () if plan.has_batch_shares else EXPORTERS.values():
+        files |= exporter(plan, recipe).files
     return files
 
 
 def write_plan(plan: Plan, recipe: Recipe, folder: str | Path) -> list[Path]:
-    """Write `plan_files` into a folder, which is made where it is not there, and return their paths.
+    """Write `plan_files` into a folder, which is created if need be, and return their paths.
 
-    Replaces what an earlier plan wrote there: all of it, or nothing where the files cannot be written. Raises
-    InputError, before anything is replaced, where a file of the same name is not from here or was changed since.
+    Replaces all files of an earlier plan there, or none if a write fails. Raises InputError, before anything is
+    replaced, where a file of the same name was not written by a plan or was changed since.
     """
     if str(folder) == "":
         raise InputError(Problem("command line: --write", "names no folder", "name one; '.' is this one"))
@@ -64,7 +64,7 @@ def write_plan(plan: Plan, recipe: Recipe, folder: str | Path) -> list[Path]:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Holds the lock of the folder, which one plan at a time writes into."""
+    """Hold the lock of the folder: one plan writes at a time."""
     handle = os.open(root, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -74,28 +74,28 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _replace_all(root: Path, files: Mapping[str, str]) -> list[Path]:
-    """Writes all files beside the old ones, then puts them in their places. Whatever stops that, the record knows both,
-    and the next plan removes what was left beside them."""
-    for left in (*root.glob(f"{DRAFTS}*"), *root.glob(f".{RECORD}.*.tmp")):
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    known = _record(root)
-    _check_conflicts(root, files, known)
+    """Write all files as drafts, then move them into place. If that is interrupted, the record has the digests of the
+    old and the new files, and the next plan removes the drafts."""
+    for draft in (*root.glob(f"{DRAFTS}*"), *root.glob(f".{RECORD}.*.tmp")):
+        shutil.rmtree(draft) if draft.is_dir() and not draft.is_symlink() else draft.unlink()
+    old = _record(root)
+    _check_conflicts(root, files, old)
     new = {name: sha256(text.encode()).hexdigest() for name, text in files.items()}
     with tempfile.TemporaryDirectory(prefix=DRAFTS, dir=root) as drafts:
         for name, text in files.items():
             (Path(drafts) / name).write_bytes(text.encode())
-        _save(root, {**known, **{name: [*known.get(name, []), digest] for name, digest in new.items()}})
+        _save(root, {**old, **{name: [*old.get(name, []), digest] for name, digest in new.items()}})
         for name in files:
             os.replace(Path(drafts) / name, root / name)
-    for name in set(known) - set(files):  # of an earlier version, say
-        if _conflict(root / name, known[name]) is None:
+    for name in set(old) - set(files):  # written by an earlier version, for example
+        if _conflict(root / name, old[name]) is None:
             (root / name).unlink(missing_ok=True)
     _save(root, {name: [digest] for name, digest in new.items()})
     return [root / name for name in files]
 
 
-def _check_conflicts(root: Path, files: Mapping[str, str], known: Mapping[str, list[str]]) -> None:
-    problems = [problem for name in files if (problem := _conflict(root / name, known.get(name))) is not None]
+def _check_conflicts(root: Path, files: Mapping[str, str], record: Mapping[str, list[str]]) -> None:
+    problems = [problem for name in files if (problem := _conflict(root / name, record.get(name))) is not None]
     if problems:
         raise InputError(problems)
 
@@ -105,7 +105,7 @@ def _save(root: Path, record: Mapping[str, list[str]]) -> None:
 
 
 def _conflict(path: Path, digests: list[str] | None) -> Problem | None:
-    """Why a file must be left as it is; None where it does not exist, or is an earlier plan's."""
+    """Why a file must not be replaced; None where it does not exist or an earlier plan wrote it."""
     if not path.exists() and not path.is_symlink():
         return None
     if digests is None:

@@ -1,4 +1,4 @@
-"""A run folder as the page needs it: its files, read once."""
+"""The files of a run folder, read once for the page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from meshwright.errors import InputError, Problem
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
 
-#: Fields of a line of events.jsonl that are not its details.
+#: Fields that every kind of event has.
 PLAIN_FIELDS = ("event", "time", "step", "not_finite")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder's files say. `steps` holds the last line of each step. Without its file `plan` is None, `job`
-    empty."""
+    """The content of a run folder. `steps` holds the last event of each step. `plan` is None, and `job` empty, where
+    the file does not exist."""
 
     name: str
     events: Sequence[Mapping[str, Any]]
@@ -31,7 +31,7 @@ class RunRecord:
 
     @property
     def unit(self) -> str:
-        """What speed counts."""
+        """What throughput counts: "tokens" or "samples"."""
         if self.plan:
             return self.plan.unit
         return "samples" if self.job.get("task", {}).get("name") == "classification" else "tokens"
@@ -49,13 +49,13 @@ class RunRecord:
         return tuple((float(s["step"]), float(s[field])) for s in self.steps if is_number(s.get(field)))
 
     def after_warm_up(self, field: str) -> list[float]:
-        """Values without the first twentieth of the steps (at least one, where there are more): it warms up."""
+        """Values without the warm-up: the first twentieth of the steps, at least one where there are more."""
         values = [y for _, y in self.points(field) if math.isfinite(y)]
         return values[max(1, len(values) // 20) :] or values
 
 
 def read_run(run: RunFolder) -> RunRecord:
-    """What the files of a run folder say. Raises InputError for a folder with none of them, or a broken one."""
+    """Read a run folder. Raises InputError where it has none of the files, or a broken one."""
     if not any(path.exists() for path in (run.events, run.plan, run.job)):
         raise InputError(Problem(str(run.path), "is not a run folder: no events.jsonl, plan.json or job.toml in it"))
     plan = Plan.read(run.plan) if run.plan.exists() else None

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: a plan on one screen, a run's live line, and what `doctor` found."""
+"""The terminal: a plan on one screen, the progress line of a run, and the result of `doctor`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from meshwright.cluster import GIB
 from meshwright.plan import Plan
-from meshwright.report.outlook import cost_line, duration, failure_line, share_lines, what_if_lines
+from meshwright.report.lines import cost_line, duration, failure_line, share_lines, what_if_lines
 from meshwright.report.timeline import MOST_MICRO_BATCHES, text_rows
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
     from meshwright.run import RunFolder
 
-GIB = 1024**3
-#: What memory is for, with the mark and the colour of its part of a bar. The marks tell apart without colour too.
+#: (kind of memory, mark and colour of its part of a bar). The marks differ, for terminals without colour.
 PARTS = (
     ("weights", "█", "blue"),
     ("gradients", "▓", "yellow"),
@@ -37,7 +37,7 @@ RECENT_STEPS = 20
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """The verdict on one screen of 80 x 40: does it fit, how long, where the memory goes, and what lost and why."""
+    """One screen of 80 x 40: whether the plan fits, its time and memory, and why the other layouts lost."""
     width = min(console.width, 100)
     _show_verdict(plan, console, width)
     _show_memory(plan, console, width)
@@ -45,57 +45,71 @@ def show_plan(plan: Plan, console: Console) -> None:
         _show_timeline(plan, console, width)
     _show_others(plan, console, width)
     for line in what_if_lines(plan):
-        console.print(f"what if {_plain(line)}", width=width)
+        show_line(console, "what if", escaped(line))
     if plan.assumed:
-        console.print(f"[dim]assumed: {_plain('; '.join(plan.assumed))}[/dim]", width=width)
+        show_line(console, "assumed", escaped("; ".join(plan.assumed)), style="dim")
 
 
-def _plain(text: str) -> str:
-    """Text with nothing in it that rich would take for markup."""
+def show_line(console: Console, label: str, markup: str, *, label_width: int = 8, style: str = "") -> None:
+    """A label, and beside it a text that is wrapped to 100 columns at most. `style` is the label's."""
+    from rich.text import Text
+
+    text = Text.from_markup(markup)
+    for line in text.wrap(console, max(20, min(console.width, 100) - label_width)):
+        line.rstrip()
+        console.print(Text.assemble((f"{label:<{label_width}}", style), line))
+        label = ""
+
+
+def escaped(text: str) -> str:
+    """Text in which rich finds no markup."""
     return text.replace("[", r"\[")
 
 
 def _show_verdict(plan: Plan, console: Console, width: int) -> None:
     chosen, predicted = plan.chosen, plan.chosen.predicted
     layout, seconds = chosen.layout, predicted.step_seconds
-    model = f"{_plain(plan.model)}, {count(plan.parameters)} parameters, on {_plain(plan.cluster)}"
-    console.print(f"[bold green]FITS[/bold green]  {model}")
-    console.print(
-        f"layout  [bold]{layout}[/bold], {chosen.precision}{', compiled' if chosen.compiled else ''}; {_batch(plan)}"
+    model = f"{escaped(plan.model)}, {count(plan.parameters)} parameters, on {escaped(plan.cluster)}"
+    show_line(console, "FITS", model, style="bold green")
+    compiled = ", compiled" if chosen.compiled else ""
+    show_line(console, "layout", f"[bold]{layout}[/bold], {chosen.precision}{compiled}; {_batch(plan)}")
+    show_line(
+        console,
+        "step",
+        f"[bold]{seconds.mid:.3g} s[/bold] (90 %: {seconds.low:.3g} to {seconds.high:.3g}), "
+        f"{predicted.tokens_per_second:,.0f} {plan.unit}/s, MFU {predicted.mfu:.0%}, bound by {chosen.binding}",
     )
-    console.print(
-        f"step    [bold]{seconds.mid:.3g} s[/bold] (90 %: {seconds.low:.3g} to {seconds.high:.3g}), "
-        f"{predicted.tokens_per_second:,.0f} {plan.unit}/s, {predicted.mfu:.0%} of peak; bound by {chosen.binding}"
-    )
-    console.print(f"cost    {_plain(cost_line(plan))}", width=width)
+    show_line(console, "cost", escaped(cost_line(plan)))
     if failures := failure_line(plan):
-        console.print(f"faults  {failures}", width=width)
+        show_line(console, "failure", failures)
     for line in share_lines(plan):
-        console.print(f"share   {_plain(line)}", width=width)
-    console.print(f"why     {_plain(chosen.why)}" + (f"; {_plain(plan.limit)}" if plan.limit else ""), width=width)
+        show_line(console, "share", escaped(line))
+    show_line(console, "why", escaped(chosen.why))
+    if plan.limit:
+        show_line(console, "limit", escaped(plan.limit))
     console.print()
 
 
 def _batch(plan: Plan) -> str:
-    """How a batch is cut up; where groups of devices have shares of their own, their lines say it."""
-    chosen, samples = plan.chosen, plan.global_batch
+    """How the global batch is divided. Groups of devices with shares of their own have a line each."""
+    chosen, layout = plan.chosen, plan.chosen.layout
     if plan.has_batch_shares:
-        return f"a batch of {samples}, shared out"
-    layout = chosen.layout
-    return f"a batch of {samples} = {layout.dp} x {layout.micro_batch} x {chosen.micro_batches} micro-batches"
+        return f"global batch {plan.global_batch}, divided between the shares below"
+    count = f"{chosen.micro_batches} micro-batch{'es' * (chosen.micro_batches > 1)}"
+    return f"global batch {plan.global_batch} = dp {layout.dp} x {count} of {layout.micro_batch}"
 
 
 def _show_memory(plan: Plan, console: Console, width: int) -> None:
-    """A bar a stage, drawn to the fullest one; of many stages the ends and the fullest."""
+    """A bar per stage, scaled to the fullest stage."""
     stages = plan.chosen.memory
     most = max(stage.total for stage in stages)
     have = plan.device_bytes
     bar_width = max(20, width - 36)
     key = "  ".join(f"[{colour}]{mark}[/{colour}] {name}" for name, mark, colour in PARTS)
     bounds = plan.chosen.predicted.intervals.get("peak_bytes")
-    sure = f" (90 %: {bounds[0] / GIB:.3g} to {bounds[1] / GIB:.3g})" if bounds else ""
-    console.print(f"memory  {most / GIB:.3g} GiB on the fullest device{sure}, of {have / GIB:.1f}")
-    console.print(f"        {key}")
+    interval = f" (90 %: {bounds[0] / GIB:.3g} to {bounds[1] / GIB:.3g})" if bounds else ""
+    show_line(console, "memory", f"{most / GIB:.3g} of {have / GIB:.1f} GiB on the fullest device{interval}")
+    show_line(console, "stage", key)
     for stage in shown_stages([stage.total for stage in stages]):
         if stage is None:
             console.print("  ...")
@@ -111,12 +125,12 @@ def _show_memory(plan: Plan, console: Console, width: int) -> None:
         blocks = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
         blocks += f" +{len(more)}" if more else ""
         amount = f"{memory.total / GIB:.2f} GiB {memory.total / have:.0%}"
-        console.print(f"  {stage:>3} {_plain(blocks):<14.14} {bar} {amount}", no_wrap=True, overflow="crop")
+        console.print(f"  {stage:>3} {escaped(blocks):<14.14} {bar} {amount}", no_wrap=True, overflow="crop")
     console.print()
 
 
 def _cells(parts: list[int], whole: int, width: int) -> list[int]:
-    """Characters of each part of a bar `width` long for `whole`; rounded so that their sum stays right."""
+    """Characters of each part of a bar in which `whole` is `width` long, rounded so that their sum is right."""
     cells, before, total = [], 0, 0
     for part in parts:
         total += part
@@ -127,7 +141,7 @@ def _cells(parts: list[int], whole: int, width: int) -> list[int]:
 
 
 def shown_stages(totals: list[int]) -> list[int | None]:
-    """Stages to show: all of a few; of many the first ones, the fullest and the last, with None for those left out."""
+    """Stages to show: all, or of many the first two, the fullest and the last two, with None for each gap."""
     if len(totals) <= STAGES_SHOWN:
         return list(range(len(totals)))
     fullest = max(range(len(totals)), key=lambda stage: totals[stage])
@@ -142,10 +156,11 @@ def _show_timeline(plan: Plan, console: Console, width: int) -> None:
     chosen = plan.chosen
     timeline = chosen.timeline(MOST_MICRO_BATCHES)
     shown = len({event.micro_batch for event in timeline.events})
-    some = "" if chosen.micro_batches == shown else f", its first {shown} micro-batches"
     idle = chosen.predicted.breakdown["bubble"] / chosen.predicted.step_seconds.mid
-    late = ", + weights' gradients" if any(event.kind == "W" for event in timeline.events) else ""
-    console.print(f"pipeline, {idle:.0%} of the step idle{some}: digits forward, letters backward{late}")
+    text = f"pipeline, idle for {idle:.0%} of the step: digits are forward, letters backward passes"
+    text += ", + weight gradients" if any(event.kind == "W" for event in timeline.events) else ""
+    text += "" if chosen.micro_batches == shown else f"; the first {shown} micro-batches"
+    console.print(text, width=width)
     rows = text_rows(timeline, width - 6)
     for stage in shown_stages([0] * len(rows)):
         console.print("  ..." if stage is None else f"  {stage:>3} {rows[stage]}", no_wrap=True, overflow="crop")
@@ -153,21 +168,33 @@ def _show_timeline(plan: Plan, console: Console, width: int) -> None:
 
 
 def _show_others(plan: Plan, console: Console, width: int) -> None:
+    runners_up = [
+        (
+            str(choice.layout),
+            f"{choice.predicted.step_seconds.mid:.3g} s",
+            f"{choice.predicted.peak_bytes / GIB:.2f} GiB",
+            escaped(choice.why),
+        )
+        for choice in plan.runners_up[:RUNNERS_UP_SHOWN]
+    ]
+    _show_table(("runners-up", "step", "peak", "why it lost"), runners_up, console, width)
+    rejected = [(str(one.layout), escaped(one.reason)) for one in plan.rejected[:REJECTED_SHOWN]]
+    _show_table(("rejected", "why"), rejected, console, width)
+    if len(plan.rejected) > REJECTED_SHOWN:
+        console.print(f"and {len(plan.rejected) - REJECTED_SHOWN} more in `meshwright plan --json`")
+
+
+def _show_table(names: Sequence[str], rows: Sequence[Sequence[str]], console: Console, width: int) -> None:
+    """A table without lines; nothing where it has no rows."""
     from rich.table import Table
 
-    if plan.runners_up:
-        table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", width=width)
-        for name in ("runners-up", "step", "peak", "why it lost"):
-            table.add_column(name, no_wrap=name in ("step", "peak"))
-        for choice in plan.runners_up[:RUNNERS_UP_SHOWN]:
-            predicted = choice.predicted
-            cells = (str(choice.layout), f"{predicted.step_seconds.mid:.3g} s", f"{predicted.peak_bytes / GIB:.2f} GiB")
-            table.add_row(*cells, _plain(choice.why))
+    table = Table(box=None, padding=(0, 2, 0, 0), width=width)
+    for name in names:
+        table.add_column(name, no_wrap=name in ("step", "peak"))
+    for row in rows:
+        table.add_row(*row)
+    if rows:
         console.print(table)
-    for lost in plan.rejected[:REJECTED_SHOWN]:
-        console.print(f"cannot  {lost.layout}: {_plain(lost.reason)}", width=width)
-    if len(plan.rejected) > REJECTED_SHOWN:
-        console.print(f"        and {len(plan.rejected) - REJECTED_SHOWN} more: meshwright plan --json")
 
 
 def count(number: float) -> str:
@@ -180,15 +207,15 @@ def count(number: float) -> str:
 
 @dataclass
 class Progress:
-    """What the live line says, gathered from the lines of a run's event log."""
+    """The figures of the progress line, gathered from a run's event log."""
 
     steps: int = 0
     step: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
-    def take(self, event: Mapping[str, Any]) -> str | None:
-        """Takes in an event; returns what to say of it beside the line, if anything."""
+    def update(self, event: Mapping[str, Any]) -> str | None:
+        """Take in an event. Returns a remark to print above the progress line, or None."""
         kind = event["event"]
         if kind == "step":
             self.step = dict(event)
@@ -209,7 +236,7 @@ class Progress:
         return None
 
     def line(self, unit: str) -> str:
-        """Step, loss, held-out figures, speed, measured against predicted, time left."""
+        """Step, loss, a held-out figure, speed, measured and predicted step time, and the time left."""
         if not self.step:
             return "starting"
         step = self.step["step"]
@@ -219,7 +246,7 @@ class Progress:
             words.append(f"held out {_figures(dict(list(self.held_out.items())[:1]))}")
         words.append(f"{self.step['tokens_per_second']:,.0f} {unit}/s")
         predicted = self.step.get("predicted_step_seconds")
-        words.append(f"{seconds:.3g} s a step" + (f" (predicted {predicted:.3g})" if predicted else ""))
+        words.append(f"{seconds:.3g} s/step" + (f" (predicted {predicted:.3g})" if predicted else ""))
         if self.steps:
             words.append(f"{duration((self.steps - step) * seconds)} left")
         return "  ".join(words)
@@ -230,8 +257,8 @@ def _figures(values: Mapping[str, float]) -> str:
 
 
 def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Console | None = None) -> None:
-    """Follows a run's events until `until()` is true: one line that stays in place in a terminal, elsewhere a plain
-    line now and then. Writes to stderr unless given a console."""
+    """Follow a run's events until `until()` is true: in a terminal as one line that is updated in place, elsewhere as
+    plain lines at intervals. Writes to stderr by default."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -241,46 +268,46 @@ def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Cons
     terminal = console.is_terminal
     printed_at = time.monotonic()
     view = Live(console=console, refresh_per_second=4, transient=False) if terminal else nullcontext()
-    with view as shown:
+    with view as display:
         for event in folder.tail(until, from_end=True):
-            remark = progress.take(event)
+            remark = progress.update(event)
             if remark:
                 console.print(remark, markup=False)
-            if shown is not None:
-                shown.update(Text(progress.line(plan.unit), no_wrap=True, overflow="ellipsis"))
+            if display is not None:
+                display.update(Text(progress.line(plan.unit), no_wrap=True, overflow="ellipsis"))
             elif event["event"] == "step" and _line_due(event, progress, printed_at):
                 printed_at = time.monotonic()
                 console.print(progress.line(plan.unit), markup=False, soft_wrap=True)
 
 
 def _line_due(event: Mapping[str, Any], progress: Progress, printed_at: float) -> bool:
-    """Whether a plain line is worth printing: the first step, the last, and every ten seconds."""
+    """Whether to print a plain line: at the first step, at the last, and every PLAIN_LINE_SECONDS."""
     first = len(progress.recent_seconds) == 1
     return first or event["step"] == progress.steps or time.monotonic() - printed_at >= PLAIN_LINE_SECONDS
 
 
-def show_doctor(found: Mapping[str, Any], console: Console) -> None:
-    """What `doctor` found: the machine, its speeds, every socket, and what is wrong."""
-    cpu, memory = found["cpu"], found["memory"]
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+def show_doctor(diagnosis: Mapping[str, Any], console: Console) -> None:
+    """The result of `probe.diagnose`: the machine, its speeds, every socket, and the problems."""
+    cpu, memory = diagnosis["cpu"], diagnosis["memory"]
+    packages = ", ".join(f"{name} {version}" for name, version in diagnosis["packages"].items() if version)
     rows = [
-        ("meshwright", f"{found['meshwright']}, Python {found['python']['version']}, {found['platform']}"),
+        ("meshwright", f"{diagnosis['meshwright']}, Python {diagnosis['python']['version']}, {diagnosis['platform']}"),
         ("packages", packages),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['instructions'])}"),
         ("memory", f"{memory['total_bytes'] / GIB:.1f} GiB"),
-        ("plans for", found["cluster"]),
+        ("plans for", diagnosis["cluster"]),
     ]
-    for place, disk in found["disk"].items():
+    for place, disk in diagnosis["disk"].items():
         rows.append((f"disk {place}", f"{disk['free_bytes'] / GIB:.1f} GiB free in {disk['path']}"))
     for name, text in rows:
-        console.print(f"[bold]{name:<14}[/bold] {_plain(str(text))}")
-    if found["speeds"] is not None:
-        _show_speeds(found["speeds"], console)
-    _show_sockets(found["sockets"], console)
-    for problem in found["problems"]:
+        console.print(f"[bold]{name:<14}[/bold] {escaped(str(text))}")
+    if diagnosis["speeds"] is not None:
+        _show_speeds(diagnosis["speeds"], console)
+    _show_sockets(diagnosis["sockets"], console)
+    for problem in diagnosis["problems"]:
         text = f"{problem['where']}: {problem['what']}" + (f"; {problem['nearest']}" if problem["nearest"] else "")
-        console.print(f"[bold yellow]problem[/bold yellow]  {_plain(text)}")
-    if not found["problems"]:
+        console.print(f"[bold yellow]problem[/bold yellow]  {escaped(text)}")
+    if not diagnosis["problems"]:
         console.print("[green]nothing wrong[/green]")
 
 
@@ -292,7 +319,7 @@ def _show_speeds(speeds: Mapping[str, Any], console: Console) -> None:
     console.print("\n[bold]speeds[/bold]")
     for (device, precision, threads), rate in best.items():
         on = f"{device}, {threads} thread{'s' if threads != 1 else ''}" if device == "cpu" else device
-        console.print(f"  matrix products  {precision}, {_plain(on)}: {rate / 1e9:,.0f} GFLOP/s")
+        console.print(f"  matrix products  {precision}, {escaped(on)}: {rate / 1e9:,.0f} GFLOP/s")
     for threads, rate in speeds["memory_read_bytes_per_second"].items():
         console.print(f"  memory read      {threads} thread(s): {rate / 1e9:.1f} GB/s")
     for link in speeds["links"]:
@@ -303,13 +330,13 @@ def _show_speeds(speeds: Mapping[str, Any], console: Console) -> None:
     console.print(f"  disk write       {speeds['disk_write_bytes_per_second'] / 1e6:,.0f} MB/s")
 
 
-def _show_sockets(sockets: list[Mapping[str, Any]], console: Console) -> None:
+def _show_sockets(sockets: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print("\n[bold]sockets that Meshwright opens[/bold]")
     for socket in sockets:
         state = f", {socket['state']}" if socket["state"] else ""
-        shows = socket["authenticated"] or "[yellow]unauthenticated[/yellow]"
-        console.print(f"  {_plain(socket['what'])} ({_plain(socket['opened_by'])})")
+        credentials = socket["authenticated"] or "[yellow]unauthenticated[/yellow]"
+        console.print(f"  {escaped(socket['what'])} ({escaped(socket['opened_by'])})")
         console.print(
-            f"    {_plain(socket['address'])} port {socket['port']}{state}; {shows}; {_plain(socket['note'])}"
+            f"    {escaped(socket['address'])} port {socket['port']}{state}; {credentials}; {escaped(socket['note'])}"
         )
     console.print()

@@ -1,4 +1,4 @@
-"""A pipeline's timeline: as text, as one SVG that needs nothing else, and as a Chrome trace beside that of a run."""
+"""A pipeline's timeline as text, as a self-contained SVG, and as a Chrome trace to compare with that of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meshwright.plan import Choice
 from meshwright.plan.pipeline.actions import stage_ranks
 from meshwright.plan.pipeline.replay import ActionSpan, Timeline
 
-#: Micro-batches that a picture shows; more would be a blur.
+#: Micro-batches that a picture shows: more could not be told apart.
 MOST_MICRO_BATCHES = 8
 MOST_IN_SVG = 16
 #: Micro-batches of a trace: enough for a full pipeline, and still quick to open.
@@ -32,8 +32,8 @@ font-weight:600}.no{font-size:10px;text-anchor:middle;pointer-events:none}.F{fil
 
 
 def text_rows(timeline: Timeline, width: int = 72) -> list[str]:
-    """A row of `width` characters a rank: digits are forwards by micro-batch, letters backwards (a is 0), "+" weights'
-    gradients, "." idle."""
+    """A row of `width` characters per rank: digits are forward passes by micro-batch, letters backward passes (a is
+    micro-batch 0), "+" weight gradients, "." idle."""
     rows = [["."] * width for _ in range(timeline.ranks)]
     scale = width / timeline.seconds if timeline.seconds > 0 else 0.0
     for event in timeline.events:
@@ -50,10 +50,10 @@ def _mark(event: ActionSpan) -> str:
 
 
 def timeline_svg(choice: Choice, most_micro_batches: int = MOST_IN_SVG) -> str:
-    """The pipeline of a choice as a picture: ranks are rows, time runs to the right, numbers are micro-batches.
+    """The pipeline of a choice as a picture: a row per rank, time from left to right, numbered by micro-batch.
 
-    One file with nothing outside it, for light and dark. Of many micro-batches the first are shown, of many ranks the
-    first and the last; the bubble share is that of what is shown, and the plan's own is said beside it.
+    Self-contained, for light and dark. Of many micro-batches the first are shown, of many ranks the first and the last;
+    the caption gives the bubble share of the part shown and of the whole step.
     """
     timeline = choice.timeline(most_micro_batches)
     ranks = _shown_ranks(timeline.ranks)
@@ -153,11 +153,11 @@ def _seconds(seconds: float) -> str:
 
 
 def chrome_trace(choice: Choice, ranks_per_stage: int = 1, most_micro_batches: int | None = None) -> str:
-    """One predicted step as a Chrome trace (chrome://tracing, ui.perfetto.dev) of the run's own shape: a process a
-    rank, complete events in microseconds.
+    """One predicted step as a Chrome trace (chrome://tracing, ui.perfetto.dev) in the form of a run's trace.json: a
+    process per rank, complete events in microseconds.
 
-    The first rank of each stage stands for the `ranks_per_stage` that do the same, with its number in the run, so that
-    the rows lie beside those of `trace.json`; they are named "planned rank N" and start at 0, the run's at its clock.
+    The first rank of each stage stands for the `ranks_per_stage` that do the same, and keeps its number in the run, so
+    that both traces can be compared. Rows are named "planned rank N". Times start at 0.
     """
     timeline = choice.timeline(most_micro_batches)
     events: list[dict[str, object]] = []

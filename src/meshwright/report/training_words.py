@@ -1,4 +1,4 @@
-"""How a job trains, in the words of torchtitan, Megatron-LM and DeepSpeed: optimizer, learning rate, clipping, seed."""
+"""Optimizer, learning rate, clipping and seed of a job as options of torchtitan, Megatron-LM and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NO_CLIPPING = 1e30
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a configuration says beside the plan. `shape` is None for a model that is no decoder of a known kind; the
-    rest is as in a job's `[train]`."""
+    """What a configuration needs beside the plan. `shape` is None for a model that is not a decoder of a known kind;
+    the rest is as in a job's `[train]`."""
 
     shape: DecoderShape | None
     seq_len: int
@@ -36,15 +36,15 @@ class Recipe:
     seed: int = 0
 
     def nodes(self, layout: Layout) -> tuple[int, int]:
-        """(nodes, processes of each)."""
+        """(nodes, processes per node)."""
         each = min(self.devices_per_node, layout.devices)
         return -(-layout.devices // each), each
 
 
 def titan_training(recipe: Recipe, omitted: list[str]) -> dict[str, dict[str, Any]]:
-    """Tables of torchtitan's configuration, less what the layout says."""
+    """Tables of torchtitan's configuration, without the keys that the layout decides."""
     if recipe.weight_decay:
-        omitted.append("weight decay of matrices alone: theirs is of every parameter")
+        omitted.append("weight decay of matrices alone: torchtitan decays every parameter")
     rate: dict[str, Any] = {"warmup_steps": recipe.warmup_steps}
     if recipe.decay == "constant":
         rate["decay_ratio"] = 0.0
@@ -78,7 +78,7 @@ def megatron_training(recipe: Recipe, omitted: list[str]) -> list[str | int | fl
     if recipe.seed:
         words += ["--seed", recipe.seed]
     else:
-        omitted.append("seed 0: it wants one above zero, and takes 1234")
+        omitted.append("seed 0: Megatron needs a seed above zero, and takes 1234")
     return words
 
 

@@ -1,4 +1,4 @@
-"""Who may ask: the addresses bound, the bearer token, and the check against pages in a browser."""
+"""Access control: the address that is bound, the bearer token, and protection against pages in a browser."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from meshwright.serve.errors import RequestError
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKEN_BYTES = 4096
 
-#: Answered without a token, so that a supervisor can ask whether the server lives; they say nothing else.
+#: These need no token, for health checks, and return nothing else.
 OPEN_HTTP_PATHS = frozenset({"/health"})
 OPEN_GRPC_METHODS = frozenset({"/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping"})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, can only mean this machine."""
+    """Whether `host`, a name or an address, always means this machine."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """The token in `path`; raises InputError unless only its owner can read it and it is long enough."""
+    """The token in a file. Raises InputError unless only its owner can read it and the token is long enough."""
     where = "serve.token_file"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -60,8 +60,8 @@ def read_token(path: Path) -> str:
 
 
 class Access:
-    """The rules of one server: a token for everything but health where there is one; on loopback without one, only
-    requests that a page from elsewhere cannot have made.
+    """The rules of one server. With a token every request but health needs it. Without one, which only loopback allows,
+    requests that a page of another site may have made are refused.
     """
 
     def __init__(self, host: str, token: str | None) -> None:
@@ -76,26 +76,26 @@ class Access:
         self._token = None if token is None else token.encode()
 
     def check_http(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises RequestError 400, 401 or 403 for a request that may not go on. `headers` have lower-case names."""
-        found: dict[bytes, list[bytes]] = {}
+        """Raises RequestError 400, 401 or 403 for a request that is refused. `headers` have lower-case names."""
+        values: dict[bytes, list[bytes]] = {}
         for name, value in headers:
-            found.setdefault(name, []).append(value)
-        if len(found.get(b"host", [])) != 1:
+            values.setdefault(name, []).append(value)
+        if len(values.get(b"host", [])) != 1:
             raise RequestError(400, "a request needs one Host header", code="bad_host")
-        if b"transfer-encoding" in found and b"content-length" in found:
+        if b"transfer-encoding" in values and b"content-length" in values:
             raise RequestError(400, "Content-Length and Transfer-Encoding contradict each other", code="bad_framing")
-        host = found[b"host"][0].decode("latin-1")
+        host = values[b"host"][0].decode("latin-1")
         if self._token is None and not is_loopback(_host_name(host)):
-            # A foreign name that resolves to this machine: a page that rebinds its own name (DNS rebinding).
+            # A foreign name that resolves to this machine: a page whose site rebinds its name (DNS rebinding).
             raise RequestError(403, "the Host header does not name this machine", code="bad_host")
-        for origin in found.get(b"origin", []):
+        for origin in values.get(b"origin", []):
             if _origin_host(origin.decode("latin-1")) != host.lower():
                 raise RequestError(403, "requests from other sites' pages are refused", code="bad_origin")
         if path not in OPEN_HTTP_PATHS:
-            self._check_token(found.get(b"authorization", []))
+            self._check_token(values.get(b"authorization", []))
 
     def check_grpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-        """Raises RequestError 401 for a call that may not go on."""
+        """Raises RequestError 401 for a call that is refused."""
         if method not in OPEN_GRPC_METHODS:
             values = [value for name, value in metadata if name == "authorization"]
             self._check_token([value.encode() if isinstance(value, str) else value for value in values])
@@ -103,20 +103,20 @@ class Access:
     def _check_token(self, values: list[bytes]) -> None:
         if self._token is None:
             return
-        scheme, _, given = (values[0] if len(values) == 1 else b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+        scheme, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
             raise RequestError(401, "a valid bearer token is needed", code="invalid_token")
 
 
 def _host_name(host: str) -> str:
-    """A Host header less its port."""
+    """A Host header without its port."""
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.rpartition(":")[0] if ":" in host else host
 
 
 def _origin_host(origin: str) -> str | None:
-    """host[:port] of an Origin header in lower case; None for "null" and for what is no origin."""
+    """host[:port] of an Origin header in lower case; None for "null" and for a malformed one."""
     try:
         parts = urlsplit(origin)
     except ValueError:
@@ -125,7 +125,7 @@ def _origin_host(origin: str) -> str | None:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Asks `Access` before any method runs, so that a method added later cannot forget to."""
+    """Checks access before any method runs, so that no method can forget it."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -141,11 +141,11 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._access.check_grpc(handler_call_details.method, handler_call_details.invocation_metadata or ())
         except RequestError as error:
-            return _failing(handler, error)
+            return _error_handler(handler, error)
         return handler
 
 
-def _failing(handler: Any, error: RequestError) -> grpc.RpcMethodHandler:
+def _error_handler(handler: Any, error: RequestError) -> grpc.RpcMethodHandler:
     """A handler of the same shape as `handler` that answers with `error`."""
     status = getattr(grpc.StatusCode, error.grpc_status)
 

@@ -1,4 +1,4 @@
-"""Clients of both protocols, as small as they get: what the demo uses, and an example for others."""
+"""A minimal client of each protocol, used by the demo and as an example."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
 def stream_http(
     url: str, prompt: str, *, token: str | None = None, timeout_seconds: float = 60.0, **fields: Any
 ) -> Iterator[str]:
-    """Pieces of text from POST /v1/completions of the server at `url`; `fields` are more of the request's.
+    """Pieces of text from POST /v1/completions of the server at `url`; `fields` are further fields of the request.
 
-    Raises RunFailed with the server's own words if it refuses or breaks off.
+    Raises RunFailed with the server's message if it refuses or the stream breaks off.
     """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_seconds)
@@ -50,7 +50,7 @@ def stream_grpc(
 ) -> Iterator[str]:
     """Pieces of text from StreamPredictions of the server at `target` ("host:port"); `fields` as above.
 
-    Raises RunFailed with the server's own words if it refuses or breaks off.
+    Raises RunFailed with the server's message if it refuses or the stream breaks off.
     """
     data = json.dumps({"prompt": prompt, **fields}).encode()
     request = inference_pb2.PredictionsRequest(model_name=model, input={"data": data})

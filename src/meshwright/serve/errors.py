@@ -1,10 +1,10 @@
-"""Why a request gets an error: one small class, and the table that gives it a code of every protocol."""
+"""`RequestError`, and the table of its codes in each protocol."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: HTTP status -> (OpenAI error type, gRPC status name). The gRPC column is the map that TorchServe's clients know.
+#: HTTP status -> (OpenAI error type, gRPC status name). The gRPC names are TorchServe's.
 STATUS: dict[int, tuple[str, str]] = {
     400: ("invalid_request_error", "INVALID_ARGUMENT"),
     401: ("authentication_error", "UNAUTHENTICATED"),
@@ -23,9 +23,9 @@ STATUS: dict[int, tuple[str, str]] = {
 class RequestError(Exception):
     """A request that gets an error instead of an answer.
 
-    `status` is an HTTP status of `STATUS`; `message` goes to the client, so it never holds a path, an address or a
+    `status` is an HTTP status of `STATUS`; `message` is sent to the client, so it contains no path, address or
     traceback; `param` names the field at fault; `code` is a stable word for programs; `retry_after_seconds` is set
-    where trying again makes sense.
+    where a retry makes sense.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RequestError(Exception):
         return STATUS[self.status][1]
 
     def as_dict(self) -> dict[str, Any]:
-        """The body of an error as OpenAI's clients read it."""
+        """The body of the error in OpenAI's format."""
         kind = STATUS[self.status][0]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -54,7 +54,7 @@ def bad_request(message: str, *, param: str | None = None, code: str = "invalid_
 
 
 def overloaded(message: str) -> RequestError:
-    """A 429: the queue is full; worth trying again in a second."""
+    """A 429: the queue is full; retry after a second."""
     return RequestError(429, message, code="overloaded", retry_after_seconds=1)
 
 

@@ -1,4 +1,4 @@
-"""What /metrics shows, in a registry of this server's own."""
+"""The figures of /metrics, in a registry of this server's own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Metrics:
         )
         Gauge("meshwright_model_info", "The model served", ["model"], registry=registry).labels(model).set(1)
         self.requests = Counter(
-            "meshwright_requests", "Requests answered, by wire, route and status", ["wire", "route", "status"],
+            "meshwright_requests", "Requests answered, by protocol, route and status", ["wire", "route", "status"],
             registry=registry,
         )  # fmt: skip
-        self.prompt_tokens = Counter("meshwright_prompt_tokens", "Prompt tokens taken", registry=registry)
+        self.prompt_tokens = Counter("meshwright_prompt_tokens", "Prompt tokens read", registry=registry)
         self.generated_tokens = Counter("meshwright_generated_tokens", "Tokens generated", registry=registry)
         self.cancelled = Counter(
             "meshwright_cancelled_choices", "Choices cancelled before their end", registry=registry
@@ -38,7 +38,7 @@ class Metrics:
         )
 
     def predict(self, figures: Mapping[str, float]) -> None:
-        """Show the plan's figures, in tokens a second and seconds a token."""
+        """Show the plan's figures: tokens per second and seconds per token."""
         for figure, value in figures.items():
             self._predicted.labels(figure).set(value)
 

@@ -1,4 +1,4 @@
-"""The process that serves: engine's ranks, sockets, signals, and an end without anything left behind."""
+"""The server's process: starts the engine's ranks, binds the sockets, handles signals, and shuts everything down."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from meshwright.serve.protocols.http import http_app
 from meshwright.serve.protocols.protocol import MAX_HEAD_BYTES, BoundedProtocol
 from meshwright.serve.workers import channel
 from meshwright.serve.workers.chat import ChatTemplate, Renderer, read_chat_template
-from meshwright.serve.workers.served import ServedModel
+from meshwright.serve.workers.served_model import ServedModel
 
 if TYPE_CHECKING:
     from meshwright.job.sections import ServeSection
@@ -40,7 +40,7 @@ MAX_CONNECTIONS = 1024
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server listens: what is printed, and written to the ready file."""
+    """Where a server listens, as it prints it."""
 
     model: str
     http: str
@@ -49,7 +49,7 @@ class Addresses:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handling: `serve` ends HTTP, gRPC and the engine in one order."""
+    """uvicorn without its own signal handling: `serve` ends HTTP, gRPC and the engine in order."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class ModelServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, http_port: int, grpc_port: int) -> Addresses:
-        """Binds both ports, 0 meaning any free one; raises InputError where one cannot be had."""
+        """Binds both ports, 0 meaning any free one. Raises InputError for a port that cannot be bound."""
         listener = bind(self._host, http_port)
         shown = f"[{self._host}]" if ":" in self._host else self._host
         try:
@@ -96,12 +96,12 @@ class ModelServer:
             await asyncio.sleep(0.005)
             if self._serving.done():
                 self._serving.result()
-                raise RunFailed(Problem("serve", "HTTP ended at its start"))
+                raise RunFailed(Problem("serve", "the HTTP server ended while starting"))
         http_port = listener.getsockname()[1]
         return Addresses(self._model.name, f"http://{shown}:{http_port}", f"{shown}:{bound}", os.getpid())
 
     async def stop(self, grace_seconds: float) -> None:
-        """Takes nothing new, lets what runs end within `grace_seconds`, cancels the rest, closes every socket."""
+        """Refuses new requests, gives running ones `grace_seconds` to end, cancels the rest, closes every socket."""
         self._model.drain()
         self._http.should_exit = True  # closes the listening socket and idle connections, waits for the others
         grpc_ended = asyncio.create_task(self._grpc.stop(grace_seconds + 1))
@@ -112,7 +112,7 @@ class ModelServer:
 
 
 def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
-    """A listening TCP socket; raises InputError, naming `key`, where the address cannot be had."""
+    """A listening TCP socket. Raises InputError naming `key` for an address that cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=512)
@@ -125,7 +125,7 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 async def engine_processes(
     folder: Path, config: ServeSection, precision: str, private: Path
 ) -> AsyncIterator[tuple[ServedModel, launch.LocalProcesses]]:
-    """The engine's ranks, started and connected; ended on the way out. Raises what opening the model raises."""
+    """Starts and connects the engine's ranks, and ends them at exit. Raises the errors of opening the model."""
     connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
 
     def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -166,7 +166,7 @@ async def engine_processes(
 
 
 def model_name(folder: Path) -> str:
-    """What clients call the model in `folder`: its name, or for a checkpoint of a run the run's."""
+    """The model's name for clients: that of its folder, or of the run for a checkpoint of a run."""
     folder = folder.resolve()
     if folder.name == "model" and folder.parent.name.startswith("step-"):
         return folder.parents[2].name
@@ -182,12 +182,11 @@ async def serve(
     folder: Path,
     config: ServeSection,
     precision: str,
-    ready_file: Path | None,
     template: ChatTemplate,
     access: Access,
     predicted: Mapping[str, float],
 ) -> None:
-    """Serves until SIGTERM or SIGINT; raises RunFailed if the engine ends by itself."""
+    """Serves until SIGTERM or SIGINT. Raises RunFailed if the engine ends by itself."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -206,12 +205,12 @@ async def serve(
         model.metrics.predict(predicted)
         server = ModelServer(model, renderer, access, config.host)
         addresses = await server.start(config.http_port, config.grpc_port)
-        announce(addresses, ready_file)
-        lost = asyncio.create_task(model.lost.wait())
-        await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
-        failed = lost.done()
+        print(json.dumps(asdict(addresses)), flush=True)
+        engine_lost = asyncio.create_task(model.engine_lost.wait())
+        await asyncio.wait({stopping, engine_lost}, return_when=asyncio.FIRST_COMPLETED)
+        failed = engine_lost.done()
         await server.stop(GRACE_SECONDS)
-        lost.cancel()
+        engine_lost.cancel()
         stopping.cancel()
         if failed and not stop.is_set():
             with contextlib.suppress(TimeoutError):
@@ -219,40 +218,28 @@ async def serve(
             raise RunFailed(Problem("serve", "the engine ended by itself"))
 
 
-def announce(addresses: Addresses, ready_file: Path | None) -> None:
-    """One line of JSON on stdout, and the same in `ready_file`, which exists only once it is whole."""
-    line = json.dumps(asdict(addresses))
-    print(line, flush=True)
-    if ready_file is not None:
-        part = ready_file.with_name(ready_file.name + ".part")
-        part.write_text(line + "\n")
-        part.replace(ready_file)
-
-
 def main(
     folder: Path | str,
-    serve_config: ServeSection,
-    ready_file: Path | str | None = None,
+    config: ServeSection,
     *,
     precision: str = "auto",
     predicted: Mapping[str, float] | None = None,
 ) -> None:
-    """Serve the model in `folder` until SIGTERM or SIGINT, then return once nothing of it runs any more.
+    """Serve the model in `folder` until SIGTERM or SIGINT, and return when all its processes have ended.
 
-    Prints one JSON line with the addresses, `{"model", "http", "grpc", "pid"}`, when it can be asked; `ready_file` gets
-    the same. `predicted` is shown by /metrics, beside what is measured. Raises InputError (address, token file, model
-    folder), CannotWork (the model does not fit), RunFailed (the engine died).
+    Prints one JSON line, `{"model", "http", "grpc", "pid"}`, when it is ready. /metrics shows `predicted` beside the
+    measured figures. Raises InputError (address, token file, model folder), CannotWork (the model does not fit),
+    RunFailed (the engine died).
     """
     folder = Path(folder)
-    token = None if serve_config.token_file is None else read_token(Path(serve_config.token_file))
-    access = Access(serve_config.host, token)
+    token = None if config.token_file is None else read_token(Path(config.token_file))
+    access = Access(config.host, token)
     if not (folder / "config.json").is_file():
         raise InputError(Problem(str(folder), "not a model folder: it has no config.json"))
     template = read_chat_template(folder)
-    for key in ("http_port", "grpc_port"):  # said now, and not after the model is loaded
-        bind(serve_config.host, getattr(serve_config, key), f"serve.{key}").close()
-    ready = None if ready_file is None else Path(ready_file)
+    for key in ("http_port", "grpc_port"):  # an error now, not after the model is loaded
+        bind(config.host, getattr(config, key), f"serve.{key}").close()
     try:
-        asyncio.run(serve(folder, serve_config, precision, ready, template, access, predicted or {}))
+        asyncio.run(serve(folder, config, precision, template, access, predicted or {}))
     finally:
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""The top floor: a file a verb, the same function from Python and from the command line. Each joins the parts by name.
+"""The verbs, one file each: the same functions from Python and from the command line.
 
 A function takes a Job, or the path of a job file and overrides, and returns its result; nothing is printed here.
-Packages are imported inside the functions: `plan` of a family needs no torch, and `new` needs nothing.
+Packages are imported inside the functions, so that a verb loads only what it needs: `plan` of a family has no torch.
 """
 
 from meshwright.verbs.advice import advice
@@ -9,7 +9,7 @@ from meshwright.verbs.calibrate import calibrate
 from meshwright.verbs.check import check
 from meshwright.verbs.doctor import doctor
 from meshwright.verbs.exact import plan_exact
-from meshwright.verbs.explain import explain, resolved
+from meshwright.verbs.explain import explain, resolved_toml
 from meshwright.verbs.generate import generate
 from meshwright.verbs.new import new
 from meshwright.verbs.plan import layout_table, plan
@@ -38,7 +38,7 @@ __all__ = [
     "predict",
     "read_job",
     "report",
-    "resolved",
+    "resolved_toml",
     "resume_command",
     "run_folder_of",
     "serve",

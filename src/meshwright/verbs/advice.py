@@ -1,4 +1,4 @@
-"""`plan --advice`: the strategies and tools that suit a job, planned under each framework that could run it."""
+"""`plan --advice`: the strategies and tools that suit a job, from its plan under each framework that could run it."""
 
 from __future__ import annotations
 
@@ -18,43 +18,41 @@ if TYPE_CHECKING:
     from meshwright.job import Job
     from meshwright.plan.advice import Advice, DataVolume, FrameworkPlan
 
-#: Of data that nobody has read yet: bytes of text that a token stands for (about as many in English, by a tokenizer of
-#: tens of thousands), bytes of a token's number at most, and the digits, images of 8 x 8 numbers.
+#: Bytes of text per token (about 4 in English, with a vocabulary of tens of thousands), and of a token id at most.
 TEXT_BYTES, TOKEN_BYTES = 4, 4
-
+#: Images of scikit-learn's digits, and bytes of each: 8 x 8 numbers.
 DIGITS, DIGIT_BYTES = 1797, 256
-
-#: Files of a folder whose sizes are asked for, at most.
-FILES_COUNTED = 5_000
+#: A folder with more files is not measured.
+MOST_FILES = 5_000
 
 
 def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: str = "some") -> Advice:
     """Strategies and tools that suit the job's model, data, hardware and a team's `experience` (new, some or expert).
 
-    The job is planned under each framework that could run it. Raises CannotWork where none of them has a layout.
+    Raises CannotWork where no framework has a layout for the job.
     """
     from meshwright.plan.advice import advise, frameworks, situation_of
 
-    sound = read_job(job, overrides, data_must_exist=False, also=plan)
-    card, cluster = gather(lambda: card_of_job(sound), lambda: cluster_of_job(sound))
+    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
+    card, cluster = gather(lambda: card_of_job(valid_job), lambda: cluster_of_job(valid_job))
     facts = situation_of(
         card,
         cluster,
-        _reading(sound, card),
-        built_in=sound.model.module is None,
+        _reading(valid_job, card),
+        built_in=valid_job.model.module is None,
         experience=experience,
-        untrained=_untrained(sound),
-        pinned=frozenset(sound.layout.pins()),
+        untrained=_untrained(valid_job),
+        pinned=frozenset(valid_job.layout.pins()),
     )
-    return advise(facts, {row: _planned(sound, card, cluster, row) for row in frameworks(facts)})
+    return advise(facts, {row: _planned(valid_job, card, cluster, row) for row in frameworks(facts)})
 
 
 def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> FrameworkPlan | CannotWork:
-    """The best layout under a framework, or why there is none. `card` is the job's own."""
+    """The best layout under a framework, or why there is none. `card` is that of our own code."""
     from meshwright.plan import make_plan
     from meshwright.plan.advice import FrameworkPlan
 
-    if job.model.module is None:  # a traced module has one card for all
+    if job.model.module is None:  # a module's card is the same under every framework
         card = card_of_job(job, style_of(framework, job.train.precision))
     try:
         chosen = make_plan(card, cluster, request_of_job(job, framework, "time"), what_if=False, suggest=False).chosen
@@ -64,7 +62,7 @@ def _planned(job: Job, card: Card, cluster: Cluster, framework: str) -> Framewor
 
 
 def _untrained(job: Job) -> str:
-    """What `train` trains, where the job's model is none of it."""
+    """What `train` can train, where it cannot train the job's model; "" where it can."""
     from meshwright.families import require_trainable
 
     try:
@@ -75,7 +73,7 @@ def _untrained(job: Job) -> str:
 
 
 def _reading(job: Job, card: Card) -> DataVolume:
-    """What a run of the job reads, as far as it is known without reading any of it."""
+    """What a run of the job reads, as far as it is known without reading data."""
     from meshwright.plan.advice import DataVolume
 
     tokens = card.unit == "tokens"
@@ -90,17 +88,17 @@ def _reading(job: Job, card: Card) -> DataVolume:
     else:
         path = Path(source)
         source, size = path.name + "/" * path.is_dir(), _bytes_of(path)
-    a_step = job.train.global_batch * card.units_per_sample
-    return DataVolume(source, card.unit, a_step, job.train.steps, size, *per_unit)
+    units_per_step = job.train.global_batch * card.units_per_sample
+    return DataVolume(source, card.unit, units_per_step, job.train.steps, size, *per_unit)
 
 
 def _bytes_of(path: Path) -> int | None:
-    """Bytes of a file, or of all files below a folder; None where there are none, more files than are counted, or some
-    that cannot be looked at."""
+    """Bytes of a file, or of all files below a folder; None where they are empty, unreadable, or more than
+    MOST_FILES."""
     files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     try:
-        few = [path] if path.is_file() else list(islice(files, FILES_COUNTED + 1))
-        size = sum(file.stat().st_size for file in few if file.is_file())
+        counted = [path] if path.is_file() else list(islice(files, MOST_FILES + 1))
+        size = sum(file.stat().st_size for file in counted if file.is_file())
     except OSError:
         return None
-    return size if size and len(few) <= FILES_COUNTED else None
+    return size if size and len(counted) <= MOST_FILES else None

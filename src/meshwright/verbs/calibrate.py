@@ -16,7 +16,7 @@ from meshwright.verbs.start import card_of_job, cluster_of_job
 if TYPE_CHECKING:
     from meshwright.plan.constants import Profile
 
-#: How long `calibrate` measures a machine, unless asked for otherwise.
+#: How long `calibrate` measures a machine by default.
 MEASURED_SECONDS = 30.0
 
 logger = logging.getLogger("meshwright")
@@ -30,40 +30,40 @@ def calibrate(
     datasheet: bool = False,
     seconds: float = MEASURED_SECONDS,
 ) -> dict[str, Any]:
-    """Makes a profile and writes it to `out`: {"out", "from", ...}.
+    """Makes a profile and writes it to `out`. Returns {"out", "from", ...}.
 
-    `source` is a file of measured cases, which constants are fitted to ("rows", "moved", "mean_error", "intervals");
-    a run folder, which corrects the plan behind it ("steps", "noise", "factors", "parts", "changed", "interval"); or
-    "machine", which measures this machine for about `seconds` ("changed", "seconds", and under "busy" what other work
-    on it kept from being measured). All start from the shipped profile, the one named, or the data sheets'. A profile
-    that is at `out` is replaced. Raises InputError where the source cannot be used, and, before anything is measured or
-    fitted, where `out` is any other file.
+    `source` is one of: a file of measured cases, which constants are fitted to ("rows", "moved", "mean_error",
+    "intervals"); a run folder, which corrects the plan behind it ("steps", "noise", "factors", "parts", "changed",
+    "interval"); or "machine", which measures this machine for about `seconds` ("changed", "seconds", and under "busy"
+    what could not be measured because of other work). All start from the shipped profile, from `profile`, or from the
+    data sheets. An existing profile at `out` is replaced. Raises InputError where the source cannot be used, and,
+    before any work, where `out` is another kind of file.
     """
     machine = str(source) == "machine"
     if not machine and seconds != MEASURED_SECONDS:
-        what = "--seconds is how long to measure the machine; nothing else reads it"
+        what = "--seconds is for `calibrate machine` alone"
         raise InputError(Problem("command line", what, "leave out --seconds, or calibrate machine"))
     path, start = Path(out), profile_of(profile, datasheet=datasheet)
     target = _profile_target(path, None if machine else Path(source))
     if machine:
-        found, made = _from_machine(path, start, seconds)
+        result, summary = _from_machine(path, start, seconds)
     elif Path(source).is_dir():
-        found, made = _from_run(Path(source), path, start)
+        result, summary = _from_run(Path(source), path, start)
     else:
-        found, made = _from_cases(source, path, start)
+        result, summary = _from_cases(source, path, start)
     note = ""
-    if "raw" in made:  # the figures that the constants were read off
-        note = "Measured (JSON): " + json.dumps(made["raw"], separators=(",", ":"))
+    if "raw" in summary:  # the measurements behind the constants
+        note = "Measured (JSON): " + json.dumps(summary["raw"], separators=(",", ":"))
     try:
-        found.save(target, note)
+        result.save(target, note)
     except OSError as error:
         raise InputError(Problem(str(path), f"cannot be written ({error.strerror})", "name another file")) from error
-    return {"out": str(path), **made}
+    return {"out": str(path), **summary}
 
 
 def _profile_target(path: Path, source: Path | None) -> Path:
-    """The file that a profile for `path` is written to, links followed. Raises InputError where that would destroy what
-    it is made from, or a file that is not a profile."""
+    """The file that `path` leads to, links followed. Raises InputError where writing it would destroy the source, or a
+    file that is not a profile."""
     from meshwright.plan.constants import load_profile
 
     target, hint = Path(os.path.realpath(path)), "name another file"
@@ -94,14 +94,14 @@ def _from_cases(source: str | Path, path: Path, start: Profile) -> tuple[Profile
     cases, bad = measured_cases(source)
     good, implausible = plausible_cases(cases, start, str(source))
     try:
-        found = fit(good, start, name=path.stem, skipped=[*bad, *implausible])
+        fitted = fit(good, start, name=path.stem, skipped=[*bad, *implausible])
     except InputError as error:
         raise InputError([replace(problem, where=str(source)) for problem in error.problems]) from error
-    return found.profile, {"from": "cases", **found.as_dict()}
+    return fitted.profile, {"from": "cases", **fitted.as_dict()}
 
 
 def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, dict[str, Any]]:
-    """The machine measured; "raw" holds the figures themselves, "busy" what other work did to them, in words."""
+    """The profile of this machine; "raw" holds the measurements, "busy" sentences on how other work disturbed them."""
     from meshwright import probe
     from meshwright.cluster import cpu_cluster, this_machine
     from meshwright.plan.calibrate import machine_profile
@@ -109,11 +109,11 @@ def _from_machine(path: Path, start: Profile, seconds: float) -> tuple[Profile, 
 
     raw = probe.machine(seconds)
     cluster = cpu_cluster() if raw["kind"] == "cpu" else this_machine()
-    found = machine_profile(raw, cluster, start, path.stem)
-    changed, busy = [change.as_dict() for change in changes(start, found)], list(disturbances(raw))
+    result = machine_profile(raw, cluster, start, path.stem)
+    changed, busy = [change.as_dict() for change in changes(start, result)], list(disturbances(raw))
     for words in busy:
         logger.warning(words)
-    return found, {"from": "machine", "seconds": raw["seconds"], "busy": busy, "changed": changed, "raw": raw}
+    return result, {"from": "machine", "seconds": raw["seconds"], "busy": busy, "changed": changed, "raw": raw}
 
 
 def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[str, Any]]:
@@ -132,5 +132,5 @@ def _from_run(folder: Path, path: Path, start: Profile) -> tuple[Profile, dict[s
     card, cluster = card_of_job(job), cluster_of_job(job)
     workload = Workload(card, cluster, job.train.global_batch, chosen.precision)
     trained = TrainedRun(workload, chosen.layout, chosen.compiled, chosen.predicted.step_seconds.mid)
-    found = run_profile(run, trained, start, path.stem)
-    return found.profile, {"from": "run", **found.as_dict()}
+    fitted = run_profile(run, trained, start, path.stem)
+    return fitted.profile, {"from": "run", **fitted.as_dict()}

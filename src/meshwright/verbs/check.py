@@ -1,4 +1,4 @@
-"""`check`: the job, its data and its plan, with every problem of all of them."""
+"""`check`: every problem of a job, its data and its plan."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from meshwright.verbs.plan import plan
 from meshwright.verbs.start import gather, locate_problems, read_job
 
 if TYPE_CHECKING:
+    from meshwright.data import Survey
     from meshwright.job import Job
 
 
 def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the job, its model and its data, and plans it: {"model", "parameters", "layout", "plan", "data": {...}}.
 
-    Raises InputError, or CannotWork where only the plan fails, listing every problem of all of them.
+    Raises InputError, or CannotWork where only the plan fails, with every problem.
     """
-    sound = read_job(job, overrides, also=plan)
-    survey, planned = gather(lambda: _survey(sound), lambda: plan(sound))
+    valid_job = read_job(job, overrides, also=plan)
+    survey, planned = gather(lambda: _survey(valid_job), lambda: plan(valid_job))
     return {
         "model": planned.model,
         "parameters": planned.parameters,
@@ -31,7 +32,7 @@ def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     }
 
 
-def _survey(job: Job) -> Any:
+def _survey(job: Job) -> Survey:
     from meshwright import data
 
     with locate_problems(job):

@@ -1,4 +1,4 @@
-"""`plan --exact`: the plan, with chosen ranks of its layout rehearsed before it is believed."""
+"""`plan --exact`: a plan whose memory is checked by rehearsing some ranks of its layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from meshwright.verbs.plan import plan
 from meshwright.verbs.start import cluster_of_job, read_job
 
 if TYPE_CHECKING:
+    from meshwright.cluster import Device
     from meshwright.job import Job
+    from meshwright.layout import Layout
     from meshwright.plan import Plan
     from meshwright.rehearse import Rehearsal
 
@@ -39,42 +41,48 @@ def plan_exact(
     objective: str = "time",
     profile: str | Path | None = None,
 ) -> ExactPlan:
-    """As `plan`; then `ranks` of the chosen layout (by default one each of some stages) are rehearsed.
+    """As `plan`, and rehearses `ranks` of the chosen layout (by default one rank of some stages).
 
-    Raises CannotWork where the layout does not fit by what the rehearsal found, naming the first runner-up that does;
-    InputError for ranks that it does not have, another framework than ours, or a cluster of mixed devices.
+    Raises CannotWork where the layout does not fit by the rehearsal, naming the first runner-up that does; InputError
+    for ranks that the layout does not have, for another framework than ours, and for a cluster of mixed devices.
     """
     from meshwright.rehearse import rehearse
 
-    sound = read_job(job, overrides, data_must_exist=False, also=plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
     if framework != "meshwright":
         what = f"--exact runs our own code, not {framework}'s"
         raise InputError(Problem("command line: --exact", what, "leave out --exact, or --for"))
-    if sound.cluster.groups:
+    if valid_job.cluster.groups:
         what = "--exact rehearses devices of one kind"
         raise InputError(Problem("command line: --exact", what, "leave it out, or give one group as [cluster]"))
-    planned = plan(sound, framework=framework, objective=objective, profile=profile)
-    device = cluster_of_job(sound).device
-    exact = rehearse(sound, planned.chosen, device, ranks)
+    planned = plan(valid_job, framework=framework, objective=objective, profile=profile)
+    device = cluster_of_job(valid_job).device
+    exact = rehearse(valid_job, planned.chosen, device, ranks)
     if exact.fits:
         return ExactPlan(planned, exact)
-    raise CannotWork(_too_large(sound, planned, exact, device))
+    raise CannotWork(_too_large(valid_job, planned, exact, device))
 
 
-def _too_large(job: Job, planned: Plan, exact: Rehearsal, device: Any) -> Problem:
-    """What the rehearsal found to be too much, and the first runner-up that fits."""
+def _too_large(job: Job, planned: Plan, exact: Rehearsal, device: Device) -> Problem:
+    """How much memory is missing, and the first runner-up that fits."""
     from meshwright.cluster import GIB
-    from meshwright.rehearse import nearest_pins, rehearse
+    from meshwright.rehearse import rehearse
 
     worst, room = exact.worst, exact.room_bytes
     what = (
-        f"does not fit: rank {worst.rank} needs {worst.device_bytes / GIB:.1f} GiB at its worst ({worst.peak.moment}), "
-        f"{(worst.device_bytes - room) / GIB:.1f} GiB more than there is room for"
+        f"does not fit: rank {worst.rank} needs {worst.device_bytes / GIB:.1f} GiB at its peak ({worst.peak.moment}), "
+        f"{(worst.device_bytes - room) / GIB:.1f} GiB more than a device has for it"
     )
     nearest = "no runner-up fits either: more devices, or a smaller model"
     for other in planned.runners_up:
-        found = rehearse(job, other, device)
-        if found.fits:
-            nearest = f"nearest that fits: {nearest_pins(found, planned.chosen.layout)}"
+        if rehearse(job, other, device).fits:
+            nearest = f"nearest that fits: {layout_overrides(other.layout, planned.chosen.layout)}"
             break
     return Problem(f"layout {planned.chosen.layout}", what, nearest)
+
+
+def layout_overrides(layout: Layout, base: Layout) -> str:
+    """The overrides that lead from the layout `base` to `layout`: "layout.tp=2 layout.dp=4"."""
+    before = base.as_dict()
+    changed = {name: value for name, value in layout.as_dict().items() if value != before[name]}
+    return " ".join(f"layout.{name}={str(value).lower()}" for name, value in changed.items())

@@ -1,4 +1,4 @@
-"""`generate`: one prompt continued."""
+"""`generate`: continue one prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def generate(
     seed: int | None = None,
     emit: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Continues `prompt`; `emit` gets the text as it comes. `temperature` 0 takes the likeliest token.
+    """Continues `prompt`; `emit` gets the text as it comes. `temperature` 0 is greedy.
 
     Returns {"text", "tokens", "finish_reason", "seconds"}. Raises InputError for a folder without a model.
     """

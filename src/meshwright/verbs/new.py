@@ -1,4 +1,4 @@
-"""`new`: a small job to begin with, and the JSON Schema of job files."""
+"""`new`: a small job to start from, and the JSON Schema of job files."""
 
 from __future__ import annotations
 

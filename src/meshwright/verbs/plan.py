@@ -1,4 +1,4 @@
-"""`plan`: the layout for a job; and the table of logical axes that every layout follows."""
+"""`plan`: the layout for a job, and the table from logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def plan(
     objective: str = "time",
     profile: str | Path | None = None,
 ) -> Plan:
-    """The layout for a job, with what it will cost and why. Needs no data. Raises CannotWork where none fits.
+    """The layout for a job, with its predicted time, memory and cost, and why. Needs no data.
 
-    `framework` names the one that will run it, `objective` is "time" or "money", `profile` a file of constants.
+    `framework` will run it, `objective` is "time" or "money", `profile` is a file of constants. Raises CannotWork where
+    no layout fits.
     """
     from meshwright.plan import make_plan
 
-    sound = read_job(job, overrides, data_must_exist=False, also=plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
     constants = None if profile is None else profile_of(profile)
-    request, style = request_of_job(sound, framework, objective), style_of(framework, sound.train.precision)
-    if sound.cluster.groups:
+    request, style = request_of_job(valid_job, framework, objective), style_of(framework, valid_job.train.precision)
+    if valid_job.cluster.groups:
         from meshwright.plan.mixed import make_mixed_plan
 
-        card, mixed = gather(lambda: card_of_job(sound, style), lambda: groups_of_job(sound))
+        card, mixed = gather(lambda: card_of_job(valid_job, style), lambda: groups_of_job(valid_job))
         return make_mixed_plan(card, mixed, request, constants)
-    card, cluster = gather(lambda: card_of_job(sound, style), lambda: cluster_of_job(sound))
+    card, cluster = gather(lambda: card_of_job(valid_job, style), lambda: cluster_of_job(valid_job))
     return make_plan(card, cluster, request, constants)
 
 
 def style_of(framework: str, precision: str) -> str:
-    """How the framework's blocks compute, in words that a card knows."""
+    """How the framework computes a block: the `style` of a card."""
     if framework == "meshwright":
         return "plain"
     from meshwright.plan.cases.resolve import card_style
@@ -71,11 +72,11 @@ def request_of_job(job: Job, framework: str, objective: str) -> PlanRequest:
 
 
 def profile_of(profile: str | Path | None = None, *, datasheet: bool = False) -> Profile:
-    """The constants to predict with: a file's, the data sheets', or those that are shipped."""
+    """The constants to predict with: those of a file, of the data sheets, or the shipped ones."""
     from meshwright.plan.constants import DATASHEET, default_profile, load_profile
 
     if datasheet and profile is not None:
-        raise InputError(Problem("command line", "--datasheet uses nothing fitted", "leave out --profile"))
+        raise InputError(Problem("command line", "--datasheet uses no profile", "leave out --profile"))
     if datasheet:
         return DATASHEET
     return default_profile() if profile is None else load_profile(Path(profile))

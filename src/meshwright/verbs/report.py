@@ -1,4 +1,4 @@
-"""`report`: the page of a run."""
+"""`report`: the HTML page of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from meshwright.errors import InputError, Problem
 
 
 def report(run: str | Path) -> Path:
-    """Writes the run's self-contained HTML page and returns its path. Raises InputError where there is no run."""
+    """Writes the self-contained HTML page of a run and returns its path. Raises InputError where there is no run."""
     from meshwright.report import html
     from meshwright.run import RunFolder
 

@@ -1,4 +1,4 @@
-"""`serve`: a model served until asked to end."""
+"""`serve`: serve a model until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from meshwright.verbs.serving import plan_settings
 
 
 def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
-    """Serves a model until asked to end (Ctrl-C, SIGTERM). Settings: the run's [serve] section, then overrides.
+    """Serves a model until SIGINT (Ctrl-C) or SIGTERM. Settings: the run's [serve] section, then overrides.
 
-    What they leave open is planned for this machine; `say` gets the plan in a line. Raises CannotWork for a model that
-    does not fit, before a weight is read.
+    Settings that are left open are planned for this machine; `say` gets a one-line summary of the plan. Raises
+    CannotWork for a model that does not fit, before weights are read.
     """
-    from meshwright import serve as server
     from meshwright.engine.folder import find_model
     from meshwright.job import read_serve
     from meshwright.run import RunFolder
+    from meshwright.serve import server
 
     settings = read_serve(overrides, RunFolder(model).job)
     folder = find_model(Path(model))

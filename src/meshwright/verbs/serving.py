@@ -1,6 +1,6 @@
-"""`plan --serving`: a job's model planned for the devices it names, and a folder for this machine.
+"""`plan --serving`, and the settings of `serve`: how to serve a model.
 
-For named devices any engine with paged caches is planned for; for this machine ours, with what it does.
+For named devices the plan is for any engine with a paged cache, for this machine it is for our engine.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ def serving_plan(
 ) -> ServingPlan:
     """How to serve the job's model: on the devices that `cluster.named` names, or on this machine by our engine.
 
-    The target is the job's [serve] section. Needs no data and no weights. Raises CannotWork, with the nearest that
-    works, where nothing fits or nothing meets the target.
+    The target is the job's [serve] section. Needs no data and no weights. Raises CannotWork, with the nearest plan that
+    works, where the model does not fit or the target cannot be met.
     """
     from meshwright.plan.serving import SERVERS, ServingQuery, make_serving_plan
 
-    sound = read_job(job, overrides, data_must_exist=False, also=serving_plan)
-    cluster = cluster_of_job(sound)
-    with locate_problems(sound):
-        model = _model_of_job(sound)
-        named = sound.cluster.named is not None
-        question = ServingQuery(
+    valid_job = read_job(job, overrides, data_must_exist=False, also=serving_plan)
+    cluster = cluster_of_job(valid_job)
+    with locate_problems(valid_job):
+        model = _model_of_job(valid_job)
+        named = valid_job.cluster.named is not None
+        query = ServingQuery(
             model.shape,
             (lambda _: cluster) if named else _this_machine(),
             cluster.devices,
             SERVERS["paged" if named else "meshwright"],
             profile_of(profile, datasheet=datasheet),
-            _target(sound.serve, model.longest),
-            _pins(sound.serve),
+            _target(valid_job.serve, model.longest),
+            _pins(valid_job.serve),
             _served_precision(model.precision, cluster.device, ours=not named),
             model.longest,
         )
-        return make_serving_plan(question)
+        return make_serving_plan(query)
 
 
 @dataclass(frozen=True)
 class PlannedSettings:
-    """Settings of `serve` with nothing left open, the plan that they come from, and that plan in a line."""
+    """Complete settings of `serve`, the plan that they come from, and a one-line summary of it."""
 
     settings: ServeSection
     precision: str
@@ -67,10 +67,10 @@ class PlannedSettings:
 
 
 def plan_settings(folder: Path, settings: ServeSection) -> PlannedSettings:
-    """What `serve` leaves open, planned for the model in `folder` and the memory that is free on this machine now.
+    """Completes settings by a plan for the model in `folder` and the free memory of this machine.
 
-    A target that cannot be met is said and served as well as can be; a model that does not fit raises CannotWork with
-    the nearest that does, before a weight is read.
+    Where the target cannot be met, the plan comes as near as it can, and the summary says so. Raises CannotWork, with
+    the nearest that fits, for a model that does not fit, before weights are read.
     """
     from meshwright.families import config_of_folder
     from meshwright.plan.constants import default_profile
@@ -78,7 +78,7 @@ def plan_settings(folder: Path, settings: ServeSection) -> PlannedSettings:
 
     model = config_of_folder(folder, ours=True)
     machine = _this_machine(free=True)
-    question = ServingQuery(
+    query = ServingQuery(
         model.shape,
         machine,
         max(machine(1).devices, settings.tp or 1, _cores(machine(1))),
@@ -91,12 +91,12 @@ def plan_settings(folder: Path, settings: ServeSection) -> PlannedSettings:
     )
     missed = ""
     try:
-        plan = make_serving_plan(question)
+        plan = make_serving_plan(query)
     except CannotWork as error:
-        if not question.target.goals:
+        if not query.target.goals:
             raise
-        lengths = Target(question.target.prompt_tokens, question.target.output_tokens)
-        plan = make_serving_plan(replace(question, target=lengths))
+        lengths = Target(query.target.prompt_tokens, query.target.output_tokens)
+        plan = make_serving_plan(replace(query, target=lengths))
         missed = f"; {error.problems[0].what}, {error.problems[0].nearest}"
     chosen = plan.chosen
     complete = settings.model_copy(
@@ -106,19 +106,17 @@ def plan_settings(folder: Path, settings: ServeSection) -> PlannedSettings:
 
 
 def _summary(plan: ServingPlan) -> str:
-    """The plan in a line."""
     chosen, figures = plan.chosen, plan.chosen.predicted
     tokens = figures.tokens_per_second
     return (
-        f"serving plan: tp {chosen.tp}, up to {chosen.max_batch} requests at once of {chosen.max_len} tokens, "
-        f"{chosen.precision}; about {tokens.mid:,.0f} tokens/s when all are at work "
-        f"({tokens.low:,.0f} to {tokens.high:,.0f}), "
-        f"{figures.tpot_seconds.mid * 1e3:.3g} ms a token"
+        f"serving plan: tp {chosen.tp}, up to {chosen.max_batch} requests of {chosen.max_len} tokens at once, "
+        f"{chosen.precision}; about {tokens.mid:,.0f} tokens/s at full load ({tokens.low:,.0f} to {tokens.high:,.0f}), "
+        f"{figures.tpot_seconds.mid * 1e3:.3g} ms per token"
     )
 
 
 def _target(serve: ServeSection, longest: int) -> Target:
-    """The target of a [serve] section; lengths that nobody says are usual ones, shorter where the model is."""
+    """The target of a [serve] section. Lengths default to usual ones, within the model's context."""
     from meshwright.plan.serving import Target
     from meshwright.plan.serving.result import USUAL_OUTPUT_TOKENS, USUAL_PROMPT_TOKENS
 
@@ -136,8 +134,8 @@ def _pins(serve: ServeSection) -> ServingPins:
 
 
 def _model_of_job(job: Job) -> ModelConfig:
-    """What is served. A folder may hold any decoder that can be planned where devices are named; on this machine, one
-    that our engine serves."""
+    """The model to serve. For named devices a folder may hold any decoder that can be planned; for this machine it must
+    be one that our engine serves."""
     from meshwright.families import config_of_folder, config_of_job
 
     if job.model.module is not None:
@@ -149,8 +147,8 @@ def _model_of_job(job: Job) -> ModelConfig:
 
 
 def _served_precision(precision: str, device: Device, *, ours: bool) -> str:
-    """What weights saved in `precision` are served in, where the job does not: what the engine reads them into, or the
-    nearest that the device multiplies."""
+    """The precision to serve weights saved in `precision`: for `ours` the one that the engine loads them as, else the
+    nearest that the device computes in."""
     if ours:
         return "bf16" if precision == "bf16" else "fp32"
     if precision == "fp32":
@@ -159,19 +157,19 @@ def _served_precision(precision: str, device: Device, *, ours: bool) -> str:
 
 
 def _this_machine(*, free: bool = False) -> Callable[[int], Cluster]:
-    """What `tp` processes of ours have each; with `free`, of the memory that nothing else takes now."""
+    """This machine as a cluster of `tp` processes, by tp; with `free`, they share the memory that is free now."""
     from meshwright.cluster import available_memory_bytes, this_machine
 
-    left = available_memory_bytes() if free else None
+    free_bytes = available_memory_bytes() if free else None
 
     @cache
-    def of(tp: int) -> Cluster:
+    def cluster_by_tp(tp: int) -> Cluster:
         cluster = this_machine(tp)
-        if left is None or cluster.device.kind != "cpu":
+        if free_bytes is None or cluster.device.kind != "cpu":
             return cluster
-        return replace(cluster, device=replace(cluster.device, memory_bytes=max(1, left // tp)))
+        return replace(cluster, device=replace(cluster.device, memory_bytes=max(1, free_bytes // tp)))
 
-    return of
+    return cluster_by_tp
 
 
 def _cores(cluster: Cluster) -> int:

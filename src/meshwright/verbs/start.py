@@ -1,4 +1,4 @@
-"""What verbs start from: a job read, its model and its cluster, and every problem with its place in the job file."""
+"""The start of every verb: read the job, its model and its cluster, and locate problems in the job file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def read_job(
     data_must_exist: bool = True,
     also: Callable[[Job], object] | None = None,
 ) -> Job:
-    """The Job itself, or the one in a file with overrides on top.
+    """A Job as it is, or the one in a file with overrides.
 
-    Raises InputError listing every problem, those too that `also` meets with the valid part of a faulty job.
+    Raises InputError with every problem. For a faulty job these include the problems of `also`, called with the valid
+    part of the job.
     """
     from meshwright.job import Job, load_job, valid_part
 
@@ -40,7 +41,7 @@ def read_job(
         problems = list(error.problems)
         try:
             rest = None if also is None else valid_part(job, overrides)
-            if also is not None and rest is not None and rest.model.module is None:  # a module's code would be run
+            if also is not None and rest is not None and rest.model.module is None:  # would run a module's code
                 also(rest)
         except (InputError, CannotWork) as further:
             problems += [problem for problem in further.problems if problem not in problems]
@@ -48,7 +49,7 @@ def read_job(
 
 
 def gather(*calls: Callable[[], Any]) -> list[Any]:
-    """What each call returns; where some raise InputError or CannotWork, one error with the problems of all."""
+    """The results of all calls. Where some raise InputError or CannotWork, raises one error with all problems."""
     results, failures = [], []
     for call in calls:
         try:
@@ -63,7 +64,7 @@ def gather(*calls: Callable[[], Any]) -> list[Any]:
 
 @contextmanager
 def locate_problems(job: Job) -> Iterator[None]:
-    """Adds, to a problem with a key of the job, where the key was given: "job.toml:12: data.source"."""
+    """Adds the file and line of a key to problems with the job: "job.toml:12: data.source"."""
     try:
         yield
     except (InputError, CannotWork) as error:
@@ -71,14 +72,14 @@ def locate_problems(job: Job) -> Iterator[None]:
 
 
 def location_of(job: Job, key: str) -> str:
-    """The key with the file and line where it was given, if it was."""
+    """The key, with the file and line of its value where the job has one."""
     origin = job.origins.get(key, "default")
     return key if origin in ("default", "Python") else f"{origin}: {key}"
 
 
 def card_of_job(job: Job, style: str = "plain") -> Card:
-    """What the job's model is: read from a table for a family or a Hugging Face folder, traced for a module. `style`
-    says who computes it, where that is known."""
+    """The card of the job's model: computed for a family or a Hugging Face folder, traced for a module. `style` is how
+    a framework computes its blocks (`style_of`)."""
     with locate_problems(job):
         if job.model.module is not None:
             from meshwright import trace
@@ -90,7 +91,7 @@ def card_of_job(job: Job, style: str = "plain") -> Card:
 
 
 def cluster_of_job(job: Job) -> Cluster:
-    """What the job runs on: this machine, or a device of the table."""
+    """The job's cluster: this machine, or devices of the table."""
     if job.cluster.groups:
         what = "devices of several kinds can only be planned for"
         hint = "name one kind: cluster.named and cluster.devices"
@@ -99,15 +100,12 @@ def cluster_of_job(job: Job) -> Cluster:
 
     with locate_problems(job):
         cluster = resolve_cluster(job.cluster)
-    return (
-        cluster
-        if job.cluster.dollars_per_hour is None
-        else replace(cluster, dollars_per_hour=job.cluster.dollars_per_hour)
-    )
+    price = job.cluster.dollars_per_hour
+    return cluster if price is None else replace(cluster, dollars_per_hour=price)
 
 
 def groups_of_job(job: Job) -> MixedCluster:
-    """The groups of different devices that the job names."""
+    """The groups of devices that the job names."""
     from meshwright.cluster import named_cluster
     from meshwright.plan.mixed import MixedCluster
 

@@ -1,4 +1,4 @@
-"""`train`: a job trained into its run folder, from the start or on from its newest checkpoint."""
+"""`train`: train a job into its run folder, from the start or from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
-#: Sections that a run's checkpoints were made with: a resumed run must have them as they were.
+#: Sections that a resumed run may not change, because its checkpoints depend on them.
 FIXED_SECTIONS = ("model", "data", "task")
 
-#: What decides the plan: where these have not changed, a resumed run keeps the plan that it has.
+#: Sections that decide the plan: where they have not changed, a resumed run keeps its plan.
 PLANNED_SECTIONS = ("model", "data", "cluster", "layout")
 
 
 def run_folder_of(job: str | Path, run: str | Path | None = None) -> RunFolder:
-    """The folder named, or runs/NAME for the job file NAME.toml."""
+    """The folder `run`, or by default runs/NAME for the job file NAME.toml."""
     from meshwright.run import RunFolder
 
     return RunFolder(run if run is not None else Path("runs") / Path(job).stem)
@@ -41,12 +41,11 @@ def train(
     profile: str | Path | None = None,
     watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains a job into its run folder and writes its report: {"run", "step", "loss", ..., "report"}.
+    """Trains a job into its run folder and writes its report. Returns {"run", "step", "loss", ..., "report"}.
 
-    The plan is made with `profile`, a file that `calibrate` wrote, where one is given.
-    `watch(folder, plan, processes)` is called once the processes run, and may follow them until they end. Raises
-    InputError where the folder holds a run and `resume` is not set (or the reverse), RunFailed with the command that
-    resumes.
+    `profile` is a file that `calibrate` wrote, to plan with. `watch(folder, plan, processes)` is called once the
+    processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
+    not set (or the reverse), and RunFailed with the command that resumes.
     """
     from meshwright import data, families, launch
     from meshwright.job import Job, job_to_toml
@@ -54,23 +53,23 @@ def train(
     if run is None and isinstance(job, Job):
         raise InputError(Problem("run", "a Job has no name for its run folder", 'give run="runs/name"'))
     folder = run_folder_of(job if not isinstance(job, Job) else "", run)
-    again = resume_command(job, overrides, run)
+    resume_with = resume_command(job, overrides, run)
     job = read_job(job, overrides, also=plan)
     if job.cluster.named is not None:
-        what = f"'{job.cluster.named}' is planned for, not what this machine has"
+        what = f"'{job.cluster.named}' can only be planned for: `train` runs on this machine"
         raise CannotWork(Problem(location_of(job, "cluster.named"), what, "leave it out to train on this machine"))
     if job.cluster.groups:
-        what = "devices of several kinds are planned for, and `train` runs those of this machine"
+        what = "devices of several kinds can only be planned for: `train` runs on this machine"
         raise CannotWork(Problem(location_of(job, "cluster.groups"), what, "leave it out to train on this machine"))
     with locate_problems(job):
         families.require_trainable(job)
-    earlier = _earlier_run(folder, resume, again)
-    if earlier is not None:
-        _check_same_run(earlier, job, folder)
-    chosen = _reusable_plan(folder, earlier, job) or plan(job, profile=profile)
+    earlier_job = _earlier_job(folder, resume, resume_with)
+    if earlier_job is not None:
+        _check_same_run(earlier_job, job, folder)
+    chosen = _reusable_plan(folder, earlier_job, job) or plan(job, profile=profile)
     _create(folder)
     with locate_problems(job):
-        data.build_manifest(job, folder.manifest)  # first: a folder with a job.toml holds a run that can be resumed
+        data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
     folder.write_job(job_to_toml(job))
     folder.write_plan(chosen.as_dict())
     processes = launch.local(
@@ -79,7 +78,7 @@ def train(
         chosen.chosen.layout.devices,
         folder.logs,
         interface=job.launch.interface,
-        grace_seconds=60.0,  # asked to end, a run saves first
+        grace_seconds=60.0,  # time to save a checkpoint
     )
     try:
         if watch is not None:
@@ -87,9 +86,9 @@ def train(
         results = processes.wait()
     except RunFailed as error:
         folder.append_event("failure", reason=str(error.problems[0]))
-        raise RunFailed(error.problems, resume=again) from error
+        raise RunFailed(error.problems, resume=resume_with) from error
     except (InputError, CannotWork):
-        if earlier is None and not folder.events.exists():  # nothing was trained: this is no run yet
+        if earlier_job is None and not folder.events.exists():  # no training has begun: not a run yet
             folder.job.unlink()
         raise
     finally:
@@ -98,18 +97,18 @@ def train(
 
 
 def resume_command(job: Job | str | Path, overrides: Sequence[str], run: str | Path | None) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     name = str(job) if isinstance(job, str | Path) else f"{run}/job.toml"
     words = ["meshwright", "train", name, *overrides, *(["--run", str(run)] if run is not None else []), "--resume"]
     return shlex.join(words)
 
 
-def _earlier_run(folder: RunFolder, resume: bool, again: str) -> Job | None:
-    """The job of the run that the folder holds, to be resumed; None for a fresh folder."""
+def _earlier_job(folder: RunFolder, resume: bool, resume_with: str) -> Job | None:
+    """The job of the run to resume; None for a new run."""
     from meshwright.job import load_job
 
     if folder.job.exists() and not resume:
-        hint = f"to go on with it: {again}; or name another folder with --run DIR"
+        hint = f"to resume it: {resume_with}; or name another folder with --run DIR"
         raise InputError(Problem(str(folder.path), "holds a run already", hint))
     if resume and not folder.job.exists():
         raise InputError(Problem(str(folder.path), "holds no run to resume", "leave --resume out to start one"))
@@ -125,7 +124,7 @@ def _create(folder: RunFolder) -> None:
 
 
 def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
-    """Raises InputError where the job differs from the run's in what its checkpoints were made with."""
+    """Raises InputError where the job differs from the run's in FIXED_SECTIONS."""
     before, now = earlier.as_dict(), job.as_dict()
     problems = [
         Problem(
@@ -142,7 +141,7 @@ def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
 
 
 def _reusable_plan(folder: RunFolder, earlier: Job | None, job: Job) -> Plan | None:
-    """The plan that a resumed run has, where nothing that decides it has changed; None where it must be made."""
+    """The plan of a resumed run, where nothing that decides it has changed; else None."""
     if earlier is None or not folder.plan.exists():
         return None
     before, now = earlier.as_dict(), job.as_dict()

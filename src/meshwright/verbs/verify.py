@@ -1,4 +1,4 @@
-"""`verify`: a layout and one device trained side by side."""
+"""`verify`: train a layout and one device side by side, and compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def verify(job: Job | str | Path, overrides: Sequence[str] = (), *, steps: int = 20) -> dict[str, Any]:
-    """Trains the job's layout and one device side by side. Raises LayoutsDisagree naming where they part."""
+    """Trains the job's layout and one device side by side. Raises LayoutsDisagree naming where they first differ."""
     from meshwright import families
     from meshwright import verify as verification
 

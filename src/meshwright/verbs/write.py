@@ -1,4 +1,4 @@
-"""`plan --write`: a plan as files, with what the job says of the run beside it."""
+"""`plan --write`: a plan as a folder of files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from meshwright.plan import Plan
     from meshwright.report.training_words import Recipe
 
-#: Fields of `[train]` that a Recipe has too.
+#: Fields that `[train]` and a Recipe share.
 TRAINING = (
     *("steps", "lr", "warmup_steps", "decay", "min_lr_ratio", "decay_fraction", "weight_decay", "betas", "eps", "clip"),
     "seed",
@@ -24,16 +24,16 @@ def write_plan(plan: Plan, job: Job | str | Path, overrides: Sequence[str], fold
     """Write a plan of the job into a folder and return the paths: plan.json, plan.html, its timeline as SVG and as a
     Chrome trace, and its configuration for torchtitan, Megatron-LM and DeepSpeed.
 
-    Raises InputError, before anything is written, where a file there is not an earlier plan's.
+    Raises InputError, before anything is written, where an existing file was not written by a plan.
     """
     from meshwright.report.planfolder import write_plan as write
 
-    sound = read_job(job, overrides, data_must_exist=False)
-    return write(plan, recipe_of_job(sound), folder)
+    valid_job = read_job(job, overrides, data_must_exist=False)
+    return write(plan, recipe_of_job(valid_job), folder)
 
 
 def recipe_of_job(job: Job) -> Recipe:
-    """What a configuration for another framework says beside the plan."""
+    """What a configuration for another framework needs beside the plan."""
     from meshwright.report.training_words import Recipe
 
     model: dict[str, Any] = {"shape": None}

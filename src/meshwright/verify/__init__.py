@@ -1,4 +1,4 @@
-"""Proves a layout: trains it and one device side by side, and says where they part."""
+"""Verifies a layout: trains it and one device side by side, and reports where they first differ."""
 
 from meshwright.verify.run import run
 

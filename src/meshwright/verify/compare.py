@@ -1,4 +1,4 @@
-"""Compares two recorded runs, step by step and tensor by tensor."""
+"""Compares the recorded gradients of two runs, step by step and tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-#: A tensor whose gradient is smaller than this share of the whole is judged against that share, not against itself:
-#: AdamW turns rounding into steps of full size where a gradient is near zero, and what is
-#: zero in exact arithmetic (the bias of keys, under softmax) is rounding noise on every layout. A fault is far larger.
+#: The difference of a gradient is relative to its norm, but at least to this share of the whole gradient's norm. AdamW
+#: turns rounding into full-size steps where a gradient is near zero, and a gradient that is zero in exact arithmetic
+#: (the bias of keys, under softmax) is rounding noise on every layout. A fault is far larger.
 FLOOR = 0.1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the layout is from one device at one step: |layout - device| / |device| of one tensor or the loss."""
+    """|layout - device| / |device| at one step, of the gradient of one tensor or of the loss."""
 
     step: int
     tensor: str
@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest differences met, and the first beyond the tolerance (None: equal)."""
+    """The largest differences, and the first beyond the tolerance (None: equal)."""
 
     loss: Difference
     gradient: Difference
@@ -38,16 +38,16 @@ class Comparison:
 
 
 def compare(reference: Path, other: Path, losses: list[tuple[float, float]], tolerance: float) -> Comparison:
-    """Compares the gradients recorded under both folders, and `losses` as (reference, other) by step from 1.
+    """Compares the gradients recorded in two folders, and `losses`: (reference, other) of each step, from step 1.
 
-    Of a step, the loss is looked at first, then tensors in the order of the forward pass. Raises ValueError where the
-    two recorded different tensors.
+    Within a step the loss comes first, then the tensors in order of the forward pass. Raises ValueError where the two
+    runs recorded different tensors.
     """
     worst_loss = Difference(0, "loss", 0.0)
     worst_gradient = Difference(0, "", 0.0)
     first_beyond: Difference | None = None
-    for step, (expected, found) in enumerate(losses, start=1):
-        loss = Difference(step, "loss", _relative(abs(expected - found), abs(expected)))
+    for step, (expected, actual) in enumerate(losses, start=1):
+        loss = Difference(step, "loss", _relative(abs(expected - actual), abs(expected)))
         worst_loss = max(worst_loss, loss, key=_order)
         gradients = list(_gradient_differences(step, reference, other))
         worst_gradient = max([worst_gradient, *gradients], key=_order)
@@ -57,19 +57,19 @@ def compare(reference: Path, other: Path, losses: list[tuple[float, float]], tol
 
 
 def _gradient_differences(step: int, reference: Path, other: Path) -> Iterator[Difference]:
-    expected, found = read_step(reference, step), read_step(other, step)
-    if expected.keys() != found.keys():
-        odd = sorted(expected.keys() ^ found.keys())
-        raise ValueError(f"step {step}: only one of the two has a gradient for {', '.join(odd)}")
+    expected, actual = read_step(reference, step), read_step(other, step)
+    if expected.keys() != actual.keys():
+        names = sorted(expected.keys() ^ actual.keys())
+        raise ValueError(f"step {step}: only one of the two runs has a gradient for {', '.join(names)}")
     whole = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in expected.values()))
     for name, tensor in expected.items():
-        distance = float((tensor.double() - found[name].double()).norm())
+        distance = float((tensor.double() - actual[name].double()).norm())
         yield Difference(step, name, _relative(distance, max(float(tensor.double().norm()), FLOOR * whole)))
 
 
 def read_step(folder: Path, step: int) -> dict[str, Tensor]:
-    """The whole gradient of a step, put together from the boxes that the ranks wrote, in order of name of rank 0's
-    forward pass. Raises ValueError where boxes leave a hole."""
+    """The whole gradient of each tensor at a step, assembled from the boxes that the ranks wrote, in the order of rank
+    0's forward pass. Raises ValueError where boxes are missing."""
     whole: dict[str, Tensor] = {}
     for path in sorted((folder / f"step-{step}").glob("rank-*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -82,7 +82,7 @@ def read_step(folder: Path, step: int) -> dict[str, Tensor]:
                 whole[name][place] = part
     holes = [name for name, tensor in whole.items() if tensor.isnan().any()]
     if holes:
-        raise ValueError(f"step {step}: gradients with a hole or not a number: {', '.join(holes)}")
+        raise ValueError(f"step {step}: gradients with missing boxes or NaN: {', '.join(holes)}")
     return whole
 
 

@@ -1,4 +1,4 @@
-"""`verify`: two short training runs of the same job, in plain processes, and their comparison."""
+"""`verify`: two short training runs of the same job in local processes, and their comparison."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from meshwright.run import RunFolder
 from meshwright.verify.compare import Comparison, Difference, compare
 from meshwright.verify.twin import small_job, small_layout
 
-#: Largest relative difference of loss and gradients that counts as equal in fp32 (design: section 6, parity).
+#: Precision -> largest relative difference of loss and gradients that counts as equal.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
 
 
 def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: str = "fp32") -> dict[str, Any]:
     """Trains the planned layout of `job` and one device for `steps` steps from equal seeds and data, and compares.
 
-    `cluster` is what the layout is planned for; the runs are plain processes of this machine, which may outnumber its
-    cores. Returns {"layout", "steps", "precision", "tolerance", "twin", "loss", "gradient"}: the largest relative
-    differences met, and in words what was made smaller to fit one process ("" for nothing). Raises LayoutsDisagree
-    naming the first step and tensor that part, CannotWork where no layout does the job.
+    The layout is planned for `cluster`; the runs are processes of this machine, which may outnumber its cores. Returns
+    {"layout", "steps", "precision", "tolerance", "twin", "loss", "gradient"}: the largest relative differences, and a
+    description of the smaller twin where one was needed to fit one process, else "". Raises LayoutsDisagree naming the
+    first step and tensor that differ, CannotWork where no layout does the job.
     """
     request = PlanRequest(
         global_batch=job.train.global_batch,
@@ -52,22 +52,22 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     split = _plan_of(planned, layout, stages, precision, job)
     single = _plan_of(planned, Layout(micro_batch=layout.micro_batch), (names,), precision, job)
     tolerance = TOLERANCE[precision]
-    found = _train_both(_short(job, steps, precision), single, split, tolerance)
-    if found.first_beyond is not None:
-        raise LayoutsDisagree(_disagreement(layout, found, tolerance))
+    comparison = _train_both(_short_job(job, steps, precision), single, split, tolerance)
+    if comparison.first_beyond is not None:
+        raise LayoutsDisagree(_disagreement(layout, comparison, comparison.first_beyond, tolerance))
     return {
         "layout": str(planned.chosen.layout),
         "steps": steps,
         "precision": precision,
         "tolerance": tolerance,
         "twin": twin,
-        "loss": dataclasses.asdict(found.loss),
-        "gradient": dataclasses.asdict(found.gradient),
+        "loss": dataclasses.asdict(comparison.loss),
+        "gradient": dataclasses.asdict(comparison.gradient),
     }
 
 
 def _fits_one_process(card: Card, request: PlanRequest) -> bool:
-    """Whether all of this machine's memory, in fp32, takes the reference run."""
+    """Whether the reference run in fp32 fits all of this machine's memory."""
     here = this_machine()
     whole = dataclasses.replace(here.device, memory_bytes=here.device.memory_bytes * here.devices)
     alone = dataclasses.replace(here, device=whole, devices=1, devices_per_node=1)
@@ -79,7 +79,7 @@ def _fits_one_process(card: Card, request: PlanRequest) -> bool:
 
 
 def _plan_of(planned: Plan, layout: Layout, stages: tuple[tuple[str, ...], ...], precision: str, job: Job) -> Plan:
-    """A plan to run as it is: what it predicts is of the plan it came from."""
+    """`planned` with another layout, to be run. Its predictions stay those of `planned`."""
     chosen = dataclasses.replace(
         planned.chosen,
         layout=layout,
@@ -95,25 +95,24 @@ def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> Compar
     with tempfile.TemporaryDirectory(prefix="meshwright-verify-") as folder:
         reference, other = Path(folder, "one-device"), Path(folder, "layout")
         expected = _train(reference, job, single, data_from=None)
-        found = _train(other, job, split, data_from=reference)
-        losses = list(zip(expected, found, strict=True))
+        actual = _train(other, job, split, data_from=reference)
+        losses = list(zip(expected, actual, strict=True))
         return compare(reference / "gradients", other / "gradients", losses, tolerance)
 
 
-def _disagreement(layout: Layout, found: Comparison, tolerance: float) -> Problem:
-    first: Difference | None = found.first_beyond
-    assert first is not None
+def _disagreement(layout: Layout, comparison: Comparison, first: Difference, tolerance: float) -> Problem:
+    loss, gradient = comparison.loss, comparison.gradient
     what = "the loss" if first.tensor == "loss" else f"the gradient of {first.tensor}"
     return Problem(
         f"layout {layout}, step {first.step}",
         f"{what} differs from one device's by {first.relative:.1e} relative, more than {tolerance:.0e}",
-        f"largest over all steps: loss {found.loss.relative:.1e} at step {found.loss.step}, gradient "
-        f"{found.gradient.relative:.1e} ({found.gradient.tensor}) at step {found.gradient.step}",
+        f"largest over all steps: loss {loss.relative:.1e} at step {loss.step}, gradient "
+        f"{gradient.relative:.1e} ({gradient.tensor}) at step {gradient.step}",
     )
 
 
-def _short(job: Job, steps: int, precision: str) -> Job:
-    """The same job, `steps` long, without checkpoints or measurements on the way, and uncompiled."""
+def _short_job(job: Job, steps: int, precision: str) -> Job:
+    """The same job with `steps` steps, without checkpoints, evaluations and compilation."""
     sections: dict[str, Any] = job.as_dict()
     train = {"steps": steps, "precision": precision, "eval_every": 0, "eval_batches": 1, "compile": False}
     sections["train"] |= train
@@ -123,7 +122,7 @@ def _short(job: Job, steps: int, precision: str) -> Job:
 
 
 def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[float]:
-    """Runs one of the two; returns its losses by step."""
+    """Trains one of the two runs; returns its losses by step."""
     run = RunFolder(path).create()
     run.write_job(job_to_toml(job))
     run.write_plan(plan.as_dict())
@@ -132,7 +131,7 @@ def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[flo
     else:
         shutil.copytree(RunFolder(data_from).manifest, run.manifest)
     payload = {"run": str(path), "record": str(path / "gradients")}
-    # Plain CPU processes everywhere: ranks may outnumber GPUs, and fp32 means the same on every machine.
+    # On CPUs alone: ranks may outnumber GPUs, and fp32 is the same on every machine.
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with launch.local(
         "meshwright.train:work", payload, plan.chosen.layout.devices, run.logs, env=environment

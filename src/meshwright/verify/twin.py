@@ -1,4 +1,4 @@
-"""The twin: a narrower, shallower model with the divisions, schedule and kinds of block of one too big to hold."""
+"""The twin of a model that one process cannot hold: smaller, with the same kinds of split, schedule and blocks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from meshwright.errors import CannotWork, Problem
 from meshwright.job import Job
 from meshwright.layout import Layout
 
-#: More ranks than this are not started on one machine; degrees are then cut to two, which keeps every kind of split.
+#: A layout of more ranks has its degrees reduced to two, which keeps every kind of split.
 MOST_RANKS = 16
 HEAD_DIM = 16
-WIDTH = 64  # of the feed-forward part, a tensor-parallel rank
+WIDTH = 64  # of the feed-forward part, per tensor-parallel rank
 SEQ_LEN = 128
 
 
 def small_layout(layout: Layout) -> Layout:
-    """`layout`, or where it has too many ranks to start here, its kinds of split at degree two."""
+    """`layout`, or the same kinds of split at degree two where it has more than MOST_RANKS."""
     if layout.devices <= MOST_RANKS:
         return layout
     replicate, shard = min(layout.replicate, 2), min(layout.shard, 2)
@@ -28,16 +28,14 @@ def small_layout(layout: Layout) -> Layout:
 
 
 def small_job(job: Job, layout: Layout) -> Job:
-    """A job whose model one process of this machine holds, divisible as `layout` needs.
+    """A job whose model fits one process of this machine, and can be divided as `layout` needs.
 
-    Layers, heads, widths and sequence shrink; the ratio of query to key heads, tied embeddings, biases, norms, rotary
-    scaling, vocabulary and the number of micro-batches (two a stage at most) stay. Raises CannotWork for a custom
-    module, of which no twin can be made.
+    Layers, heads, widths and sequence length shrink. The ratio of query to key heads, tied embeddings, biases, norms,
+    rotary scaling, vocabulary and the number of micro-batches (at most two per stage) stay. Raises CannotWork for a
+    custom module, which has no twin.
     """
     if job.model.module is not None:
-        what = (
-            f"one process of this machine does not hold {job.model.module}, and no smaller twin can be made of a module"
-        )
+        what = f"one process of this machine cannot hold {job.model.module}, and a module cannot be made smaller for it"
         raise CannotWork(Problem("model.module", what, "make the factory smaller by its arguments: model.arguments"))
     shape = families.shape_of_job(job)
     kv_heads = layout.tp

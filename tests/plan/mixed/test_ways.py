@@ -20,7 +20,7 @@ from meshwright.plan.mixed.cluster import MixedChoice, MixedWorkload
 from meshwright.plan.mixed.pipeline import best_pipeline
 from meshwright.plan.mixed.ways import best_batch_split
 from meshwright.plan.search.walk import TIE
-from meshwright.report.outlook import cost_line
+from meshwright.report.lines import cost_line
 
 MODEL = card(LlamaShape(layers=6, hidden=1024, heads=16, kv_heads=8, head_dim=64, ffn=2816, vocab=8192), 1024)
 BIG = card(LlamaShape(12, 4096, 32, 8, 128, 11008, 32000), 4096)

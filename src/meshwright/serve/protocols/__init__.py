@@ -1,1 +1,1 @@
-"""The protocols of clients: HTTP as OpenAI's clients do, gRPC as TorchServe's clients do."""
+"""The protocols: OpenAI's HTTP API and TorchServe's gRPC service."""

@@ -1,4 +1,4 @@
-"""OpenAI's answers, whole and as a stream of events, for completions and for chat."""
+"""Answers in OpenAI's format, whole and as a stream of events, for completions and for chat."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.serve.workers.served import Reply, ServedModel, TextChunk
+from meshwright.serve.workers.served_model import Reply, ServedModel, TextChunk
 
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
-class Form:
-    """How one of the two endpoints writes a choice."""
+class Endpoint:
+    """The format of the answers of an endpoint."""
 
     whole_object: str
     chunk_object: str
     is_chat: bool
 
 
-COMPLETION = Form("text_completion", "text_completion", is_chat=False)
-CHAT = Form("chat.completion", "chat.completion.chunk", is_chat=True)
+COMPLETION = Endpoint("text_completion", "text_completion", is_chat=False)
+CHAT = Endpoint("chat.completion", "chat.completion.chunk", is_chat=True)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer in the making: its form, its id, and the model that it names."""
+    """An answer: its format, its id, and the model that it names."""
 
-    form: Form
+    endpoint: Endpoint
     id: str
     model: ServedModel
 
@@ -38,7 +38,7 @@ class Answer:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model.name}
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """Everything at once; raises RequestError."""
+        """The whole answer. Raises RequestError."""
         await reply.accepted()
         count = len(reply.prompt_tokens)
         texts: list[list[str]] = [[] for _ in range(count)]
@@ -49,23 +49,23 @@ class Answer:
             tokens += piece.tokens
             reasons[choice] = piece.finish_reason or reasons[choice]
         choices = [self._whole_choice(i, "".join(texts[i]), reasons[i]) for i in range(count)]
-        return {**self._head(self.form.whole_object), "choices": choices, "usage": _usage(reply, tokens)}
+        return {**self._head(self.endpoint.whole_object), "choices": choices, "usage": _usage(reply, tokens)}
 
     def _whole_choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        if self.form.is_chat:
+        if self.endpoint.is_chat:
             content = {"message": {"role": "assistant", "content": text}}
         else:
             content = {"text": text}  # type: ignore[dict-item]
         return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
     async def events(self, reply: Reply, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """The events of a stream: for chat a first one with the role, then text as it comes, the reason of each
-        choice's end, the usage if asked for, and [DONE]. Raises RequestError if the engine is lost on the way.
+        """The events of a stream: for chat first the role; then the text and finish reason of each choice, the usage
+        with `include_usage`, and [DONE]. Raises RequestError if the engine is lost.
         """
-        head = self._head(self.form.chunk_object)
+        head = self._head(self.endpoint.chunk_object)
         tail = {"usage": None} if include_usage else {}
         tokens = 0
-        if self.form.is_chat:
+        if self.endpoint.is_chat:
             for index in range(len(reply.prompt_tokens)):
                 yield event_bytes(
                     head | {"choices": [_chat_choice(index, {"role": "assistant", "content": ""})]} | tail
@@ -79,9 +79,9 @@ class Answer:
         yield DONE
 
     def _chunk_choices(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
-        """The choices that `piece` becomes: none if it has neither text nor an end."""
+        """The choices for a piece of text: none if it has neither text nor a finish reason."""
         reason = piece.finish_reason
-        if not self.form.is_chat:
+        if not self.endpoint.is_chat:
             choice = {"index": index, "text": piece.text, "logprobs": None, "finish_reason": reason}
             return [choice] if piece.text or reason else []
         choices = [_chat_choice(index, {"content": piece.text})] if piece.text else []

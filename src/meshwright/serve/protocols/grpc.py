@@ -16,11 +16,11 @@ from meshwright.serve.access import Access, TokenInterceptor
 from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
 from meshwright.serve.protocols.requests import CompletionRequest, parse_object, read_request
-from meshwright.serve.workers.served import Reply, ServedModel
+from meshwright.serve.workers.served_model import Reply, ServedModel
 
 log = logging.getLogger(__name__)
 
-#: What TorchServe calls a model's version when nobody named one.
+#: TorchServe's default version of a model.
 ONLY_VERSION = "1.0"
 MAX_MESSAGE_BYTES = 2 << 20
 MAX_METADATA_BYTES = 16 << 10
@@ -28,7 +28,7 @@ MAX_STREAMS = 512
 
 
 def grpc_server(model: ServedModel, access: Access) -> grpc.aio.Server:
-    """A server with the service on it, not yet bound or started; it must be made inside the event loop."""
+    """A server with the service, not yet bound or started. It must be created inside the event loop."""
     server = grpc.aio.server(
         interceptors=[TokenInterceptor(access)],
         options=[
@@ -45,7 +45,7 @@ def grpc_server(model: ServedModel, access: Access) -> grpc.aio.Server:
 
 
 class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
-    """The service. A call that the client cancels, or whose connection ends, frees the engine's slot at once."""
+    """The service. When a client cancels a call or its connection ends, the engine's slot is free at once."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
@@ -61,10 +61,10 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
     ) -> inference_pb2.PredictionResponse:
         text: list[str] = []
 
-        async def keep(piece: str) -> None:
+        async def append(piece: str) -> None:
             text.append(piece)
 
-        await self._run("Predictions", request, context, keep)
+        await self._run("Predictions", request, context, append)
         return inference_pb2.PredictionResponse(prediction="".join(text).encode())
 
     async def StreamPredictions(
@@ -82,12 +82,12 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
         context: grpc.aio.ServicerContext,
         emit: Callable[[str], Awaitable[None]],
     ) -> None:
-        """One call, its text given to `emit` piece by piece; a RequestError becomes the call's status."""
+        """Runs one call and passes its text to `emit` in pieces. A RequestError becomes the status of the call."""
         reply: Reply | None = None
         status = "CANCELLED"
         try:
-            wanted = read_prediction(request, self._model, streaming=method == "StreamPredictions")
-            reply = self._model.submit(wanted.generations())
+            completion = read_prediction(request, self._model, streaming=method == "StreamPredictions")
+            reply = self._model.submit(completion.generations())
             await reply.accepted()
             tokens, reason = 0, ""
             async for _, piece in reply:
@@ -121,7 +121,7 @@ def _trailer(reply: Reply, tokens: int, reason: str) -> tuple[tuple[str, str], .
 def read_prediction(
     request: inference_pb2.PredictionsRequest, model: ServedModel, *, streaming: bool
 ) -> CompletionRequest:
-    """What a call generations for; raises RequestError 404 for another model, 400 for what cannot be understood."""
+    """The request of a call. Raises RequestError 404 for another model, 400 for a malformed request."""
     model.check_name(request.model_name)
     if request.model_version not in ("", ONLY_VERSION):
         raise RequestError(404, f"no such version; '{model.name}' has '{ONLY_VERSION}'", code="model_not_found")
@@ -132,22 +132,22 @@ def read_prediction(
             raise bad_request(f"unknown input '{name[:64]}'; {nearest_name(name, ['data'])}", param="input")
     if "data" not in request.input:
         raise bad_request("input needs 'data': a prompt, or a JSON object with a prompt", param="input")
-    wanted = read_request(CompletionRequest, _fields(request.input["data"]))
-    if wanted.model is not None:
-        model.check_name(wanted.model)
-    if wanted.stream is not None and wanted.stream is not streaming:
+    completion = read_request(CompletionRequest, _fields(request.input["data"]))
+    if completion.model is not None:
+        model.check_name(completion.model)
+    if completion.stream is not None and completion.stream is not streaming:
         raise bad_request("stream is chosen by the method: Predictions or StreamPredictions", param="stream")
-    if wanted.stream_options is not None:
+    if completion.stream_options is not None:
         raise bad_request(
             "stream_options has no meaning here: usage comes as trailing metadata", param="stream_options"
         )
-    if len(wanted.generations()) != 1:
-        raise bad_request("one prompt and n = 1 a call", param="n")
-    return wanted
+    if len(completion.generations()) != 1:
+        raise bad_request("a call takes one prompt and n = 1", param="n")
+    return completion
 
 
 def _fields(data: bytes) -> dict[str, Any]:
-    """A JSON object's fields where `data` begins as one, else a prompt."""
+    """The fields of `data`, a JSON object if it begins with {, else a prompt."""
     if data.lstrip()[:1] == b"{":
         try:
             return parse_object(data)

@@ -1,4 +1,4 @@
-"""HTTP: OpenAI's completions and chat, with what a supervisor generations (health, metrics, version)."""
+"""HTTP: OpenAI's completions and chat, and health, metrics and version."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,15 +21,13 @@ from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.protocols.answers import CHAT, COMPLETION, Answer, event_bytes
 from meshwright.serve.protocols.requests import ChatRequest, CompletionRequest, parse_object, read_request
 from meshwright.serve.workers.chat import Renderer
-from meshwright.serve.workers.served import Reply, ServedModel
+from meshwright.serve.workers.served_model import Reply, ServedModel
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2 << 20
 DISCARD_BYTES = 8 << 20
 BODY_SECONDS = 20.0
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def http_app(model: ServedModel, renderer: Renderer, access: Access) -> ASGIApp:
@@ -44,7 +41,7 @@ def http_app(model: ServedModel, renderer: Renderer, access: Access) -> ASGIApp:
 
 
 class AccessMiddleware:
-    """What every request passes first: access, then a count by route and status. Routing comes after access."""
+    """Checks access before routing, and counts requests by route and status."""
 
     def __init__(self, inner: ASGIApp, model: ServedModel, access: Access, paths: set[str]) -> None:
         self._inner = inner
@@ -70,7 +67,7 @@ class AccessMiddleware:
 
 
 class HttpEndpoints:
-    """The endpoints."""
+    """The functions of the routes."""
 
     def __init__(self, model: ServedModel, renderer: Renderer) -> None:
         self._model = model
@@ -88,31 +85,31 @@ class HttpEndpoints:
         ]
 
     async def completions(self, request: Request) -> Response:
-        wanted = read_request(CompletionRequest, parse_object(await read_body(request)))
-        _check_stream_options(wanted)
-        self._model.check_name(wanted.model)
-        reply = self._model.submit(wanted.generations())
-        return await self._answer(request, wanted, reply, Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model))
+        body = read_request(CompletionRequest, parse_object(await read_body(request)))
+        _check_stream_options(body)
+        self._model.check_name(body.model)
+        reply = self._model.submit(body.generations())
+        return await self._answer(request, body, reply, Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model))
 
     async def chat(self, request: Request) -> Response:
-        wanted = read_request(ChatRequest, parse_object(await read_body(request)))
-        _check_stream_options(wanted)
-        self._model.check_name(wanted.model)
-        prompt = await self._renderer.render(wanted.plain_messages())
-        reply = self._model.submit(wanted.generations(prompt, add_special=not self._renderer.template.own))
-        return await self._answer(request, wanted, reply, Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model))
+        body = read_request(ChatRequest, parse_object(await read_body(request)))
+        _check_stream_options(body)
+        self._model.check_name(body.model)
+        prompt = await self._renderer.render(body.plain_messages())
+        reply = self._model.submit(body.generations(prompt, add_special=not self._renderer.template.own))
+        return await self._answer(request, body, reply, Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model))
 
     async def _answer(
-        self, request: Request, wanted: CompletionRequest | ChatRequest, reply: Reply, answer: Answer
+        self, request: Request, body: CompletionRequest | ChatRequest, reply: Reply, answer: Answer
     ) -> Response:
-        if not wanted.stream:
+        if not body.stream:
             return await _unless_disconnected(request, reply, answer)
         try:
-            await reply.accepted()  # an error still gets its status: no header has been sent
+            await reply.accepted()  # before the header is sent, so that an error gets its status
         except BaseException:
             reply.cancel()
             raise
-        return EventStream(reply, answer, include_usage=wanted.include_usage)
+        return EventStream(reply, answer, include_usage=body.include_usage)
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -143,7 +140,7 @@ class HttpEndpoints:
 
 
 class EventStream(Response):
-    """Server-sent events. A client that leaves frees the engine's slots at once, even between two tokens."""
+    """Server-sent events. When the client disconnects, the engine's slots are free at once, even between tokens."""
 
     def __init__(self, reply: Reply, answer: Answer, *, include_usage: bool) -> None:
         super().__init__(headers={"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
@@ -168,13 +165,13 @@ class EventStream(Response):
         try:
             async for event in self._answer.events(self._reply, include_usage=self._include_usage):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        except RequestError as error:  # too late for a status: an error event, and no [DONE]
+        except RequestError as error:  # too late for a status: send an error event and no [DONE]
             await send({"type": "http.response.body", "body": event_bytes(error.as_dict()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _unless_disconnected(request: Request, reply: Reply, answer: Answer) -> Response:
-    """The whole answer, unless the client leaves first: then the engine's slots are free at once."""
+    """The whole answer, unless the client disconnects first, which frees the engine's slots at once."""
     working = asyncio.create_task(answer.whole(reply))
     leaving = asyncio.create_task(_disconnected(request.receive))
     try:
@@ -199,16 +196,16 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_stream_options(wanted: CompletionRequest | ChatRequest) -> None:
-    if wanted.stream_options is not None and not wanted.stream:
+def _check_stream_options(body: CompletionRequest | ChatRequest) -> None:
+    if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream: true", param="stream_options")
 
 
 async def read_body(request: Request) -> bytes:
-    """The request's body; raises RequestError 413 above MAX_BODY_BYTES and 408 after BODY_SECONDS.
+    """The request's body. Raises RequestError 413 above MAX_BODY_BYTES and 408 after BODY_SECONDS.
 
-    Some of what is over the cap is read and dropped, so that a client that writes first and reads later gets to see
-    its 413 and not a reset connection.
+    DISCARD_BYTES beyond the limit are read and dropped, so that a client that reads only after writing gets the 413 and
+    not a reset connection.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
@@ -242,7 +239,7 @@ def _response(error: RequestError, *, close: bool = False) -> JSONResponse:
         headers["retry-after"] = str(error.retry_after_seconds)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    # 499 is no status of HTTP: the client that would read it is gone.
+    # 499 is not a status of HTTP; the client has disconnected and will not read it.
     return JSONResponse(error.as_dict(), status_code=400 if error.status == 499 else error.status, headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 under limits: uvicorn's h11 protocol, less patient with who is slow or sends too much."""
+"""HTTP/1.1 with limits on slow and on large requests, based on uvicorn's h11 protocol."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MAX_RAW_REQUEST_BYTES = 24 << 20
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection. A request's head must come within HEAD_SECONDS, and a client that stops reading its answer for
-    STALLED_WRITE_SECONDS is cut off, which frees what works for it. What a request takes in bytes, chunk framing
-    included, is capped, so that megabytes of one-byte chunks do not keep the event loop busy.
+    """One connection. A request's head must arrive within HEAD_SECONDS. A client that does not read its answer for
+    STALLED_WRITE_SECONDS is disconnected, which frees its slots. The bytes of a request, chunk framing included, are
+    limited, so that megabytes of one-byte chunks do not keep the event loop busy.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -47,7 +47,7 @@ class BoundedProtocol(H11Protocol):
         self._raw_bytes = 0
         unread = self.conn.their_state is h11.SEND_BODY
         super().on_response_complete()
-        if unread:  # answered before the body's end: nobody will read the rest
+        if unread:  # answered before the end of the body, which will not be read
             self.transport.close()
         elif self.cycle is None or self.cycle.response_complete:
             self._await_head()
@@ -71,7 +71,7 @@ class BoundedProtocol(H11Protocol):
             self._stall_timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """In the same form as every other error; a connection already answering is only closed."""
+        """An error in the format of all others. A connection that is already answering is only closed."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(bad_request("not a valid HTTP/1.1 request", code="invalid_http").as_dict()).encode()
             headers = [

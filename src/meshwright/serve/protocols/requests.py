@@ -1,8 +1,7 @@
-"""What a client may ask: every field checked, every unknown one refused by name.
+"""The requests of clients: every field is checked, and every unknown field is refused by name.
 
-Bodies are read from outside, so nothing is assumed: JSON without NaN, repeated keys or deep nesting, numbers that are
-numbers (not true or "1"), texts that are valid Unicode. A field that OpenAI's clients know and this server cannot
-honour is refused unless it carries the value that changes nothing.
+Bodies are not trusted: JSON without NaN, repeated keys or deep nesting, numbers that are numbers (not true or "1"),
+valid Unicode. A field of OpenAI's API that this server does not support is refused unless its value changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Body = TypeVar("Body", bound=BaseModel)
 MAX_JSON_DEPTH = 8
 MAX_CHOICES = 64
 
-#: Known to OpenAI's clients, not done here -> the values that ask for nothing and are therefore let through.
+#: Field of OpenAI's API that is not supported -> the values that change nothing, which are accepted.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -52,7 +51,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """`body` as a JSON object; raises RequestError (400) for anything else."""
+    """`body` as a JSON object. Raises RequestError (400) for anything else."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except UnicodeDecodeError:
@@ -75,14 +74,14 @@ def _no_constant(name: str) -> float:
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise bad_request("the body names a field twice", code="invalid_json")
-    return found
+    return fields
 
 
 def _check_depth(value: Any) -> None:
-    """Depth by levels, not by recursion; lone surrogates, which no tokenizer takes, are refused on the way."""
+    """Checks the depth without recursion, and refuses lone surrogates, which no tokenizer accepts."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         below: list[Any] = []
@@ -109,7 +108,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """One text, texts, token ids, or lists of token ids -> prompts. Which ids a model has, its engine knows."""
+    """One text, texts, token ids, or lists of token ids -> prompts. The engine checks the range of ids."""
     items = value if isinstance(value, list) and value and type(value[0]) is not int else [value]
     if len(items) > MAX_CHOICES:
         raise ValueError(f"holds {len(items)} prompts; at most {MAX_CHOICES}")
@@ -158,7 +157,7 @@ class Message(_Strict):
 
 
 class _Sampling(_Strict):
-    """What completions and chat share; an absent or null field takes OpenAI's default."""
+    """The fields of completions and chat; an absent or null field has OpenAI's default."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -181,7 +180,7 @@ class _Sampling(_Strict):
     def _generation(
         self, prompt: str | tuple[int, ...], choice: int, *, max_tokens: int | None, add_special: bool
     ) -> GenerationRequest:
-        """The request for one choice; equal prompts get different but repeatable draws from one seed."""
+        """The request for one choice. With a seed, the choices differ and are reproducible."""
         return GenerationRequest(
             prompt=prompt,
             add_special=add_special,
@@ -200,7 +199,7 @@ class CompletionRequest(_Sampling):
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
 
     def generations(self) -> list[GenerationRequest]:
-        """One a choice, in the order of the answer's indexes: prompt by prompt, n of each."""
+        """One request per choice, in the order of the answer's indexes: n for each prompt in turn."""
         limit = 16 if self.max_tokens is None else self.max_tokens
         each = self.n or 1
         _check_choices(len(self.prompt) * each)
@@ -212,25 +211,25 @@ class ChatRequest(_Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
 
     def plain_messages(self) -> list[dict[str, str]]:
-        """For the template; OpenAI's newer word "developer" is what templates call "system"."""
+        """Messages for the template, which calls OpenAI's role "developer" "system"."""
         return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in self.messages]
 
     def generations(self, prompt: str, *, add_special: bool) -> list[GenerationRequest]:
-        """One a choice for the rendered `prompt`; without a limit they may fill the model's context."""
+        """One request per choice for the rendered `prompt`; without a limit it may fill the model's context."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise bad_request("max_tokens and max_completion_tokens say the same; send one", param="max_tokens")
+            raise bad_request("max_tokens and max_completion_tokens mean the same; send one", param="max_tokens")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return [self._generation(prompt, c, max_tokens=limit, add_special=add_special) for c in range(self.n or 1)]
 
 
 def _check_choices(count: int) -> None:
     if count > MAX_CHOICES:
-        raise bad_request(f"prompts x n is {count}; at most {MAX_CHOICES} a request", param="n")
+        raise bad_request(f"prompts x n is {count}; at most {MAX_CHOICES} per request", param="n")
 
 
 def read_request(kind: type[Body], fields: dict[str, Any]) -> Body:
-    """`fields` as a `kind`; raises RequestError (400) naming the first thing wrong and the nearest that works."""
-    kept = {}
+    """`fields` as a `kind`. Raises RequestError (400) naming the first problem and the nearest name that works."""
+    supported = {}
     for name, value in fields.items():
         if name in UNSUPPORTED and name not in kind.model_fields:
             if not _neutral(value, UNSUPPORTED[name]):
@@ -238,15 +237,15 @@ def read_request(kind: type[Body], fields: dict[str, Any]) -> Body:
                     f"'{name}' is not supported by this server; leave it out", param=name, code="unsupported_field"
                 )
         else:
-            kept[name] = value
+            supported[name] = value
     try:
-        return kind.model_validate(kept)
+        return kind.model_validate(supported)
     except pydantic.ValidationError as error:
         raise _first_problem(kind, error) from None
 
 
 def _neutral(value: Any, neutrals: tuple[Any, ...]) -> bool:
-    """Equal to one of `neutrals`; False is not 0 and 1 is not True."""
+    """Whether `value` equals one of `neutrals`, where False is not 0 and True is not 1."""
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in neutrals)
 
 

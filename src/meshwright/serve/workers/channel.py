@@ -6,7 +6,7 @@ To the engine                                        From the engine
     stop    {op}                                         refused  {op, id, status, code, message, param}
                                                          events   {op, active, waiting, events: [[id, text, tokens,
                                                                    finish_reason or null], ...]}
-                                                         lost     {op}  after this the engine ends
+                                                         lost     {op}  the last message: the engine ends
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import struct
 from typing import Any
 
-#: Larger than any body the protocols let in, so that only a fault of ours can reach it.
+#: Larger than any body that the protocols accept, so that only a bug of ours can exceed it.
 MAX_MESSAGE_BYTES = 32 << 20
 
 _LENGTH = struct.Struct(">I")
@@ -28,7 +28,7 @@ class ChannelClosed(Exception):
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """`message` as bytes ready for the socket."""
+    """A message as bytes for the socket."""
     body = json.dumps(message, separators=(",", ":")).encode()
     if len(body) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(body)} bytes is over the cap of {MAX_MESSAGE_BYTES}")
@@ -53,7 +53,7 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
-    """The next message of a blocking socket; raises ChannelClosed at its end."""
+    """The next message of a blocking socket. Raises ChannelClosed at its end."""
     try:
         length = _unpack_length(_receive_exactly(connection, _LENGTH.size))
         message: dict[str, Any] = json.loads(_receive_exactly(connection, length))
@@ -63,7 +63,7 @@ def receive(connection: socket.socket) -> dict[str, Any]:
 
 
 async def receive_async(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """The next message of a stream; raises ChannelClosed at its end."""
+    """The next message of a stream. Raises ChannelClosed at its end."""
     try:
         length = _unpack_length(await reader.readexactly(_LENGTH.size))
         message: dict[str, Any] = json.loads(await reader.readexactly(length))

@@ -1,4 +1,4 @@
-"""From chat messages to a prompt: the model's own template, or a plain default."""
+"""From chat messages to a prompt, by the model's own template or a plain default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshwright.errors import InputError, Problem
 from meshwright.files import read_capped, read_object
 from meshwright.serve.errors import RequestError, bad_request
 
-#: For a model without a template: each message as "role: words", then the word that the model goes on from.
+#: For a model without a template: each message as "role: content", then the role that the model continues.
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 MAX_TEMPLATE_BYTES = 256 << 10
@@ -28,9 +28,9 @@ _PROGRAM = Path(__file__).with_name("template.py")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`source` in jinja2; `special` are the names it may use (bos_token and the like); `own` if the model brought it.
+    """`source` is jinja2; `special` are the special tokens that it may use (bos_token, ...); `own`: the model's own.
 
-    A model's own template writes the special tokens itself; after the default one the tokenizer adds them.
+    A model's own template writes the special tokens itself; for the default one the tokenizer adds them.
     """
 
     source: str
@@ -45,31 +45,31 @@ def _read_text(path: Path) -> str:
         raise InputError(Problem(str(path), "not UTF-8 text")) from error
 
 
-def _special(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token and the like, which the file holds as a text or as {"content": text}."""
-    found = {}
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, ..., each a text or {"content": text} in the file."""
+    tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
-            found[name] = value
-    return found
+            tokens[name] = value
+    return tokens
 
 
 def read_chat_template(folder: Path) -> ChatTemplate:
     """The template of a model folder: chat_template.jinja, else tokenizer_config.json's, else the default.
 
-    Raises InputError where a file is there but cannot be read as what it claims to be.
+    Raises InputError for a file that exists and cannot be read.
     """
     path = folder / "tokenizer_config.json"
     config = read_object(path, MAX_CONFIG_BYTES) if path.is_file() else {}
-    special = _special(config)
-    beside = folder / "chat_template.jinja"
-    if beside.is_file():
-        return ChatTemplate(_read_text(beside), special, own=True)
+    special = _special_tokens(config)
+    template_file = folder / "chat_template.jinja"
+    if template_file.is_file():
+        return ChatTemplate(_read_text(template_file), special, own=True)
     source = config.get("chat_template")
-    if isinstance(source, list):  # several named ones
+    if isinstance(source, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default")
     if source is None:
@@ -81,18 +81,18 @@ def read_chat_template(folder: Path) -> ChatTemplate:
 
 
 class Renderer:
-    """Renders one template in a process of its own; `render` is for one task at a time inside, many outside."""
+    """Renders one template in a process of its own. Any number of tasks may call `render`; they take turns."""
 
     def __init__(self, template: ChatTemplate, *, cpu_seconds: float = RENDER_CPU_SECONDS) -> None:
-        """cpu_seconds: what compiling the template, and then each render, may take of a processor."""
+        """cpu_seconds: limit of processor time for compiling the template, and for each render."""
         self.template = template
         self._cpu_seconds = cpu_seconds
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Renderer:
-        """Starts the process, so that a template that does not compile is an InputError now and not a 400 later."""
-        async with self._turn:
+        """Starts the process, so that a template that does not compile is an InputError now, not a 400 later."""
+        async with self._lock:
             fault = await self._start()
         if fault is not None:
             await self.close()
@@ -121,7 +121,7 @@ class Renderer:
         return answer.get("error")
 
     async def _ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """The process's answer, or None if it ended, or had to be ended, before one."""
+        """The process's answer, or None where it ended or was killed before it answered."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         body = json.dumps(message).encode()
@@ -133,13 +133,14 @@ class Renderer:
                 answer: dict[str, Any] = json.loads(await process.stdout.readexactly(length))
                 return answer
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            await self._end()
+            await self.close()
             return None
-        except BaseException:  # cancelled between question and answer: the next reader must not get this answer
-            await self._end()
+        except BaseException:  # cancelled before the answer: the next call must not read this answer
+            await self.close()
             raise
 
-    async def _end(self) -> None:
+    async def close(self) -> None:
+        """Ends the process. May be called twice."""
         process, self._process = self._process, None
         if process is not None:
             if process.returncode is None:
@@ -147,9 +148,9 @@ class Renderer:
             await process.wait()
 
     async def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt for `messages`; raises RequestError (400) if the template refuses them or goes over its caps."""
+        """The prompt for `messages`. Raises RequestError (400) if the template refuses them or exceeds its limits."""
         values = {"messages": messages, "add_generation_prompt": True, **self.template.special}
-        async with self._turn:
+        async with self._lock:
             running = self._process is not None and self._process.returncode is None
             if not running and (fault := await self._start()) is not None:
                 raise RequestError(500, f"the model's chat template does not compile: {fault}", code="chat_template")
@@ -164,7 +165,3 @@ class Renderer:
             )
         text: str = answer["text"]
         return text
-
-    async def close(self) -> None:
-        """Ends the process; safe to call twice."""
-        await self._end()

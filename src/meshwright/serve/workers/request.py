@@ -1,4 +1,4 @@
-"""One sequence to generate, as the protocols ask the engine for it."""
+"""The request of one sequence, from a protocol to the engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class GenerationRequest:
     """One sequence to continue.
 
-    `prompt` is text or token ids; `add_special` lets the tokenizer add its own (a rendered chat has them already);
-    `max_tokens` None fills the context; `top_k` and `min_p` 0 are off; `seed` None draws a fresh one. The answer ends
+    `prompt` is text or token ids; with `add_special` the tokenizer adds its special tokens (a rendered chat has them
+    already); `max_tokens` None fills the context; `top_k` and `min_p` 0 are off; `seed` None is random. The answer ends
     before any text of `stop`, and at the model's end token unless `ignore_eos`.
     """
 

@@ -1,9 +1,9 @@
 """The program that renders a model's chat template, in a process of its own.
 
-A template comes with a model's files and is code: it may loop for ever or ask for all the memory there is. So it runs
-in jinja2's immutable sandbox, in a process with caps on memory and processor time that inherits neither files nor
-environment; a render over its caps ends this process, and the server starts another. Started by `chat.py` by its path:
-it imports nothing of Meshwright. Reads and writes JSON behind a four-byte length.
+A template is code that comes with a model's files: it may loop for ever or use all memory. So it runs in jinja2's
+immutable sandbox, in a process with limits on memory and processor time that inherits neither files nor environment. A
+render that exceeds them ends this process, and the server starts another. `chat.py` starts this file by its path, so it
+imports nothing of Meshwright. It reads and writes JSON behind a four-byte length.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_RENDERED_CHARACTERS = 4 << 20
 
 
 class TemplateException(jinja2.TemplateError):
-    """What a template raises by calling raise_exception(message)."""
+    """Raised by a template that calls raise_exception(message)."""
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; when serving, its body is plain content."""
+    """`{% generation %}` marks the assistant's text for training; in serving its body is plain content."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -52,7 +52,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The sandbox with the names that Hugging Face's templates expect."""
+    """The sandbox, with the names that Hugging Face's templates expect."""
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
@@ -63,7 +63,7 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, str]:
-    """`{text}` or `{error}`; the error is the template's own words, or the kind of fault without its details."""
+    """`{text}` or `{error}`: the template's own message, or the kind of error without details."""
     try:
         parts: list[str] = []
         size = 0
@@ -76,10 +76,10 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, str]:
     except TemplateException as error:
         return {"error": str(error)[:500]}
     except jinja2.sandbox.SecurityError:
-        return {"error": "it does what the sandbox forbids"}
+        return {"error": "it does something that the sandbox forbids"}
     except MemoryError:
         return {"error": "it needs too much memory"}
-    except Exception as error:  # a template can raise anything; the kind is reported, the details may hold addresses
+    except Exception as error:  # a template can raise anything; details may contain addresses
         return {"error": f"it failed with {type(error).__name__}"}
 
 
@@ -112,11 +112,11 @@ def main() -> None:
         template = environment().from_string(first["template"])
     except jinja2.TemplateSyntaxError as error:
         return _write({"error": f"line {error.lineno}: {error.message}"[:500]})
-    except Exception as error:  # anything else that compiling hostile text raises
+    except Exception as error:  # compiling hostile text can raise anything
         return _write({"error": f"it failed with {type(error).__name__}"})
     _write({})
     while (values := _read()) is not None:
-        # The timer's signal has no handler on purpose: its default ends the process even inside one long C call.
+        # Without a handler on purpose: the signal's default ends the process even inside a long C call.
         signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds)
         answer = render(template, values)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

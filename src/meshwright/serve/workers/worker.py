@@ -1,7 +1,7 @@
-"""The engine's side of the channel: one loop that takes requests in, steps the engine, and sends text out.
+"""The engine's side of the channel: a loop that receives requests, steps the engine, and sends text.
 
-It runs in a process of its own, so that a step never delays the event loop nor the other way round (in one process
-they would take turns at Python's lock). `serve` starts it through `launch`, one process a tensor-parallel rank.
+It runs in a process of its own, so that steps and the event loop do not delay each other (in one process they would
+share Python's lock). `serve` starts it through `launch`, one process per tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from meshwright.serve.workers.text import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-#: Steps in a row that may fail before the engine counts as broken.
+#: This many failed steps in a row end the engine.
 MAX_FAILED_STEPS = 3
 
 
@@ -36,7 +36,7 @@ class PromptTokenizer(Protocol):
 
 
 class StepEngine(Protocol):
-    """What the loop needs of an engine; `engine.Engine` is one, the tests' double another."""
+    """What the loop needs of an engine: that of `engine.Engine` and of the tests' double."""
 
     max_len: int
     max_batch: int
@@ -62,8 +62,8 @@ class ActiveSequence:
     text: TextStream
 
 
-class Loop:
-    """Serves `engine` under `name` to the server at the other end of `connection`, until it says stop or is gone."""
+class EngineLoop:
+    """Serves `engine` under `name` to the server at the other end of `connection`, until it says stop or has ended."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Loop:
         name: str,
         connection: socket.socket,
         *,
-        may_fail_steps: int = MAX_FAILED_STEPS,
+        max_failed_steps: int = MAX_FAILED_STEPS,
     ) -> None:
         self._engine = engine
-        self._may_fail_steps = may_fail_steps
+        self._max_failed_steps = max_failed_steps
         self._tokenizer = tokenizer
         self._name = name
         self._connection = connection
@@ -86,7 +86,7 @@ class Loop:
         self._sent_counts = (0, 0)
 
     def run(self) -> None:
-        """Returns when told to stop or when the server is gone; raises what breaks the engine for good."""
+        """Returns when told to stop or when the server has ended. Raises the error of the last failed step."""
         engine = self._engine
         ready = {"model": self._name, "max_len": engine.max_len, "max_batch": engine.max_batch}
         threading.Thread(target=self._read, name="meshwright-serve-read", daemon=True).start()
@@ -97,34 +97,34 @@ class Loop:
                     self._step()
                 self._send_counts()
         except channel.ChannelClosed:
-            pass  # the server is gone, and nobody waits for an answer
+            pass  # the server has ended
         finally:
             with contextlib.suppress(channel.ChannelClosed):
                 self._send({"op": "lost"})
 
     def _read(self) -> None:
-        """In a thread of its own: messages in, prompts tokenized on the way (which leaves Python's lock alone)."""
+        """In a thread of its own: receives messages and tokenizes prompts, which does not hold Python's lock."""
         try:
             while True:
                 message = channel.receive(self._connection)
                 if message["op"] == "submit":
-                    message = self._tokenized(message)
+                    message = self._tokenize(message)
                 self._inbox.put(message)
         except channel.ChannelClosed:
             self._inbox.put({"op": "stop"})
 
-    def _tokenized(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _tokenize(self, message: dict[str, Any]) -> dict[str, Any]:
         prompt = message["prompt"]
         try:
             if isinstance(prompt, str):
                 prompt = self._tokenizer.encode(prompt, add_special=message["add_special"])
-        except Exception as error:  # whatever a tokenizer makes of hostile text, it is this request's fault alone
+        except Exception as error:  # whatever hostile text does to a tokenizer concerns this request alone
             log.warning("a prompt could not be tokenized", exc_info=error)
             return {"op": "refuse", "id": message["id"]}
         return {**message, "prompt": tuple(prompt)}
 
     def _take_messages(self) -> bool:
-        """Handles what came in, waiting if there is nothing else to do; False at the end."""
+        """Handles the messages that have arrived, and waits for one if no sequence runs. Returns False at the end."""
         wait = not self._sequences
         while wait or not self._inbox.empty():
             wait = False
@@ -150,7 +150,7 @@ class Loop:
             problem = error.problems[0]
             self._refuse(message["id"], str(problem).replace(": ", " ", 1), param=problem.where or None)
             return
-        except Exception as error:  # a fault of ours must not end the others' requests
+        except Exception as error:  # a bug of ours must not end other requests
             log.error("a request could not be submitted", exc_info=error)
             self._refuse(message["id"], "the engine failed to take this request", status=500)
             return
@@ -176,10 +176,10 @@ class Loop:
             self._send_events(out)
 
     def _after_failed_step(self, error: Exception) -> None:
-        """Drops every sequence, so that the next requests get a clean engine; raises `error` if steps keep failing."""
+        """Drops all sequences, so that later requests get a clean engine. Raises `error` if steps keep failing."""
         log.error("a step failed", exc_info=error)
         self._failed_steps += 1
-        if self._failed_steps >= self._may_fail_steps:
+        if self._failed_steps >= self._max_failed_steps:
             raise error
         for engine_id, sequence in list(self._sequences.items()):
             self._engine.cancel(engine_id)
@@ -188,7 +188,7 @@ class Loop:
         self._engine_ids.clear()
 
     def _advance(self, event: TokenEvent) -> list[Any] | None:
-        """What `event` adds to its choice, as the channel has it; None for a choice that was dropped meanwhile."""
+        """An event as the channel sends it; None for a choice that has been dropped."""
         sequence = self._sequences.get(event.id)
         if sequence is None:
             return None
@@ -212,7 +212,7 @@ class Loop:
         self._send({"op": "events", "active": self._sent_counts[0], "waiting": self._sent_counts[1], "events": events})
 
     def _send_counts(self) -> None:
-        """The engine's figures, where they changed without an event: after a cancel, for one."""
+        """Sends the engine's figures where they changed without an event, for example after a cancel."""
         if (self._engine.running, self._engine.waiting) != self._sent_counts:
             self._send_events([])
 
@@ -224,7 +224,7 @@ class Loop:
 
 
 def run(payload: dict[str, Any], context: Any) -> None:
-    """What `launch` starts on every rank: opens the model; rank 0 then serves it over the socket in `payload`."""
+    """The function of every rank: opens the model; rank 0 serves it over the socket in `payload`."""
     folder = Path(payload["folder"])
     tokenizer = TextTokenizer(folder)
     engine = Engine.open(
@@ -239,7 +239,7 @@ def run(payload: dict[str, Any], context: Any) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(payload["socket"])
-        # Ranks that part in the middle of a step would wait for each other for ever: with several, one failure ends it.
-        may_fail = MAX_FAILED_STEPS if context.world == 1 else 1
-        Loop(engine, tokenizer, payload["name"], connection, may_fail_steps=may_fail).run()
-    engine.close()  # not after a failure: it tells the other ranks, which may no longer listen
+        # With several ranks one failure ends the engine: ranks that differ within a step would wait for ever.
+        limit = MAX_FAILED_STEPS if context.world == 1 else 1
+        EngineLoop(engine, tokenizer, payload["name"], connection, max_failed_steps=limit).run()
+    engine.close()  # not after a failure: it sends to the other ranks, which may have ended

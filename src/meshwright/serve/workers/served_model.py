@@ -1,4 +1,4 @@
-"""The one model that this server serves, seen from the event loop: admission, streams of text, cancelling."""
+"""The served model as seen from the event loop: admission, streams of text, cancelling."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from meshwright.serve.metrics import Metrics
 from meshwright.serve.workers import channel
 from meshwright.serve.workers.request import GenerationRequest
 
-#: Requests that may wait for each one that is running, before clients are told to come back.
+#: Choices that may wait per slot of the batch before requests are refused with 429.
 WAITING_PER_SLOT = 8
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What one step added to a choice: `text` (maybe none yet), `tokens` it took, and on the last why it ended."""
+    """What one step adds to a choice: `text` (maybe ""), the number of `tokens`, and at the end the reason."""
 
     text: str
     tokens: int
@@ -29,9 +29,10 @@ class TextChunk:
 
 
 class Reply:
-    """The choices of one request as they grow. Iterate it once, after `accepted`; `cancel` frees the engine's slots.
+    """The growing choices of one request. Iterate it once, after `accepted`; `cancel` frees the engine's slots.
 
-    Iterating yields (choice, TextChunk) until every choice ended; raises RequestError if the engine refuses or is lost.
+    Iterating yields (choice, TextChunk) until all choices have ended, and raises RequestError if the engine refuses the
+    request or is lost.
     """
 
     def __init__(self, model: ServedModel, requests: list[GenerationRequest]) -> None:
@@ -46,27 +47,27 @@ class Reply:
         self.prompt_tokens = [0] * len(requests)
 
     async def accepted(self) -> None:
-        """Waits until the engine took every choice; raises RequestError if it did not."""
+        """Waits until the engine has accepted every choice. Raises RequestError if it refuses one."""
         await self._accepted.wait()
         if self._error is not None:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TextChunk]]:
-        left = len(self.prompt_tokens)
-        while left:
+        remaining = len(self.prompt_tokens)
+        while remaining:
             item = await self._queue.get()
             if isinstance(item, RequestError):
                 raise item
             yield item
-            left -= item[1].finish_reason is not None
+            remaining -= item[1].finish_reason is not None
 
     def cancel(self) -> None:
-        """Frees what is still running; nothing to do after the end."""
+        """Cancels the choices that have not ended."""
         if self._open:
             self._model._cancel(list(self._open))
             self._open.clear()
 
-    def _take(self, engine_id: int, prompt_tokens: int) -> None:
+    def _accept(self, engine_id: int, prompt_tokens: int) -> None:
         self.prompt_tokens[self._open[engine_id]] = prompt_tokens
         self._waiting -= 1
         if not self._waiting:
@@ -93,7 +94,7 @@ class Reply:
 
 
 class ServedModel:
-    """A model in another process (or thread) behind a channel. Made by `connect`; its methods never block."""
+    """A model in another process (or thread) behind a channel. Created by `connect`; its methods never block."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: dict[str, Any]) -> None:
         self._reader = reader
@@ -101,7 +102,7 @@ class ServedModel:
         self._ids = itertools.count(1)
         self._replies: dict[int, Reply] = {}
         self._draining = False
-        self.lost = asyncio.Event()  # set when the engine is gone, told to end or not
+        self.engine_lost = asyncio.Event()  # set when the engine has ended, asked to or not
         self.name: str = ready["model"]
         self.max_len: int = ready["max_len"]
         self.capacity: int = ready["max_batch"] * (1 + WAITING_PER_SLOT)
@@ -111,7 +112,7 @@ class ServedModel:
 
     @classmethod
     async def connect(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ServedModel:
-        """Waits for the engine's `ready`; raises ChannelClosed if it ends before."""
+        """Waits for the engine's `ready`. Raises ChannelClosed if it ends before."""
         ready = await channel.receive_async(reader)
         if ready.get("op") != "ready":
             raise channel.ChannelClosed("the engine's first message is not 'ready'")
@@ -123,7 +124,7 @@ class ServedModel:
 
     @property
     def healthy(self) -> bool:
-        return not self._draining and not self.lost.is_set()
+        return not self._draining and not self.engine_lost.is_set()
 
     def check_name(self, name: str | None) -> None:
         """Raises RequestError (404) unless `name` is absent or this model's."""
@@ -133,7 +134,7 @@ class ServedModel:
             )
 
     def submit(self, requests: list[GenerationRequest]) -> Reply:
-        """Queues every request, or none: raises RequestError 429 when full, 503 when stopping."""
+        """Queues all requests, or none. Raises RequestError 429 when the queue is full, 503 when stopping."""
         if not self.healthy:
             raise unavailable("the server is stopping")
         if len(requests) > self.capacity:
@@ -152,7 +153,7 @@ class ServedModel:
         return reply
 
     def _send(self, message: dict[str, Any]) -> None:
-        if not self.lost.is_set():
+        if not self.engine_lost.is_set():
             self._writer.write(channel.pack(message))
 
     def _cancel(self, engine_ids: list[int]) -> None:
@@ -169,7 +170,7 @@ class ServedModel:
                 if message["op"] == "lost":
                     break
                 self._handle(message)
-        self.lost.set()
+        self.engine_lost.set()
         for reply in set(self._replies.values()):
             reply._fail(RequestError(500, "the engine stopped", code="engine_lost"))
         self._replies.clear()
@@ -178,7 +179,7 @@ class ServedModel:
         self.metrics.waiting.set(0)
 
     def _handle(self, message: dict[str, Any]) -> None:
-        """One message of the engine. Of a choice that was cancelled meanwhile nothing is wanted any more."""
+        """Handles a message of the engine. Messages about choices that have been cancelled are ignored."""
         if message["op"] == "events":
             self.metrics.active.set(message["active"])
             self.metrics.waiting.set(message["waiting"])
@@ -191,7 +192,7 @@ class ServedModel:
         elif (reply := self._replies.get(message["id"])) is not None:
             if message["op"] == "accepted":
                 self.metrics.prompt_tokens.inc(message["prompt_tokens"])
-                reply._take(message["id"], message["prompt_tokens"])
+                reply._accept(message["id"], message["prompt_tokens"])
             else:
                 del self._replies[message["id"]]
                 del reply._open[message["id"]]
@@ -199,14 +200,14 @@ class ServedModel:
                 reply._fail(RequestError(message["status"], message["message"], **words))
 
     def drain(self) -> None:
-        """From now on nothing new is taken; what runs goes on."""
+        """Refuses new requests from now on; running ones continue."""
         self._draining = True
 
     async def close(self, grace_seconds: float) -> None:
-        """Drains, waits up to `grace_seconds` for what runs, cancels the rest, and tells the engine to end."""
+        """Drains, gives running requests `grace_seconds`, cancels the rest, and tells the engine to end."""
         self.drain()
         deadline = time.monotonic() + grace_seconds
-        while self._replies and not self.lost.is_set() and time.monotonic() < deadline:
+        while self._replies and not self.engine_lost.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for reply in set(self._replies.values()):
             reply._fail(unavailable("the server stopped before this was done"))
@@ -215,7 +216,7 @@ class ServedModel:
             await self._writer.drain()
         try:
             async with asyncio.timeout(5):
-                await self.lost.wait()
+                await self.engine_lost.wait()
         except TimeoutError:
             self._listener.cancel()
         self._writer.close()

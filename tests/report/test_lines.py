@@ -6,7 +6,7 @@ from meshwright.cluster import named_cluster
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.plan import Plan, PlanRequest, make_plan
 from meshwright.plan.advice import DataVolume, FrameworkPlan, advise, frameworks, situation_of
-from meshwright.report.outlook import advice_lines, cost_line, duration, failure_line, what_if_lines
+from meshwright.report.lines import advice_lines, cost_line, duration, failure_line, what_if_lines
 
 SHAPE = LlamaShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=8192, vocab=32000)
 
