@@ -67,7 +67,7 @@ def config_of_folder(folder: Path, *, ours: bool = False) -> ModelConfig:
     if ours or config.get("model_type") in llama.ARCHITECTURES:
         return _llama_config(llama.shape_from_hf(config, where), precision_of(config))
     shape = decoder_hf.shape_from_hf_config(config, where)
-    return ModelConfig(shape, *decoder_hf.numbers_of(config))
+    return ModelConfig(shape, *decoder_hf.numbers_of(config, where))
 
 
 def _llama_config(shape: llama.LlamaShape, precision: str) -> ModelConfig:

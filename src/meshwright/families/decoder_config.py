@@ -119,6 +119,16 @@ class ConfigReader:
         self.refuse(f"{key} must be a number {span}{found}", f"such as {usual:g}")
         return usual
 
+    def rope(self) -> tuple[float, dict[str, Any], str]:
+        """Base of the rotary positions, the rest of their table, and where that is: in one table or beside it."""
+        key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
+        rope = dict(self.table(key))
+        theta = self.number("rope_theta", 10000.0)
+        inner = ConfigReader({"rope_theta": rope.pop("rope_theta", None)}, f"{self.where}: {key}")
+        theta = inner.number("rope_theta", theta)
+        self.problems += inner.problems
+        return theta, rope, inner.where
+
     def flag(self, key: str, otherwise: bool = False) -> bool:
         """True or false under `key`; `otherwise` if it is absent."""
         value = self.config.get(key, otherwise)

@@ -56,15 +56,15 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
     return DecoderShape(**facts)
 
 
-def numbers_of(config: Config) -> tuple[str, int, float, Config | None, float]:
-    """Values of a valid config that are not part of a shape, or usual ones: precision of the saved weights, most tokens
-    of a sequence, base and scaling of the rotary positions, epsilon of the norms."""
+def numbers_of(config: Config, where: str) -> tuple[str, int, float, Config | None, float]:
+    """Values of a config that are not part of a shape, or usual ones: precision of the saved weights, most tokens of a
+    sequence, base and scaling of the rotary positions, epsilon of the norms. Raises InputError for a wrong one."""
     quantized, longest = config.get("quantization_config"), config.get("max_position_embeddings")
     fp8 = isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
-    text = _text_part(config)
-    eps = float(text.get("rms_norm_eps") or text.get("layer_norm_epsilon") or 1e-5)
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or text.get("rope_theta") or 10000.0)
+    reader = ConfigReader(_text_part(config), where)
+    eps = reader.number("rms_norm_eps", reader.number("layer_norm_epsilon", 1e-5))
+    theta, rope, _ = reader.rope()
+    reader.raise_problems()
     scaled = rope and rope.get("rope_type", rope.get("type")) != "default"
     precision = "fp8" if fp8 else precision_of(config)
     return precision, longest if isinstance(longest, int) else USUAL_POSITIONS, theta, rope if scaled else None, eps

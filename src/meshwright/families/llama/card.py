@@ -142,14 +142,9 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
 
 def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
     """Base and scaling of the rotary positions, which a config may have in one table."""
-    key = "rope_parameters" if reader.config.get("rope_parameters") else "rope_scaling"
-    rope = dict(reader.table(key))
-    theta = reader.number("rope_theta", 10000.0)
-    inner = ConfigReader({"rope_theta": rope.pop("rope_theta", None)}, f"{reader.where}: {key}")
-    theta = inner.number("rope_theta", theta)
-    reader.problems += inner.problems
+    theta, rope, where = reader.rope()
     try:
-        return theta, _rope_scaling(rope, inner.where)
+        return theta, _rope_scaling(rope, where)
     except InputError as error:
         reader.problems += error.problems
         return theta, None
