@@ -81,6 +81,40 @@ def test_a_quick_command_runs(command: str, home: Path) -> None:
     assert done.stdout.strip()
 
 
+def words_only(screen: str) -> list[str]:
+    """Its lines without figures, names of layouts and bars: what is said on every machine alike."""
+    lines = (re.sub(r"\b[a-z]*\d[\w.,]*", "#", line) for line in screen.splitlines())
+    return [re.sub(r"[█▓▒░·]{2,}", "", re.sub(r"\s+", " ", line)).strip() for line in lines]
+
+
+def test_the_captured_screen_has_the_words_of_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures and the layouts in the table differ between machines; labels, headings and the rest of the words do not."""
+    captured = next(block for block in blocks("text") if block.startswith("$ meshwright plan"))
+    monkeypatch.setenv("COLUMNS", "88")
+    command = [sys.executable, "-m", "meshwright", *words_of(captured.splitlines()[0].removeprefix("$ "))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    shown = words_only(done.stdout)
+    for label in (
+        "FITS",
+        "layout",
+        "step",
+        "cost",
+        "why",
+        "limit",
+        "memory",
+        "stage",
+        "runners-up",
+        "what if",
+        "assumed",
+    ):
+        said, says = ([line for line in lines if line.startswith(label)] for lines in (words_only(captured), shown))
+        assert said and says, label
+        if label in ("memory", "stage", "runners-up", "assumed"):
+            assert said[0] == says[0]
+    assert all(re.fullmatch(r"what if .+: #% less time per sample \(.+\)", line)
+               for line in (*words_only(captured), *shown) if line.startswith("what if"))  # fmt: skip
+
+
 def test_the_targets_of_make_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
