@@ -202,7 +202,11 @@ ONE_PROBLEM = [
         f"verify gpus.toml {MIXED}",
         "cluster.groups: devices of several kinds can only be planned for; name one kind",
     ),
-    (2, f"plan job.toml cluster.devices=2 {MIXED}", "cluster.devices: is given by each of cluster.groups; leave it out"),
+    (
+        2,
+        f"plan job.toml cluster.devices=2 {MIXED}",
+        "cluster.devices: is given by each of cluster.groups; leave it out",
+    ),
     (2, "plan gpus.toml cluster.groups=[{named='l4',devices=2}]", "is one group; one kind of device is cluster.named"),
     (2, "plan gpus.toml cluster.groups=[{named='l4'}]", "cluster.groups[0][devices]: is required; for example: groups"),
     (2, "plan gpus.toml cluster.groups=3", "cluster.groups: must be a list of groups, not 3; for example"),
