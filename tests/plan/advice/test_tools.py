@@ -347,6 +347,6 @@ def test_a_folder_of_text_is_measured_and_not_read(tmp_path: Path, monkeypatch: 
     base = job(LLAMA, 8, 4096, 8)
     advice = verbs.advice(Job(**{**base.as_dict(), "data": sources}), experience="new")
     assert "327,680 tokens (about 4 passes over the 81.9 kB of corpus/, at 1 byte a token)" in why(advice, "data")
-    monkeypatch.setattr(import_module("meshwright.verbs.advice"), "FILES_COUNTED", 1)
+    monkeypatch.setattr(import_module("meshwright.verbs.advice"), "MOST_FILES", 1)
     advice = verbs.advice(Job(**{**base.as_dict(), "data": sources}), experience="new")
     assert "a run reads 327,680 tokens, " in why(advice, "data")

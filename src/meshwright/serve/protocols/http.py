@@ -207,9 +207,6 @@ async def read_body(request: Request) -> bytes:
     DISCARD_BYTES beyond the limit are read and dropped, so that a client that reads only after writing gets the 413 and
     not a reset connection.
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise bad_request("compressed bodies are not supported", code="unsupported_encoding")
     too_large = RequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
     if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES + DISCARD_BYTES:
         raise too_large
@@ -230,6 +227,9 @@ async def read_body(request: Request) -> bytes:
         raise RequestError(408, f"the body took longer than {BODY_SECONDS:g} s", code="slow_body") from None
     if size > MAX_BODY_BYTES:
         raise too_large
+    # Refused only once it is read: a connection closed with bytes unread resets the request that comes next on it.
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise bad_request("compressed bodies are not supported", code="unsupported_encoding")
     return bytes(body)
 
 
