@@ -85,6 +85,22 @@ def test_cancel_frees_the_slot_at_once(llama: Path) -> None:
         assert engine.cancel(999) is False
 
 
+@pytest.mark.parametrize("leavers", [1, 3])
+def test_who_leaves_before_its_first_step_changes_nothing_for_others(llama: Path, leavers: int) -> None:
+    """The cache has one slot when the first leaves; the second and third have run in no step."""
+    with Engine.open(llama, max_batch=4) as engine:
+        engine._scheduler._chunk_tokens = 16
+        ids = [engine.submit(Request(prompt(seed, 40), max_tokens=5)) for seed in range(3)]
+        engine.step()
+        for id in ids[:leavers]:
+            assert engine.cancel(id)
+        ids.append(engine.submit(Request(prompt(3, 40), max_tokens=5)))
+        together = {id: [event.token for event in events] for id, events in drain(engine).items()}
+        for seed in range(leavers, 4):
+            alone = [event.token for _, event in engine.generate([prompt(seed, 40)], max_tokens=5)]
+            assert together[ids[seed]] == alone
+
+
 def test_a_request_cancelled_while_a_step_runs_gives_no_event(llama: Path) -> None:
     with Engine.open(llama, max_batch=2) as engine:
         kept, gone = (engine.submit(Request(prompt(seed), max_tokens=40)) for seed in (1, 2))

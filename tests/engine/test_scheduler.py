@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import hypothesis.strategies as st
+import torch
 from hypothesis import given
 
+from meshwright.engine.cache import KeyValueCache
 from meshwright.engine.request import Request
 from meshwright.engine.scheduler import Move, RunningRequest, Scheduler, Segment, Slots, Work
 
@@ -59,12 +61,17 @@ def make(id: int, prompt: int, new: int) -> RunningRequest:
 
 
 class Memory:
-    """A cache of plain lists: carries out work as the decoder would and checks what each row may see."""
+    """A cache of plain lists: carries out work as the decoder would and checks what each row may see.
+
+    A real cache grows beside it and carries out the moves, which must lie within what it has grown to."""
 
     def __init__(self, slots: int) -> None:
         self.rows: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.cache = KeyValueCache(1, 1, 1, slots, 64, torch.float32, torch.device("cpu"))
 
     def run(self, work: Work) -> None:
+        self.cache.reserve(work.slots, work.length)
+        self.cache.apply(work.moves)
         for move in work.moves:
             kept = {p: t for p, t in self.rows[move.source].items() if p < move.length}
             assert len(kept) == move.length, "a move copies only what was written"
@@ -139,3 +146,18 @@ def test_stop_ids_and_length_end_a_request() -> None:
         scheduler.schedule()
         reasons += [reason for _, _, reason in scheduler.postprocess([(running, token)])]
     assert reasons == [None, None, "stop"] and scheduler.running == 0
+
+
+def test_what_a_failed_step_leaves_is_no_work_for_the_next() -> None:
+    """The step may have failed before the cache grew, so nothing that was queued for it can be moved."""
+    scheduler = Scheduler(3, chunk_tokens=30)
+    for id in range(3):
+        scheduler.add(make(id, 9, 4))
+    assert scheduler.schedule() is not None
+    for id in range(3):
+        scheduler.remove(id)
+    scheduler.add(make(3, 2, 4))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    Memory(3).run(scheduled[0])
+    assert scheduled[0].moves == ()

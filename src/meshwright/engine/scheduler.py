@@ -47,6 +47,17 @@ class Work:
     decoding: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
 
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that the step writes to or reads, from 0 on."""
+        return max([len(self.tokens), *(segment.slot + 1 for segment in self.segments)])
+
+    @property
+    def length(self) -> int:
+        """Cached tokens of the longest of these slots after the step."""
+        ends = [segment.start + len(segment.tokens) for segment in self.segments]
+        return max([*(position + 1 for position in self.positions), *ends])
+
     def encode(self) -> list[int]:
         """As plain integers, the form in which work is sent to other processes."""
         head = [len(self.moves), len(self.tokens), len(self.decoding), len(self.segments)]
@@ -159,7 +170,8 @@ class Scheduler:
         moved_id = self.slots.release(sequence.slot)
         if moved_id is not None:
             other = self._running[moved_id]
-            self._moves.append(Move(other.slot, sequence.slot, other.cached))
+            if other.cached:  # else it has never run, and the cache may not have grown to its slot
+                self._moves.append(Move(other.slot, sequence.slot, other.cached))
             other.slot = sequence.slot
         return True
 
@@ -169,9 +181,10 @@ class Scheduler:
 
     def schedule(self) -> tuple[Work, list[RunningRequest]] | None:
         """The next step and the sequences that get a token, in the order of its logits; None if there is no work."""
+        if not self._running:
+            self._moves.clear()  # whose requests have all ended
         self._admit()
         if not self._running:
-            self._moves.clear()
             return None
         moves, self._moves = tuple(self._moves), []
         segments, finishing = self._read_prompts()
