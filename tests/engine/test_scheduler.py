@@ -14,13 +14,19 @@ from meshwright.engine.scheduler import Move, RunningRequest, Scheduler, Segment
 
 _small = st.integers(0, 2**31)
 _works = st.builds(
-    lambda moves, rows, decoding, segments: Work(
-        tuple(moves), tuple(r[0] for r in rows), tuple(r[1] for r in rows), tuple(decoding), tuple(segments)
+    lambda moves, rows, decoding, segments, keep: Work(
+        tuple(moves),
+        tuple(r[0] for r in rows),
+        tuple(r[1] for r in rows),
+        tuple(decoding),
+        tuple(segments),
+        tuple(keep),
     ),
     st.lists(st.builds(Move, _small, _small, _small), max_size=4),
     st.lists(st.tuples(_small, _small), max_size=6),
     st.lists(_small, max_size=6),
     st.lists(st.builds(Segment, _small, _small, st.lists(_small, max_size=9).map(tuple), st.booleans()), max_size=4),
+    st.lists(_small, max_size=6),
 )
 
 
@@ -72,10 +78,13 @@ class Memory:
     def run(self, work: Work) -> None:
         self.cache.reserve(work.slots, work.length)
         self.cache.apply(work.moves)
+        self.cache.clear(work.keep)
         for move in work.moves:
             kept = {p: t for p, t in self.rows[move.source].items() if p < move.length}
             assert len(kept) == move.length, "a move copies only what was written"
             self.rows[move.target] = kept
+        for slot, length in enumerate(work.keep):
+            self.rows[slot] = {position: self.rows[slot][position] for position in range(length)}
         touched = [(slot, position) for slot, position in enumerate(work.positions)]
         for segment in work.segments:
             for offset, token in enumerate(segment.tokens):
@@ -112,8 +121,11 @@ def test_every_request_sees_its_own_tokens(slots: int, chunk: int, actions: list
             for running in sampled:
                 seen = [*running.request.prompt_ids, *running.generated]
                 assert memory.sees(running) == seen
-            for running, _, reason in scheduler.postprocess([(r, 1000 + r.id) for r in sampled]):
-                if reason:
+            tokens = [(r, None if id % 5 == 0 else 1000 + r.id) for r in sampled]
+            for running, _, reason in scheduler.postprocess(tokens):
+                if reason == "error":
+                    del alive[running.id]
+                elif reason:
                     assert len(running.generated) == running.max_tokens
                     del alive[running.id]
         assert scheduler.running + scheduler.waiting == len(alive)

@@ -22,6 +22,7 @@ from meshwright.serve.workers.served_model import ServedModel
 from meshwright.serve.workers.worker import EngineLoop
 
 END = 4  # the double's end-of-sequence id
+SPOILED = 5  # in place of this one the double's logits are not finite
 
 
 class ByteTokenizer:
@@ -78,7 +79,9 @@ class EchoEngine:
             token = request.prompt_ids[self.done[id] % len(request.prompt_ids)]
             self.done[id] += 1
             reason = None
-            if token == END and not request.ignore_eos:
+            if token == SPOILED:
+                token, reason = -1, "error"
+            elif token == END and not request.ignore_eos:
                 reason = "stop"
             elif self.done[id] == request.max_tokens:
                 reason = "length"

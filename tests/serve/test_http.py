@@ -416,6 +416,17 @@ def test_failed_step_ends_its_requests_and_nothing_else(start, echo):
     assert post(server, "/v1/completions", {"prompt": "a", "max_tokens": 5}).status_code == 200
 
 
+def test_numbers_that_are_not_finite_are_an_error_and_no_text(server, until):
+    whole = post(server, "/v1/completions", {"prompt": "ab\x05", "max_tokens": 5})
+    assert whole.status_code == 500
+    assert whole.json()["error"]["code"] == "not_finite" and "NaN" in whole.json()["error"]["message"]
+    stream = post(server, "/v1/completions", {"prompt": ["ab\x05", "cdefgh"], "max_tokens": 50, "stream": True})
+    payloads = [block.removeprefix(b"data: ") for block in stream.content.split(b"\n\n") if block]
+    assert json.loads(payloads[-1])["error"]["code"] == "not_finite"
+    until(lambda: server.engine.requests == {})
+    assert post(server, "/v1/completions", {"prompt": "ab", "max_tokens": 3}).json()["choices"][0]["text"] == "aba"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_broken_engine_is_told_to_everyone(start, echo, until):
     engine = echo(step_seconds=0.2)

@@ -136,6 +136,7 @@ class Decoder:
     def _run(self, work: Work) -> Tensor | None:
         self.cache.reserve(work.slots, work.length)
         self.cache.apply(work.moves)
+        self.cache.clear(work.keep)
         ids, positions, slot_of = list(work.tokens), list(work.positions), list(range(len(work.tokens)))
         for segment in work.segments:
             ids += segment.tokens

@@ -159,8 +159,10 @@ class EngineLoop:
         self._engine_ids[message["id"]] = engine_id
         self._send({"op": "accepted", "id": message["id"], "prompt_tokens": len(message["prompt"])})
 
-    def _refuse(self, server_id: int, words: str, *, param: str | None = None, status: int = 400) -> None:
-        code = "invalid_value" if status == 400 else "internal"
+    def _refuse(
+        self, server_id: int, words: str, *, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        code = code or ("invalid_value" if status == 400 else "internal")
         fields = {"status": status, "code": code, "message": words, "param": param}
         self._send({"op": "refused", "id": server_id, **fields})
 
@@ -193,6 +195,12 @@ class EngineLoop:
         if sequence is None:
             return None
         reason = event.finish_reason
+        if reason == "error":
+            del self._sequences[event.id]
+            del self._engine_ids[sequence.server_id]
+            words = "the model's logits are not finite (NaN or infinity) after this text"
+            self._refuse(sequence.server_id, words, status=500, code="not_finite")
+            return None
         text = "" if reason == "stop" else sequence.text.push(event.token)
         if sequence.text.stopped is not None:
             if reason is None:
