@@ -133,7 +133,7 @@ def test_several_prompts_and_choices(server):
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert answer["usage"]["prompt_tokens"] == 8
     seeds = [request.seed for request in server.engine.submitted[-4:]]
-    assert seeds == [5, 6, 5, 6]
+    assert seeds == [5, 6, 7, 8]
     by_ids = post(server, "/v1/completions", {"prompt": [[97, 98], [99]], "max_tokens": 2}).json()
     assert [choice["text"] for choice in by_ids["choices"]] == ["ab", "cc"]
 

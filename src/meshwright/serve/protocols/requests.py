@@ -203,7 +203,8 @@ class CompletionRequest(_Sampling):
         limit = 16 if self.max_tokens is None else self.max_tokens
         each = self.n or 1
         _check_choices(len(self.prompt) * each)
-        return [self._generation(p, c, max_tokens=limit, add_special=True) for p in self.prompt for c in range(each)]
+        prompts = [prompt for prompt in self.prompt for _ in range(each)]
+        return [self._generation(p, c, max_tokens=limit, add_special=True) for c, p in enumerate(prompts)]
 
 
 class ChatRequest(_Sampling):
