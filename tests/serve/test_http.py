@@ -131,7 +131,7 @@ def test_several_prompts_and_choices(server):
     answer = post(server, "/v1/completions", {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "seed": 5}).json()
     assert [choice["text"] for choice in answer["choices"]] == ["aba", "aba", "cdc", "cdc"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["prompt_tokens"] == 8
+    assert answer["usage"]["prompt_tokens"] == 4
     seeds = [request.seed for request in server.engine.submitted[-4:]]
     assert seeds == [5, 6, 7, 8]
     by_ids = post(server, "/v1/completions", {"prompt": [[97, 98], [99]], "max_tokens": 2}).json()
@@ -251,7 +251,13 @@ BAD_CHATS = [
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "contents"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "name"),
+    ({"messages": [{"role": "user", "content": "x", "nickname": None}]}, "nickname"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+        "cache_control",
+    ),
     ({"messages": [{"role": "user", "content": "x"}], "prompt": "y"}, "prompt"),
     ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     (
@@ -271,6 +277,43 @@ def test_chats_are_checked_by_name(server, body, param):
 def test_fields_that_ask_for_nothing_pass(server):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "tools": [], "logprobs": None}
     assert post(server, "/v1/completions", {"prompt": "a", "max_tokens": 1, **neutral}).status_code == 200
+
+
+def test_nested_fields_that_ask_for_nothing_pass(server, client):
+    asked: Any = {"role": "user", "content": [{"type": "text", "text": "hi", "annotations": [], "cache_control": None}]}
+    answer = client.chat.completions.create(model="echo", messages=[asked], max_tokens=3).choices[0].message
+    assert answer.refusal is None and answer.tool_calls is None  # as the client dumps them, with all the others
+    dumped = {"annotations": None, "audio": None, "function_call": None, **answer.model_dump(), "name": None}
+    for extra in ({}, {"tool_calls": [], "annotations": []}):
+        body = {"messages": [asked, dumped | extra, asked], "max_tokens": 1, "stream": True,
+                "stream_options": {"include_usage": None, "include_obfuscation": False}}  # fmt: skip
+        assert post(server, "/v1/chat/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_is_counted_once_whatever_n_is(server, stream):
+    def counted(path: str, **fields: Any) -> tuple[int, int]:
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        response = post(server, path, {"max_tokens": 2, **fields, **options})
+        usage = (events(response.content)[-2] if stream else response.json())["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage["prompt_tokens"], usage["completion_tokens"]
+
+    assert counted("/v1/completions", prompt="abc", n=3) == (3, 6)
+    assert counted("/v1/completions", prompt=["a", "bcde"], n=2) == (5, 8)
+    assert counted("/v1/completions", prompt=["ab", "ab"]) == (4, 4)  # two prompts, though equal
+    messages = [{"role": "user", "content": "hi"}]
+    alone, _ = counted("/v1/chat/completions", messages=messages)
+    assert counted("/v1/chat/completions", messages=messages, n=3) == (alone, 6)
+
+
+def test_ends_of_lines_in_a_text_do_not_end_the_line_of_an_event(server):
+    text = "a\u2028b\u2029c\x85d\x0b\x0c\x1c\x1d\x1e\r\n\u00e9"
+    body = {"prompt": text, "max_tokens": len(text.encode()), "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]  # by str.splitlines
+    assert lines.pop() == "data: [DONE]"
+    assert "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines) == text
 
 
 def test_unknown_model_route_and_method(server):
