@@ -26,11 +26,14 @@ SPOILED = 5  # in place of this one the double's logits are not finite
 
 
 class ByteTokenizer:
+    def __init__(self) -> None:
+        self.special = {6: "<|six|>"}
+
     def encode(self, text: str, *, add_special: bool) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
+        return bytes(id for id in ids if id not in self.special).decode("utf-8", errors="replace")
 
 
 @dataclass

@@ -121,6 +121,10 @@ def test_stop_strings_and_end_token(server):
     answer = post(server, "/v1/completions", {"prompt": "abcdef", "max_tokens": 50, "stop": ["de", "zz"]}).json()
     assert answer["choices"][0]["text"] == "abc"
     assert answer["choices"][0]["finish_reason"] == "stop"
+    special = post(server, "/v1/completions", {"prompt": "ab\x06cd", "max_tokens": 9, "stop": ["b<|six|>c"]}).json()
+    assert special["choices"][0]["text"] == "a" and special["choices"][0]["finish_reason"] == "stop"
+    unseen = post(server, "/v1/completions", {"prompt": "ab\x06cd", "max_tokens": 7, "stop": ["six|>x"]}).json()
+    assert unseen["choices"][0]["text"] == "abcdab"
     ended = post(server, "/v1/completions", {"prompt": "ab\x04", "max_tokens": 50}).json()
     assert ended["choices"][0] == {"index": 0, "text": "ab", "logprobs": None, "finish_reason": "stop"}
     ignored = post(server, "/v1/completions", {"prompt": "ab\x04", "max_tokens": 5, "ignore_eos": True}).json()

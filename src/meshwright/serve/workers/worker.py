@@ -11,7 +11,7 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ MAX_FAILED_STEPS = 3
 
 class PromptTokenizer(Protocol):
     """What the loop needs of a tokenizer."""
+
+    special: Mapping[int, str]
 
     def encode(self, text: str, *, add_special: bool) -> Sequence[int]: ...
 
@@ -154,7 +156,8 @@ class EngineLoop:
             log.error("a request could not be submitted", exc_info=error)
             self._refuse(message["id"], "the engine failed to take this request", status=500)
             return
-        text = TextStream(self._tokenizer.decode, message["stop"])
+        tokenizer, prompt = self._tokenizer, message["prompt"]
+        text = TextStream(tokenizer.decode, message["stop"], prompt=prompt, special=tokenizer.special)
         self._sequences[engine_id] = ActiveSequence(message["id"], text)
         self._engine_ids[message["id"]] = engine_id
         self._send({"op": "accepted", "id": message["id"], "prompt_tokens": len(message["prompt"])})
