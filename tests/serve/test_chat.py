@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -62,18 +63,48 @@ def test_names_and_filters_of_hugging_face_templates():
     assert render(source, [{"role": "user", "content": " é "}], {"bos_token": "<s>"}) == '<s>[user]"é"<a>4'
 
 
-def test_template_equals_transformers():
-    pytest.importorskip("transformers")
-    from transformers.utils.chat_template_utils import render_jinja_template
+#: Templates as real families write them (shortened), and others for each name and filter of `transformers`.
+FAMILIES = {
+    path.stem: path.read_text("utf-8") for path in sorted(Path(__file__).with_name("templates").glob("*.jinja"))
+}
+CONVERSATIONS = [
+    [{"role": "user", "content": " Hi <é> & 'you' "}],
+    [
+        {"role": "system", "content": "a\nb "},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>x</think>\n\ntwo"},
+        {"role": "user", "content": "three\n"},
+    ],
+]
 
-    source = (
-        "{% for message in messages %}\n    {%- if message.role == 'system' %}\n<<{{ message.content }}>>\n    "
-        "{%- else %}\n  {{ message.role }}: {{ message.content }}\n{% endif %}\n{% endfor %}\n"
-        "{% if add_generation_prompt %}\nassistant:{% endif %}"
-    )
-    messages = [{"role": "system", "content": "a\nb"}, {"role": "user", "content": "<c>"}]
-    expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
-    assert render(source, messages) == expected[0]
+
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    """A tokenizer of `transformers` without a text: only its special tokens and its templates matter."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    special = {name: f"<{name[:3]}>" for name in ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")}
+    special |= {"pad_token": "<pad>", "mask_token": "<mask>"}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, "<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_run_as_in_transformers(bare_tokenizer, tmp_path, family):
+    """From the folder that `transformers` saves to the prompt, for each conversation."""
+    bare_tokenizer.chat_template = FAMILIES[family]
+    bare_tokenizer.save_pretrained(tmp_path)
+    expected = [
+        bare_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in CONVERSATIONS
+    ]
+
+    async def go() -> list[str]:
+        async with Renderer(read_chat_template(tmp_path)) as renderer:
+            return [await renderer.render(messages) for messages in CONVERSATIONS]
+
+    assert asyncio.run(go()) == expected
 
 
 HOSTILE = {
