@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from meshwright.serve.errors import RequestError, overloaded, unavailable
 from meshwright.serve.metrics import Metrics
 from meshwright.serve.workers import channel
 from meshwright.serve.workers.request import GenerationRequest
+
+log = logging.getLogger(__name__)
 
 #: Choices that may wait per slot of the batch before requests are refused with 429.
 WAITING_PER_SLOT = 8
@@ -164,12 +167,16 @@ class ServedModel:
         self.metrics.open_choices.set(len(self._replies))
 
     async def _listen(self) -> None:
-        with contextlib.suppress(channel.ChannelClosed):
+        try:
             while True:
                 message = await channel.receive_async(self._reader)
                 if message["op"] == "lost":
                     break
                 self._handle(message)
+        except channel.ChannelClosed:
+            pass
+        except Exception as error:  # a bug of ours; without a listener nobody would be answered
+            log.error("a message of the engine could not be handled", exc_info=error)
         self.engine_lost.set()
         for reply in set(self._replies.values()):
             reply._fail(RequestError(500, "the engine stopped", code="engine_lost"))
@@ -185,9 +192,9 @@ class ServedModel:
             self.metrics.waiting.set(message["waiting"])
             for engine_id, text, tokens, finish_reason in message["events"]:
                 if (reply := self._replies.get(engine_id)) is not None:
+                    reply._add(engine_id, TextChunk(text, tokens, finish_reason))
                     if finish_reason is not None:
                         del self._replies[engine_id]
-                    reply._add(engine_id, TextChunk(text, tokens, finish_reason))
             self.metrics.open_choices.set(len(self._replies))
         elif (reply := self._replies.get(message["id"])) is not None:
             if message["op"] == "accepted":
