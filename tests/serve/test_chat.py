@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 from pathlib import Path
 
@@ -154,6 +155,21 @@ def test_renderer_goes_on_after_a_hostile_render():
             return list(await asyncio.gather(*(renderer.render(HELLO) for _ in range(5))))
 
     assert asyncio.run(go()) == ["ok"] * 5
+
+
+def test_chats_that_wait_for_their_prompt_have_a_place_in_the_queue(start, echo, until):
+    """The template keeps its process busy: another chat is refused at once, and the places are free afterwards."""
+    server = start(echo(max_batch=1), template=ChatTemplate(HOSTILE["endless"], {}, own=True))
+    url, chat = server.url + "/v1/chat/completions", {"messages": HELLO, "n": 5}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, url, json=chat, timeout=60)
+        until(lambda: server.model.open_choices == 5)
+        refused = httpx.post(url, json=chat, timeout=60)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert first.result().status_code == 400
+    assert server.model.open_choices == 0
+    whole = {"prompt": "ab", "max_tokens": 2, "n": 9}
+    assert httpx.post(server.url + "/v1/completions", json=whole, timeout=60).status_code == 200
 
 
 def test_endless_template_does_not_hold_up_others(start, echo):

@@ -96,7 +96,8 @@ class HttpEndpoints:
         body = read_request(ChatRequest, parse_object(await read_body(request)))
         _check_stream_options(body)
         self._model.check_name(body.model)
-        prompt = await self._renderer.render(body.plain_messages())
+        with self._model.reserve(body.n or 1):
+            prompt = await self._renderer.render(body.plain_messages())
         reply = self._model.submit(body.generations(prompt, add_special=not self._renderer.template.own))
         answer = Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model, body.n or 1)
         return await self._answer(request, body, reply, answer)
