@@ -55,3 +55,15 @@ def test_moves_copy_in_order() -> None:
     held.apply((Move(2, 1, 4), Move(1, 0, 3)))
     assert (held.tensors[0][:, 1, :, :4] == 5).all() and (held.tensors[0][:, 0, :, :3] == 5).all()
     assert (held.tensors[0][:, 0, :, 3:] == 0).all()
+
+
+def test_clear_keeps_what_it_is_told() -> None:
+    held = cache()
+    held.reserve(3, 10)
+    for slot in range(3):
+        held.tensors[1][:, slot] = torch.nan
+    held.tensors[1][:, 1, :, :4] = 5.0
+    held.clear(())
+    assert held.tensors[1].isnan().any()
+    held.clear((0, 4))
+    assert (held.tensors[1][:, 1, :, :4] == 5).all() and held.tensors[1].sum() == 5.0 * 4 * 2 * 3 * 8

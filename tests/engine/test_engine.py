@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from meshwright.engine import Engine, Request, TokenEvent
 from meshwright.errors import CannotWork, InputError
@@ -85,6 +86,22 @@ def test_cancel_frees_the_slot_at_once(llama: Path) -> None:
         assert engine.cancel(999) is False
 
 
+@pytest.mark.parametrize("leavers", [1, 3])
+def test_who_leaves_before_its_first_step_changes_nothing_for_others(llama: Path, leavers: int) -> None:
+    """The cache has one slot when the first leaves; the second and third have run in no step."""
+    with Engine.open(llama, max_batch=4) as engine:
+        engine._scheduler._chunk_tokens = 16
+        ids = [engine.submit(Request(prompt(seed, 40), max_tokens=5)) for seed in range(3)]
+        engine.step()
+        for id in ids[:leavers]:
+            assert engine.cancel(id)
+        ids.append(engine.submit(Request(prompt(3, 40), max_tokens=5)))
+        together = {id: [event.token for event in events] for id, events in drain(engine).items()}
+        for seed in range(leavers, 4):
+            alone = [event.token for _, event in engine.generate([prompt(seed, 40)], max_tokens=5)]
+            assert together[ids[seed]] == alone
+
+
 def test_a_request_cancelled_while_a_step_runs_gives_no_event(llama: Path) -> None:
     with Engine.open(llama, max_batch=2) as engine:
         kept, gone = (engine.submit(Request(prompt(seed), max_tokens=40)) for seed in (1, 2))
@@ -106,6 +123,26 @@ def test_a_request_cancelled_while_a_step_runs_gives_no_event(llama: Path) -> No
         go_on.set()
         thread.join()
         assert [event.id for event in seen] == [kept]
+
+
+def test_numbers_that_are_not_finite_end_their_request_alone(llama: Path) -> None:
+    """The embedding of one token is NaN: who reads it ends with an error, and no one else sees it in the cache."""
+    short, other = Request(prompt(1, 4), max_tokens=6), Request(prompt(2, 60), max_tokens=6)
+    spoiled = 198
+    assert spoiled not in short.prompt_ids + other.prompt_ids
+    with Engine.open(llama, max_batch=3) as engine:
+        alone = [[event.token for _, event in engine.generate([r.prompt_ids], max_tokens=6)] for r in (short, other)]
+        engine._decoder._embed = engine._decoder._embed.index_fill(0, torch.tensor(spoiled), torch.nan)
+        beside = engine.submit(other)
+        wrong = engine.submit(Request((spoiled, *prompt(3, 80)), max_tokens=6))
+        events = drain(engine)
+        assert [(event.token, event.finish_reason) for event in events[wrong]] == [(-1, "error")]
+        assert [event.token for event in events[beside]] == alone[1]
+        ids = [engine.submit(request) for request in (other, short, short)]  # the second has the slot of `wrong`
+        events = drain(engine)
+        assert [[event.token for event in events[id]] for id in ids] == [alone[1], alone[0], alone[0]]
+        with pytest.raises(InputError, match=f"{llama}.*not finite"):
+            list(engine.generate([(spoiled,)], max_tokens=2))
 
 
 def test_stop_ids_and_eos(llama: Path) -> None:

@@ -58,6 +58,26 @@ def test_impossible_tokens_are_never_drawn() -> None:
         assert draw(logits, Request(prompt_ids=(1,), temperature=1.0), chance) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308, 1e-310, 5e-324])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}])
+@pytest.mark.parametrize("shift", [0.0, -80.0, 3e38])
+def test_the_smallest_temperatures_are_greedy(temperature: float, cuts: dict[str, float], shift: float) -> None:
+    request = Request(prompt_ids=(1,), temperature=temperature, **cuts)  # type: ignore[arg-type]
+    logits = torch.tensor([0.0, 0.5, -1e30, -torch.inf, 0.25]).double() + shift
+    if shift == 3e38:
+        logits[1] *= 1.1
+    assert {draw(logits, request, chance) for chance in (0.0, 0.5, 1 - 2**-53)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_distribution_has_no_token(temperature: float) -> None:
+    wrong = [[1.0, torch.nan], [torch.inf, 1.0], [-torch.inf, -torch.inf]]
+    request = Request(prompt_ids=(1,), temperature=temperature, logprobs=True)
+    asked = [RunningRequest(row, request, 1, frozenset(), random.Random(0)) for row in range(4)]
+    tokens, logprobs = sample(torch.tensor([*wrong, [-torch.inf, 1.0]]), asked)
+    assert tokens == [None, None, None, 1] and logprobs == [None, None, None, 0.0]
+
+
 def test_greedy_and_logprobs() -> None:
     wanted = RunningRequest(0, Request(prompt_ids=(1,), logprobs=True), 1, frozenset(), random.Random(0))
     silent = RunningRequest(1, Request(prompt_ids=(1,)), 1, frozenset(), random.Random(0))

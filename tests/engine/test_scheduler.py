@@ -5,20 +5,28 @@ from __future__ import annotations
 import random
 
 import hypothesis.strategies as st
+import torch
 from hypothesis import given
 
+from meshwright.engine.cache import KeyValueCache
 from meshwright.engine.request import Request
 from meshwright.engine.scheduler import Move, RunningRequest, Scheduler, Segment, Slots, Work
 
 _small = st.integers(0, 2**31)
 _works = st.builds(
-    lambda moves, rows, decoding, segments: Work(
-        tuple(moves), tuple(r[0] for r in rows), tuple(r[1] for r in rows), tuple(decoding), tuple(segments)
+    lambda moves, rows, decoding, segments, keep: Work(
+        tuple(moves),
+        tuple(r[0] for r in rows),
+        tuple(r[1] for r in rows),
+        tuple(decoding),
+        tuple(segments),
+        tuple(keep),
     ),
     st.lists(st.builds(Move, _small, _small, _small), max_size=4),
     st.lists(st.tuples(_small, _small), max_size=6),
     st.lists(_small, max_size=6),
     st.lists(st.builds(Segment, _small, _small, st.lists(_small, max_size=9).map(tuple), st.booleans()), max_size=4),
+    st.lists(_small, max_size=6),
 )
 
 
@@ -59,16 +67,24 @@ def make(id: int, prompt: int, new: int) -> RunningRequest:
 
 
 class Memory:
-    """A cache of plain lists: carries out work as the decoder would and checks what each row may see."""
+    """A cache of plain lists: carries out work as the decoder would and checks what each row may see.
+
+    A real cache grows beside it and carries out the moves, which must lie within what it has grown to."""
 
     def __init__(self, slots: int) -> None:
         self.rows: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.cache = KeyValueCache(1, 1, 1, slots, 64, torch.float32, torch.device("cpu"))
 
     def run(self, work: Work) -> None:
+        self.cache.reserve(work.slots, work.length)
+        self.cache.apply(work.moves)
+        self.cache.clear(work.keep)
         for move in work.moves:
             kept = {p: t for p, t in self.rows[move.source].items() if p < move.length}
             assert len(kept) == move.length, "a move copies only what was written"
             self.rows[move.target] = kept
+        for slot, length in enumerate(work.keep):
+            self.rows[slot] = {position: self.rows[slot][position] for position in range(length)}
         touched = [(slot, position) for slot, position in enumerate(work.positions)]
         for segment in work.segments:
             for offset, token in enumerate(segment.tokens):
@@ -105,8 +121,11 @@ def test_every_request_sees_its_own_tokens(slots: int, chunk: int, actions: list
             for running in sampled:
                 seen = [*running.request.prompt_ids, *running.generated]
                 assert memory.sees(running) == seen
-            for running, _, reason in scheduler.postprocess([(r, 1000 + r.id) for r in sampled]):
-                if reason:
+            tokens = [(r, None if id % 5 == 0 else 1000 + r.id) for r in sampled]
+            for running, _, reason in scheduler.postprocess(tokens):
+                if reason == "error":
+                    del alive[running.id]
+                elif reason:
                     assert len(running.generated) == running.max_tokens
                     del alive[running.id]
         assert scheduler.running + scheduler.waiting == len(alive)
@@ -139,3 +158,18 @@ def test_stop_ids_and_length_end_a_request() -> None:
         scheduler.schedule()
         reasons += [reason for _, _, reason in scheduler.postprocess([(running, token)])]
     assert reasons == [None, None, "stop"] and scheduler.running == 0
+
+
+def test_what_a_failed_step_leaves_is_no_work_for_the_next() -> None:
+    """The step may have failed before the cache grew, so nothing that was queued for it can be moved."""
+    scheduler = Scheduler(3, chunk_tokens=30)
+    for id in range(3):
+        scheduler.add(make(id, 9, 4))
+    assert scheduler.schedule() is not None
+    for id in range(3):
+        scheduler.remove(id)
+    scheduler.add(make(3, 2, 4))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    Memory(3).run(scheduled[0])
+    assert scheduled[0].moves == ()

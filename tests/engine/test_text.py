@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
-from hypothesis import example, given
+import pytest
+import tokenizers
+from hypothesis import assume, example, given
 
 from meshwright.engine import TextStream
 
@@ -68,3 +70,75 @@ def test_leading_spaces_of_later_tokens_are_kept() -> None:
     words = ["▁the", "▁cat", "s", "▁sat"]
     made = TextStream(lambda ids: "".join(words[id] for id in ids).replace("▁", " ").removeprefix(" "))
     assert "".join([*(made.push(index) for index in range(4)), made.finish()]) == "the cats sat"
+
+
+#: Ways of tokenizers to write a text as tokens: ids of "<s>" and "</s>" are 0 and 1, both special.
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def _tokenizer(kind: str) -> tokenizers.Tokenizer:
+    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
+    words = [*_BYTES, _SPACE, *"abc", *(_SPACE + letter for letter in "abc"), "ab", _SPACE + "ab"]
+    merges = [(_SPACE, letter) for letter in "abc"] + [("a", "b"), (_SPACE + "a", "b")]
+    if kind == "byte-level":
+        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab = {token: id for id, token in enumerate(["<s>", "</s>", *letters, "ab"])}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")]))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+    else:
+        vocab = {token: id for id, token in enumerate(["<s>", "</s>", *words])}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<s>", byte_fallback=True))
+        if kind == "byte-fallback":
+            made.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+            strip = decoders.Strip(" ", 1, 0)
+            made.decoder = decoders.Sequence(
+                [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+            )
+        else:
+            made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+            made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    made.add_special_tokens(["<s>", "</s>"])
+    return made
+
+
+_TOKENIZERS = {kind: _tokenizer(kind) for kind in ("byte-level", "byte-fallback", "metaspace")}
+_runs = st.lists(st.text(st.sampled_from("abc é😀漢"), max_size=6) | st.sampled_from(["<s>", "</s>"]), max_size=6)
+
+
+@pytest.mark.parametrize("kind", _TOKENIZERS)
+@given(runs=_runs, at=st.integers(0, 40))
+@example(runs=["a b c"], at=1)
+@example(runs=["a", "</s>", " b"], at=3)
+@example(runs=["é😀", "<s>", "😀é"], at=0)
+@example(runs=["   ", " a"], at=1)
+def test_prompt_and_pieces_are_the_whole_text(kind: str, runs: list[str], at: int) -> None:
+    """Wherever a prompt ends, and with special tokens in between."""
+    made = _TOKENIZERS[kind]
+    ids = [id for run in runs for id in made.encode(run).ids]
+    prompt, rest = ids[:at], ids[at:]
+    before = made.decode(prompt)
+    assume("\N{REPLACEMENT CHARACTER}" not in before)
+    streamed = TextStream(made.decode, prompt=prompt, special={0: "<s>", 1: "</s>"})
+    pieces = [*map(streamed.push, rest), streamed.finish()]
+    assert before + "".join(pieces) == made.decode(ids)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("stop", [" b", "</s>", "a</s>", "</s> b", "<s>", " a</s> b c"])
+def test_a_stop_string_is_met_wherever_the_text_has_it(stop: str) -> None:
+    """The text with its special tokens is "a a</s> b c<s>", of which the first "a" is the prompt's."""
+    made = _TOKENIZERS["byte-fallback"]
+    ids = [*made.encode("a a").ids, 1, *made.encode("b c").ids, 0]
+    streamed = TextStream(made.decode, [stop], prompt=ids[:1], special={0: "<s>", 1: "</s>"})
+    text = "".join([*map(streamed.push, ids[1:]), streamed.finish()])
+    assert streamed.stopped == stop
+    assert text == " a</s> b c<s>".partition(stop)[0].replace("</s>", "")
+
+
+def test_an_end_that_only_began_a_stop_string_is_text_without_its_special_tokens() -> None:
+    made = _TOKENIZERS["byte-fallback"]
+    streamed = TextStream(made.decode, ["</s> c"], special={1: "</s>"})
+    pieces = [streamed.push(id) for id in (*made.encode("a").ids, 1, *made.encode("b").ids, 1)]
+    assert pieces == ["a", "", " b", ""] and streamed.finish() == "" and streamed.stopped is None

@@ -22,14 +22,18 @@ from meshwright.serve.workers.served_model import ServedModel
 from meshwright.serve.workers.worker import EngineLoop
 
 END = 4  # the double's end-of-sequence id
+SPOILED = 5  # in place of this one the double's logits are not finite
 
 
 class ByteTokenizer:
+    def __init__(self) -> None:
+        self.special = {6: "<|six|>"}
+
     def encode(self, text: str, *, add_special: bool) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
+        return bytes(id for id in ids if id not in self.special).decode("utf-8", errors="replace")
 
 
 @dataclass
@@ -78,7 +82,9 @@ class EchoEngine:
             token = request.prompt_ids[self.done[id] % len(request.prompt_ids)]
             self.done[id] += 1
             reason = None
-            if token == END and not request.ignore_eos:
+            if token == SPOILED:
+                token, reason = -1, "error"
+            elif token == END and not request.ignore_eos:
                 reason = "stop"
             elif self.done[id] == request.max_tokens:
                 reason = "length"

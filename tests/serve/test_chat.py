@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -62,18 +64,48 @@ def test_names_and_filters_of_hugging_face_templates():
     assert render(source, [{"role": "user", "content": " é "}], {"bos_token": "<s>"}) == '<s>[user]"é"<a>4'
 
 
-def test_template_equals_transformers():
-    pytest.importorskip("transformers")
-    from transformers.utils.chat_template_utils import render_jinja_template
+#: Templates as real families write them (shortened), and others for each name and filter of `transformers`.
+FAMILIES = {
+    path.stem: path.read_text("utf-8") for path in sorted(Path(__file__).with_name("templates").glob("*.jinja"))
+}
+CONVERSATIONS = [
+    [{"role": "user", "content": " Hi <é> & 'you' "}],
+    [
+        {"role": "system", "content": "a\nb "},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>x</think>\n\ntwo"},
+        {"role": "user", "content": "three\n"},
+    ],
+]
 
-    source = (
-        "{% for message in messages %}\n    {%- if message.role == 'system' %}\n<<{{ message.content }}>>\n    "
-        "{%- else %}\n  {{ message.role }}: {{ message.content }}\n{% endif %}\n{% endfor %}\n"
-        "{% if add_generation_prompt %}\nassistant:{% endif %}"
-    )
-    messages = [{"role": "system", "content": "a\nb"}, {"role": "user", "content": "<c>"}]
-    expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
-    assert render(source, messages) == expected[0]
+
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    """A tokenizer of `transformers` without a text: only its special tokens and its templates matter."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    special = {name: f"<{name[:3]}>" for name in ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")}
+    special |= {"pad_token": "<pad>", "mask_token": "<mask>"}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, "<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_run_as_in_transformers(bare_tokenizer, tmp_path, family):
+    """From the folder that `transformers` saves to the prompt, for each conversation."""
+    bare_tokenizer.chat_template = FAMILIES[family]
+    bare_tokenizer.save_pretrained(tmp_path)
+    expected = [
+        bare_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in CONVERSATIONS
+    ]
+
+    async def go() -> list[str]:
+        async with Renderer(read_chat_template(tmp_path)) as renderer:
+            return [await renderer.render(messages) for messages in CONVERSATIONS]
+
+    assert asyncio.run(go()) == expected
 
 
 HOSTILE = {
@@ -123,6 +155,21 @@ def test_renderer_goes_on_after_a_hostile_render():
             return list(await asyncio.gather(*(renderer.render(HELLO) for _ in range(5))))
 
     assert asyncio.run(go()) == ["ok"] * 5
+
+
+def test_chats_that_wait_for_their_prompt_have_a_place_in_the_queue(start, echo, until):
+    """The template keeps its process busy: another chat is refused at once, and the places are free afterwards."""
+    server = start(echo(max_batch=1), template=ChatTemplate(HOSTILE["endless"], {}, own=True))
+    url, chat = server.url + "/v1/chat/completions", {"messages": HELLO, "n": 5}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, url, json=chat, timeout=60)
+        until(lambda: server.model.open_choices == 5)
+        refused = httpx.post(url, json=chat, timeout=60)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert first.result().status_code == 400
+    assert server.model.open_choices == 0
+    whole = {"prompt": "ab", "max_tokens": 2, "n": 9}
+    assert httpx.post(server.url + "/v1/completions", json=whole, timeout=60).status_code == 200
 
 
 def test_endless_template_does_not_hold_up_others(start, echo):

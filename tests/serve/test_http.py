@@ -121,6 +121,10 @@ def test_stop_strings_and_end_token(server):
     answer = post(server, "/v1/completions", {"prompt": "abcdef", "max_tokens": 50, "stop": ["de", "zz"]}).json()
     assert answer["choices"][0]["text"] == "abc"
     assert answer["choices"][0]["finish_reason"] == "stop"
+    special = post(server, "/v1/completions", {"prompt": "ab\x06cd", "max_tokens": 9, "stop": ["b<|six|>c"]}).json()
+    assert special["choices"][0]["text"] == "a" and special["choices"][0]["finish_reason"] == "stop"
+    unseen = post(server, "/v1/completions", {"prompt": "ab\x06cd", "max_tokens": 7, "stop": ["six|>x"]}).json()
+    assert unseen["choices"][0]["text"] == "abcdab"
     ended = post(server, "/v1/completions", {"prompt": "ab\x04", "max_tokens": 50}).json()
     assert ended["choices"][0] == {"index": 0, "text": "ab", "logprobs": None, "finish_reason": "stop"}
     ignored = post(server, "/v1/completions", {"prompt": "ab\x04", "max_tokens": 5, "ignore_eos": True}).json()
@@ -131,9 +135,9 @@ def test_several_prompts_and_choices(server):
     answer = post(server, "/v1/completions", {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "seed": 5}).json()
     assert [choice["text"] for choice in answer["choices"]] == ["aba", "aba", "cdc", "cdc"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["prompt_tokens"] == 8
+    assert answer["usage"]["prompt_tokens"] == 4
     seeds = [request.seed for request in server.engine.submitted[-4:]]
-    assert seeds == [5, 6, 5, 6]
+    assert seeds == [5, 6, 7, 8]
     by_ids = post(server, "/v1/completions", {"prompt": [[97, 98], [99]], "max_tokens": 2}).json()
     assert [choice["text"] for choice in by_ids["choices"]] == ["ab", "cc"]
 
@@ -251,7 +255,13 @@ BAD_CHATS = [
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "contents"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "name"),
+    ({"messages": [{"role": "user", "content": "x", "nickname": None}]}, "nickname"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+        "cache_control",
+    ),
     ({"messages": [{"role": "user", "content": "x"}], "prompt": "y"}, "prompt"),
     ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     (
@@ -271,6 +281,43 @@ def test_chats_are_checked_by_name(server, body, param):
 def test_fields_that_ask_for_nothing_pass(server):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "tools": [], "logprobs": None}
     assert post(server, "/v1/completions", {"prompt": "a", "max_tokens": 1, **neutral}).status_code == 200
+
+
+def test_nested_fields_that_ask_for_nothing_pass(server, client):
+    asked: Any = {"role": "user", "content": [{"type": "text", "text": "hi", "annotations": [], "cache_control": None}]}
+    answer = client.chat.completions.create(model="echo", messages=[asked], max_tokens=3).choices[0].message
+    assert answer.refusal is None and answer.tool_calls is None  # as the client dumps them, with all the others
+    dumped = {"annotations": None, "audio": None, "function_call": None, **answer.model_dump(), "name": None}
+    for extra in ({}, {"tool_calls": [], "annotations": []}):
+        body = {"messages": [asked, dumped | extra, asked], "max_tokens": 1, "stream": True,
+                "stream_options": {"include_usage": None, "include_obfuscation": False}}  # fmt: skip
+        assert post(server, "/v1/chat/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_is_counted_once_whatever_n_is(server, stream):
+    def counted(path: str, **fields: Any) -> tuple[int, int]:
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        response = post(server, path, {"max_tokens": 2, **fields, **options})
+        usage = (events(response.content)[-2] if stream else response.json())["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage["prompt_tokens"], usage["completion_tokens"]
+
+    assert counted("/v1/completions", prompt="abc", n=3) == (3, 6)
+    assert counted("/v1/completions", prompt=["a", "bcde"], n=2) == (5, 8)
+    assert counted("/v1/completions", prompt=["ab", "ab"]) == (4, 4)  # two prompts, though equal
+    messages = [{"role": "user", "content": "hi"}]
+    alone, _ = counted("/v1/chat/completions", messages=messages)
+    assert counted("/v1/chat/completions", messages=messages, n=3) == (alone, 6)
+
+
+def test_ends_of_lines_in_a_text_do_not_end_the_line_of_an_event(server):
+    text = "a\u2028b\u2029c\x85d\x0b\x0c\x1c\x1d\x1e\r\n\u00e9"
+    body = {"prompt": text, "max_tokens": len(text.encode()), "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]  # by str.splitlines
+    assert lines.pop() == "data: [DONE]"
+    assert "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines) == text
 
 
 def test_unknown_model_route_and_method(server):
@@ -414,6 +461,17 @@ def test_failed_step_ends_its_requests_and_nothing_else(start, echo):
     assert failed.status_code == 500
     assert "0x" not in failed.text and "/secret" not in failed.text and "Traceback" not in failed.text
     assert post(server, "/v1/completions", {"prompt": "a", "max_tokens": 5}).status_code == 200
+
+
+def test_numbers_that_are_not_finite_are_an_error_and_no_text(server, until):
+    whole = post(server, "/v1/completions", {"prompt": "ab\x05", "max_tokens": 5})
+    assert whole.status_code == 500
+    assert whole.json()["error"]["code"] == "not_finite" and "NaN" in whole.json()["error"]["message"]
+    stream = post(server, "/v1/completions", {"prompt": ["ab\x05", "cdefgh"], "max_tokens": 50, "stream": True})
+    payloads = [block.removeprefix(b"data: ") for block in stream.content.split(b"\n\n") if block]
+    assert json.loads(payloads[-1])["error"]["code"] == "not_finite"
+    until(lambda: server.engine.requests == {})
+    assert post(server, "/v1/completions", {"prompt": "ab", "max_tokens": 3}).json()["choices"][0]["text"] == "aba"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

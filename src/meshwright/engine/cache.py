@@ -60,6 +60,13 @@ class KeyValueCache:
             for tensor in self.tensors:
                 tensor[:, move.target, :, : move.length] = tensor[:, move.source, :, : move.length]
 
+    def clear(self, keep: tuple[int, ...]) -> None:
+        """Sets everything to zero but the first keep[s] tokens of each slot s; nothing if `keep` is empty."""
+        for tensor in self.tensors if keep else ():
+            for slot, length in enumerate(keep[: self.slots]):
+                tensor[:, slot, :, length:] = 0
+            tensor[:, len(keep) :] = 0
+
     def flat(self) -> list[Tensor]:
         """Each layer as rows of one head: [2 x slots x kv_heads x length, head_dim]."""
         return [tensor.view(-1, self._head_dim) for tensor in self.tensors]

@@ -148,7 +148,8 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Iterator[tuple[int, TokenEvent]]:
         """Completes every prompt; yields (index of the prompt, event) as tokens come. `fields` are those of Request.
 
-        Raises CannotWork while other requests run, since it would lose their events. A request's `seed` is s + index,
+        Raises CannotWork while other requests run, since it would lose their events, and InputError where the model's
+        logits are not finite. A request's `seed` is s + index,
         so that equal prompts differ. A caller that stops early cancels the rest.
         """
         if self.running or self.waiting:
@@ -165,6 +166,9 @@ class Engine:
         try:
             while self.running or self.waiting:
                 for event in self.step():
+                    if event.finish_reason == "error":
+                        what = "its logits are not finite (NaN or infinity)"
+                        raise InputError(Problem(str(self.folder), what, "check its weights, or try precision fp32"))
                     yield index_of[event.id], event
         finally:
             for id in index_of:

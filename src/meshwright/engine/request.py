@@ -33,8 +33,9 @@ class Request:
 class TokenEvent:
     """One token of one request, as soon as it is sampled.
 
-    `finish_reason` is "length" for the last token, "stop" if `token` is a stop id (not part of the text), otherwise
-    None. `logprob` is ln p(token) before temperature and cuts, if the request asks for it.
+    `finish_reason` is "length" for the last token, "stop" if `token` is a stop id (not part of the text), "error" if
+    there is no token (it is then -1) because the logits are not finite, otherwise None. `logprob` is ln p(token) before
+    temperature and cuts, if the request asks for it.
     """
 
     id: int

@@ -134,10 +134,9 @@ class Decoder:
             torch.set_num_threads(threads)
 
     def _run(self, work: Work) -> Tensor | None:
-        slots = max([len(work.tokens), *(s.slot + 1 for s in work.segments)])
-        ends = [p + 1 for p in work.positions] + [s.start + len(s.tokens) for s in work.segments]
-        self.cache.reserve(slots, max(ends))
+        self.cache.reserve(work.slots, work.length)
         self.cache.apply(work.moves)
+        self.cache.clear(work.keep)
         ids, positions, slot_of = list(work.tokens), list(work.positions), list(range(len(work.tokens)))
         for segment in work.segments:
             ids += segment.tokens

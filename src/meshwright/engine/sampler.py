@@ -12,12 +12,19 @@ from meshwright.engine.scheduler import RunningRequest
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Sequence[RunningRequest]) -> tuple[list[int], list[float | None]]:
-    """A token for each row of logits [R, V], and its log-probability if the request asks for it."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+def sample(logits: Tensor, sequences: Sequence[RunningRequest]) -> tuple[list[int | None], list[float | None]]:
+    """A token for each row of logits [R, V], and its log-probability if the request asks for it.
+
+    The token is None where the row has no distribution: NaN or +infinity is in it, or nothing but -infinity.
+    """
+    best, ids = logits.max(dim=-1)  # NaN if one is in the row
+    tokens: list[int | None] = ids.tolist()
     logprobs: list[float | None] = [None] * len(tokens)
-    for row, sequence in enumerate(sequences):
+    for row, (sequence, finite) in enumerate(zip(sequences, best.isfinite().tolist(), strict=True)):
         request = sequence.request
+        if not finite:
+            tokens[row] = None
+            continue
         if request.temperature > 0:
             tokens[row] = draw(logits[row], request, sequence.random.random())
         if request.logprobs:
@@ -32,7 +39,8 @@ def draw(logits: Tensor, request: Request, chance: float) -> int:
     These are, in order: the `top_k` likeliest; of these the fewest likeliest with at least `top_p` of their
     probability; then those at least `min_p` times as likely as the best.
     """
-    scaled = logits.double() / request.temperature
+    exact = logits.double()
+    scaled = (exact - exact.max()) / request.temperature  # the best is 0, so that no temperature makes it infinite
     if request.top_k == 0 and request.top_p >= 1 and request.min_p == 0:
         probability = torch.softmax(scaled, dim=-1)
         return _at_quantile(probability, chance)

@@ -39,6 +39,9 @@ class Work:
     Slot s decodes `tokens[s]` at `positions[s]`. Slots in use are 0..n-1 without holes. A slot that still reads its
     prompt decodes token 0 at the next free position, which a later step overwrites: attention runs over a plain slice
     of the cache. `decoding` lists the slots whose row is sampled. All three are empty if nothing decodes.
+
+    `keep`, unless it is empty, is the number of cached tokens of each slot in use after the moves; all else is set to
+    zero. It follows numbers that are not finite, which would reach other requests even from masked places.
     """
 
     moves: tuple[Move, ...] = ()
@@ -46,12 +49,24 @@ class Work:
     positions: tuple[int, ...] = ()
     decoding: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
+    keep: tuple[int, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that the step writes to or reads, from 0 on."""
+        return max([len(self.tokens), *(segment.slot + 1 for segment in self.segments)])
+
+    @property
+    def length(self) -> int:
+        """Cached tokens of the longest of these slots after the step."""
+        ends = [segment.start + len(segment.tokens) for segment in self.segments]
+        return max([*(position + 1 for position in self.positions), *ends])
 
     def encode(self) -> list[int]:
         """As plain integers, the form in which work is sent to other processes."""
-        head = [len(self.moves), len(self.tokens), len(self.decoding), len(self.segments)]
+        head = [len(self.moves), len(self.tokens), len(self.decoding), len(self.segments), len(self.keep)]
         moves = [number for move in self.moves for number in (move.source, move.target, move.length)]
-        out = [*head, *moves, *self.tokens, *self.positions, *self.decoding]
+        out = [*head, *moves, *self.tokens, *self.positions, *self.decoding, *self.keep]
         for segment in self.segments:
             out += [segment.slot, segment.start, int(segment.last), len(segment.tokens), *segment.tokens]
         return out
@@ -59,8 +74,8 @@ class Work:
     @staticmethod
     def decode(numbers: Sequence[int]) -> Work:
         """The Work that `encode` wrote."""
-        move_count, rows, sampled_count, segment_count = numbers[:4]
-        at = 4
+        move_count, rows, sampled_count, segment_count, kept_count = numbers[:5]
+        at = 5
 
         def take(count: int) -> tuple[int, ...]:
             nonlocal at
@@ -68,12 +83,12 @@ class Work:
             return tuple(numbers[at - count : at])
 
         moves = tuple(Move(*take(3)) for _ in range(move_count))
-        tokens, positions, decoding = take(rows), take(rows), take(sampled_count)
+        tokens, positions, decoding, keep = take(rows), take(rows), take(sampled_count), take(kept_count)
         segments = []
         for _ in range(segment_count):
             slot, start, last, length = take(4)
             segments.append(Segment(slot, start, take(length), bool(last)))
-        return Work(moves, tokens, positions, decoding, tuple(segments))
+        return Work(moves, tokens, positions, decoding, tuple(segments), keep)
 
 
 class Slots:
@@ -136,6 +151,7 @@ class Scheduler:
         self._waiting: deque[RunningRequest] = deque()
         self._running: dict[int, RunningRequest] = {}
         self._moves: list[Move] = []
+        self._not_finite = False  # whether a request has ended with "error" since the last step
 
     @property
     def waiting(self) -> int:
@@ -159,7 +175,8 @@ class Scheduler:
         moved_id = self.slots.release(sequence.slot)
         if moved_id is not None:
             other = self._running[moved_id]
-            self._moves.append(Move(other.slot, sequence.slot, other.cached))
+            if other.cached:  # else it has never run, and the cache may not have grown to its slot
+                self._moves.append(Move(other.slot, sequence.slot, other.cached))
             other.slot = sequence.slot
         return True
 
@@ -169,23 +186,26 @@ class Scheduler:
 
     def schedule(self) -> tuple[Work, list[RunningRequest]] | None:
         """The next step and the sequences that get a token, in the order of its logits; None if there is no work."""
+        if not self._running:
+            self._moves.clear()  # whose requests have all ended
         self._admit()
         if not self._running:
-            self._moves.clear()
             return None
         moves, self._moves = tuple(self._moves), []
-        segments, finishing = self._read_prompts()
         by_slot = [self._running[owner] for owner in self.slots.owners]
+        keep = tuple(s.cached for s in by_slot) if self._not_finite else ()
+        self._not_finite = False
+        segments, finishing = self._read_prompts()
         finished = {id(sequence) for sequence in finishing}
         decoding = [s for s in by_slot if not s.reading and id(s) not in finished]
         if not decoding:
-            return Work(moves=moves, segments=tuple(segments)), finishing
+            return Work(moves=moves, segments=tuple(segments), keep=keep), finishing
         sampled = {id(sequence) for sequence in decoding}
         tokens = tuple(s.generated[-1] if id(s) in sampled else 0 for s in by_slot)
         positions = tuple(s.cached for s in by_slot)
         for sequence in decoding:
             sequence.cached += 1
-        work = Work(moves, tokens, positions, tuple(s.slot for s in decoding), tuple(segments))
+        work = Work(moves, tokens, positions, tuple(s.slot for s in decoding), tuple(segments), keep)
         return work, decoding + finishing
 
     def _admit(self) -> None:
@@ -215,12 +235,20 @@ class Scheduler:
         return segments, finishing
 
     def postprocess(
-        self, sampled: Iterable[tuple[RunningRequest, int]]
+        self, sampled: Iterable[tuple[RunningRequest, int | None]]
     ) -> list[tuple[RunningRequest, int, str | None]]:
-        """Records one token per sequence and frees the slots of those that end; leaves out cancelled ones."""
-        out = []
+        """Records one token per sequence and frees the slots of those that end; leaves out cancelled ones.
+
+        A sequence without a token ends: (sequence, -1, "error").
+        """
+        out: list[tuple[RunningRequest, int, str | None]] = []
         for sequence, token in sampled:
+            self._not_finite = self._not_finite or token is None
             if sequence not in self:
+                continue
+            if token is None:
+                self.remove(sequence.id)
+                out.append((sequence, -1, "error"))
                 continue
             sequence.generated.append(token)
             reason = None

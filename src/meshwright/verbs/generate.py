@@ -30,7 +30,8 @@ def generate(
     tokenizer = TextTokenizer(folder)
     with Engine.open(folder, max_batch=1) as engine:
         ids = tokenizer.encode(prompt, add_special=True)
-        stream, pieces, reason, tokens = TextStream(tokenizer.decode), [], None, 0
+        stream = TextStream(tokenizer.decode, prompt=ids, special=tokenizer.special)
+        pieces, reason, tokens = [], None, 0
         begin = time.perf_counter()
         sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         for _, event in engine.generate([ids], **sampling):

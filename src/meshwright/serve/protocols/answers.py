@@ -11,6 +11,8 @@ from typing import Any
 from meshwright.serve.workers.served_model import Reply, ServedModel, TextChunk
 
 DONE = b"data: [DONE]\n\n"
+#: The ends of lines in Unicode that JSON allows unescaped.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ CHAT = Endpoint("chat.completion", "chat.completion.chunk", is_chat=True)
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: its format, its id, and the model that it names."""
+    """An answer: its format, its id, the model that it names, and the number of choices for each prompt."""
 
     endpoint: Endpoint
     id: str
     model: ServedModel
+    choices_per_prompt: int = 1
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model.name}
@@ -49,7 +52,15 @@ class Answer:
             tokens += piece.tokens
             reasons[choice] = piece.finish_reason or reasons[choice]
         choices = [self._whole_choice(i, "".join(texts[i]), reasons[i]) for i in range(count)]
-        return {**self._head(self.endpoint.whole_object), "choices": choices, "usage": _usage(reply, tokens)}
+        return {**self._head(self.endpoint.whole_object), "choices": choices, "usage": self._usage(reply, tokens)}
+
+    def _usage(self, reply: Reply, completion_tokens: int) -> dict[str, int]:
+        prompt_tokens = sum(reply.prompt_tokens[:: self.choices_per_prompt])  # a prompt counts once
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
 
     def _whole_choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
         if self.endpoint.is_chat:
@@ -75,7 +86,7 @@ class Answer:
             for choice in self._chunk_choices(index, piece):
                 yield event_bytes(head | {"choices": [choice]} | tail)
         if include_usage:
-            yield event_bytes(head | {"choices": [], "usage": _usage(reply, tokens)})
+            yield event_bytes(head | {"choices": [], "usage": self._usage(reply, tokens)})
         yield DONE
 
     def _chunk_choices(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
@@ -92,15 +103,7 @@ def _chat_choice(index: int, delta: dict[str, str], reason: str | None = None) -
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
-def _usage(reply: Reply, completion_tokens: int) -> dict[str, int]:
-    prompt_tokens = sum(reply.prompt_tokens)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
 def event_bytes(value: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One server-sent event, on one line also for clients to which these three characters end a line."""
+    line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + line.encode() + b"\n\n"

@@ -89,15 +89,18 @@ class HttpEndpoints:
         _check_stream_options(body)
         self._model.check_name(body.model)
         reply = self._model.submit(body.generations())
-        return await self._answer(request, body, reply, Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model))
+        answer = Answer(COMPLETION, f"cmpl-{uuid.uuid4().hex}", self._model, body.n or 1)
+        return await self._answer(request, body, reply, answer)
 
     async def chat(self, request: Request) -> Response:
         body = read_request(ChatRequest, parse_object(await read_body(request)))
         _check_stream_options(body)
         self._model.check_name(body.model)
-        prompt = await self._renderer.render(body.plain_messages())
+        with self._model.reserve(body.n or 1):
+            prompt = await self._renderer.render(body.plain_messages())
         reply = self._model.submit(body.generations(prompt, add_special=not self._renderer.template.own))
-        return await self._answer(request, body, reply, Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model))
+        answer = Answer(CHAT, f"chatcmpl-{uuid.uuid4().hex}", self._model, body.n or 1)
+        return await self._answer(request, body, reply, answer)
 
     async def _answer(
         self, request: Request, body: CompletionRequest | ChatRequest, reply: Reply, answer: Answer

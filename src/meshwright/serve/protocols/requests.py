@@ -10,7 +10,7 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from meshwright.errors import nearest_name
 from meshwright.serve.errors import RequestError, bad_request
@@ -48,6 +48,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "web_search_options": (None,),
 }
+#: The same for the fields of a message, of a part of its content, and of stream_options.
+UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "name": (None,),
+    "refusal": (None,),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+}
+UNSUPPORTED_IN_PART: dict[str, tuple[Any, ...]] = {"annotations": (None, []), "cache_control": (None,)}
+UNSUPPORTED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscation": (None, False)}
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -134,6 +146,7 @@ def _content(value: Any) -> Any:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError('holds a part that is not {"type": "text", "text": ...}; only text is supported')
+        part = _supported(part, UNSUPPORTED_IN_PART)
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError('a text part has the fields "type" and "text"')
         texts.append(part["text"])
@@ -148,12 +161,22 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, fields: Any) -> Any:
+        return _supported(fields, UNSUPPORTED_IN_STREAM_OPTIONS) if isinstance(fields, dict) else fields
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_content)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, fields: Any) -> Any:
+        return _supported(fields, UNSUPPORTED_IN_MESSAGE) if isinstance(fields, dict) else fields
 
 
 class _Sampling(_Strict):
@@ -175,7 +198,7 @@ class _Sampling(_Strict):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _generation(
         self, prompt: str | tuple[int, ...], choice: int, *, max_tokens: int | None, add_special: bool
@@ -203,7 +226,8 @@ class CompletionRequest(_Sampling):
         limit = 16 if self.max_tokens is None else self.max_tokens
         each = self.n or 1
         _check_choices(len(self.prompt) * each)
-        return [self._generation(p, c, max_tokens=limit, add_special=True) for p in self.prompt for c in range(each)]
+        prompts = [prompt for prompt in self.prompt for _ in range(each)]
+        return [self._generation(p, c, max_tokens=limit, add_special=True) for c, p in enumerate(prompts)]
 
 
 class ChatRequest(_Sampling):
@@ -229,19 +253,21 @@ def _check_choices(count: int) -> None:
 
 def read_request(kind: type[Body], fields: dict[str, Any]) -> Body:
     """`fields` as a `kind`. Raises RequestError (400) naming the first problem and the nearest name that works."""
-    supported = {}
-    for name, value in fields.items():
-        if name in UNSUPPORTED and name not in kind.model_fields:
-            if not _neutral(value, UNSUPPORTED[name]):
-                raise bad_request(
-                    f"'{name}' is not supported by this server; leave it out", param=name, code="unsupported_field"
-                )
-        else:
-            supported[name] = value
+    unsupported = {name: neutrals for name, neutrals in UNSUPPORTED.items() if name not in kind.model_fields}
     try:
-        return kind.model_validate(supported)
+        return kind.model_validate(_supported(fields, unsupported))
     except pydantic.ValidationError as error:
         raise _first_problem(kind, error) from None
+
+
+def _supported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """`fields` without unsupported ones that change nothing. Raises RequestError (400) naming one that would."""
+    for name, value in fields.items():
+        if name in unsupported and not _neutral(value, unsupported[name]):
+            raise bad_request(
+                f"'{name}' is not supported by this server; leave it out", param=name, code="unsupported_field"
+            )
+    return {name: value for name, value in fields.items() if name not in unsupported}
 
 
 def _neutral(value: Any, neutrals: tuple[Any, ...]) -> bool:
@@ -257,8 +283,6 @@ def _first_problem(kind: type[BaseModel], error: pydantic.ValidationError) -> Re
         name = path[-1][:64]
         inner: dict[str, type[BaseModel]] = {"messages": Message, "stream_options": StreamOptions}
         owner = inner.get(path[0], kind) if len(path) > 1 else kind
-        if owner is Message and name in ("name", "tool_calls", "refusal", "audio", "tool_call_id", "function_call"):
-            return bad_request(f"'{name}' is not supported by this server", param=name, code="unsupported_field")
         known = nearest_name(name, list(owner.model_fields))
         return bad_request(f"unknown field '{name}'; {known}", param=name, code="unknown_field")
     shown = ".".join(part[:64] for part in path if not part.startswith(("list[", "function-")))

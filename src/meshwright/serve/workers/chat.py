@@ -18,6 +18,9 @@ from meshwright.serve.errors import RequestError, bad_request
 #: For a model without a template: each message as "role: content", then the role that the model continues.
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
+#: The special tokens that a template may name, as `transformers` gives them.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_CONFIG_BYTES = 16 << 20
 RENDER_CPU_SECONDS = 2.0
@@ -48,7 +51,7 @@ def _read_text(path: Path) -> str:
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """bos_token, ..., each a text or {"content": text} in the file."""
     tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for name in SPECIAL_TOKENS:
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
@@ -149,7 +152,8 @@ class Renderer:
 
     async def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt for `messages`. Raises RequestError (400) if the template refuses them or exceeds its limits."""
-        values = {"messages": messages, "add_generation_prompt": True, **self.template.special}
+        asked = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        values = {**asked, **self.template.special}
         async with self._lock:
             running = self._process is not None and self._process.returncode is None
             if not running and (fault := await self._start()) is not None:

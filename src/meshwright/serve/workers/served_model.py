@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from meshwright.serve.errors import RequestError, overloaded, unavailable
 from meshwright.serve.metrics import Metrics
 from meshwright.serve.workers import channel
 from meshwright.serve.workers.request import GenerationRequest
+
+log = logging.getLogger(__name__)
 
 #: Choices that may wait per slot of the batch before requests are refused with 429.
 WAITING_PER_SLOT = 8
@@ -101,6 +104,7 @@ class ServedModel:
         self._writer = writer
         self._ids = itertools.count(1)
         self._replies: dict[int, Reply] = {}
+        self._reserved = 0  # choices that will be submitted when their prompt is rendered
         self._draining = False
         self.engine_lost = asyncio.Event()  # set when the engine has ended, asked to or not
         self.name: str = ready["model"]
@@ -120,7 +124,8 @@ class ServedModel:
 
     @property
     def open_choices(self) -> int:
-        return len(self._replies)
+        """Choices that have a place in the queue."""
+        return len(self._replies) + self._reserved
 
     @property
     def healthy(self) -> bool:
@@ -133,23 +138,37 @@ class ServedModel:
                 404, f"no such model; this server has '{self.name}'", code="model_not_found", param="model"
             )
 
-    def submit(self, requests: list[GenerationRequest]) -> Reply:
-        """Queues all requests, or none. Raises RequestError 429 when the queue is full, 503 when stopping."""
+    @contextlib.contextmanager
+    def reserve(self, choices: int) -> Iterator[None]:
+        """Holds places in the queue for choices while their prompt is made, so that this, too, waits within its limit.
+        Raises as `submit` does, which follows at once."""
+        self._check_room(choices)
+        self._reserved += choices
+        try:
+            yield
+        finally:
+            self._reserved -= choices
+
+    def _check_room(self, choices: int) -> None:
         if not self.healthy:
             raise unavailable("the server is stopping")
-        if len(requests) > self.capacity:
+        if choices > self.capacity:
             raise RequestError(
                 400, f"this server takes at most {self.capacity} choices", code="invalid_value", param="n"
             )
-        if len(self._replies) + len(requests) > self.capacity:
+        if self.open_choices + choices > self.capacity:
             raise overloaded("the queue is full; try again in a moment")
+
+    def submit(self, requests: list[GenerationRequest]) -> Reply:
+        """Queues all requests, or none. Raises RequestError 429 when the queue is full, 503 when stopping."""
+        self._check_room(len(requests))
         reply = Reply(self, requests)
         for choice, request in enumerate(requests):
             engine_id = next(self._ids)
             self._replies[engine_id] = reply
             reply._open[engine_id] = choice
             self._send({"op": "submit", "id": engine_id, **request.as_dict()})
-        self.metrics.open_choices.set(len(self._replies))
+        self.metrics.open_choices.set(self.open_choices)
         return reply
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -161,20 +180,24 @@ class ServedModel:
             if self._replies.pop(engine_id, None) is not None:
                 self._send({"op": "cancel", "id": engine_id})
                 self.metrics.cancelled.inc()
-        self.metrics.open_choices.set(len(self._replies))
+        self.metrics.open_choices.set(self.open_choices)
 
     async def _listen(self) -> None:
-        with contextlib.suppress(channel.ChannelClosed):
+        try:
             while True:
                 message = await channel.receive_async(self._reader)
                 if message["op"] == "lost":
                     break
                 self._handle(message)
+        except channel.ChannelClosed:
+            pass
+        except Exception as error:  # a bug of ours; without a listener nobody would be answered
+            log.error("a message of the engine could not be handled", exc_info=error)
         self.engine_lost.set()
         for reply in set(self._replies.values()):
             reply._fail(RequestError(500, "the engine stopped", code="engine_lost"))
         self._replies.clear()
-        self.metrics.open_choices.set(0)
+        self.metrics.open_choices.set(self.open_choices)
         self.metrics.active.set(0)
         self.metrics.waiting.set(0)
 
@@ -185,10 +208,10 @@ class ServedModel:
             self.metrics.waiting.set(message["waiting"])
             for engine_id, text, tokens, finish_reason in message["events"]:
                 if (reply := self._replies.get(engine_id)) is not None:
+                    reply._add(engine_id, TextChunk(text, tokens, finish_reason))
                     if finish_reason is not None:
                         del self._replies[engine_id]
-                    reply._add(engine_id, TextChunk(text, tokens, finish_reason))
-            self.metrics.open_choices.set(len(self._replies))
+            self.metrics.open_choices.set(self.open_choices)
         elif (reply := self._replies.get(message["id"])) is not None:
             if message["op"] == "accepted":
                 self.metrics.prompt_tokens.inc(message["prompt_tokens"])

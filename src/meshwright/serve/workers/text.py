@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -28,6 +28,9 @@ class TextTokenizer:
             raise InputError(Problem(str(path), f"is not a tokenizer: {error}")) from error
         self._inner.no_padding()
         self._inner.no_truncation()
+        added = self._inner.get_added_tokens_decoder()
+        #: The texts of the special tokens, which `decode` leaves out, by their ids.
+        self.special: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
 
     def encode(self, text: str, *, add_special: bool) -> list[int]:
         """Ids of `text`; `add_special` adds the tokenizer's begin and end tokens."""

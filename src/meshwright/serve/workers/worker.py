@@ -11,7 +11,7 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ MAX_FAILED_STEPS = 3
 
 class PromptTokenizer(Protocol):
     """What the loop needs of a tokenizer."""
+
+    special: Mapping[int, str]
 
     def encode(self, text: str, *, add_special: bool) -> Sequence[int]: ...
 
@@ -154,13 +156,16 @@ class EngineLoop:
             log.error("a request could not be submitted", exc_info=error)
             self._refuse(message["id"], "the engine failed to take this request", status=500)
             return
-        text = TextStream(self._tokenizer.decode, message["stop"])
+        tokenizer, prompt = self._tokenizer, message["prompt"]
+        text = TextStream(tokenizer.decode, message["stop"], prompt=prompt, special=tokenizer.special)
         self._sequences[engine_id] = ActiveSequence(message["id"], text)
         self._engine_ids[message["id"]] = engine_id
         self._send({"op": "accepted", "id": message["id"], "prompt_tokens": len(message["prompt"])})
 
-    def _refuse(self, server_id: int, words: str, *, param: str | None = None, status: int = 400) -> None:
-        code = "invalid_value" if status == 400 else "internal"
+    def _refuse(
+        self, server_id: int, words: str, *, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        code = code or ("invalid_value" if status == 400 else "internal")
         fields = {"status": status, "code": code, "message": words, "param": param}
         self._send({"op": "refused", "id": server_id, **fields})
 
@@ -193,6 +198,12 @@ class EngineLoop:
         if sequence is None:
             return None
         reason = event.finish_reason
+        if reason == "error":
+            del self._sequences[event.id]
+            del self._engine_ids[sequence.server_id]
+            words = "the model's logits are not finite (NaN or infinity) after this text"
+            self._refuse(sequence.server_id, words, status=500, code="not_finite")
+            return None
         text = "" if reason == "stop" else sequence.text.push(event.token)
         if sequence.text.stopped is not None:
             if reason is None:
