@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from meshwright import checkpoint, verbs
+from meshwright.errors import InputError
 from meshwright.run import RunFolder
 from tests.checkpoint.pickles import assert_no_pickles
 
@@ -263,6 +264,31 @@ def test_a_rank_that_dies_ends_the_run_with_the_command_that_resumes(job: Path, 
     assert "rank 1 of 2" in err and "SIGKILL" in err and "Traceback" not in err
     assert f"resume with: meshwright train {job} --run {run} --resume" in err
     assert not any(worker.is_running() for worker in workers)
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("job.toml", "plan.json", "events.jsonl")}
+
+
+def test_a_second_process_does_not_train_in_a_run(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    before = files_of(run)
+    with RunFolder(run).lock(), pytest.raises(InputError, match=f"process {os.getpid()} on .* is training in it"):
+        verbs.train(job, ["train.lr=1e-3"], run=run, resume=True)
+    fresh = RunFolder(tmp_path / "fresh").create()
+    with fresh.lock(), pytest.raises(InputError, match="is training in it"):
+        verbs.train(job, run=fresh.path)
+    assert files_of(run) == before and not fresh.job.exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    before = files_of(run)
+    with pytest.raises(InputError, match=r"the job ends at 3; nearest: train\.steps="):
+        verbs.train(job, ["train.steps=3", "layout.micro_batch=4"], run=run, resume=True)
+    assert files_of(run) == before
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
