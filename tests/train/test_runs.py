@@ -291,6 +291,16 @@ def test_a_refused_resume_leaves_the_run_as_it_was(job: Path, killed: Path, tmp_
     assert files_of(run) == before
 
 
+def test_a_resume_says_where_it_begins(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run, ignore=shutil.ignore_patterns("step-*"))
+    with command(job, run, "--resume", "train.steps=2", "cluster.devices=1", "layout.dp=1") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "recovery: step 0, checkpoint none was committed: from the start" in err
+    assert last(run, "recovery")["step"] == 0
+
+
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_saves_first_and_can_be_resumed(
     job: Path, uninterrupted: Path, tmp_path: Path, asked: signal.Signals

@@ -134,9 +134,10 @@ class Session:
         return {row.name: (row, model.local(name).detach()) for name, row in model.placements.items()}
 
     def _restore(self) -> int:
-        """Loads the newest committed checkpoint; returns its step, 0 if there is none."""
+        """Loads the newest committed checkpoint; returns its step, 0 if there is none. An event says where it begins."""
         folder = checkpoint.latest(self.run.checkpoints)
         if folder is None:
+            self._event("recovery", step=0, checkpoint="none was committed: from the start")
             return 0
         manifest = checkpoint.read_manifest(folder)
         if manifest.step > self.job.train.steps:
