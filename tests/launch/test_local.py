@@ -81,6 +81,12 @@ def test_an_exception_names_the_rank_the_words_and_the_log(tmp_path: Path) -> No
     assert not any(alive(pid) for pid in started.pids)
 
 
+def test_a_start_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="cannot start a process: embedded null byte"):
+        launch.local("workers:describe", {}, 2, tmp_path, interface="l\0o")
+    assert not list(tmp_path.glob(".workers-*"))
+
+
 @pytest.mark.parametrize("kind", [InputError, CannotWork])
 def test_errors_of_our_tree_come_back_as_they_were(tmp_path: Path, kind: type[InputError]) -> None:
     with pytest.raises(kind) as raised:

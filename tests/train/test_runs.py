@@ -301,18 +301,33 @@ def test_a_resume_says_where_it_begins(job: Path, killed: Path, tmp_path: Path) 
     assert last(run, "recovery")["step"] == 0
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_is_asked_to_end_does_not_end_the_job(job: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with command(job, run) as process:
+        eventually(lambda: len(losses(run)) >= 7, process)
+        workers = [p for p in psutil.Process(process.pid).children() if "meshwright.launch.worker" in p.cmdline()]
+        workers[1].terminate()
+        _, err = process.communicate(timeout=120)
+    step = last(run, "end")["step"]
+    assert process.returncode == 4 and step < STEPS, err
+    assert f"its processes were asked to end: saved at step {step} of {STEPS}" in err
+    assert f"resume with: meshwright train {job} --run {run} --resume" in err
+    assert (run / "checkpoints" / f"step-{step}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end_saves_first_and_can_be_resumed(
     job: Path, uninterrupted: Path, tmp_path: Path, asked: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    with command(job, run) as process:
+    with command(job, run, "train.eval_every=1") as process:
         eventually(lambda: len(losses(run)) >= 7, process)
         process.send_signal(asked)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "resume with: meshwright train" in err and "Traceback" not in err
     end = last(run, "end")
+    assert last(run, "eval")["step"] < end["step"], "measuring must not come before the save"
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == f"step-{end['step']}"
     assert end["finished"] is False and 7 <= end["step"] < STEPS

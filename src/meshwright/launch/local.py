@@ -80,13 +80,13 @@ class LocalProcesses:
         self._stopped = False
         self._results: list[Any] = []
         self._error: MeshwrightError | None = None
-        started_pids: queue.Queue[list[int] | OSError] = queue.Queue()
+        started_pids: queue.Queue[list[int] | Exception] = queue.Queue()
         # The kernel sends the death signal when the *thread* that started a process ends. So one thread starts all
         # processes and lives until the last has ended, whatever happens to the caller's thread.
         self._thread = threading.Thread(target=self._watch, args=(started_pids,), name="meshwright-launch", daemon=True)
         self._thread.start()
         pids = started_pids.get()
-        if isinstance(pids, OSError):
+        if isinstance(pids, Exception):
             self._thread.join()
             raise RunFailed(Problem("launch", f"cannot start a process: {pids}")) from pids
         #: Process ids by rank.
@@ -131,13 +131,13 @@ class LocalProcesses:
 
     # All methods below run in the watching thread: only it starts, reaps and signals the processes.
 
-    def _watch(self, started_pids: queue.Queue[list[int] | OSError]) -> None:
+    def _watch(self, started_pids: queue.Queue[list[int] | Exception]) -> None:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             try:
                 for rank in range(self._spec.processes):
                     workers.append(self._start(rank))
-            except OSError as error:
+            except Exception as error:  # raised by the caller's thread, which waits for an answer
                 _end(workers, 0)
                 started_pids.put(error)
                 return

@@ -191,7 +191,7 @@ class CheckpointCost:
         return CheckpointCost(*write, restart, durable / WRITING_SHARE)
 
     def best_steps(self, step_seconds: float, most_seconds: float, mtbf_seconds: float) -> int:
-        """Steps between checkpoints with the highest goodput, MOST_LOST_SECONDS of work at most or what storage takes."""
+        """Steps between checkpoints with the highest goodput, MOST_LOST_SECONDS at most or what storage takes."""
         least = max(step_seconds, self.least)
         parts = {"stall_seconds": self.stall, "durable_seconds": self.durable, "least_seconds": least}
         seconds = best_interval(**parts, mtbf_seconds=mtbf_seconds)

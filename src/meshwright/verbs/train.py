@@ -47,7 +47,7 @@ def train(
 
     `profile` is a file that `calibrate` wrote, to plan with. `watch(folder, plan, processes)` is called once the
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
-    not set (or the reverse), and RunFailed with the command that resumes.
+    not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
     from meshwright import data, families
     from meshwright.job import Job, job_to_toml
@@ -102,7 +102,11 @@ def _run(
     try:
         if watch is not None:
             watch(folder, chosen, processes)
-        return processes.wait()
+        results = processes.wait()
+        if results[0]["step"] < job.train.steps:  # each ended in order, after a signal from outside
+            what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
+            raise RunFailed(Problem(str(folder.path), what))
+        return results
     except RunFailed as error:
         folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=resume_with) from error
