@@ -291,6 +291,25 @@ def test_a_refused_resume_leaves_the_run_as_it_was(job: Path, killed: Path, tmp_
     assert files_of(run) == before
 
 
+def test_a_resume_with_another_batch_size_goes_on_at_its_sample_and_says_what_changed(
+    job: Path, uninterrupted: Path, killed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    step = checkpoint.read_manifest(checkpoint.latest(run / "checkpoints") or run).step
+    others = [f"train.steps={step + 2}", "train.global_batch=4", "train.lr=1e-12"]  # a rate that changes no weight
+    with pytest.raises(InputError, match=r"train\.seed: is 1, the run in .* was made with 0"):
+        verbs.train(job, [*others, "train.seed=1"], run=run, resume=True)
+    verbs.train(job, others, run=run, resume=True)
+    recovery = last(run, "recovery")
+    assert (recovery["step"], recovery["samples"]) == (step, 8 * step)
+    assert recovery["train.global_batch"] == "8 -> 4" and recovery["train.lr"] == "0.003 -> 1e-12"
+    assert recovery["train.steps"] == f"{STEPS} -> {step + 2}" and "train.seed" not in recovery
+    halves = [losses(run)[step + 1], losses(run)[step + 2]]
+    assert sum(halves) / 2 == pytest.approx(losses(uninterrupted)[step + 1], rel=1e-5)
+    assert checkpoint.read_manifest(run / "checkpoints" / f"step-{step + 2}").meta["samples"] == 8 * step + 2 * 4
+
+
 def test_a_resume_says_where_it_begins(job: Path, killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(killed, run, ignore=shutil.ignore_patterns("step-*"))

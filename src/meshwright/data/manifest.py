@@ -82,14 +82,24 @@ class Manifest:
         """Held-out samples; 0 if nothing is held out."""
         return len(self._held_out)
 
-    def batch(self, seed: int, step: int, global_batch: int, start: int, stop: int, skips: Sequence[int] = ()) -> Batch:
+    def batch(
+        self,
+        seed: int,
+        step: int,
+        global_batch: int,
+        start: int,
+        stop: int,
+        skips: Sequence[int] = (),
+        shift: int = 0,
+    ) -> Batch:
         """Samples at places start..stop of the batch of `step` (from 0), `global_batch` samples long.
 
         A language model gets input_ids, positions and targets, int64 [stop - start, seq_len]; a classifier inputs
         float32 [stop - start, ...] and targets int64 [stop - start]; a target of -100 does not count. `skips` lists
-        batches that are never trained on. The same arguments always give the same arrays.
+        batches that are never trained on; `shift` is what batches of other sizes consumed before, more than as many of
+        this size would have. The same arguments always give the same arrays.
         """
-        return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips))
+        return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips, shift))
 
     def held_out(self, start: int, count: int) -> Batch:
         """`count` held-out samples from `start` on, in a fixed order; past the last come uncounted padding samples."""

@@ -53,6 +53,7 @@ class Session:
         parallel_model = apply(chosen, self.model.card, self.model.module, mesh)
         self.model.fill(parallel_model)
         self.trainer = Trainer(job, self.model.card, parallel_model, mesh, tasks.get(job.task.name), self._batch)
+        self._shift = 0  # samples consumed, less those of as many steps of this batch size
         self.first_step = 1 + (self._restore() if resume else 0)
         every, planned = job.checkpoint.every, plan.outlook.checkpoint_steps if plan.outlook else 0
         self.checkpoint_steps = planned if every is None else every
@@ -127,7 +128,8 @@ class Session:
         self.trainer.stop_requested = True
 
     def _save(self, step: int) -> None:
-        meta = {"seed": self.job.train.seed, "job": self.job.as_dict()}
+        samples = step * self.job.train.global_batch + self._shift
+        meta = {"seed": self.job.train.seed, "samples": samples, "job": self.job.as_dict()}
         folder = self.model.folder(self.manifest.side_files())
         self.writer.save(step, self._weights(), self.trainer.optimizer.state(), meta, folder)
 
@@ -147,8 +149,15 @@ class Session:
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
         checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()})
         self.trainer.optimizer.set_step(manifest.step)
-        self._event("recovery", step=manifest.step, checkpoint=folder.name)
+        before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]
+        samples = manifest.meta.get("samples", manifest.step * before["global_batch"])
+        self._shift = samples - manifest.step * self.job.train.global_batch
+        changed = {
+            f"train.{key}": f"{was} -> {value}" for key, value in now.items() if (was := before.get(key)) != value
+        }
+        self._event("recovery", step=manifest.step, checkpoint=folder.name, samples=samples, **changed)
         return int(manifest.step)
 
     def _batch(self, step: int, start: int, stop: int) -> data.Batch:
-        return self.manifest.batch(self.job.train.seed, step - 1, self.job.train.global_batch, start, stop)
+        train = self.job.train
+        return self.manifest.batch(train.seed, step - 1, train.global_batch, start, stop, shift=self._shift)

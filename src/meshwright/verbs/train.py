@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Sections that a resumed run may not change, because its checkpoints depend on them.
 FIXED_SECTIONS = ("model", "data", "task")
+#: Another key that it may not change: the order of the samples follows from it.
+FIXED_KEYS = ("train.seed",)
 
 #: Sections that decide the plan: where they have not changed, a resumed run keeps its plan.
 PLANNED_SECTIONS = ("model", "data", "cluster", "layout")
@@ -158,7 +160,7 @@ def _create(folder: RunFolder) -> None:
 
 
 def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
-    """Raises InputError where the job differs from the run's in FIXED_SECTIONS."""
+    """Raises InputError where the job differs from the run's in FIXED_SECTIONS or FIXED_KEYS."""
     before, now = earlier.as_dict(), job.as_dict()
     problems = [
         Problem(
@@ -166,9 +168,9 @@ def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
             f"is {now[section][key]!r}, the run in {folder.path} was made with {value!r}",
             "name another folder with --run DIR",
         )
-        for section in FIXED_SECTIONS
-        for key, value in before[section].items()
-        if now[section][key] != value
+        for section, keys in before.items()
+        for key, value in keys.items()
+        if (section in FIXED_SECTIONS or f"{section}.{key}" in FIXED_KEYS) and now[section][key] != value
     ]
     if problems:
         raise InputError(problems)
