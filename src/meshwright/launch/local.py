@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,26 @@ def local(
         raise InputError(Problem("launch", f"{processes} processes", "at least 1"))
     spec = LaunchSpec(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
     return LocalProcesses(spec)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder for processes. Where they fail (RunFailed) the logs stay, since the error names one."""
+    folder, failed = Path(tempfile.mkdtemp(prefix=prefix)), False
+    try:
+        yield folder
+    except RunFailed:
+        failed = True
+        raise
+    finally:
+        for path in sorted(folder.rglob("*"), reverse=True) if failed else ():
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # it has a log
+                    path.rmdir()
+            elif path.suffix != ".log":
+                path.unlink(missing_ok=True)
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class LocalProcesses:
