@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,21 @@ from meshwright.placement import Placement
 DAMAGED = "the file was changed or damaged; use another checkpoint"
 
 
-def load(folder: Path, tensors: LocalTensors) -> None:
+def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | None = None) -> None:
     """Fills `tensors` (on any device) from the checkpoint `folder`.
 
     Reads only the pieces that overlap their boxes, and checks the digest of a piece before its bytes are used.
 
     Raises InputError, naming file and tensor, for a checkpoint that is not committed, was changed, or lacks a tensor,
-    or if shape or dtype differ. It lists all such tensors, and then nothing is filled.
+    or if shape or dtype differ. `complete` has the names of the tensors of all ranks: then the checkpoint may hold no
+    others, which nothing would read. It lists all such tensors, and then nothing is filled.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = list(_mismatches(folder, manifest, tensors))
+    if complete is not None:
+        extra = sorted(set(manifest.tensors) - set(complete))
+        problems += [Problem(str(folder), f"holds tensor {name!r}, which this model does not have") for name in extra]
     if problems:
         raise InputError(problems)
     files = CheckedFiles(folder, manifest)

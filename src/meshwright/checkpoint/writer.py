@@ -301,7 +301,9 @@ def _commit(
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
-    sequence = max((manifest.sequence for _, manifest in committed_folders(rendezvous.root)[0]), default=-1) + 1
+    sound, damaged = committed_folders(rendezvous.root)
+    earlier = [*(manifest.sequence for _, manifest in sound), *(one.sequence for one in damaged)]
+    sequence = max((number for number in earlier if number is not None), default=-1) + 1
     manifest = CheckpointManifest(
         step=save.step,
         sequence=sequence,

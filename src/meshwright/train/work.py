@@ -20,6 +20,7 @@ from meshwright.plan import Plan
 from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, Record, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
+from meshwright.train.optimizer import moment_names
 from meshwright.train.recorder import recorder
 from meshwright.train.spans import merge
 
@@ -147,7 +148,8 @@ class Session:
         if manifest.step > self.job.train.steps:
             what = f"holds step {manifest.step}, the job ends at {self.job.train.steps}"
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
-        checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()})
+        complete = {*self.model.names, *moment_names(self.model.names)}
+        checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
         before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]
         samples = manifest.meta.get("samples", manifest.step * before["global_batch"])
