@@ -20,7 +20,7 @@ import numpy as np
 from meshwright.data import corpus, digits
 from meshwright.data.batch import Batch, Rows, Samples, TokenWindows, window_count
 from meshwright.data.order import batch_samples
-from meshwright.data.sources import TextSource, open_source
+from meshwright.data.sources import TextSource, file_digest, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
 from meshwright.files import sync_folder, write_atomic
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("meshwright")
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "held_out")
 _MANIFEST_BYTES = 2**20
 
@@ -132,8 +132,8 @@ class Manifest:
 def build_manifest(job: Job, folder: Path | str) -> Manifest:
     """The manifest in `folder` (a run's manifest/), built if it is missing. Any number of processes may call this.
 
-    Raises InputError if the data is broken, empty or too short, or if `folder` was built from other data: a run keeps
-    the data that it began with.
+    Raises InputError if the data is broken, empty or too short, or if `folder` was built from other data or changed
+    since: a run keeps the data that it began with. To know, it reads the source and the folder once.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -205,12 +205,17 @@ def _kind(job: Job) -> str:
 
 def _build(job: Job, folder: Path) -> None:
     content = _build_text(job, folder) if _kind(job) == "text" else _build_rows(job, folder)
+    content["files"] = {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
     text = json.dumps({"version": VERSION, **content}, indent=2) + "\n"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+    for file in _files(folder):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
     write_atomic(folder / "manifest.json", text.encode())
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file of the folder but its manifest.json, in the order of names."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "manifest.json"]
 
 
 def _build_text(job: Job, folder: Path) -> dict[str, Any]:
@@ -284,6 +289,11 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         source = _source_if_there(job)
         if source is not None and source.fingerprint() != content["source"]:
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
+    problems += [
+        Problem(str(folder / name), "was changed since the run began", "bring it back, or use another run folder")
+        for name, digest in content["files"].items()
+        if file_digest(folder / name) != digest
+    ]
     if problems:
         raise InputError(problems)
 
@@ -315,6 +325,8 @@ def _read_content(folder: Path) -> dict[str, Any]:
             raise ValueError(f"version {content['version']}, this program reads {VERSION}")
         if content["kind"] not in ("text", "rows") or set(content["splits"]) != set(SPLITS):
             raise ValueError("unknown kind or splits")
+        if not isinstance(content["files"], dict):
+            raise ValueError("files are no table")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_manifest(folder, error) from error
     return dict(content)
