@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.errors import InputError
 from meshwright.run import RunFolder
 
 
@@ -23,6 +26,20 @@ def test_paths_of_a_run(tmp_path: Path) -> None:
     run.write_plan({"chosen": {"layout": {"dp": 2}}})
     assert run.job.read_text() == "[model]\n"
     assert json.loads(run.plan.read_text())["chosen"]["layout"] == {"dp": 2}
+
+
+def test_one_process_at_a_time_holds_a_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    hold = "import sys; from meshwright.run import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print(); input()"
+    arguments = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"\n"
+        with pytest.raises(InputError, match=f"process {holder.pid} on .* is training in it; wait"), run.lock():
+            pass
+        holder.kill()  # the kernel releases what a dead process held
+        holder.wait()
+    with run.lock():
+        pass
 
 
 def test_events_come_back_as_written(tmp_path: Path) -> None:

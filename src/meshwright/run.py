@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from meshwright.errors import InputError, Problem
 from meshwright.files import write_atomic
 
 logger = logging.getLogger("meshwright")
@@ -37,6 +41,28 @@ class RunFolder:
         """Make the folder if need be. Returns self."""
         self.path.mkdir(parents=True, exist_ok=True)
         return self
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder, which must exist, for this process: one run at a time may write it. The kernel releases it
+        if the process dies. Raises InputError naming the process that holds it."""
+        near = "name another folder with --run DIR"
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(Problem(str(self.path), f"cannot be written ({error.strerror})", near)) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                what, wait = f"{holder} is training in it", f"wait until it has ended, or {near}"
+                raise InputError(Problem(str(self.path), what, wait)) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
 
     def write_job(self, text: str) -> None:
         write_atomic(self.create().job, text.encode())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def test_transformers_loads_what_was_saved_sharded(tmp_path: Path, tied: bool) -
     token_ids = torch.arange(20).reshape(1, 20)
     with torch.no_grad():
         assert torch.equal(again.eval()(token_ids).logits, model(token_ids).logits)
+
+
+def test_a_checkpoint_of_ours_is_held_to_its_digests(tmp_path: Path) -> None:
+    tensors, names = state_of(tiny_llama())
+    layout = Layout(dp=2, shard=2, tp=2)
+    for step in (1, 2):
+        save_world(tmp_path, step, world_pieces(layout, shapes_of(tensors)), tensors, model_files=ModelFolder(names))
+    folder = tmp_path / "step-2" / "model"
+    pieces = world_pieces(Layout(tp=2), shapes_of(tensors))[1]
+    as_bf16 = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    got = held(as_bf16, pieces, fill=False)
+    read_model_folder(folder, names, got)
+    for name, (_, expected) in held(as_bf16, pieces).items():
+        assert torch.equal(got[name][1], expected)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 0x10
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"do not have the manifest's digest; .*step-1 is intact"):
+        read_model_folder(folder, names, held(tensors, whole_pieces(shapes_of(tensors)), fill=False))
+    elsewhere = tmp_path / "copy" / "model"
+    shutil.copytree(folder, elsewhere)  # without its manifest it is a folder like any other
+    read_model_folder(elsewhere, names, held(tensors, whole_pieces(shapes_of(tensors)), fill=False))
 
 
 @pytest.mark.parametrize("shard_bytes", ["5GB", "5KB"], ids=["single", "sharded"])

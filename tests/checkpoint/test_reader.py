@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +170,31 @@ def test_damaged_older_checkpoint_does_not_stop_the_newer_one(saved: Path) -> No
     assert latest(saved.parent) == saved.parent / "step-2"
     save_world(saved.parent, 3, [whole_pieces(shapes_of(tensors))], tensors)
     assert latest(saved.parent) == saved.parent / "step-3"
+
+
+@pytest.mark.parametrize("damage", ["weights", "manifest", "wiped"])
+def test_a_damaged_checkpoint_of_a_lower_step_may_be_the_newest(saved: Path, damage: str) -> None:
+    """After a rewind from step 20 to 11 the order of commits counts, not that of the steps."""
+    tensors, root = example_tensors(), saved.parent
+    for step in (20, 11):
+        save_world(root, step, [whole_pieces(shapes_of(tensors))], tensors)
+    newest = root / "step-11"
+    assert latest(root) == newest
+    file = newest / ("model/model.safetensors" if damage == "weights" else "manifest.json")
+    file.write_bytes(b"{}" if damage == "wiped" else file.read_bytes()[:-40])
+    with pytest.raises(InputError, match=re.escape(str(file))):
+        latest(root)
+    save_world(root, 12, [whole_pieces(shapes_of(tensors))], tensors)
+    assert latest(root) == root / "step-12"
+
+
+def test_tensors_that_nobody_reads_are_refused(saved: Path) -> None:
+    tensors = everything()
+    load(saved, tensors, complete=tensors.keys())
+    some = {name: tensors[name] for name in list(tensors)[1:]}
+    load(saved, some)
+    with pytest.raises(InputError, match=f"holds tensor {next(iter(tensors))!r}, which this model does not have"):
+        load(saved, some, complete=some.keys())
 
 
 def forge(folder: Path, change: Callable[[dict], None]) -> None:

@@ -111,6 +111,22 @@ def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path) -> None:
     )
 
 
+def test_a_commit_is_told_when_it_is_one(tmp_path: Path) -> None:
+    told = []
+    for asynchronous in (True, False):
+        root = tmp_path / str(asynchronous)
+        options = {"asynchronous": asynchronous, "committed": lambda step, _: told.append((step, latest(root)))}  # noqa: B023
+        writer = single(root, **options)
+        save_single(writer, 1, example_tensors())
+        writer.wait()
+        assert told.pop() == (1, root / "step-1")
+        broken = {"w": (Placement("w", Box((4,), (0,), (2,)), 1, True), torch.zeros(2))}  # half of it has no owner
+        with pytest.raises(RunFailed):
+            writer.save(2, broken, {}, {}, ModelFolder({"w": "w"}))
+            writer.wait()
+        assert told == []
+
+
 def test_two_saves_in_flight_commit_in_order_and_name_their_parent(tmp_path: Path) -> None:
     writer = single(tmp_path, parent=0, keep=5)
     for step in (1, 2, 3):

@@ -170,6 +170,25 @@ def test_a_run_keeps_the_data_that_it_began_with(tmp_path: Path, source: Path) -
         data.build_manifest(text_job(source), folder)
 
 
+@pytest.mark.parametrize(
+    "changed", ["source", "train.tokens.bin", "held_out.documents.bin", "tokenizer/tokenizer.json"]
+)
+def test_a_change_that_keeps_the_size_is_seen_too(tmp_path: Path, source: Path, changed: str) -> None:
+    folder = tmp_path / "manifest"
+    data.build_manifest(text_job(source), folder)
+    data.build_manifest(text_job(source), folder)
+    file = source if changed == "source" else folder / changed
+    content = bytearray(file.read_bytes())
+    middle = content.index(b"a") if changed == "source" else len(content) // 2
+    content[middle] ^= 1
+    file.write_bytes(content)
+    words = (
+        r"'corpus\.jsonl' is not what it was" if changed == "source" else f"{changed}: was changed since the run began"
+    )
+    with pytest.raises(InputError, match=words):
+        data.build_manifest(text_job(source), folder)
+
+
 def test_a_run_goes_on_when_its_source_has_gone(tmp_path: Path, source: Path) -> None:
     job = text_job(source)
     before = data.build_manifest(job, tmp_path / "manifest").batch(0, 0, 4, 0, 4)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.data.order import batch_samples, permutation
@@ -44,6 +44,21 @@ def test_batches_follow_each_other_without_loss_or_repeat(
     seen = np.concatenate([batch_samples(samples, seed, step, global_batch, 0, global_batch) for step in range(steps)])
     for epoch in range(epochs):
         assert sorted(seen[epoch * samples : (epoch + 1) * samples].tolist()) == list(range(samples))
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(samples=st.integers(1, 60), sizes=SIZES)
+def test_batches_of_changing_sizes_follow_each_other(samples: int, sizes: list[tuple[int, int]]) -> None:
+    seen, step, consumed = [], 0, 0
+    for global_batch, steps in sizes:
+        shift = consumed - step * global_batch
+        for _ in range(steps):
+            seen.append(batch_samples(samples, 3, step, global_batch, 0, global_batch, shift=shift))
+            step, consumed = step + 1, consumed + global_batch
+    assert np.concatenate(seen).tolist() == batch_samples(samples, 3, 0, consumed, 0, consumed).tolist()
 
 
 @given(steps=st.integers(1, 20), skips=st.sets(st.integers(0, 15), max_size=6))

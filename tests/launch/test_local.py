@@ -81,6 +81,25 @@ def test_an_exception_names_the_rank_the_words_and_the_log(tmp_path: Path) -> No
     assert not any(alive(pid) for pid in started.pids)
 
 
+def test_a_start_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="cannot start a process: embedded null byte"):
+        launch.local("workers:describe", {}, 2, tmp_path, interface="l\0o")
+    assert not list(tmp_path.glob(".workers-*"))
+
+
+def test_the_log_that_an_error_names_outlives_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RunFailed) as raised, launch.scratch_folder("try-") as folder:
+        (folder / "gradients").mkdir()
+        (folder / "gradients" / "large").write_bytes(b"0")
+        launch.local("workers:fail", {"zero": 0}, 2, folder / "logs").wait(60)
+    named = Path(raised.value.problems[0].nearest.removeprefix("whole log: "))
+    assert "about to divide" in named.read_text() and not (folder / "gradients").exists()
+    with launch.scratch_folder("try-") as folder:
+        launch.local("workers:describe", {}, 1, folder).wait(60)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("kind", [InputError, CannotWork])
 def test_errors_of_our_tree_come_back_as_they_were(tmp_path: Path, kind: type[InputError]) -> None:
     with pytest.raises(kind) as raised:

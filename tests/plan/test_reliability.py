@@ -119,6 +119,15 @@ def test_a_run_shorter_than_the_interval_saves_once() -> None:
     assert forecast.spare_nodes == 0
 
 
+def test_a_kill_costs_a_few_minutes_or_what_storage_takes() -> None:
+    cluster = named_cluster("h100-sxm-80gb", 8)
+    small = run_forecast(parameters=10**7, cluster=cluster, step_seconds=0.03, steps=100_000)
+    assert small.checkpoint_seconds <= 180
+    assert small.goodput > 0.97
+    large = run_forecast(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000)
+    assert large.checkpoint_seconds > 10 * large.durable_seconds * 0.99, "writing must not fill the storage's time"
+
+
 def test_waiting_for_the_write_costs() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
     slow = run_forecast(parameters=70 * 10**9, cluster=cluster, step_seconds=5.0, steps=100_000, asynchronous=False)
@@ -155,7 +164,7 @@ def test_nothing_fails() -> None:
     cluster = named_cluster("h100-sxm-80gb", 64)
     never = Reliability(0.0, 0.0, 0.0)
     forecast = run_forecast(parameters=10**9, cluster=cluster, step_seconds=1.0, steps=1000, reliability=never)
-    assert forecast.checkpoint_steps == 1000
+    assert forecast.checkpoint_steps == 180, "a person may still end it: a kill costs three minutes at most"
     assert forecast.failures == 0.0
     assert forecast.spare_nodes == 0
 

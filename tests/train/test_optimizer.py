@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.job.sections import TrainSection
 from meshwright.layout import Box
+from meshwright.placement import Placement
 from meshwright.train import model
+from meshwright.train.loop import Trainer
 from meshwright.train.model import initial_values
-from meshwright.train.optimizer import learning_rate
+from meshwright.train.optimizer import Optimizer, learning_rate, squared_norm
 
 
 def train(**changes: Any) -> Any:
@@ -86,3 +89,21 @@ def test_first_values_differ_by_name_seed_and_run_and_have_the_spread_asked_for(
     assert not torch.equal(values, initial_values(0, rule)("other", whole))
     assert not torch.equal(values, initial_values(1, rule)("w", whole))
     assert torch.equal(initial_values(0, rule)("ones", Box.whole((5,))), torch.full((5,), 3.0))
+
+
+def test_a_rank_without_an_element_of_anything_steps_with_the_others() -> None:
+    """The last of eight shards of Linear(64, 10): ten rows, two a rank, are over after five ranks."""
+    linear = torch.nn.Linear(64, 10)
+    rows = {
+        name: Placement(name, Box.whole(tuple(one.shape)).split(0, 8, 7), 1, False)
+        for name, one in linear.named_parameters()
+    }
+    assert not any(row.box.elements for row in rows.values())
+    part = SimpleNamespace(module=linear, placements=rows, local=lambda name: torch.empty(rows[name].box.shape))
+    optimizer = Optimizer(part, TrainSection(steps=2, lr=1e-3, global_batch=8))  # type: ignore[arg-type]
+    optimizer.collect()
+    trainer = SimpleNamespace(job=SimpleNamespace(train=SimpleNamespace(clip=1.0)), optimizer=optimizer)
+    Trainer._clip(trainer, norm=2.0, correction=0.5)  # type: ignore[arg-type]
+    optimizer.step(1e-3)
+    optimizer.clear()
+    assert optimizer.state() == {} and squared_norm(optimizer, rows) == 0.0

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from meshwright import checkpoint, verbs
+from meshwright.errors import InputError
 from meshwright.run import RunFolder
 from tests.checkpoint.pickles import assert_no_pickles
 
@@ -265,18 +266,87 @@ def test_a_rank_that_dies_ends_the_run_with_the_command_that_resumes(job: Path, 
     assert not any(worker.is_running() for worker in workers)
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def files_of(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("job.toml", "plan.json", "events.jsonl")}
+
+
+def test_a_second_process_does_not_train_in_a_run(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    before = files_of(run)
+    with RunFolder(run).lock(), pytest.raises(InputError, match=f"process {os.getpid()} on .* is training in it"):
+        verbs.train(job, ["train.lr=1e-3"], run=run, resume=True)
+    fresh = RunFolder(tmp_path / "fresh").create()
+    with fresh.lock(), pytest.raises(InputError, match="is training in it"):
+        verbs.train(job, run=fresh.path)
+    assert files_of(run) == before and not fresh.job.exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    before = files_of(run)
+    with pytest.raises(InputError, match=r"the job ends at 3; nearest: train\.steps="):
+        verbs.train(job, ["train.steps=3", "layout.micro_batch=4"], run=run, resume=True)
+    assert files_of(run) == before
+
+
+def test_a_resume_with_another_batch_size_goes_on_at_its_sample_and_says_what_changed(
+    job: Path, uninterrupted: Path, killed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    step = checkpoint.read_manifest(checkpoint.latest(run / "checkpoints") or run).step
+    others = [f"train.steps={step + 2}", "train.global_batch=4", "train.lr=1e-12"]  # a rate that changes no weight
+    with pytest.raises(InputError, match=r"train\.seed: is 1, the run in .* was made with 0"):
+        verbs.train(job, [*others, "train.seed=1"], run=run, resume=True)
+    verbs.train(job, others, run=run, resume=True)
+    recovery = last(run, "recovery")
+    assert (recovery["step"], recovery["samples"]) == (step, 8 * step)
+    assert recovery["train.global_batch"] == "8 -> 4" and recovery["train.lr"] == "0.003 -> 1e-12"
+    assert recovery["train.steps"] == f"{STEPS} -> {step + 2}" and "train.seed" not in recovery
+    halves = [losses(run)[step + 1], losses(run)[step + 2]]
+    assert sum(halves) / 2 == pytest.approx(losses(uninterrupted)[step + 1], rel=1e-5)
+    assert checkpoint.read_manifest(run / "checkpoints" / f"step-{step + 2}").meta["samples"] == 8 * step + 2 * 4
+
+
+def test_a_resume_says_where_it_begins(job: Path, killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run, ignore=shutil.ignore_patterns("step-*"))
+    with command(job, run, "--resume", "train.steps=2", "cluster.devices=1", "layout.dp=1") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "recovery: step 0, checkpoint none was committed: from the start" in err
+    assert last(run, "recovery")["step"] == 0
+
+
+def test_a_rank_that_is_asked_to_end_does_not_end_the_job(job: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with command(job, run) as process:
+        eventually(lambda: len(losses(run)) >= 7, process)
+        workers = [p for p in psutil.Process(process.pid).children() if "meshwright.launch.worker" in p.cmdline()]
+        workers[1].terminate()
+        _, err = process.communicate(timeout=120)
+    step = last(run, "end")["step"]
+    assert process.returncode == 4 and step < STEPS, err
+    assert f"its processes were asked to end: saved at step {step} of {STEPS}" in err
+    assert f"resume with: meshwright train {job} --run {run} --resume" in err
+    assert (run / "checkpoints" / f"step-{step}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end_saves_first_and_can_be_resumed(
     job: Path, uninterrupted: Path, tmp_path: Path, asked: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    with command(job, run) as process:
+    with command(job, run, "train.eval_every=1") as process:
         eventually(lambda: len(losses(run)) >= 7, process)
         process.send_signal(asked)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "resume with: meshwright train" in err and "Traceback" not in err
     end = last(run, "end")
+    assert last(run, "eval")["step"] < end["step"], "measuring must not come before the save"
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == f"step-{end['step']}"
     assert end["finished"] is False and 7 <= end["step"] < STEPS

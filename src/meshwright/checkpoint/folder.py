@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest
+from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.errors import InputError
 from meshwright.files import sync_folder
 
@@ -28,20 +29,30 @@ def step_folder(root: Path, step: int, state: str = "", nonce: str = "") -> Path
     return root / (f"step-{step}.{state}-{nonce}" if state else f"step-{step}")
 
 
-def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]], list[tuple[int, InputError]]]:
-    """Committed checkpoints, oldest commit first, and the errors of damaged ones by step."""
+@dataclass(frozen=True)
+class DamagedCheckpoint:
+    """A committed checkpoint that was changed since. `sequence` is what its manifest still states, None if nothing."""
+
+    folder: Path
+    step: int
+    sequence: int | None
+    error: InputError
+
+
+def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]], list[DamagedCheckpoint]]:
+    """Committed checkpoints, oldest commit first, and the damaged ones."""
     folders: dict[int, Path] = {}
     for step, state, folder in _scan(root):
         if state in ("", "replaced") and (folder / MANIFEST_NAME).exists() and (state == "" or step not in folders):
             folders[step] = folder
     sound: list[tuple[Path, CheckpointManifest]] = []
-    damaged: list[tuple[int, InputError]] = []
+    damaged: list[DamagedCheckpoint] = []
     for step, folder in folders.items():
         try:
             sound.append((folder, read_manifest(folder)))
         except InputError as error:
             if folder.exists():  # otherwise a writer pruned it while we looked
-                damaged.append((step, error))
+                damaged.append(DamagedCheckpoint(folder, step, stated_sequence(folder), error))
     return sorted(sound, key=lambda entry: entry[1].sequence), damaged
 
 
@@ -53,12 +64,19 @@ def latest(root: Path) -> Path | None:
     continue from the one before. A changed older one only gives a warning.
     """
     sound, damaged = committed_folders(Path(root))
-    newest_step = sound[-1][1].step if sound else -1
-    for step, error in damaged:
-        if step > newest_step:
-            raise error
-        log.warning("ignored a damaged older checkpoint: %s", error)
+    for one in damaged:
+        if not sound or _may_be_newer(one, *sound[-1]):
+            raise one.error
+        log.warning("ignored a damaged older checkpoint: %s", one.error)
     return sound[-1][0] if sound else None
+
+
+def _may_be_newer(damaged: DamagedCheckpoint, folder: Path, manifest: CheckpointManifest) -> bool:
+    """Whether `damaged` may have been committed after the sound checkpoint in `folder`."""
+    if damaged.sequence is not None:
+        return damaged.sequence > manifest.sequence
+    later = damaged.folder.stat().st_mtime_ns > folder.stat().st_mtime_ns  # of the last renaming inside: the commit's
+    return later or damaged.step > manifest.step
 
 
 def clear_leftovers(root: Path) -> None:

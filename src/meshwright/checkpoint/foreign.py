@@ -1,4 +1,7 @@
-"""Reads a Hugging Face folder that others wrote: safetensors only, nothing in it is trusted or run."""
+"""Reads a Hugging Face folder, whoever wrote it: safetensors only, nothing in it is trusted or run.
+
+Where it is the `model/` of a checkpoint of ours, the checkpoint's manifest lies beside it, and its digests are checked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import Any
 import torch
 
 from meshwright.checkpoint.files import FILE_NAME, map_file
+from meshwright.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
+from meshwright.checkpoint.reader import DAMAGED, CheckedFiles
 from meshwright.checkpoint.tensors import DTYPES, LocalTensors, Slot, element_view, from_bytes, parse_header, slices
 from meshwright.errors import InputError, Problem
 from meshwright.files import parse_json, read_capped
@@ -32,8 +37,10 @@ def read_model_folder(
     `lm_head.weight`) of tensors that the file may have and we do not need. Links are followed: the Hugging Face cache
     is made of them.
 
+    For `step-N/model` of a checkpoint, the digest of every piece that is read is checked against the manifest.
+
     Raises InputError, naming file and tensor, for a folder without safetensors, a malformed file, and tensors that are
-    missing, unknown, or of another shape or kind; then nothing is filled.
+    missing, unknown, or of another shape or kind; then nothing is filled. Raises it for damaged pieces, too.
     """
     folder = Path(folder)
     stored = _open_folder(folder)
@@ -60,11 +67,29 @@ def read_model_folder(
             problems.append(Problem(str(folder / file), what))
     if problems:
         raise InputError(problems)
+    checkpoint = folder.resolve().parent
+    if folder.resolve().name == "model" and (checkpoint / MANIFEST_NAME).exists():
+        return _fill_checked(CheckedFiles(checkpoint, read_manifest(checkpoint)), stored, names, tensors)
     for name, (placement, local) in tensors.items():
         _, slot, data = stored[names[name]]
         part = element_view(data, slot)[slices(placement.box, Box.whole(slot.shape))]
         with torch.no_grad():
             local.detach().copy_(from_bytes(part, slot.dtype))
+
+
+def _fill_checked(
+    files: CheckedFiles, stored: Mapping[str, tuple[str, Slot, Any]], names: Mapping[str, str], tensors: LocalTensors
+) -> None:
+    """Fills `tensors` from a checkpoint's pieces. Its manifest has names of modules, so a tensor is found by place."""
+    at = {(piece.file, piece.offset): name for name, one in files.manifest.tensors.items() for piece in one.pieces}
+    for name, (placement, local) in tensors.items():
+        file, slot, _ = stored[names[name]]
+        if slot.bytes == 0:
+            continue
+        if (f"model/{file}", slot.offset) not in at:
+            what = f"tensor {names[name]!r} is not where the manifest has one"
+            raise InputError(Problem(str(files.folder / "model" / file), what, DAMAGED))
+        files.fill(at[f"model/{file}", slot.offset], placement, local)
 
 
 def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:

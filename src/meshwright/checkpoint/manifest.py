@@ -22,6 +22,7 @@ MANIFEST_CAP_BYTES = 256 << 20
 
 #: The first line has the digest of all that follows, which is checked before anything is parsed.
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
+_SEQUENCE = re.compile(rb'"sequence": ?([0-9]{1,15})[,}]')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -141,6 +142,16 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if problems:
         raise InputError(problems)
     return manifest
+
+
+def stated_sequence(folder: Path) -> int | None:
+    """The `sequence` in the manifest of a damaged checkpoint, whose digest need not fit; None if none can be read."""
+    try:
+        with open(folder / MANIFEST_NAME, "rb") as file:
+            stated = _SEQUENCE.search(file.read(1000))
+    except OSError:
+        stated = None
+    return int(stated.group(1)) if stated else None
 
 
 def decode_manifest(data: bytes, where: str) -> CheckpointManifest:

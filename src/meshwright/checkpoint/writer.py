@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ class Writer:
 
     The ranks share only the folder: nothing is gathered, and no collective runs. The newest `keep` committed
     checkpoints stay. `parent` is the step that this run was resumed from. A missing rank fails the save after
-    `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed.
+    `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed. Rank 0 calls
+    `committed(step, seconds)` after each commit, with how long `save` kept its caller.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Writer:
         layout: Layout | None = None,
         parent: int | None = None,
         timeout_seconds: float = 600.0,
+        committed: Callable[[int, float], None] | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside a world of {world}")
@@ -84,7 +87,7 @@ class Writer:
         self.root, self.rank, self.world = Path(root), rank, world
         self.asynchronous, self.keep, self.timeout_seconds = asynchronous, keep, timeout_seconds
         self.layout = layout.as_dict() if layout else {}
-        self._parent = parent
+        self._parent, self._committed = parent, committed
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -101,6 +104,7 @@ class Writer:
         Returns once the values are copied; the tensors may then change. Waits first for the previous save and raises
         its error: RunFailed naming rank and step.
         """
+        begin = time.perf_counter()
         self.wait()
         if both := set(model) & set(state):
             raise ValueError(f"in the model and in the state: {sorted(both)[0]!r}")
@@ -113,7 +117,10 @@ class Writer:
             torch.cuda.synchronize()
         save = _Save(step, self._parent, staged["model"], staged["state"], dict(meta), model_files)
         self._parent = step
-        self._thread = threading.Thread(target=self._run, args=(save,), name=f"checkpoint-{step}", daemon=True)
+        staged_seconds = time.perf_counter() - begin
+        self._thread = threading.Thread(
+            target=self._run, args=(save, begin, staged_seconds), name=f"checkpoint-{step}", daemon=True
+        )
         self._thread.start()
         if not self.asynchronous:
             self.wait()
@@ -144,7 +151,7 @@ class Writer:
             buffer = source.contiguous()
         return _HostBox(placement.box, CODES[tensor.dtype], to_bytes(buffer))
 
-    def _run(self, save: _Save) -> None:
+    def _run(self, save: _Save, begin: float, staged_seconds: float) -> None:
         """The background thread: reports an error to the other ranks and keeps it for the next call."""
         try:
             rendezvous = Rendezvous(self.root, save.step, self.rank, self.world, self.timeout_seconds)
@@ -153,6 +160,9 @@ class Writer:
             except Exception as error:
                 _tell_others(rendezvous, error)
                 raise
+            if self.rank == 0 and self._committed is not None:
+                seconds = staged_seconds if self.asynchronous else time.perf_counter() - begin
+                self._committed(save.step, seconds)
         except MeshwrightError as error:
             self._error = error
         except Exception as error:
@@ -291,7 +301,9 @@ def _commit(
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
-    sequence = max((manifest.sequence for _, manifest in committed_folders(rendezvous.root)[0]), default=-1) + 1
+    sound, damaged = committed_folders(rendezvous.root)
+    earlier = [*(manifest.sequence for _, manifest in sound), *(one.sequence for one in damaged)]
+    sequence = max((number for number in earlier if number is not None), default=-1) + 1
     manifest = CheckpointManifest(
         step=save.step,
         sequence=sequence,

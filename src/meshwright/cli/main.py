@@ -79,15 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Makes SIGTERM end a verb as Ctrl-C does, so that `train` saves a checkpoint when a supervisor ends it."""
+    """Makes SIGTERM, and SIGHUP unless nohup has it ignored, end a verb as Ctrl-C does, so that `train` saves a
+    checkpoint when a supervisor ends it or its terminal is closed."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if before[signal.SIGHUP] != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _interrupt_once(number: int, _frame: object) -> None:
+    """A terminal that is closed may send its signal more than once: the second must not cut the saving short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _report(error: MeshwrightError) -> int:

@@ -19,7 +19,7 @@ Plans, verifies, trains and serves a model over many devices, from one job file.
 
 EXIT_CODES = """\
 exit codes: 0 done, 2 bad input, 3 does not fit or cannot work, 4 failed at run time, 5 layouts disagree,
-            130 stopped by Ctrl-C or SIGTERM (`train` saves first)"""
+            130 stopped by Ctrl-C, SIGTERM or SIGHUP (`train` saves first)"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -20,7 +20,7 @@ import numpy as np
 from meshwright.data import corpus, digits
 from meshwright.data.batch import Batch, Rows, Samples, TokenWindows, window_count
 from meshwright.data.order import batch_samples
-from meshwright.data.sources import TextSource, open_source
+from meshwright.data.sources import TextSource, file_digest, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
 from meshwright.files import sync_folder, write_atomic
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("meshwright")
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "held_out")
 _MANIFEST_BYTES = 2**20
 
@@ -82,14 +82,24 @@ class Manifest:
         """Held-out samples; 0 if nothing is held out."""
         return len(self._held_out)
 
-    def batch(self, seed: int, step: int, global_batch: int, start: int, stop: int, skips: Sequence[int] = ()) -> Batch:
+    def batch(
+        self,
+        seed: int,
+        step: int,
+        global_batch: int,
+        start: int,
+        stop: int,
+        skips: Sequence[int] = (),
+        shift: int = 0,
+    ) -> Batch:
         """Samples at places start..stop of the batch of `step` (from 0), `global_batch` samples long.
 
         A language model gets input_ids, positions and targets, int64 [stop - start, seq_len]; a classifier inputs
         float32 [stop - start, ...] and targets int64 [stop - start]; a target of -100 does not count. `skips` lists
-        batches that are never trained on. The same arguments always give the same arrays.
+        batches that are never trained on; `shift` is what batches of other sizes consumed before, more than as many of
+        this size would have. The same arguments always give the same arrays.
         """
-        return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips))
+        return self._train.take(batch_samples(self.samples, seed, step, global_batch, start, stop, skips, shift))
 
     def held_out(self, start: int, count: int) -> Batch:
         """`count` held-out samples from `start` on, in a fixed order; past the last come uncounted padding samples."""
@@ -122,8 +132,8 @@ class Manifest:
 def build_manifest(job: Job, folder: Path | str) -> Manifest:
     """The manifest in `folder` (a run's manifest/), built if it is missing. Any number of processes may call this.
 
-    Raises InputError if the data is broken, empty or too short, or if `folder` was built from other data: a run keeps
-    the data that it began with.
+    Raises InputError if the data is broken, empty or too short, or if `folder` was built from other data or changed
+    since: a run keeps the data that it began with. To know, it reads the source and the folder once.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -195,12 +205,17 @@ def _kind(job: Job) -> str:
 
 def _build(job: Job, folder: Path) -> None:
     content = _build_text(job, folder) if _kind(job) == "text" else _build_rows(job, folder)
+    content["files"] = {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
     text = json.dumps({"version": VERSION, **content}, indent=2) + "\n"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+    for file in _files(folder):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
     write_atomic(folder / "manifest.json", text.encode())
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file of the folder but its manifest.json, in the order of names."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "manifest.json"]
 
 
 def _build_text(job: Job, folder: Path) -> dict[str, Any]:
@@ -274,6 +289,11 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         source = _source_if_there(job)
         if source is not None and source.fingerprint() != content["source"]:
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
+    problems += [
+        Problem(str(folder / name), "was changed since the run began", "bring it back, or use another run folder")
+        for name, digest in content["files"].items()
+        if file_digest(folder / name) != digest
+    ]
     if problems:
         raise InputError(problems)
 
@@ -305,6 +325,8 @@ def _read_content(folder: Path) -> dict[str, Any]:
             raise ValueError(f"version {content['version']}, this program reads {VERSION}")
         if content["kind"] not in ("text", "rows") or set(content["splits"]) != set(SPLITS):
             raise ValueError("unknown kind or splits")
+        if not isinstance(content["files"], dict):
+            raise ValueError("files are no table")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_manifest(folder, error) from error
     return dict(content)

@@ -10,19 +10,28 @@ _ROUNDS = 6
 
 
 def batch_samples(
-    samples: int, seed: int, step: int, global_batch: int, start: int, stop: int, skips: Sequence[int] = ()
+    samples: int,
+    seed: int,
+    step: int,
+    global_batch: int,
+    start: int,
+    stop: int,
+    skips: Sequence[int] = (),
+    shift: int = 0,
 ) -> np.ndarray:
     """Indices (int64 [stop - start]) of the samples at places start..stop of the batch of `step`, counted from 0.
 
-    `skips` lists batches that are never trained on, by their number in the order without skips. A batch may have the
-    end of one epoch and the start of the next. The result depends on the arguments alone.
+    `shift` is added to every place in the order: what batches of other sizes consumed before, more than as many of this
+    size would have. `skips` lists batches that are never trained on, by their number in the order without skips. A
+    batch may have the end of one epoch and the start of the next. The result depends on the arguments alone.
     """
     if not 0 <= start <= stop <= global_batch:
         raise ValueError(f"places {start}..{stop} are not in a batch of {global_batch}")
     batch = step
     for skip in sorted(set(skips)):
         batch += skip <= batch
-    places = np.arange(batch * global_batch + start, batch * global_batch + stop, dtype=np.int64)
+    first = batch * global_batch + shift
+    places = np.arange(first + start, first + stop, dtype=np.int64)
     epochs, within = np.divmod(places, samples)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):

@@ -58,11 +58,24 @@ class TextSource:
             except OSError as error:
                 raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
 
+    def total_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(path.stat().st_size for _, path, _ in self.files)
+
     def fingerprint(self) -> dict[str, Any]:
-        """The identity of this source: number of files, their bytes, a digest of their names and sizes."""
-        sizes = [(name, path.stat().st_size) for name, path, _ in self.files]
-        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
+        """The identity of this source: files, their bytes, and a digest of names and contents. Reads all of it."""
+        digests = [(name, file_digest(path)) for name, path, _ in self.files]
+        digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        return {"files": len(digests), "bytes": self.total_bytes(), "digest": digest}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
 
 
 def open_source(source: str, text_key: str) -> TextSource:

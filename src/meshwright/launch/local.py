@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -70,6 +71,26 @@ def local(
     return LocalProcesses(spec)
 
 
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder for processes. Where they fail (RunFailed) the logs stay, since the error names one."""
+    folder, failed = Path(tempfile.mkdtemp(prefix=prefix)), False
+    try:
+        yield folder
+    except RunFailed:
+        failed = True
+        raise
+    finally:
+        for path in sorted(folder.rglob("*"), reverse=True) if failed else ():
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # it has a log
+                    path.rmdir()
+            elif path.suffix != ".log":
+                path.unlink(missing_ok=True)
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class LocalProcesses:
     """Processes of this machine that run one function. As a context manager it ends them at exit."""
 
@@ -80,13 +101,13 @@ class LocalProcesses:
         self._stopped = False
         self._results: list[Any] = []
         self._error: MeshwrightError | None = None
-        started_pids: queue.Queue[list[int] | OSError] = queue.Queue()
+        started_pids: queue.Queue[list[int] | Exception] = queue.Queue()
         # The kernel sends the death signal when the *thread* that started a process ends. So one thread starts all
         # processes and lives until the last has ended, whatever happens to the caller's thread.
         self._thread = threading.Thread(target=self._watch, args=(started_pids,), name="meshwright-launch", daemon=True)
         self._thread.start()
         pids = started_pids.get()
-        if isinstance(pids, OSError):
+        if isinstance(pids, Exception):
             self._thread.join()
             raise RunFailed(Problem("launch", f"cannot start a process: {pids}")) from pids
         #: Process ids by rank.
@@ -131,13 +152,13 @@ class LocalProcesses:
 
     # All methods below run in the watching thread: only it starts, reaps and signals the processes.
 
-    def _watch(self, started_pids: queue.Queue[list[int] | OSError]) -> None:
+    def _watch(self, started_pids: queue.Queue[list[int] | Exception]) -> None:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             try:
                 for rank in range(self._spec.processes):
                     workers.append(self._start(rank))
-            except OSError as error:
+            except Exception as error:  # raised by the caller's thread, which waits for an answer
                 _end(workers, 0)
                 started_pids.put(error)
                 return

@@ -27,6 +27,9 @@ DAY_SECONDS = 86_400.0
 STATE_BYTES_PER_PARAMETER = 12
 #: The largest share of the time spent on writing checkpoints: storage is shared, and a burst slows everybody.
 WRITING_SHARE = 0.1
+#: The most work between two checkpoints, where storage can take it: failures are not the only end of a run. People and
+#: job queues kill runs too, which no failure rate counts.
+MOST_LOST_SECONDS = 180.0
 #: With less goodput than this, the time of the run is not worth naming.
 LEAST_USEFUL = 1e-3
 #: The accepted chance that a failed node finds no spare.
@@ -188,11 +191,12 @@ class CheckpointCost:
         return CheckpointCost(*write, restart, durable / WRITING_SHARE)
 
     def best_steps(self, step_seconds: float, most_seconds: float, mtbf_seconds: float) -> int:
-        """Steps between checkpoints with the highest goodput."""
+        """Steps between checkpoints with the highest goodput, MOST_LOST_SECONDS at most or what storage takes."""
         least = max(step_seconds, self.least)
         parts = {"stall_seconds": self.stall, "durable_seconds": self.durable, "least_seconds": least}
         seconds = best_interval(**parts, mtbf_seconds=mtbf_seconds)
-        return max(1, round(min(seconds, most_seconds, 1e15) / step_seconds))
+        seconds = min(seconds, max(least, MOST_LOST_SECONDS), most_seconds)
+        return max(1, round(seconds / step_seconds))
 
     def at_interval(self, seconds: float) -> CheckpointCost:
         """The cost with `seconds` of work between checkpoints: each waits until the one before it is written."""
@@ -217,7 +221,7 @@ def run_forecast(
     """Failures, time and cost of a run of `steps` steps (0: a long run) of `step_seconds` each.
 
     `parameters` counts the model's. `asynchronous`: the work goes on while a checkpoint is written. `every` is the
-    number of steps between checkpoints: 0 saves only at the end, None takes the best number.
+    number of steps between checkpoints: 0 saves only at the end, None takes the best number within MOST_LOST_SECONDS.
     """
     rates = reliability or Reliability()
     reclaimed = rates.spot_per_1000_node_days if spot else 0.0

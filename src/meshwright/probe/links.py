@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def measure_links(processes: int, interface: str) -> tuple[LinkSpeed, ...]:
     """
     backend = "nccl" if torch.cuda.device_count() >= processes else "gloo"
     payload = {"backend": backend}
-    with tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder:
+    with launch.scratch_folder("meshwright-probe-") as folder:
         options: dict[str, Any] = {"env": {"OMP_NUM_THREADS": "1"}, "interface": interface}
         with launch.local("meshwright.probe.links:work", payload, processes, folder, **options) as workers:
             rows = workers.wait(TIMEOUT_SECONDS)[0]

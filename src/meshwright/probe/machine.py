@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -71,7 +70,7 @@ def _run_ranks(payload: dict[str, Any], ranks: int, limit_seconds: float, interf
     threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}  # overrides the user's setting
     options: dict[str, Any] = {"interface": interface, "env": threads}
     with (
-        tempfile.TemporaryDirectory(prefix="meshwright-probe-") as folder,
+        launch.scratch_folder("meshwright-probe-") as folder,
         launch.local("meshwright.probe.machine:work", payload, ranks, folder, **options) as workers,
     ):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def rehearse(job: Job, choice: Choice, device: Device, ranks: Sequence[int] | No
         last = layout.devices - 1
         hint = f"nearest: {last if wrong else 0}"
         raise InputError(Problem("command line: --ranks", f"{named}: the layout has ranks 0 to {last}", hint))
-    with tempfile.TemporaryDirectory(prefix="meshwright-rehearse-") as folder:
+    with launch.scratch_folder("meshwright-rehearse-") as folder:
         path = Path(folder, "job.toml")
         path.write_text(job_to_toml(job), encoding="utf-8")
         payload = {**payload_of(path, choice, device.kind), "ranks": list(chosen)}

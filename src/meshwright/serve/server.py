@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,7 +191,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshwright-")))
+        private = stack.enter_context(launch.scratch_folder("meshwright-"))
         renderer = await stack.enter_async_context(Renderer(template))
         stopping = asyncio.create_task(stop.wait())
         opening = asyncio.create_task(stack.enter_async_context(engine_processes(folder, config, precision, private)))

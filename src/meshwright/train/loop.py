@@ -208,7 +208,7 @@ class Trainer:
         """Scales the gradients to norm `train.clip` at most, with torch.nn.utils.clip_grad_norm_'s formula."""
         limit = self.job.train.clip
         factor = correction * min(1.0, limit / (norm + 1e-6)) if limit else correction
-        if factor != 1.0:
+        if factor != 1.0 and self.optimizer.parameters:
             torch._foreach_mul_(self.optimizer.gradients(), factor)
 
     def _noise_seed(self, step: int) -> int:

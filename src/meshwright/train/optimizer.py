@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,15 @@ def learning_rate(step: int, train: TrainSection) -> float:
     return float(floor + (peak - floor) * max(left, 0.0))
 
 
+#: The tensors that AdamW keeps of each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moment_names(names: Iterable[str]) -> list[str]:
+    """The names under which a checkpoint has the moments of these parameters."""
+    return [f"{moment}.{name}" for name in names for moment in MOMENTS]
+
+
 class Optimizer:
     """AdamW on the plain local tensors of `model`. Parameters of two or more dimensions decay, vectors do not."""
 
@@ -48,9 +57,9 @@ class Optimizer:
         stays: list[Tensor] = []
         for name, local in self.parameters.items():
             (decays if len(model.placements[name].box.global_shape) >= 2 else stays).append(local)
-        groups = [{"params": decays, "weight_decay": train.weight_decay}, {"params": stays, "weight_decay": 0.0}]
+        # Groups may be empty, even all of them: a rank may hold no element of any parameter.
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": decays, "weight_decay": train.weight_decay}, {"params": stays, "weight_decay": 0.0}],
             lr=train.lr,
             betas=train.betas,
             eps=train.eps,
@@ -59,8 +68,7 @@ class Optimizer:
         for local in self.parameters.values():
             self._adamw.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),
-                "exp_avg": torch.zeros_like(local),
-                "exp_avg_sq": torch.zeros_like(local),
+                **{moment: torch.zeros_like(local) for moment in MOMENTS},
             }
 
     def collect(self) -> None:
@@ -94,8 +102,8 @@ class Optimizer:
         entries = {}
         for name, local in self.parameters.items():
             row = self._model.placements[name]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                entry = dataclasses.replace(row, name=f"{moment}.{row.name}")
+            for moment, moment_name in zip(MOMENTS, moment_names([row.name]), strict=True):
+                entry = dataclasses.replace(row, name=moment_name)
                 entries[entry.name] = (entry, self._adamw.state[local][moment])
         return entries
 

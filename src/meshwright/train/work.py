@@ -20,6 +20,7 @@ from meshwright.plan import Plan
 from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, Record, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
+from meshwright.train.optimizer import moment_names
 from meshwright.train.recorder import recorder
 from meshwright.train.spans import merge
 
@@ -53,6 +54,7 @@ class Session:
         parallel_model = apply(chosen, self.model.card, self.model.module, mesh)
         self.model.fill(parallel_model)
         self.trainer = Trainer(job, self.model.card, parallel_model, mesh, tasks.get(job.task.name), self._batch)
+        self._shift = 0  # samples consumed, less those of as many steps of this batch size
         self.first_step = 1 + (self._restore() if resume else 0)
         every, planned = job.checkpoint.every, plan.outlook.checkpoint_steps if plan.outlook else 0
         self.checkpoint_steps = planned if every is None else every
@@ -64,12 +66,14 @@ class Session:
             keep=job.checkpoint.keep,
             layout=chosen.layout,
             parent=self.first_step - 1 or None,
+            committed=lambda step, seconds: self._event("checkpoint", step=step, seconds=seconds),
         )
 
     def train(self) -> dict[str, Any]:
-        """Steps to the job's last one, or until SIGTERM or SIGINT; both end with a checkpoint."""
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self._request_stop)
+        """Steps to the job's last one, or until SIGTERM, SIGINT or SIGHUP; both end with a checkpoint."""
+        for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(kind, self._request_stop)
         done = self.first_step - 1
         self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
         clock = Clock(self.mesh.device)
@@ -79,18 +83,20 @@ class Session:
             result = self.trainer.step(step, self.record)
             seconds = clock.tick()
             self._append_step_event(step, result, seconds)
-            last = step == self.job.train.steps or result.stop_requested
-            if self._is_due(self.job.train.eval_every, step) or step == self.job.train.steps:
-                with self.trainer.spans("evaluate", step):
-                    held_out = self.trainer.evaluate(self.manifest)
-                self._event("eval", step=step, **held_out)
-            if self._is_due(self.checkpoint_steps, step) or last:
+            last = step == self.job.train.steps
+            if self._is_due(self.checkpoint_steps, step) or last or result.stop_requested:
                 with self.trainer.spans("checkpoint", step):
                     self._save(step)
                 saved_step = step
-            clock.tick()
             if result.stop_requested:
-                break
+                self.writer.wait()  # safe before anything else: whoever asked may not wait for long
+                if not last:
+                    break
+            if self._is_due(self.job.train.eval_every, step) or last:
+                with self.trainer.spans("evaluate", step):
+                    held_out = self.trainer.evaluate(self.manifest)
+                self._event("eval", step=step, **held_out)
+            clock.tick()
         self.writer.wait()
         self.trainer.spans.write(self.run, self.mesh.rank)
         dist.barrier()
@@ -123,29 +129,37 @@ class Session:
         self.trainer.stop_requested = True
 
     def _save(self, step: int) -> None:
-        clock = Clock(self.mesh.device)
-        meta = {"seed": self.job.train.seed, "job": self.job.as_dict()}
+        samples = step * self.job.train.global_batch + self._shift
+        meta = {"seed": self.job.train.seed, "samples": samples, "job": self.job.as_dict()}
         folder = self.model.folder(self.manifest.side_files())
         self.writer.save(step, self._weights(), self.trainer.optimizer.state(), meta, folder)
-        self._event("checkpoint", step=step, seconds=clock.tick())
 
     def _weights(self) -> dict[str, tuple[Placement, Tensor]]:
         model = self.trainer.model
         return {row.name: (row, model.local(name).detach()) for name, row in model.placements.items()}
 
     def _restore(self) -> int:
-        """Loads the newest committed checkpoint; returns its step, 0 if there is none."""
+        """Loads the newest committed checkpoint; returns its step, 0 if there is none. An event says so."""
         folder = checkpoint.latest(self.run.checkpoints)
         if folder is None:
+            self._event("recovery", step=0, checkpoint="none was committed: from the start")
             return 0
         manifest = checkpoint.read_manifest(folder)
         if manifest.step > self.job.train.steps:
             what = f"holds step {manifest.step}, the job ends at {self.job.train.steps}"
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
-        checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()})
+        complete = {*self.model.names, *moment_names(self.model.names)}
+        checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
-        self._event("recovery", step=manifest.step, checkpoint=folder.name)
+        before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]
+        samples = manifest.meta.get("samples", manifest.step * before["global_batch"])
+        self._shift = samples - manifest.step * self.job.train.global_batch
+        changed = {
+            f"train.{key}": f"{was} -> {value}" for key, value in now.items() if (was := before.get(key)) != value
+        }
+        self._event("recovery", step=manifest.step, checkpoint=folder.name, samples=samples, **changed)
         return int(manifest.step)
 
     def _batch(self, step: int, start: int, stop: int) -> data.Batch:
-        return self.manifest.batch(self.job.train.seed, step - 1, self.job.train.global_batch, start, stop)
+        train = self.job.train
+        return self.manifest.batch(train.seed, step - 1, train.global_batch, start, stop, shift=self._shift)

@@ -84,7 +84,7 @@ def _reading(job: Job, card: Card) -> DataVolume:
     elif source == "stdlib":
         from meshwright.data.sources import open_source
 
-        source, size = "Python's standard library", open_source(source, job.data.text_key).fingerprint()["bytes"]
+        source, size = "Python's standard library", open_source(source, job.data.text_key).total_bytes()
     else:
         path = Path(source)
         source, size = path.name + "/" * path.is_dir(), _bytes_of(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
+from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
 from meshwright.verbs.report import report
 from meshwright.verbs.start import cluster_of_job, locate_problems, location_of, read_job
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Sections that a resumed run may not change, because its checkpoints depend on them.
 FIXED_SECTIONS = ("model", "data", "task")
+#: Another key that it may not change: the order of the samples follows from it.
+FIXED_KEYS = ("train.seed",)
 
 #: Sections that decide the plan: where they have not changed, a resumed run keeps its plan.
 PLANNED_SECTIONS = ("model", "data", "cluster", "layout")
@@ -45,9 +49,9 @@ def train(
 
     `profile` is a file that `calibrate` wrote, to plan with. `watch(folder, plan, processes)` is called once the
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
-    not set (or the reverse), and RunFailed with the command that resumes.
+    not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
-    from meshwright import data, families, launch
+    from meshwright import data, families
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -68,10 +72,27 @@ def train(
         _check_same_run(earlier_job, job, folder)
     chosen = _reusable_plan(folder, earlier_job, job) or plan(job, profile=profile)
     _create(folder)
-    with locate_problems(job):
-        data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
-    folder.write_job(job_to_toml(job))
-    folder.write_plan(chosen.as_dict())
+    with folder.lock():
+        if earlier_job is None:
+            _earlier_job(folder, resume, resume_with)  # a run that began while this one was planned
+        with locate_problems(job):
+            data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
+        with _written_unless_refused(folder, job_to_toml(job), chosen):
+            results = _run(folder, chosen, job, resume, resume_with, watch)
+    return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
+
+
+def _run(
+    folder: RunFolder,
+    chosen: Plan,
+    job: Job,
+    resume: bool,
+    resume_with: str,
+    watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None,
+) -> list[Any]:
+    """Trains in processes; returns their results. Raises RunFailed with the command that resumes."""
+    from meshwright import launch
+
     processes = launch.local(
         "meshwright.train:work",
         {"run": str(folder.path.resolve()), "resume": resume},
@@ -84,16 +105,31 @@ def train(
         if watch is not None:
             watch(folder, chosen, processes)
         results = processes.wait()
+        if results[0]["step"] < job.train.steps:  # each ended in order, after a signal from outside
+            what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
+            raise RunFailed(Problem(str(folder.path), what))
+        return results
     except RunFailed as error:
         folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=resume_with) from error
-    except (InputError, CannotWork):
-        if earlier_job is None and not folder.events.exists():  # no training has begun: not a run yet
-            folder.job.unlink()
-        raise
     finally:
         processes.stop()
-    return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
+
+
+@contextmanager
+def _written_unless_refused(folder: RunFolder, job: str, plan: Plan) -> Iterator[None]:
+    """Writes job.toml and plan.json; puts back what was there if the processes refuse the job before they train."""
+    before = {path: path.read_bytes() if path.exists() else None for path in (folder.job, folder.plan)}
+    events = folder.tail(lambda: True, from_end=True)
+    folder.write_job(job)
+    folder.write_plan(plan.as_dict())
+    try:
+        yield
+    except (InputError, CannotWork):
+        if not any(event["event"] == "start" for event in events):
+            for path, content in before.items():
+                path.unlink() if content is None else write_atomic(path, content)
+        raise
 
 
 def resume_command(job: Job | str | Path, overrides: Sequence[str], run: str | Path | None) -> str:
@@ -124,7 +160,7 @@ def _create(folder: RunFolder) -> None:
 
 
 def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
-    """Raises InputError where the job differs from the run's in FIXED_SECTIONS."""
+    """Raises InputError where the job differs from the run's in FIXED_SECTIONS or FIXED_KEYS."""
     before, now = earlier.as_dict(), job.as_dict()
     problems = [
         Problem(
@@ -132,9 +168,9 @@ def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
             f"is {now[section][key]!r}, the run in {folder.path} was made with {value!r}",
             "name another folder with --run DIR",
         )
-        for section in FIXED_SECTIONS
-        for key, value in before[section].items()
-        if now[section][key] != value
+        for section, keys in before.items()
+        for key, value in keys.items()
+        if (section in FIXED_SECTIONS or f"{section}.{key}" in FIXED_KEYS) and now[section][key] != value
     ]
     if problems:
         raise InputError(problems)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def _plan_of(planned: Plan, layout: Layout, stages: tuple[tuple[str, ...], ...],
 
 
 def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> Comparison:
-    with tempfile.TemporaryDirectory(prefix="meshwright-verify-") as folder:
+    with launch.scratch_folder("meshwright-verify-") as folder:
         reference, other = Path(folder, "one-device"), Path(folder, "layout")
         expected = _train(reference, job, single, data_from=None)
         actual = _train(other, job, split, data_from=reference)
