@@ -44,7 +44,8 @@ class StageMemory:
     """Peak bytes on a rank of one stage.
 
     `buffers` are for communication and for the backward of one block; `slack` is reserved by the allocator and unused;
-    `process` is outside the allocator: libraries, the device's context.
+    `process` is outside the allocator: libraries, the device's context. `checkpoint` is the host's copy from which a
+    checkpoint is written while training goes on, where host and device share the memory.
     """
 
     weights: int
@@ -54,6 +55,7 @@ class StageMemory:
     buffers: int
     slack: int = 0
     process: int = 0
+    checkpoint: int = 0
 
     @property
     def allocated(self) -> int:
@@ -67,12 +69,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        return self.reserved + self.process
+        return self.reserved + self.process + self.checkpoint
 
     @property
     def other(self) -> int:
         """All but the model's state and activations."""
-        return self.buffers + self.slack + self.process
+        return self.buffers + self.slack + self.process + self.checkpoint
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -128,6 +130,8 @@ class MemoryModel:
     def __init__(self, workload: Workload) -> None:
         self.card, self.framework, self.device = workload.card, workload.framework, workload.cluster.device
         self.width = WIDTH[workload.precision]
+        on_host = workload.asynchronous and self.device.kind == "cpu"
+        self.save_bytes = workload.framework.save_bytes if on_host else 0
         self.blocks = BlockMemory(workload.framework, workload.precision, self.device)
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
         self._activations: dict[tuple[object, ...], tuple[StageActivations, ...]] = {}
@@ -145,7 +149,10 @@ class MemoryModel:
         ranks = zip(self._stage_elements(layout, cut), self._stage_activations(layout, cut, micro_batches), strict=True)
         if self.framework.holds == "copies":
             return tuple(self._copies(layout, sizes, active) for sizes, active in ranks)
-        return tuple(self._masters(layout, sizes, active, micro_batches) for sizes, active in ranks)
+        return tuple(
+            replace(self._masters(layout, sizes, active, micro_batches), checkpoint=self._saved(layout, sizes))
+            for sizes, active in ranks
+        )
 
     def least_bytes(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> int:
         """A lower bound of the fullest rank's bytes, for this layout and any larger micro-batch or smaller shard.
@@ -180,6 +187,11 @@ class MemoryModel:
         dummies = wide * sizes.distinct if framework.dummy_gradients else 0
         optimizer = 0 if layout.offload else optimizer
         return self._stage_memory(wide * elements, gradient * elements, optimizer, active, dummies)
+
+    def _saved(self, layout: Layout, sizes: StageElements) -> int:
+        """A rank's bytes of the copy from which checkpoints are written: of what it owns, an equal part of what it
+        shares with other replicas. (Owners alternate by parameter, and all processes share the machine's memory.)"""
+        return self.save_bytes * -(-self._sharded(layout, sizes) // layout.replicate)
 
     def _gathered(self, layout: Layout, sizes: StageElements) -> int:
         """Bytes of the weights that stay gathered, in the compute precision."""

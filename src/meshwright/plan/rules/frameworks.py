@@ -96,6 +96,7 @@ class Framework:
     splits_experts: bool = True  # by tensor parallelism too
     vocab_multiple: int = 1  # a vocabulary is padded to a multiple of this x tp
     workspace_bytes: int = 0  # of the matrix libraries, inside the allocator
+    save_bytes: int = 0  # per parameter, copied to the host by an asynchronous checkpoint and kept between checkpoints
     never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block
     assumed: tuple[str, ...] = field(default=())
 
@@ -141,6 +142,7 @@ _ROWS = (
         loss_rows=1024,
         batch_bytes=24,
         buffers_each=True,
+        save_bytes=12,  # weights and two moments in fp32 (checkpoint/writer.py)
     ),
     Framework(
         name="megatron-lm",
