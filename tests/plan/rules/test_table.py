@@ -201,6 +201,22 @@ def test_what_another_framework_offers_is_not_refused(layout: Layout) -> None:
     assert rules_broken(layout, framework="megatron-lm") == {}
 
 
+def test_a_vocabulary_that_the_framework_pads_is_divided_by_any_tp() -> None:
+    """Megatron pads GPT-2's 50,257 words to a multiple of 128 x tp; heads and widths are still divided evenly."""
+    gpt2 = ModelFacts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 50257), 64))
+    padding = [name for name, row in FRAMEWORKS.items() if row.vocab_multiple > 1]
+    assert {"megatron-lm", "megatron-bridge", "nemo"} <= set(padding)
+    for name, row in FRAMEWORKS.items():
+        if "tp" in row.offers.fields:
+            layout = Layout(tp=2, sequence_parallel=row.offers.sequence_always)
+            words = rules_broken(layout, gpt2, framework=name)
+            assert (words == {}) == (name in padding), (name, words)
+            assert gpt2.tensor_parallel_sizes(8, row) == ([1, 2, 4] if name in padding else [1])
+    refused = rules_broken(Layout(tp=8), gpt2, framework=MEGATRON)["tp"]
+    assert refused == "tp=8 does not divide heads=12, kv_heads=4; nearest: layout.tp=4"
+    assert "vocab=50257; nearest: layout.tp=1" in rules_broken(Layout(tp=2), gpt2)["tp"]
+
+
 @pytest.mark.parametrize("name", ["megatron-lm", "megatron-bridge", "deepspeed"])
 def test_weights_are_not_sharded_in_a_pipeline_where_the_optimizer_is(name: str) -> None:
     (words,) = rules_broken(Layout(dp=4, shard=4, pp=2), framework=name).values()

@@ -61,11 +61,18 @@ class ModelFacts:
         """The most pipeline stages that it can be cut into."""
         return self.blocks if "pp" in self.splittable else 1
 
-    def tensor_parallel_sizes(self, limit: int) -> list[int]:
-        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table of axes."""
+    def sizes_to_divide(self, framework: Framework) -> Mapping[str, int]:
+        """Those of `split_sizes` that tp must divide: all but a vocabulary that the framework pads to a multiple."""
+        pads = framework.vocab_multiple > 1
+        return {axis: size for axis, size in self.split_sizes.items() if not (pads and axis == "vocab")}
+
+    def tensor_parallel_sizes(self, limit: int, framework: Framework) -> list[int]:
+        """Every tp up to `limit` that divides each axis that the framework's tensor parallelism splits evenly; [1]
+        without a table of axes."""
         if "tp" not in self.splittable:
             return [1]
-        common = math.gcd(*self.split_sizes.values()) if self.split_sizes else 1
+        sizes = self.sizes_to_divide(framework)
+        common = math.gcd(*sizes.values()) if sizes else 1
         return [d for d in divisors(common) if d <= limit]
 
     def context_parallel_sizes(self, limit: int) -> list[int]:

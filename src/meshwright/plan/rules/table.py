@@ -197,7 +197,8 @@ def _nearest_degrees(q: LayoutQuery) -> dict[str, int]:
     layout, offers = q.layout, q.offers
     best: tuple[float, ...] | None = None
     contexts = q.facts.context_parallel_sizes(q.devices) if offers("cp") else [1]
-    for tp in (t for t in q.facts.tensor_parallel_sizes(q.devices) if q.devices % t == 0 and (t == 1 or offers("tp"))):
+    tensors = q.facts.tensor_parallel_sizes(q.devices, q.framework) if offers("tp") else [1]
+    for tp in (t for t in tensors if q.devices % t == 0):
         for pp in (p for p in divisors(q.devices // tp) if p <= q.facts.stages and (p == 1 or offers("pp"))):
             for cp in (c for c in contexts if q.devices // tp // pp % c == 0):
                 new = (q.devices // tp // pp // cp, tp, pp, cp)
@@ -243,10 +244,10 @@ def _tensor(q: LayoutQuery) -> Refusal | None:
     if "tp" not in q.facts.splittable:
         reason = f"tp={tp}: this model has no table of logical axes to split its parameters by; add one for tp"
         return Refusal("tp", reason, {"tp": 1}, ("tp",))
-    wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.split_sizes.items()) if size % tp]
+    wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.sizes_to_divide(q.framework).items()) if size % tp]
     if not wrong:
         return None
-    near = nearest_by_ratio(tp, q.facts.tensor_parallel_sizes(tp))
+    near = nearest_by_ratio(tp, q.facts.tensor_parallel_sizes(tp, q.framework))
     return Refusal("tp", f"tp={tp} does not divide {', '.join(wrong)}", {"tp": near}, ("tp",))
 
 
@@ -372,7 +373,7 @@ RULES: tuple[Rule, ...] = (
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
     Rule("shard", "shard divides dp x cp, and spans cp where the framework needs it", _shard),
     Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework needs it", _weights),
-    Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
+    Rule("tp", "tp divides heads, kv_heads, ffn, and a vocab that is not padded, and needs axes", _tensor),
     Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
     Rule("experts", "ep divides the experts and dp x cp", _experts),

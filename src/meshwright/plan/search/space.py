@@ -99,7 +99,8 @@ def _allows(space: Space, name: str, value: int) -> bool:
 def _tensor_sizes(space: Space) -> list[int]:
     cluster = space.workload.cluster
     limit = cluster.devices if space.bounds.tensor_across_nodes else cluster.devices_per_node
-    return [t for t in space.workload.facts.tensor_parallel_sizes(limit) if _allows(space, "tp", t)]
+    sizes = space.workload.facts.tensor_parallel_sizes(limit, space.workload.framework)
+    return [t for t in sizes if _allows(space, "tp", t)]
 
 
 def _context_sizes(space: Space) -> list[int]:
