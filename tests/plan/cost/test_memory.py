@@ -21,7 +21,7 @@ from meshwright.placement import placements
 from meshwright.plan import PlanRequest, Workload, make_plan
 from meshwright.plan.cost import MemoryModel, StageMemory, usable_bytes
 from meshwright.plan.cost.block_memory import local_size
-from meshwright.plan.cost.memory import PROCESS_BYTES, slack_bytes
+from meshwright.plan.cost.memory import PROCESS_BYTES, memory_interval, slack_bytes
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
 H100 = named_cluster("h100-sxm-80gb", 8)
@@ -246,6 +246,15 @@ def test_a_layer_of_two_that_is_recomputed_leaves_half() -> None:
         for word in ("none", "selective", "full")
     )
     assert half == (none + full) / 2 and full < none
+
+
+def test_the_interval_of_our_peak_is_as_wide_as_what_it_was_measured_on() -> None:
+    """Our runs on CPUs say nothing of GPUs: there the interval is that of the only runs on GPUs, Megatron-LM's."""
+    assert memory_interval("meshwright", "cpu") == (0.96, 1.03)
+    assert memory_interval("meshwright", "cuda") == memory_interval("megatron-lm", "cuda") == (0.96, 1.4)
+    chosen = make_plan(card(SMALL, 32), H100, PlanRequest(8, "bf16"), what_if=False).chosen.predicted
+    low, high = chosen.intervals["peak_bytes"]
+    assert (low, high) == (pytest.approx(0.96 * chosen.peak_bytes), pytest.approx(1.4 * chosen.peak_bytes))
 
 
 def test_the_allocators_slack_is_bounded_by_what_is_allocated() -> None:
