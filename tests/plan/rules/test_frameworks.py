@@ -18,7 +18,7 @@ def test_every_row_uses_valid_words() -> None:
         assert row.offers.fields <= fields and set(row.offers.schedules) <= set(SCHEDULES)
         assert set(row.offers.recompute) <= set(RECOMPUTE)
         assert row.attention in {*FLASH_SHARE, "unfused"} and row.fused in FUSED_STARTS
-        assert row.optimizer_shard in ("none", "dp") and row.selective in ("attention", "block", "operations")
+        assert row.optimizer_shard in ("none", "dp") and row.selective in ("attention", "block", "others", "operations")
         shares = (row.gradient_overlap, row.gather_overlap, row.tensor_overlap, row.context_overlap)
         assert all(0 <= share <= 1 for share in shares)
 

@@ -61,8 +61,8 @@ class Framework:
     1), else "none".
     An `*_overlap` is the share, 0 to 1, of a communication that may run behind compute.
     `attention` is "flash" (FlashAttention 2), "best" (the device's own fused kernel) or "unfused" (scores are written).
-    `selective` is what recompute = selective drops: "attention" (its core), "block" (every other block) or
-    "operations" (everything but matrix products, and every second product too).
+    `selective` is what recompute = selective drops: "attention" (its core), "block" (every other block), "others" (all
+    but matrix products and attention) or "operations" (the same, and every second product too).
     """
 
     name: str
@@ -142,6 +142,7 @@ _ROWS = (
         loss_rows=1024,
         batch_bytes=24,
         buffers_each=True,
+        selective="others",
         save_bytes=12,  # weights and two moments in fp32 (checkpoint/writer.py)
     ),
     Framework(

@@ -108,6 +108,13 @@ class LayoutQuery:
         return name in self.framework.offers.fields
 
     @property
+    def recomputes(self) -> tuple[str, ...]:
+        """The words of recompute that the framework offers this model: where "selective" drops attention alone, models
+        without attention have none."""
+        nothing = self.framework.selective == "attention" and not self.facts.has_attention
+        return tuple(word for word in self.framework.offers.recompute if not (nothing and word == "selective"))
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches per step on a rank; 0 where the batch cannot be divided like that."""
         dp, micro = self.layout.dp, self.layout.micro_batch

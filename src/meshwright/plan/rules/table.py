@@ -116,15 +116,14 @@ def _split_backward(q: LayoutQuery) -> Refusal | None:
 
 
 def _recompute(q: LayoutQuery) -> Refusal | None:
-    offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
-    recompute = q.layout.recompute
+    offered, recompute = q.recomputes, q.layout.recompute
     if recompute in offered:
         return None
     most = offered[-1] if offered else "none"
     if recompute not in RECOMPUTE:
         reason = f"recompute '{recompute}' is unknown; there are {', '.join(RECOMPUTE)}"
-    elif recompute == "selective" and not q.facts.has_attention:
-        reason = "selective recompute drops what attention keeps, and this model has no attention"
+    elif recompute in q.framework.offers.recompute:
+        reason = f"selective recompute of {q.framework.name} drops attention alone, and this model has no attention"
     else:
         reason = f"recompute={recompute} is {not_offered(q.framework)}; there are {', '.join(offered)}"
     return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
@@ -369,7 +368,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("offers_offload", "optimizer state in host memory: where the framework offers it", _offered("offload")),
     Rule("schedule", "a schedule that the framework offers", _schedule),
-    Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
+    Rule(
+        "recompute",
+        "recompute as the framework offers it; selective that drops attention alone needs some",
+        _recompute,
+    ),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
     Rule("shard", "shard divides dp x cp, and spans cp where the framework needs it", _shard),
     Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework needs it", _weights),

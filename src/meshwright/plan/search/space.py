@@ -62,8 +62,7 @@ class Space:
 
     def recomputes(self) -> Sequence[str]:
         """Values of recompute to try, the cheapest in time first."""
-        offered = self.workload.framework.offers.recompute
-        return self.values("recompute", [w for w in offered if self.workload.facts.has_attention or w != "selective"])
+        return self.values("recompute", self.workload.query(Layout()).recomputes)
 
     def offloads(self) -> Sequence[bool]:
         return self.values("offload", [False, True] if self.workload.framework.offers.offload else [False])
