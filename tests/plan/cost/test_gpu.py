@@ -101,7 +101,7 @@ def test_recompute_adds_at_most_a_forward() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_our_selective_recompute_keeps_attention_and_products(precision: str) -> None:
-    """It computes again what is memory-bound, and asks Python for each operation what to keep, unless compiled."""
+    """It computes again what is memory-bound."""
     unit, layout = Compute(H100, precision), Layout(micro_batch=2, recompute="selective")
     found = unit.block(LAYER, layout)
     assert found.recompute == pytest.approx(unit.elementwise(LAYER, layout))
@@ -109,8 +109,7 @@ def test_our_selective_recompute_keeps_attention_and_products(precision: str) ->
     assert unit.block(longer, layout).recompute == found.recompute
     megatron = Compute(H100, precision, framework=FRAMEWORKS["megatron-lm"])
     assert megatron.block(LAYER, layout).recompute == pytest.approx(megatron.attention(LAYER.attention, layout)[0])  # type: ignore[arg-type]
-    compiled = Compute(H100, precision, framework=replace(FRAMEWORKS["meshwright"], fused="compiled"))
-    assert compiled.block(LAYER, layout).host_recompute < found.host_forward < found.host_recompute
+    assert 0 < found.host_recompute < found.host_forward
 
 
 def test_the_loss_is_not_computed_again() -> None:

@@ -207,7 +207,7 @@ class Compute:
             "block": (whole / 2, 0.5),
             "operations": (products / 2 + elementwise, 0.7),
             # Of the head's memory-bound operations nearly all are the loss, which is not recomputed.
-            "others": (0.0 if block.kind == "head" else elementwise, OTHERS_STARTS[self.framework.fused]),
+            "others": (0.0 if block.kind == "head" else elementwise, 0.7),
         }[self.framework.selective]
 
     def optimizer(self, elements: float, *, offload: bool = False) -> float:
@@ -224,11 +224,6 @@ class Compute:
 
 #: Operations after fusing, as a share of eager's.
 FUSED_STARTS: Mapping[str, float] = {"none": 1.0, "kernels": 0.9, "compiled": 0.4}
-
-
-#: Starts of a forward that selective recompute costs where products and attention are kept: nearly all operations are
-#: called again, and eager mode asks Python, twice for each, what to keep: 36 us, timed on a CPU (cpu.SELECTIVE_STARTS).
-OTHERS_STARTS: Mapping[str, float] = {"none": 3.7, "kernels": 3.7, "compiled": 0.7}
 
 
 def operations(block: Block, framework: Framework) -> float:
