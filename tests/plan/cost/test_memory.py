@@ -124,7 +124,7 @@ def test_1f1b_keeps_fewer_activations_the_later_the_stage_and_gpipe_keeps_all() 
 def test_a_pipeline_of_torch_holds_a_buffer_for_every_micro_batch_from_each_neighbour() -> None:
     layout, buffer = Layout(pp=4), 10 * 4
     found = stages(toy(), layout, 8, "fp32")
-    bare = stages(toy(), layout, 8, "fp32", framework=replace(OURS, buffers_each=False))
+    bare = stages(toy(), layout, 8, "fp32", framework=replace(OURS, torch_pipeline=False))
     more = [a.activations - b.activations for a, b in zip(found, bare, strict=True)]
     assert more == [8 * buffer, 16 * buffer, 16 * buffer, 8 * buffer]
 

@@ -297,7 +297,7 @@ class MemoryModel:
 
     def _received(self, layout: Layout, micro_batches: int) -> int:
         """Bytes received from one neighbour stage: torch's pipelines keep a buffer for every micro-batch."""
-        if layout.pp == 1 or not self.framework.buffers_each:
+        if layout.pp == 1 or not self.framework.torch_pipeline:
             return 0
         return micro_batches * self._boundary(layout) // (layout.tp if layout.sequence_parallel else 1)
 

@@ -25,9 +25,6 @@ FIELD_WORDS = {
     "sequence_parallel": "sequence parallel",
     "offload": "optimizer state in host memory",
 }
-#: Frameworks whose pipeline is torch.distributed.pipelining: its schedules refuse too few micro-batches, and those
-#: that split the backward pass compute wrong gradients, without an error, where blocks are wrapped one by one.
-TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Refusal:
 def fills_pipeline(layout: Layout, count: int, framework: Framework) -> bool:
     """Whether `count` micro-batches are enough for the layout's schedule, and whole rounds where it has rounds. In
     pipelines other than torch's, 1F1B runs with any number."""
-    if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:
+    if layout.schedule == "1f1b" and not framework.torch_pipeline:
         return True
     return count >= TABLE[layout.schedule].fill * layout.pp and not (in_rounds(layout) and count % layout.pp)
 

@@ -13,7 +13,6 @@ from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import DIMENSIONS
 from meshwright.plan.rules.query import (
     FIELD_WORDS,
-    TORCH_PIPELINES,
     LayoutQuery,
     Refusal,
     fills_pipeline,
@@ -103,7 +102,7 @@ def _split_backward(q: LayoutQuery) -> Refusal | None:
     """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
     parallelism (measured with torch 2.13: losses differ from the first steps on, without an error)."""
     layout, needs = q.layout, TABLE.get(q.layout.schedule)
-    if needs is None or not needs.splits or layout.pp <= 1 or q.framework.name not in TORCH_PIPELINES:
+    if needs is None or not needs.splits or layout.pp <= 1 or not q.framework.torch_pipeline:
         return None
     if layout.dp * layout.cp <= 1:
         return None
@@ -330,7 +329,7 @@ def _micro_batches(q: LayoutQuery) -> Refusal | None:
         change: dict[str, Any] = {"micro_batch": share // nearest_by_ratio(count, good)}
     elif "gpipe" in q.framework.offers.schedules:
         change = {"schedule": "gpipe", "vpp": 1}
-    elif "1f1b" in q.framework.offers.schedules and q.framework.name not in TORCH_PIPELINES:
+    elif "1f1b" in q.framework.offers.schedules and not q.framework.torch_pipeline:
         change = {"schedule": "1f1b", "vpp": 1}
     else:
         change = {"pp": 1, "vpp": 1}
