@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from meshwright import cluster
+from meshwright import cluster, env
 from meshwright.cluster import Cluster, Device, Link, cpu_cluster, named_cluster, resolve_cluster
 from meshwright.errors import InputError
 
@@ -33,6 +34,19 @@ def device(**changes: object) -> Device:
 
 
 LINK = Link("wire", 1e9, 1e-6)
+
+
+def control_groups(monkeypatch: pytest.MonkeyPatch, folder: Path, *own: str) -> None:
+    """Let `folder` be what Linux shows of control groups; this process is in the groups that `own` names."""
+    folder.mkdir(exist_ok=True)
+    (folder / "own").write_text("\n".join(own))
+    monkeypatch.setattr(env, "CGROUPS", folder)
+    monkeypatch.setattr(env, "OWN_CGROUPS", folder / "own")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def test_this_machine_without_gpus_is_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +210,7 @@ def test_a_rack_joins_nodes_by_the_inner_link() -> None:
 
 
 def test_memory_counts_the_container_and_its_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_CONTAINER", tmp_path)
+    control_groups(monkeypatch, tmp_path, "0::/")
     assert 0 < cluster.available_memory_bytes() <= cluster.memory_bytes()
     (tmp_path / "memory.max").write_text("9000000\n")
     (tmp_path / "memory.current").write_text("7000000\n")
@@ -204,3 +218,36 @@ def test_memory_counts_the_container_and_its_cached_files(tmp_path: Path, monkey
     assert (cluster.memory_bytes(), cluster.available_memory_bytes()) == (9_000_000, 4_500_000)
     (tmp_path / "memory.current").write_text("12000000\n")
     assert cluster.available_memory_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        (["0::/"], {}, 64),
+        (["0::/"], {"cpu.max": "max 100000"}, 64),
+        (["0::/"], {"cpu.max": "250000 100000"}, 2),  # docker --cpus=2.5
+        (["0::/"], {"cpu.max": "50000 100000"}, 1),
+        (["0::/"], {"cpu.max": "9900000 100000"}, 64),
+        (["0::/docker/4711"], {"cpu.max": "200000 100000"}, 2),  # the path is the host's, the mount the container's
+        (["0::/a.slice/b.service"], {"a.slice/cpu.max": "300000 100000", "a.slice/b.service/cpu.max": "max 1"}, 3),
+        (["3:cpu,cpuacct:/b", "0::/"], {"cpu/b/cpu.cfs_quota_us": "200000", "cpu/b/cpu.cfs_period_us": "50000"}, 4),
+        (["3:cpu,cpuacct:/b", "0::/"], {"cpu/b/cpu.cfs_quota_us": "-1", "cpu/b/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_those_of_affinity_and_of_every_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    control_groups(monkeypatch, tmp_path, *own)
+    for name, text in files.items():
+        write(tmp_path / name, text + "\n")
+    assert cluster.available_cores() == cores
+    assert cpu_cluster(2).device.units == cores // 2
+
+
+def test_memory_counts_the_groups_above_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups(monkeypatch, tmp_path, "0::/a.slice/b.service")
+    write(tmp_path / "a.slice/b.service/memory.max", "max\n")
+    for name, text in {"memory.max": "8000000", "memory.current": "3000000", "memory.stat": "anon 3000000"}.items():
+        write(tmp_path / "a.slice" / name, text + "\n")
+    assert (cluster.memory_bytes(), cluster.available_memory_bytes()) == (8_000_000, 5_000_000)

@@ -257,7 +257,7 @@ def memory_of_megatron(data: Path) -> dict[str, Any] | None:
 def _errors(signed: Sequence[float]) -> dict[str, Any]:
     """Summary of predicted / measured - 1; `coverage` is the share in the interval that a plan states."""
     sizes = [abs(error) for error in signed]
-    low, high = memory_interval("megatron-lm")
+    low, high = memory_interval("megatron-lm", "cuda")
     coverage = sum(low <= 1 / (1 + error) <= high for error in signed) / len(signed)
     figures = {"rows": len(sizes), "mean": sum(sizes) / len(sizes), "p95": quantile(sizes, 0.95), "max": max(sizes)}
     return {**figures, "coverage": coverage}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshwright.divisors import divisors
+from meshwright.env import control_groups
 from meshwright.errors import InputError, Problem, nearest_name
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 DEVICES_FILE = Path(__file__).with_name("devices.csv")
-_CONTAINER = Path("/sys/fs/cgroup")
 
 AMD = "AuthenticAMD"
 #: Flops per cycle of one core: (vendor and family, flag, fp32, bf16); the first matching row counts, "" matches any.
@@ -245,38 +245,41 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
 
 
 def available_cores() -> int:
-    """Cores that this process may use, by its affinity and the container's quota."""
+    """Cores that this process and those it starts may use: by its affinity, and by the quota of every control group
+    that holds it, in whole cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _CONTAINER / "cpu.max"
-    if quota.exists():
-        allowed, period = quota.read_text().split()[:2]
-        if allowed != "max":
-            cores = min(cores, max(1, int(allowed) // int(period)))
+    for group in control_groups("cpu"):
+        files = (group / "cpu.max",), (group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+        for words in (" ".join(path.read_text() for path in paths).split() for paths in files if paths[0].exists()):
+            if words[0] not in ("max", "-1"):
+                cores = min(cores, max(1, int(words[0]) // int(words[1])))
     return cores
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, or of the container where that is less."""
+    """Memory of this machine, or of a control group that holds this process where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CONTAINER / "memory.max"
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-    return total
+    return min([total, *(limit for _, limit in _memory_limits())])
+
+
+def _memory_limits() -> list[tuple[Path, int]]:
+    files = ((group, group / "memory.max") for group in control_groups("memory"))
+    words = ((group, path.read_text().strip()) for group, path in files if path.exists())
+    return [(group, int(word)) for group, word in words if word != "max"]
 
 
 def available_memory_bytes() -> int:
-    """Memory that a new process may take without swapping: the lesser of the system's and the container's.
+    """Memory that a new process may take without swapping: the least of the system's and the control groups'.
 
-    Both count cached pages of files as available, since these are dropped when memory is needed. All memory where the
+    All count cached pages of files as available, since these are dropped when memory is needed. All memory where the
     system does not say.
     """
-    total = memory_bytes()
-    limits, system, used = [total], Path("/proc/meminfo"), _CONTAINER / "memory.current"
+    limits, system = [memory_bytes()], Path("/proc/meminfo")
     if system.exists():
         limits += [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+)", system.read_text())]
-    if used.exists():
-        cached = re.findall(r"^(?:in)?active_file (\d+)", (_CONTAINER / "memory.stat").read_text(), re.MULTILINE)
-        limits.append(max(0, total - int(used.read_text()) + sum(map(int, cached))))
+    for group, limit in _memory_limits():
+        cached = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        limits.append(max(0, limit - int((group / "memory.current").read_text()) + sum(map(int, cached))))
     return min(limits)
 
 

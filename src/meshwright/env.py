@@ -1,4 +1,4 @@
-"""The only file that reads environment variables: a typed function for each."""
+"""What surrounds this process: environment variables, read here alone, a typed function for each; control groups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 #: Set by `launch` for the processes that it starts, never by hand.
 WORKER_FOLDER = "MESHWRIGHT_WORKER_FOLDER"
 WORKER_PARENT = "MESHWRIGHT_WORKER_PARENT"
+#: Where Linux shows control groups, by which containers and services limit what they hold, and those of this process.
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,19 @@ def worker_context() -> WorkerContext | None:
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, overridden by `changes`, with `defaults` for variables that are not set."""
     return {**defaults, **os.environ, **changes}
+
+
+def control_groups(controller: str) -> tuple[Path, ...]:
+    """Folders of the control groups that hold this process: its own, and those above, whose limits count as well.
+
+    controller: "cpu" or "memory", for systems where each has a tree of its own (version 1). In a container, paths may
+    be those of the host, of which only the container's own group is mounted, at the root.
+    """
+    folders: list[Path] = []
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            inside = Path(path.lstrip("/"))
+            root = CGROUPS / controller if controllers else CGROUPS
+            folders += [root / part for part in (inside, *inside.parents)]
+    return tuple(folder for folder in folders if folder.is_dir())

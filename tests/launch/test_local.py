@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from meshwright import launch
+from meshwright import env, launch
+from meshwright.cluster import cpu_cluster
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 
 
@@ -55,6 +56,19 @@ def test_the_users_own_thread_count_wins(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launch.local("workers:describe", {}, 1, tmp_path).wait()[0]["threads"] == "3"
     assert launch.local("workers:describe", {}, 1, tmp_path, env={"OMP_NUM_THREADS": "5"}).wait()[0]["threads"] == "5"
+
+
+def test_processes_share_what_the_quota_of_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    groups = tmp_path / "groups"
+    groups.mkdir()
+    (groups / "own").write_text("0::/\n")
+    (groups / "cpu.max").write_text("600000 100000\n")  # docker --cpus=6
+    monkeypatch.setattr(env, "CGROUPS", groups)
+    monkeypatch.setattr(env, "OWN_CGROUPS", groups / "own")
+    results = launch.local("workers:describe", {}, 2, tmp_path / "logs").wait()
+    assert [result["threads"] for result in results] == ["3", "3"]
+    assert cpu_cluster(2).device.units == 3  # what a plan counts on
 
 
 def test_the_store_joins_the_ranks(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from meshwright import env as environment
+from meshwright.cluster import available_cores
 from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
 from meshwright.launch.messages import error_from_dict
 
@@ -59,8 +60,8 @@ def local(
     function: "package.module:function", importable from this process's sys.path; payload: JSON.
     folder: rank-k.log is appended there. A private folder inside it (mode 0700, a name that cannot be guessed) holds
         the payload and the rendezvous store, so that other users cannot join the job.
-    env: more environment variables; by default each process gets cores // processes threads, and keeps the memory that
-        it has freed.
+    env: more environment variables; by default each process gets `available_cores() // processes` threads, and keeps
+        the memory that it has freed.
     interface: the network interface that gloo and NCCL bind to.
     grace_seconds: from SIGTERM to SIGKILL.
     Raises InputError where the payload is not JSON or the folder cannot be written.
@@ -196,7 +197,6 @@ class LocalProcesses:
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
         spec = self._spec
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         changes = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -210,7 +210,7 @@ class LocalProcesses:
             "NCCL_SOCKET_IFNAME": spec.interface,
             **spec.env,
         }
-        defaults = {"OMP_NUM_THREADS": str(max(1, cores // spec.processes)), **KEEP_MEMORY}
+        defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // spec.processes)), **KEEP_MEMORY}
         with open(self.log(rank), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "meshwright.launch.worker"],

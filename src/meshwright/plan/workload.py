@@ -14,13 +14,14 @@ from meshwright.plan.rules import FRAMEWORKS, Framework, LayoutQuery, ModelFacts
 @dataclass(frozen=True)
 class Workload:
     """A step of `global_batch` samples of the model `card` on `cluster`, run by `framework`. Matrix products are in
-    `precision` ("fp32", "bf16", ...; never "auto")."""
+    `precision` ("fp32", "bf16", ...; never "auto"). `asynchronous`: checkpoints are written while training goes on."""
 
     card: Card
     cluster: Cluster
     global_batch: int
     precision: str
     framework: Framework = FRAMEWORKS["meshwright"]
+    asynchronous: bool = False
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -29,7 +30,8 @@ class Workload:
     @cached_property
     def key(self) -> str:
         """Equal for equal workloads of one card."""
-        return repr((self.card.name, id(self.card), self.cluster, self.global_batch, self.precision, self.framework))
+        options = (self.global_batch, self.precision, self.framework, self.asynchronous)
+        return repr((self.card.name, id(self.card), self.cluster, *options))
 
     def query(self, layout: Layout) -> LayoutQuery:
         """The question to the rules: may this workload have `layout`?"""

@@ -115,11 +115,11 @@ def payload_of(job: Path, choice: Choice, kind: str) -> dict[str, Any]:
 def _rank(choice: Choice, rank: int, peak: Peak) -> RankPeak:
     stage = coordinates(choice.layout, rank).pp
     formula = choice.memory[stage]
-    return RankPeak(rank, stage, peak, formula.allocated, peak.total + formula.slack + formula.process)
+    return RankPeak(rank, stage, peak, formula.allocated, peak.total + formula.total - formula.allocated)
 
 
 def _assumed(choice: Choice, kind: str) -> tuple[str, ...]:
-    assumed = ["bytes of the allocator and the process by the formula"]
+    assumed = ["bytes of the allocator, of checkpoints and of the process by the formula"]
     if kind != "cpu":
         assumed.append("flash attention, and no working memory inside other operations")
     if choice.compiled:

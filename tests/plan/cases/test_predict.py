@@ -16,6 +16,7 @@ from meshwright.plan.cases.read import ABOUT, Case, parse_case
 from meshwright.plan.cases.resolve import case_shape
 from meshwright.plan.constants import DATASHEET
 from meshwright.plan.constants.profile import DATASHEET_INTERVALS
+from meshwright.plan.rules import FRAMEWORKS
 
 LINE: dict[str, Any] = {
     "id": "a",
@@ -131,11 +132,11 @@ def test_the_count_of_parameters_decides_what_the_table_leaves_open() -> None:
         "layers": 24, "hidden": 2048, "heads": 16, "kv_heads": 16, "ffn": 8192, "vocab": 50368, "seq_len": 2048,
         "gated": False,
     }  # fmt: skip
-    assert case_shape({**model, "params_b": 1.316}, "llm-foundry").tied
-    assert not case_shape({**model, "params_b": 1.42}, "llm-foundry").tied
-    assert case_shape(model, "megatron-lm").biases
+    assert case_shape({**model, "params_b": 1.316}, FRAMEWORKS["llm-foundry"]).tied
+    assert not case_shape({**model, "params_b": 1.42}, FRAMEWORKS["llm-foundry"]).tied
+    assert case_shape(model, FRAMEWORKS["megatron-lm"]).biases
     llama = {**model, "gated": True}
-    assert not case_shape(llama, "torchtitan").tied
+    assert not case_shape(llama, FRAMEWORKS["torchtitan"]).tied
 
 
 def test_what_was_measured_of_a_device_is_used() -> None:

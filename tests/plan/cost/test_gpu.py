@@ -99,6 +99,24 @@ def test_recompute_adds_at_most_a_forward() -> None:
     assert 0 == none < selective < full <= seconds().forward * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_our_selective_recompute_keeps_attention_and_products(precision: str) -> None:
+    """It computes again what is memory-bound."""
+    unit, layout = Compute(H100, precision), Layout(micro_batch=2, recompute="selective")
+    found = unit.block(LAYER, layout)
+    assert found.recompute == pytest.approx(unit.elementwise(LAYER, layout))
+    longer = replace(LAYER, attention=AttentionShape(32, 8, 128, 16384))
+    assert unit.block(longer, layout).recompute == found.recompute
+    megatron = Compute(H100, precision, framework=FRAMEWORKS["megatron-lm"])
+    assert megatron.block(LAYER, layout).recompute == pytest.approx(megatron.attention(LAYER.attention, layout)[0])  # type: ignore[arg-type]
+    assert 0 < found.host_recompute < found.host_forward
+
+
+def test_the_loss_is_not_computed_again() -> None:
+    head = card(DecoderShape(2, 4096, 32, 8, 128, 14336, 32000), 4096).blocks[-1]
+    assert Compute(H100, "bf16").block(head, Layout(recompute="selective")).recompute == 0
+
+
 def test_tensor_parallel_saves_less_than_its_degree_and_sequence_parallel_more() -> None:
     whole, split = seconds().forward, seconds(tp=4).forward
     assert whole / 4 < seconds(tp=4, sequence_parallel=True).forward < split < whole

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+from meshwright import checkpoint
 from meshwright.card import Activation, Block, Card, Parameter
 from meshwright.cluster import Cluster, cpu_cluster, named_cluster
+from meshwright.errors import CannotWork
 from meshwright.families.decoder import DecoderShape
 from meshwright.families.decoder import card as decoder_card
 from meshwright.families.llama.card import LlamaShape, card
-from meshwright.layout import Layout
-from meshwright.plan import Workload
+from meshwright.layout import Coordinates, Layout
+from meshwright.placement import placements
+from meshwright.plan import PlanRequest, Workload, make_plan
 from meshwright.plan.cost import MemoryModel, StageMemory, usable_bytes
 from meshwright.plan.cost.block_memory import local_size
-from meshwright.plan.cost.memory import PROCESS_BYTES, slack_bytes
+from meshwright.plan.cost.memory import PROCESS_BYTES, memory_interval, slack_bytes
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
 H100 = named_cluster("h100-sxm-80gb", 8)
@@ -119,7 +124,7 @@ def test_1f1b_keeps_fewer_activations_the_later_the_stage_and_gpipe_keeps_all() 
 def test_a_pipeline_of_torch_holds_a_buffer_for_every_micro_batch_from_each_neighbour() -> None:
     layout, buffer = Layout(pp=4), 10 * 4
     found = stages(toy(), layout, 8, "fp32")
-    bare = stages(toy(), layout, 8, "fp32", framework=replace(OURS, buffers_each=False))
+    bare = stages(toy(), layout, 8, "fp32", framework=replace(OURS, torch_pipeline=False))
     more = [a.activations - b.activations for a, b in zip(found, bare, strict=True)]
     assert more == [8 * buffer, 16 * buffer, 16 * buffer, 8 * buffer]
 
@@ -243,6 +248,15 @@ def test_a_layer_of_two_that_is_recomputed_leaves_half() -> None:
     assert half == (none + full) / 2 and full < none
 
 
+def test_the_interval_of_our_peak_is_as_wide_as_what_it_was_measured_on() -> None:
+    """Our runs on CPUs say nothing of GPUs: there the interval is that of the only runs on GPUs, Megatron-LM's."""
+    assert memory_interval("meshwright", "cpu") == (0.96, 1.03)
+    assert memory_interval("meshwright", "cuda") == memory_interval("megatron-lm", "cuda") == (0.96, 1.4)
+    chosen = make_plan(card(SMALL, 32), H100, PlanRequest(8, "bf16"), what_if=False).chosen.predicted
+    low, high = chosen.intervals["peak_bytes"]
+    assert (low, high) == (pytest.approx(0.96 * chosen.peak_bytes), pytest.approx(1.4 * chosen.peak_bytes))
+
+
 def test_the_allocators_slack_is_bounded_by_what_is_allocated() -> None:
     assert slack_bytes("cuda", 100, 10_000) == 30
     assert slack_bytes("cuda", 9_000, 10_000) == 600
@@ -259,3 +273,55 @@ def test_every_schedule_has_its_memory(schedule: str, recompute: str) -> None:
         found = stages(toy(8), layout, 8, "fp32", cluster=cpu, framework=framework)
         assert len(found) == 2
         assert all(min(stage.as_dict().values()) >= 0 and stage.allocated > 0 for stage in found)
+
+
+SMALL = LlamaShape(layers=4, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=512)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(dp=4), Layout(dp=4, shard=4), Layout(dp=4, shard=2), Layout(dp=2, tp=2), Layout(dp=2, pp=2)],
+    ids=str,
+)
+def test_a_checkpoint_beside_training_copies_what_the_ranks_own(layout: Layout) -> None:
+    """Every element has one owner, and the writer copies twelve bytes of each: weight and two moments."""
+    model, cut = card(SMALL, 32), [0, 3][: layout.pp]
+    workload = Workload(model, cpu_cluster(layout.devices), 8, "bf16", asynchronous=True)
+    found = MemoryModel(workload).stages(layout, cut, 2)
+    copied = sum(stage.checkpoint for stage in found) * layout.devices // layout.pp
+    assert copied == pytest.approx(12 * model.parameter_elements, rel=0.02)
+    for other in (replace(workload, asynchronous=False), replace(workload, cluster=H100)):
+        without = MemoryModel(other).stages(layout, cut, 2)
+        assert [stage.checkpoint for stage in without] == [0] * layout.pp
+    assert (
+        found[0].total - found[0].checkpoint
+        == MemoryModel(replace(workload, asynchronous=False)).stages(layout, cut, 2)[0].total
+    )
+
+
+def test_the_writer_keeps_the_copy_that_the_plan_counts(tmp_path: Path) -> None:
+    model = card(SMALL, 32)
+    table = placements(model, Layout(), Coordinates(0, 0, 0, 0, 0))
+    weights = {name: (row, torch.zeros(row.box.shape)) for name, row in table.items()}
+    state = {
+        f"{moment}.{name}": (replace(row, name=f"{moment}.{name}"), torch.zeros(row.box.shape))
+        for name, row in table.items()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+    writer = checkpoint.Writer(tmp_path, 0, 1)
+    writer.save(1, weights, state, {}, checkpoint.ModelFolder({name: name for name in weights}, {}))
+    kept = sum(buffer.nbytes for buffer in writer._buffers.values())
+    writer.wait()
+    workload = Workload(model, cpu_cluster(1), 1, "fp32", asynchronous=True)
+    assert MemoryModel(workload).stages(Layout(), [0], 1)[0].checkpoint == kept
+
+
+def test_a_job_that_would_end_at_its_first_checkpoint_does_not_fit() -> None:
+    model, cluster = card(SMALL, 32), cpu_cluster(1)
+    beside, alone = PlanRequest(8, "fp32"), PlanRequest(8, "fp32", asynchronous=False)
+    need = [make_plan(model, cluster, request, what_if=False).chosen.memory[0].total for request in (alone, beside)]
+    assert need[1] - need[0] == 12 * model.parameter_elements
+    between = replace(cluster, device=replace(cluster.device, memory_bytes=int((need[0] + need[1]) / 2 / 0.9)))
+    make_plan(model, between, replace(alone, pins={"micro_batch": 8, "recompute": "none"}), what_if=False)
+    with pytest.raises(CannotWork, match="does not fit"):
+        make_plan(model, between, replace(beside, pins={"micro_batch": 8, "recompute": "none"}), what_if=False)

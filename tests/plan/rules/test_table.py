@@ -93,7 +93,6 @@ def test_every_refusal_says_a_reason_and_its_fields(query: LayoutQuery) -> None:
         (Layout(pp=2, vpp=2), LLAMA, 2, 24, "offers_vpp", f"{NOT_YET}; nearest: layout.vpp=1"),
         (Layout(offload=True), LLAMA, 1, 24, "offers_offload", "nearest: layout.offload=false"),
         (Layout(schedule="zbv"), LLAMA, 1, 24, "schedule", "nearest: layout.schedule=1f1b"),
-        (Layout(recompute="selective"), PLAIN, 1, 24, "recompute", "no attention; nearest: layout.recompute=full"),
         (Layout(dp=2), NORMED, 2, 24, "stateful_buffers", "norm.running_mean"),
         (Layout(pp=2), NORMED, 2, 24, "stateful_buffers", "nearest: layout.micro_batch=24 layout.schedule=gpipe"),
         (Layout(pp=4, micro_batch=8), LLAMA, 4, 24, "micro_batches", "a step has 3; nearest: layout.micro_batch=6"),
@@ -180,6 +179,14 @@ def test_each_rule_with_its_words(
         (Layout(pp=2), LLAMA, 24, "llm-foundry", "offers_pp", "a pipeline is not offered by llm-foundry"),
         (Layout(pp=2, schedule="zbv"), LLAMA, 24, MEGATRON, "schedule", "'zbv' is not offered by megatron-lm"),
         (Layout(recompute="selective"), LLAMA, 24, "llm-foundry", "recompute", "nearest: layout.recompute=full"),
+        (
+            Layout(recompute="selective"),
+            PLAIN,
+            24,
+            MEGATRON,
+            "recompute",
+            "of megatron-lm drops attention alone, and this model has no attention; nearest: layout.recompute=full",
+        ),
     ],
 )
 def test_rules_of_other_frameworks(
@@ -199,6 +206,27 @@ def test_rules_of_other_frameworks(
 )
 def test_what_another_framework_offers_is_not_refused(layout: Layout) -> None:
     assert rules_broken(layout, framework="megatron-lm") == {}
+
+
+def test_a_vocabulary_that_the_framework_pads_is_divided_by_any_tp() -> None:
+    """Megatron pads GPT-2's 50,257 words to a multiple of 128 x tp; heads and widths are still divided evenly."""
+    gpt2 = ModelFacts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 50257), 64))
+    padding = [name for name, row in FRAMEWORKS.items() if row.vocab_multiple > 1]
+    assert {"megatron-lm", "megatron-bridge", "nemo"} <= set(padding)
+    for name, row in FRAMEWORKS.items():
+        if "tp" in row.offers.fields:
+            layout = Layout(tp=2, sequence_parallel=row.offers.sequence_always)
+            words = rules_broken(layout, gpt2, framework=name)
+            assert (words == {}) == (name in padding), (name, words)
+            assert gpt2.tensor_parallel_sizes(8, row) == ([1, 2, 4] if name in padding else [1])
+    refused = rules_broken(Layout(tp=8), gpt2, framework=MEGATRON)["tp"]
+    assert refused == "tp=8 does not divide heads=12, kv_heads=4; nearest: layout.tp=4"
+    assert "vocab=50257; nearest: layout.tp=1" in rules_broken(Layout(tp=2), gpt2)["tp"]
+
+
+@pytest.mark.parametrize("name", ["meshwright", "torchtitan"])
+def test_selective_recompute_that_keeps_products_needs_no_attention(name: str) -> None:
+    assert rules_broken(Layout(recompute="selective"), PLAIN, framework=name) == {}
 
 
 @pytest.mark.parametrize("name", ["megatron-lm", "megatron-bridge", "deepspeed"])

@@ -77,6 +77,15 @@ def test_the_space_is_what_the_rules_leave(devices: int, batch: int, framework: 
     assert set(generated) == filtered(space)
 
 
+@pytest.mark.parametrize(("framework", "sizes"), [("meshwright", {1}), ("megatron-lm", {1, 2, 4})])
+def test_a_padded_vocabulary_does_not_bound_tensor_parallelism(framework: str, sizes: set[int]) -> None:
+    plain = space_of(4, 4, {"recompute": "none", "offload": False, "vpp": 1, "ep": 1}, framework)
+    odd = LlamaShape(layers=4, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=50257)
+    space = plain.with_workload(card=card(odd, 16))
+    assert {layout.tp for layout in layouts(space)} == sizes
+    assert set(layouts(space)) == filtered(space)
+
+
 @pytest.mark.parametrize("bounds", [USUAL, NARROW])
 def test_bounds_only_take_away_and_never_a_pin(bounds: Any) -> None:
     space = space_of(8, 12, {"recompute": "none"}, "megatron-lm", per_node=2)

@@ -40,14 +40,6 @@ RECOMPUTES: Mapping[str, str] = {
     "unknown": "unknown",
 }
 SELECTIVE = {"selective_attention": "attention", "selective_op": "operations", "selective_layer": "block"}
-#: Framework -> style of a card.
-STYLES = {
-    "meshwright": "plain",
-    "torchtitan": "titan",
-    "llm-foundry": "fsdp",
-    "deepspeed": "hf",
-    "megatron-deepspeed": "megatron-legacy",
-}
 #: Keys of a model's table that are fields of DecoderShape.
 EXTRAS = (
     *("experts", "top_k", "expert_ffn", "shared_ffn", "first_dense_layers", "moe_every", "imbalance"),
@@ -86,7 +78,7 @@ def resolve(case: Case) -> ResolvedCase:
     assumed += cluster.assumed
     framework = _framework(case.software, assumed)
     precision, guesses = _precision(case.train.get("precision", "bf16"), cluster, assumed)
-    shape = _for_ranks(_counted(case.model, framework.name, assumed), case.layout["tp"], assumed)
+    shape = _for_ranks(_counted(case.model, framework, assumed), case.layout["tp"], assumed)
     layout, framework = _layout(case, framework, assumed)
     word, exact = nearest_word(case.layout["recompute"], RECOMPUTES, "unknown")
     drops = SELECTIVE.get(case.layout["recompute"].strip().lower().replace("-", "_"))
@@ -114,10 +106,9 @@ def resolve(case: Case) -> ResolvedCase:
 
 
 def card_style(framework: str, precision: str, drops: str | None) -> str:
-    """The style of the framework's blocks. Megatron-LM has used neither fp16 nor unfused attention since 2023."""
-    if framework == "megatron-lm" and (precision == "fp16" or drops == "attention"):
-        return "megatron-legacy"
-    return STYLES.get(framework, "megatron")
+    """The style of the framework's blocks in a run at `precision` whose selective recompute drops `drops`."""
+    row = FRAMEWORKS[framework]
+    return row.legacy_style if row.legacy_style and (precision == "fp16" or drops == "attention") else row.style
 
 
 def _framework(software: Mapping[str, Any], assumed: list[str]) -> Framework:
@@ -201,7 +192,7 @@ def _for_ranks(shape: DecoderShape, tp: int, assumed: list[str]) -> DecoderShape
     return replace(shape, kv_heads=tp)
 
 
-def case_shape(model: Mapping[str, Any], framework: str) -> DecoderShape:
+def case_shape(model: Mapping[str, Any], framework: Framework) -> DecoderShape:
     """The decoder of a case's model table. A feed-forward of two matrices means GPT's layers (layer norms, biases,
     learned positions, tied embeddings), one of three Llama's; a stated count of parameters overrides that."""
     heads = model["heads"]
@@ -216,7 +207,7 @@ def case_shape(model: Mapping[str, Any], framework: str) -> DecoderShape:
         vocab=model["vocab"],
         gated=gated,
         tied=model.get("tied", not gated),
-        biases=not gated and framework != "llm-foundry",
+        biases=not gated and framework.biases,
         norm="rms" if gated else "layer",
         learned_positions=0 if gated else model["seq_len"],
         **{name: model[name] for name in EXTRAS if name in model},
@@ -229,7 +220,7 @@ def case_shape(model: Mapping[str, Any], framework: str) -> DecoderShape:
     return min(choices, key=lambda shape: abs(_count(shape) - model["params_b"] * 1e9))
 
 
-def _counted(model: Mapping[str, Any], framework: str, assumed: list[str]) -> DecoderShape:
+def _counted(model: Mapping[str, Any], framework: Framework, assumed: list[str]) -> DecoderShape:
     """`case_shape`; but if its parameters miss the stated count, with the other kind of feed-forward if that comes
     nearer. A remaining difference is reported in `assumed`."""
     shape = case_shape(model, framework)
@@ -258,7 +249,7 @@ def _count(shape: DecoderShape) -> int:
 
 @lru_cache(maxsize=256)
 def _card(shape: DecoderShape, seq_len: int, style: str) -> Card:
-    ours = own_card(shape, seq_len) if style == STYLES["meshwright"] else None
+    ours = own_card(shape, seq_len) if style == FRAMEWORKS["meshwright"].style else None
     return card(shape, seq_len, style) if ours is None else ours
 
 

@@ -24,6 +24,8 @@ _POWER = "He 2024, products of random numbers at the power limit; by the power t
 _STREAM = "Azure AI benchmarking guide: BabelStream copy and triad over the data sheet"
 _NCCL = "aiconfigurator: nccl-tests on one node of A100, H100 and B200, 512 B to 512 MB"
 _READ = "TokenWindows.take timed on an EPYC core, 5 to 14 ns; 24 bytes over PCIe 4"
+GUESS = "assumed: by its order of magnitude"
+JOINED = "assumed: between their sum, 1, and the larger, infinity"
 _EAGER = "eager GPT block of tiny tensors timed on an EPYC core, 4 us of CUDA's launch added to each kernel"
 
 CONSTANTS: tuple[Constant, ...] = (
@@ -59,9 +61,9 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.host.share", 2.0, "launches", "host time of one operation, of a bare launch's", _EAGER, 0.5),
     Constant("cuda.host.backward", 2.0, "forwards", "host time of the backward", _EAGER, 0.3),
     Constant("cuda.host.collective_seconds", 30e-6, "s", "host time of one collective", "torch.distributed", 0.5),
-    Constant("cuda.host.sharpness", 2.0, "exponent", "how sharply host and device time overlap", "physics", 0.6),
-    Constant("cuda.host.tied_sharpness", 1.5, "exponent", "the same where collectives tie hosts", "physics", 0.6),
-    Constant("cuda.step_seconds", 2e-3, "s", "host time of one step beside its layers", "physics", 1.0),
+    Constant("cuda.host.sharpness", 2.0, "exponent", "how sharply host and device time overlap", JOINED, 0.6),
+    Constant("cuda.host.tied_sharpness", 1.5, "exponent", "the same where collectives tie hosts", JOINED, 0.6),
+    Constant("cuda.step_seconds", 2e-3, "s", "host time of one step beside its layers", GUESS, 1.0),
     Constant("cuda.data.unit_seconds", 8e-9, "s", "reading a token of the batch and sending it", _READ),
     # collectives
     Constant("cuda.net.start_seconds", 6.5e-6, "s", "of any collective", _NCCL, 0.3),
@@ -73,7 +75,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant("cuda.net.tree_share", 0.5, "share", "of a bus that all devices share", _NCCL, 0.2),
     Constant("cuda.net.switch_share", 0.97, "share", "of the measured bus with sums in the switch", _NCCL, 0.1),
     Constant("cuda.net.inter_share", 0.85, "share", "of a network card", "nccl-tests issue 290: 46-48 of 50 GB/s", 0.5),
-    Constant("cuda.net.jitter_seconds", 5e-6, "s", "waiting for the last rank, per doubling", "physics", 0.7, False),
+    Constant("cuda.net.jitter_seconds", 5e-6, "s", "waiting for the last rank, per doubling", GUESS, 0.7, False),
     # overlap
     Constant("cuda.overlap.slows", 0.13, "share", "computing slows under a collective", "Galvatron's profiles", 0.5),
     Constant("cuda.overlap.share", 1.0, "share", "of the overlap a framework is built for", "perfect", 0.2),

@@ -206,6 +206,8 @@ class Compute:
             "attention": (attention, 0.1),
             "block": (whole / 2, 0.5),
             "operations": (products / 2 + elementwise, 0.7),
+            # Of the head's memory-bound operations nearly all are the loss, which is not recomputed.
+            "others": (0.0 if block.kind == "head" else elementwise, 0.7),
         }[self.framework.selective]
 
     def optimizer(self, elements: float, *, offload: bool = False) -> float:

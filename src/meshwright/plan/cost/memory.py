@@ -44,7 +44,8 @@ class StageMemory:
     """Peak bytes on a rank of one stage.
 
     `buffers` are for communication and for the backward of one block; `slack` is reserved by the allocator and unused;
-    `process` is outside the allocator: libraries, the device's context.
+    `process` is outside the allocator: libraries, the device's context. `checkpoint` is the host's copy from which a
+    checkpoint is written while training goes on, where host and device share the memory.
     """
 
     weights: int
@@ -54,6 +55,7 @@ class StageMemory:
     buffers: int
     slack: int = 0
     process: int = 0
+    checkpoint: int = 0
 
     @property
     def allocated(self) -> int:
@@ -67,22 +69,22 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        return self.reserved + self.process
+        return self.reserved + self.process + self.checkpoint
 
     @property
     def other(self) -> int:
         """All but the model's state and activations."""
-        return self.buffers + self.slack + self.process
+        return self.buffers + self.slack + self.process + self.checkpoint
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def memory_interval(framework: str) -> tuple[float, float]:
-    """Factors of a predicted peak that bound its 90 % interval: ours from 61 layouts that were run
-    (bench/runs/memory.py), others' from 411 runs of Megatron-LM (bench/published/planner.py), whose newest features the
-    formula does not know."""
-    return (0.96, 1.03) if framework == "meshwright" else (0.96, 1.4)
+def memory_interval(framework: str, kind: str) -> tuple[float, float]:
+    """Factors of a predicted peak that bound its 90 % interval on a `kind` of device: ours on CPUs from 61 layouts that
+    were run there (bench/runs/memory.py); all else from the only runs on GPUs, 411 of Megatron-LM
+    (bench/published/planner.py), whose newest features the formula does not know."""
+    return (0.96, 1.03) if (framework, kind) == ("meshwright", "cpu") else (0.96, 1.4)
 
 
 def usable_bytes(device: Device) -> int:
@@ -128,6 +130,8 @@ class MemoryModel:
     def __init__(self, workload: Workload) -> None:
         self.card, self.framework, self.device = workload.card, workload.framework, workload.cluster.device
         self.width = WIDTH[workload.precision]
+        on_host = workload.asynchronous and self.device.kind == "cpu"
+        self.save_bytes = workload.framework.save_bytes if on_host else 0
         self.blocks = BlockMemory(workload.framework, workload.precision, self.device)
         self._bytes: dict[tuple[object, ...], tuple[BlockBytes, ...]] = {}
         self._activations: dict[tuple[object, ...], tuple[StageActivations, ...]] = {}
@@ -145,7 +149,10 @@ class MemoryModel:
         ranks = zip(self._stage_elements(layout, cut), self._stage_activations(layout, cut, micro_batches), strict=True)
         if self.framework.holds == "copies":
             return tuple(self._copies(layout, sizes, active) for sizes, active in ranks)
-        return tuple(self._masters(layout, sizes, active, micro_batches) for sizes, active in ranks)
+        return tuple(
+            replace(self._masters(layout, sizes, active, micro_batches), checkpoint=self._saved(layout, sizes))
+            for sizes, active in ranks
+        )
 
     def least_bytes(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> int:
         """A lower bound of the fullest rank's bytes, for this layout and any larger micro-batch or smaller shard.
@@ -180,6 +187,11 @@ class MemoryModel:
         dummies = wide * sizes.distinct if framework.dummy_gradients else 0
         optimizer = 0 if layout.offload else optimizer
         return self._stage_memory(wide * elements, gradient * elements, optimizer, active, dummies)
+
+    def _saved(self, layout: Layout, sizes: StageElements) -> int:
+        """A rank's bytes of the copy from which checkpoints are written: of what it owns, an equal part of what it
+        shares with other replicas. (Owners alternate by parameter, and all processes share the machine's memory.)"""
+        return self.save_bytes * -(-self._sharded(layout, sizes) // layout.replicate)
 
     def _gathered(self, layout: Layout, sizes: StageElements) -> int:
         """Bytes of the weights that stay gathered, in the compute precision."""
@@ -285,7 +297,7 @@ class MemoryModel:
 
     def _received(self, layout: Layout, micro_batches: int) -> int:
         """Bytes received from one neighbour stage: torch's pipelines keep a buffer for every micro-batch."""
-        if layout.pp == 1 or not self.framework.buffers_each:
+        if layout.pp == 1 or not self.framework.torch_pipeline:
             return 0
         return micro_batches * self._boundary(layout) // (layout.tp if layout.sequence_parallel else 1)
 

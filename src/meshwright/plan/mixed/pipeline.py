@@ -120,7 +120,7 @@ def _layouts(work: MixedWorkload) -> Iterator[tuple[Layout, tuple[int, ...]]]:
     """Layouts of all groups, with the number of stages of each; tp and dp are the same on all."""
     groups, pins, facts = work.mixed.groups, work.request.pins, work.workload.facts
     batch, count = work.request.global_batch, len(work.workload.card.blocks)
-    sizes = facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
+    sizes = facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups), work.workload.framework)
     for tp in [pins["tp"]] if "tp" in pins else sizes:
         for dp in [pins["dp"]] if "dp" in pins else divisors(min(group.devices for group in groups)):
             if min(tp, dp) < 1 or batch % dp or any(group.devices % (tp * dp) for group in groups):

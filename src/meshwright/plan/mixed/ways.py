@@ -142,7 +142,8 @@ def best_batch_split(work: MixedWorkload) -> MixedChoice | None:
     if any(pins.get(name, 1) != 1 for name in ("cp", "ep")) or "dp" in pins or "shard" in pins:
         return None  # such a pin counts all ranks, not those of each kind
     splits = []
-    sizes = work.workload.facts.tensor_parallel_sizes(min(group.devices_per_node for group in groups))
+    most = min(group.devices_per_node for group in groups)
+    sizes = work.workload.facts.tensor_parallel_sizes(most, work.workload.framework)
     for tp in [pins["tp"]] if "tp" in pins else sizes:
         for pp in [pins["pp"]] if "pp" in pins else divisors(min(group.devices for group in groups)):
             if pp <= len(work.workload.card.blocks) and all(group.devices % (tp * pp) == 0 for group in groups):

@@ -61,8 +61,8 @@ class Framework:
     1), else "none".
     An `*_overlap` is the share, 0 to 1, of a communication that may run behind compute.
     `attention` is "flash" (FlashAttention 2), "best" (the device's own fused kernel) or "unfused" (scores are written).
-    `selective` is what recompute = selective drops: "attention" (its core), "block" (every other block) or
-    "operations" (everything but matrix products, and every second product too).
+    `selective` is what recompute = selective drops: "attention" (its core), "block" (every other block), "others" (all
+    but matrix products and attention) or "operations" (the same, and every second product too).
     """
 
     name: str
@@ -83,6 +83,9 @@ class Framework:
     reads_ahead: bool = True  # other processes read the next batch during the step
     loss_scaling: bool = False  # fp16 runs check gradients for overflow and unscale them
     selective: str = "attention"
+    style: str = "megatron"  # of a decoder's card: which operations are fused (families/decoder_saved.py)
+    legacy_style: str = ""  # the same of its releases of 2022, the last that ran fp16 and dropped attention alone
+    biases: bool = True  # in layers whose feed-forward has two matrices
     activation_offload: bool = False
     head_balanced: bool = False  # stages are cut by cost (ours); else equal counts of layers
     # memory (plan/cost/memory.py)
@@ -91,11 +94,12 @@ class Framework:
     reduces_each: bool = False  # sharded gradients are reduced after every micro-batch, so they are never whole
     loss_rows: int = 0  # rows of logits that the loss turns into fp32 at a time (nn/loss.py); 0: see the card
     batch_bytes: int = 0  # per token of the batch on each stage: ids, positions, targets
-    buffers_each: bool = False  # a pipeline keeps a buffer for each micro-batch that it receives (torch's)
+    torch_pipeline: bool = False  # of torch.distributed.pipelining, which keeps a buffer for each micro-batch received
     dummy_gradients: bool = False  # Transformer Engine keeps an empty gradient of every shape of matrix
     splits_experts: bool = True  # by tensor parallelism too
     vocab_multiple: int = 1  # a vocabulary is padded to a multiple of this x tp
     workspace_bytes: int = 0  # of the matrix libraries, inside the allocator
+    save_bytes: int = 0  # per parameter, copied to the host by an asynchronous checkpoint and kept between checkpoints
     never_recomputed: frozenset[str] = frozenset({"embedding", "head", "mtp"})  # kinds of block
     assumed: tuple[str, ...] = field(default=())
 
@@ -130,6 +134,7 @@ class Framework:
 _ROWS = (
     Framework(
         name="meshwright",
+        style="plain",
         copy_bytes=4.0,
         reads_ahead=False,
         offers=Offers(frozenset({"dp", "shard", "tp", "pp", "sequence_parallel"}), ("gpipe", "1f1b")),
@@ -140,10 +145,13 @@ _ROWS = (
         never_recomputed=frozenset(),
         loss_rows=1024,
         batch_bytes=24,
-        buffers_each=True,
+        torch_pipeline=True,
+        selective="others",
+        save_bytes=12,  # weights and two moments in fp32 (checkpoint/writer.py)
     ),
     Framework(
         name="megatron-lm",
+        legacy_style="megatron-legacy",
         attention="best",  # Transformer Engine prefers cuDNN's from Hopper on
         accumulate_bytes=0.0,  # added by the product that computes them
         scatters_transfers=True,
@@ -158,6 +166,7 @@ _ROWS = (
     ),
     Framework(
         name="megatron-deepspeed",
+        style="megatron-legacy",
         scatters_transfers=True,
         offers=replace(_MEGATRON, schedules=("1f1b",)),
         attention="unfused",
@@ -188,6 +197,7 @@ _ROWS = (
     ),
     Framework(
         name="torchtitan",
+        style="titan",
         copy_bytes=4.0,
         offers=Offers(
             frozenset(DIMENSIONS),
@@ -196,7 +206,7 @@ _ROWS = (
             shards_context=True,
             experts_in_shard=True,
         ),
-        buffers_each=True,
+        torch_pipeline=True,
         reduces_each=True,
         gradient_wire_bytes=4,
         gradient_overlap=0.9,
@@ -205,6 +215,8 @@ _ROWS = (
     ),
     Framework(
         name="llm-foundry",
+        style="fsdp",
+        biases=False,
         copy_bytes=4.0,
         offers=Offers(frozenset({"dp", "shard"}), (), ("none", "full"), offload=True),
         gradient_overlap=0.9,
@@ -213,6 +225,7 @@ _ROWS = (
     ),
     Framework(
         name="deepspeed",
+        style="hf",
         offers=Offers(
             frozenset({"dp", "shard", "tp", "pp"}),
             ("1f1b",),

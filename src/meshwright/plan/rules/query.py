@@ -25,9 +25,6 @@ FIELD_WORDS = {
     "sequence_parallel": "sequence parallel",
     "offload": "optimizer state in host memory",
 }
-#: Frameworks whose pipeline is torch.distributed.pipelining: its schedules refuse too few micro-batches, and those
-#: that split the backward pass compute wrong gradients, without an error, where blocks are wrapped one by one.
-TORCH_PIPELINES = frozenset({"meshwright", "torchtitan"})
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,18 @@ class ModelFacts:
         """The most pipeline stages that it can be cut into."""
         return self.blocks if "pp" in self.splittable else 1
 
-    def tensor_parallel_sizes(self, limit: int) -> list[int]:
-        """Every tp up to `limit` that divides each axis that tensor parallelism splits; [1] without a table of axes."""
+    def sizes_to_divide(self, framework: Framework) -> Mapping[str, int]:
+        """Those of `split_sizes` that tp must divide: all but a vocabulary that the framework pads to a multiple."""
+        pads = framework.vocab_multiple > 1
+        return {axis: size for axis, size in self.split_sizes.items() if not (pads and axis == "vocab")}
+
+    def tensor_parallel_sizes(self, limit: int, framework: Framework) -> list[int]:
+        """Every tp up to `limit` that divides each axis that the framework's tensor parallelism splits evenly; [1]
+        without a table of axes."""
         if "tp" not in self.splittable:
             return [1]
-        common = math.gcd(*self.split_sizes.values()) if self.split_sizes else 1
+        sizes = self.sizes_to_divide(framework)
+        common = math.gcd(*sizes.values()) if sizes else 1
         return [d for d in divisors(common) if d <= limit]
 
     def context_parallel_sizes(self, limit: int) -> list[int]:
@@ -101,6 +105,13 @@ class LayoutQuery:
         return name in self.framework.offers.fields
 
     @property
+    def recomputes(self) -> tuple[str, ...]:
+        """The words of recompute that the framework offers this model: where "selective" drops attention alone, models
+        without attention have none."""
+        nothing = self.framework.selective == "attention" and not self.facts.has_attention
+        return tuple(word for word in self.framework.offers.recompute if not (nothing and word == "selective"))
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches per step on a rank; 0 where the batch cannot be divided like that."""
         dp, micro = self.layout.dp, self.layout.micro_batch
@@ -127,7 +138,7 @@ class Refusal:
 def fills_pipeline(layout: Layout, count: int, framework: Framework) -> bool:
     """Whether `count` micro-batches are enough for the layout's schedule, and whole rounds where it has rounds. In
     pipelines other than torch's, 1F1B runs with any number."""
-    if layout.schedule == "1f1b" and framework.name not in TORCH_PIPELINES:
+    if layout.schedule == "1f1b" and not framework.torch_pipeline:
         return True
     return count >= TABLE[layout.schedule].fill * layout.pp and not (in_rounds(layout) and count % layout.pp)
 

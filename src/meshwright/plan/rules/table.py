@@ -13,7 +13,6 @@ from meshwright.plan.pipeline import TABLE
 from meshwright.plan.rules.frameworks import DIMENSIONS
 from meshwright.plan.rules.query import (
     FIELD_WORDS,
-    TORCH_PIPELINES,
     LayoutQuery,
     Refusal,
     fills_pipeline,
@@ -103,7 +102,7 @@ def _split_backward(q: LayoutQuery) -> Refusal | None:
     """torch's schedules that split the backward pass compute wrong gradients where each block is wrapped for data
     parallelism (measured with torch 2.13: losses differ from the first steps on, without an error)."""
     layout, needs = q.layout, TABLE.get(q.layout.schedule)
-    if needs is None or not needs.splits or layout.pp <= 1 or q.framework.name not in TORCH_PIPELINES:
+    if needs is None or not needs.splits or layout.pp <= 1 or not q.framework.torch_pipeline:
         return None
     if layout.dp * layout.cp <= 1:
         return None
@@ -116,15 +115,14 @@ def _split_backward(q: LayoutQuery) -> Refusal | None:
 
 
 def _recompute(q: LayoutQuery) -> Refusal | None:
-    offered = [w for w in q.framework.offers.recompute if w != "selective" or q.facts.has_attention]
-    recompute = q.layout.recompute
+    offered, recompute = q.recomputes, q.layout.recompute
     if recompute in offered:
         return None
     most = offered[-1] if offered else "none"
     if recompute not in RECOMPUTE:
         reason = f"recompute '{recompute}' is unknown; there are {', '.join(RECOMPUTE)}"
-    elif recompute == "selective" and not q.facts.has_attention:
-        reason = "selective recompute drops what attention keeps, and this model has no attention"
+    elif recompute in q.framework.offers.recompute:
+        reason = f"selective recompute of {q.framework.name} drops attention alone, and this model has no attention"
     else:
         reason = f"recompute={recompute} is {not_offered(q.framework)}; there are {', '.join(offered)}"
     return Refusal("recompute", reason, {"recompute": most}, ("recompute",))
@@ -197,7 +195,8 @@ def _nearest_degrees(q: LayoutQuery) -> dict[str, int]:
     layout, offers = q.layout, q.offers
     best: tuple[float, ...] | None = None
     contexts = q.facts.context_parallel_sizes(q.devices) if offers("cp") else [1]
-    for tp in (t for t in q.facts.tensor_parallel_sizes(q.devices) if q.devices % t == 0 and (t == 1 or offers("tp"))):
+    tensors = q.facts.tensor_parallel_sizes(q.devices, q.framework) if offers("tp") else [1]
+    for tp in (t for t in tensors if q.devices % t == 0):
         for pp in (p for p in divisors(q.devices // tp) if p <= q.facts.stages and (p == 1 or offers("pp"))):
             for cp in (c for c in contexts if q.devices // tp // pp % c == 0):
                 new = (q.devices // tp // pp // cp, tp, pp, cp)
@@ -243,10 +242,10 @@ def _tensor(q: LayoutQuery) -> Refusal | None:
     if "tp" not in q.facts.splittable:
         reason = f"tp={tp}: this model has no table of logical axes to split its parameters by; add one for tp"
         return Refusal("tp", reason, {"tp": 1}, ("tp",))
-    wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.split_sizes.items()) if size % tp]
+    wrong = [f"{axis}={size}" for axis, size in sorted(q.facts.sizes_to_divide(q.framework).items()) if size % tp]
     if not wrong:
         return None
-    near = nearest_by_ratio(tp, q.facts.tensor_parallel_sizes(tp))
+    near = nearest_by_ratio(tp, q.facts.tensor_parallel_sizes(tp, q.framework))
     return Refusal("tp", f"tp={tp} does not divide {', '.join(wrong)}", {"tp": near}, ("tp",))
 
 
@@ -330,7 +329,7 @@ def _micro_batches(q: LayoutQuery) -> Refusal | None:
         change: dict[str, Any] = {"micro_batch": share // nearest_by_ratio(count, good)}
     elif "gpipe" in q.framework.offers.schedules:
         change = {"schedule": "gpipe", "vpp": 1}
-    elif "1f1b" in q.framework.offers.schedules and q.framework.name not in TORCH_PIPELINES:
+    elif "1f1b" in q.framework.offers.schedules and not q.framework.torch_pipeline:
         change = {"schedule": "1f1b", "vpp": 1}
     else:
         change = {"pp": 1, "vpp": 1}
@@ -368,11 +367,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("offers_offload", "optimizer state in host memory: where the framework offers it", _offered("offload")),
     Rule("schedule", "a schedule that the framework offers", _schedule),
-    Rule("recompute", "recompute: none, selective (with attention), full, as the framework offers", _recompute),
+    Rule(
+        "recompute",
+        "recompute as the framework offers it; selective that drops attention alone needs some",
+        _recompute,
+    ),
     Rule("devices", "dp x tp x pp x cp is the number of devices", _devices),
     Rule("shard", "shard divides dp x cp, and spans cp where the framework needs it", _shard),
     Rule("weights", "shard is 1 or dp x cp, and 1 in a pipeline, where the framework needs it", _weights),
-    Rule("tp", "tp divides heads, kv_heads, ffn and vocab, and needs a table of axes", _tensor),
+    Rule("tp", "tp divides heads, kv_heads, ffn, and a vocab that is not padded, and needs axes", _tensor),
     Rule("sequence_parallel", "needs tp > 1 and tp x cp that divides the sequence; some tp needs it", _sequence),
     Rule("context", "2 x cp divides the sequence, and the model has attention", _context),
     Rule("experts", "ep divides the experts and dp x cp", _experts),

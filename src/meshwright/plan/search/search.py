@@ -54,7 +54,7 @@ def make_plan(
     """
     framework = requested_framework(request)
     precision = cluster.resolve_precision(request.precision)
-    workload = Workload(card, cluster, request.global_batch, precision, framework)
+    workload = Workload(card, cluster, request.global_batch, precision, framework, request.asynchronous)
     space = Space(workload, dict(request.pins))
     whole = _search_cluster(space, profile)
     searches = [whole]

@@ -62,8 +62,7 @@ class Space:
 
     def recomputes(self) -> Sequence[str]:
         """Values of recompute to try, the cheapest in time first."""
-        offered = self.workload.framework.offers.recompute
-        return self.values("recompute", [w for w in offered if self.workload.facts.has_attention or w != "selective"])
+        return self.values("recompute", self.workload.query(Layout()).recomputes)
 
     def offloads(self) -> Sequence[bool]:
         return self.values("offload", [False, True] if self.workload.framework.offers.offload else [False])
@@ -99,7 +98,8 @@ def _allows(space: Space, name: str, value: int) -> bool:
 def _tensor_sizes(space: Space) -> list[int]:
     cluster = space.workload.cluster
     limit = cluster.devices if space.bounds.tensor_across_nodes else cluster.devices_per_node
-    return [t for t in space.workload.facts.tensor_parallel_sizes(limit) if _allows(space, "tp", t)]
+    sizes = space.workload.facts.tensor_parallel_sizes(limit, space.workload.framework)
+    return [t for t in sizes if _allows(space, "tp", t)]
 
 
 def _context_sizes(space: Space) -> list[int]:

@@ -102,7 +102,7 @@ def _prediction(estimate: Estimate, estimator: Estimator, forecast: RunForecast)
     flops = 3 * card.forward_flops * workload.global_batch
     speed = workload.global_batch * card.units_per_sample / seconds
     mfu = flops / (seconds * cluster.devices * cluster.device.flops[workload.precision])
-    least, most = memory_interval(workload.framework.name)
+    least, most = memory_interval(workload.framework.name, cluster.device.kind)
     intervals = {
         "peak_bytes": (least * estimate.peak_bytes, most * estimate.peak_bytes),
         "tokens_per_second": (speed / high, speed / low),
