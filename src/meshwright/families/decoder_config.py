@@ -122,8 +122,15 @@ class ConfigReader:
     def rope(self) -> tuple[float, dict[str, Any], str]:
         """Base of the rotary positions, the rest of their table, and where that is: in one table or beside it."""
         key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
-        rope = dict(self.table(key))
+        tables = [self.table(name) for name in ("rope_scaling", "rope_parameters")]
+        rope = {**tables[0], **tables[1]}
+        for name in sorted(tables[0].keys() & tables[1].keys()):
+            if tables[0][name] != tables[1][name]:
+                both = f"{show(tables[0][name])} in rope_scaling and {show(tables[1][name])} in rope_parameters"
+                self.refuse(f"{name[:60]} is {both}", "give one of these tables")
         theta = self.number("rope_theta", 10000.0)
+        if self.has("rope_theta") and (rope.get("rope_theta") or theta) != theta:
+            self.refuse(f"rope_theta is {show(theta)}, but {show(rope['rope_theta'])} in {key}", "give one of them")
         inner = ConfigReader({"rope_theta": rope.pop("rope_theta", None)}, f"{self.where}: {key}")
         theta = inner.number("rope_theta", theta)
         self.problems += inner.problems
