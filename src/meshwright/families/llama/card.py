@@ -113,7 +113,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
     if kind not in ARCHITECTURES:
         known = "known: " + ", ".join(ARCHITECTURES)
         raise InputError(Problem(where, f"model_type {show(kind)} is not one of ours", known))
-    reader = ConfigReader(config, where)
+    reader = ConfigReader(config, where, kind)
     if config.get("hidden_act", "silu") != "silu":
         reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
     if reader.flag("mlp_bias"):
