@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.data.tokenizer import special_tokens
 from meshwright.errors import InputError, Problem
-from meshwright.files import read_capped, read_object
+from meshwright.files import decode_text, read_capped, read_object
 from meshwright.serve.errors import RequestError, bad_request
 
 #: For a model without a template: each message as "role: content", then the role that the model continues.
@@ -41,8 +41,8 @@ class ChatTemplate:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_capped(path, MAX_TEMPLATE_BYTES, follow_links=True).decode("utf-8")
-    except UnicodeDecodeError as error:
+        return decode_text(read_capped(path, MAX_TEMPLATE_BYTES, follow_links=True))
+    except ValueError as error:
         raise InputError(Problem(str(path), "not UTF-8 text")) from error
 
 
