@@ -117,7 +117,7 @@ def test_a_shape_has_as_many_parameters_as_the_real_model(kind: str, extra: dict
     assert sum(p.elements for p in found) == sum(p.numel() for p in model.parameters())
 
 
-#: A kind with experts or a low rank -> the values of CONFIGS that its class has defaults for.
+#: Keys of CONFIGS that a class may have a default for.
 _LEFT_OUT = (
     "num_key_value_heads",
     "head_dim",
