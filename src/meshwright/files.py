@@ -1,7 +1,8 @@
-"""Careful reading of files (regular, up to a size, strict JSON), atomic writing, and TOML text."""
+"""Careful reading of files (regular, up to a size, text, strict JSON), atomic writing, and TOML text."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -71,18 +72,37 @@ def strict_json(data: bytes) -> Any:
     """Parse JSON in UTF-8 without repeated keys, NaN or Infinity. Raises ValueError, or RecursionError for deep
     nesting."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"key {repeated[:40]!r} is given twice")
-        return record
-
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is not a number of JSON")
 
-    return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    return json.loads(decode_text(data), object_pairs_hook=unique_keys, parse_constant=refuse)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of `pairs`. Raises ValueError for a repeated key."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {repeated[:40]!r} is given twice")
+    return record
+
+
+def decode_text(data: bytes) -> str:
+    """Text from outside: UTF-8, without a byte order mark at its start.
+
+    Raises ValueError that says what it is instead, a UnicodeDecodeError if it is not UTF-8 at some place.
+    """
+    if is_utf16(data):
+        raise ValueError("is not UTF-8 text but UTF-16, by its byte order mark")
+    if b"\0" in data:
+        raise ValueError("holds NUL bytes, so it is UTF-16 or no text")
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+
+
+def is_utf16(data: bytes) -> bool:
+    """Whether text begins with a byte order mark of UTF-16 or UTF-32."""
+    return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:

@@ -42,7 +42,8 @@ def test_blank_lines_divide_a_txt_file(tmp_path: Path) -> None:
 
 @given(
     st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="\n\r\x1c\x1d\x1e\x85\x0b\x0c"), min_size=1), max_size=5
+        st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff\n\r\x1c\x1d\x1e\x85\x0b\x0c"), min_size=1),
+        max_size=5,
     )
 )
 def test_no_text_is_lost_wherever_a_long_document_is_cut(

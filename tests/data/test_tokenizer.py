@@ -16,6 +16,9 @@ from meshwright.data.tokenizer import (
     train_bpe,
 )
 from meshwright.errors import InputError
+from meshwright.job import Job
+from meshwright.serve.workers.chat import read_chat_template
+from meshwright.serve.workers.text import TextTokenizer
 
 CORPUS = ["def read(path):\n    return open(path).read()\n", "def write(path, text):\n    open(path).write(text)\n"] * 5
 BPE = train_bpe(CORPUS, 280)
@@ -102,6 +105,62 @@ def test_the_configuration_names_the_end_token(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_special_tokens_come_from_every_file_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    content = json.loads(BYTES.side_files()["tokenizer.json"])
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    added = {"added_tokens_decoder": {"257": {"content": "<end>", "special": True}}}
+    ends = {"special_tokens_map.json": b'{"eos_token": {"content": "<end>"}}'}
+    for config, files, end in (
+        ({**plain, **added, "eos_token": "<end>"}, {}, 257),
+        (plain, {**ends, "added_tokens.json": b'{"<end>": 257}'}, 257),
+        ({**plain, "eos_token": END_OF_TEXT}, {**ends, "added_tokens.json": b'{"<end>": 257}'}, 257),
+        ({**plain, **added, "eos_token": END_OF_TEXT}, ends, 256),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        files = {**files, "tokenizer_config.json": json.dumps(config).encode()}
+        write(folder, {**files, "tokenizer.json": json.dumps(content).encode()})
+        ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        assert ours.eos == theirs.eos_token_id == end
+        assert ours.vocab == len(theirs) == 258
+        served = TextTokenizer(folder)
+        assert served.encode("a<end>b", add_special=False) == theirs.encode("a<end>b", add_special_tokens=False)
+        assert served.decode([97, 257, 98]) == "ab"
+        assert read_chat_template(folder).special["eos_token"] == theirs.eos_token
+        assert ours.side_files().keys() >= files.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("added_tokens.json", b'{"<end>": 300}', "gives '<end>' the id 257, the files beside it 300"),
+        ("added_tokens.json", b'{"<end>": "x"}', "are not tokens with ids"),
+        ("added_tokens.json", b"[]", r"added_tokens.json: is not a JSON object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {}}}', "are not tokens with ids"),
+        ("special_tokens_map.json", b'{"a": 1, "a": 2}', "special_tokens_map.json: .*key 'a' is given twice"),
+    ],
+)
+def test_side_files_that_contradict_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    write(tmp_path, {**BYTES.side_files(), name: content})
+    for read in (Tokenizer.load, TextTokenizer):
+        with pytest.raises(InputError, match=said):
+            read(tmp_path)
+
+
+def test_a_folder_whose_tokenizer_is_not_read_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"spm")
+    job = Job(
+        model={"hf": str(tmp_path)},
+        data={"source": "stdlib", "seq_len": 4},
+        train={"steps": 1, "lr": 1e-3, "global_batch": 1},
+    )
+    for read in (Tokenizer.load, TextTokenizer):
+        with pytest.raises(InputError, match=r"tokenizer\.json: is missing; beside it is tokenizer\.model"):
+            read(Path(job.data.tokenizer))
+
+
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     content = json.loads(BYTES.side_files()["tokenizer.json"])
     content["added_tokens"] = []
@@ -121,7 +180,7 @@ def test_a_broken_file_is_bad_input(tmp_path: Path, broken: bytes) -> None:
     with pytest.raises(InputError, match=r"is no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     write(tmp_path, {**BPE.side_files(), "tokenizer_config.json": broken})
-    with pytest.raises(InputError, match=r"tokenizer_config\.json is not"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: is n"):
         Tokenizer.load(tmp_path)
 
 

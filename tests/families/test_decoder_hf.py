@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from meshwright import families
 from meshwright.errors import CannotWork, InputError
 from meshwright.families.decoder import card, parameters
-from meshwright.families.decoder_hf import KINDS, shape_from_hf_config
+from meshwright.families.decoder_config import CLASS_DEFAULTS, EPSILONS
+from meshwright.families.decoder_hf import KINDS, numbers_of, shape_from_hf_config
 
 BASE = {
     "hidden_size": 64,
@@ -114,6 +115,61 @@ def test_a_shape_has_as_many_parameters_as_the_real_model(kind: str, extra: dict
     written = json.loads(config.to_json_string(use_diff=False))
     found = parameters(shape_from_hf_config(written))
     assert sum(p.elements for p in found) == sum(p.numel() for p in model.parameters())
+
+
+#: Keys of CONFIGS that a class may have a default for.
+_LEFT_OUT = (
+    "num_key_value_heads",
+    "head_dim",
+    "q_lora_rank",
+    "n_routed_experts",
+    "n_shared_experts",
+    "tie_word_embeddings",
+)
+_LEFT_OUT = (*_LEFT_OUT, "first_k_dense_replace", "shared_expert_intermediate_size")
+
+
+@pytest.mark.parametrize("kind", sorted(dict(CONFIGS)))
+def test_a_key_that_is_left_out_is_its_classs_default(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 1024, "num_attention_heads": 64, "num_hidden_layers": 4}
+    full = {**BASE, **dict(CONFIGS)[kind], **sizes}
+    full |= {"n_embd": 1024, "n_head": 64, "d_model": 1024}
+    for key in [key for key in full if key in _LEFT_OUT and kind != "nemotron"]:  # Nemotron's class cannot
+        config = {name: value for name, value in full.items() if name != key}
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+        found = sum(p.elements for p in parameters(shape_from_hf_config({"model_type": kind, **config})))
+        assert found == sum(p.numel() for p in model.parameters()), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_left_out_are_the_classs(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind)
+    theirs = config.get_text_config()
+    _, longest, theta, _, eps = numbers_of({"model_type": kind}, "config.json")
+    positions = getattr(theirs, "max_position_embeddings", longest)
+    if kind not in ("gpt2", "gpt_neo", "gpt_bigcode", "opt"):  # these must say it
+        assert longest == positions
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    assert theta == rope.get("rope_theta", theta)
+    assert eps in {getattr(theirs, key, eps) for key in EPSILONS}
+    for key, value in CLASS_DEFAULTS.get(kind, {}).items():
+        fresh = {**vars(type(theirs)), **theirs.to_dict(), **rope}
+        assert key == "sliding_window" or fresh.get(key, value) == value, key
+
+
+def test_the_text_part_says_its_own_numbers_first() -> None:
+    text = {"model_type": "gemma3_text", "torch_dtype": "bfloat16", "max_position_embeddings": 77, "rms_norm_eps": 0.5}
+    outer = {"model_type": "gemma3", "dtype": "float32", "max_position_embeddings": 11, "text_config": text}
+    assert numbers_of(outer, "config.json")[:2] == ("bf16", 77)
+    text["quantization_config"] = {"quant_method": "fp8"}
+    assert numbers_of(outer, "config.json")[0] == "fp8"
+    quantized = {**outer, "text_config": {"dtype": None}, "quantization_config": {"quant_method": "fp8"}}
+    assert numbers_of(quantized, "config.json")[:2] == ("fp8", 11)
+    del quantized["quantization_config"]
+    assert numbers_of(quantized, "config.json")[0] == "fp32"
 
 
 def test_the_text_part_of_a_larger_config_is_read() -> None:

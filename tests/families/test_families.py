@@ -106,7 +106,7 @@ def test_a_config_says_shape_precision_and_numbers_of_any_decoder(tmp_path: Path
     scaling = {"rope_type": "linear", "factor": 2.0}
     more = {"rope_parameters": {"rope_theta": 5e5, **scaling}, "rms_norm_eps": 1e-5}
     for kind, longest, bias_of in (("qwen2", 64, ("qkv",)), ("phi3", 4096, ())):
-        config = {**CONFIG, **more, "model_type": kind, "dtype": "bfloat16"}
+        config = {**CONFIG, **more, "model_type": kind, "dtype": "bfloat16", "num_key_value_heads": 2}
         if kind == "phi3":
             del config["max_position_embeddings"]
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -192,6 +192,26 @@ def test_a_tied_head_is_counted_once() -> None:
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor", "high_freq_factor", "not there"]),
         ({"rope_scaling": {"rope_type": ["yarn"], "factor": 8}}, ["rope_type ['yarn'] is not supported; known: def"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 8, "mscale": "x"}}, ["rope_scaling: mscale must be a number"]),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "low_freq_factor": 1.0, "turn": 2}},
+            ["rope_scaling: 'low_freq_factor' is not a key of rope_type 'yarn'", "'turn' is not a key"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 8.0}},
+            ["'factor' is not a key of rope_type 'default'"],
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5 is not supported"]),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}, "original_max_position_embeddings": 32},
+            ["original_max_position_embeddings is 32 beside 128 of the rope table"],
+        ),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": {"type": "linear", "factor": 4.0}},
+            ["factor is 8.0 in rope_scaling and 4.0 in rope_parameters; give one of these tables"],
+        ),
+        ({"rope_theta": 10.0, "rope_parameters": {"rope_theta": 20.0}}, ["rope_theta is 10.0, but 20.0 in rope_p"]),
         ({"rope_parameters": {"rope_theta": "x"}}, ["rope_parameters: rope_theta must be a number"]),
         ({"max_position_embeddings": -1}, ["max_position_embeddings must be a positive whole number, found -1"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings must be true or false, found 'yes'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import decode_text, is_utf16, unique_keys
 
 #: Longer documents are cut, so that a file without line ends cannot fill the memory.
 DOCUMENT_BYTES = 16 * 2**20
@@ -54,6 +56,11 @@ class TextSource:
         for name, path, reader in self.files:
             try:
                 with open(path, "rb") as file:
+                    start = file.read(4)
+                    if is_utf16(start):
+                        yield Unreadable(Problem(name, "is UTF-16 text", "convert it to UTF-8"), False)
+                        continue
+                    file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)  # a byte order mark is no text
                     yield from reader(file, name)
             except OSError as error:
                 raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
@@ -189,7 +196,7 @@ def _records(text_key: str) -> DocumentReader:
 
 def _record(line: bytes, text_key: str, where: str) -> Document | Unreadable:
     try:
-        record = json.loads(line)
+        record = json.loads(decode_text(line), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         return Unreadable(Problem(where, f"is not JSON: {what}", f'write {{"{text_key}": "..."}}'), True)
@@ -226,6 +233,8 @@ def _cut_at_character(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _decode(content: bytes, where: str) -> Document | Unreadable:
+    if b"\0" in content:
+        return Unreadable(Problem(where, "holds NUL bytes, so it is UTF-16 or no text", "convert it to UTF-8"), False)
     try:
         return Document(where, content.decode())
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from meshwright.errors import InputError, Problem
+from meshwright.files import parse_json, read_capped
 
 END_OF_TEXT = "<|endoftext|>"
 #: End tokens of other families' tokenizers, for a tokenizer.json without its configuration.
@@ -22,7 +23,12 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
 )
+#: Keys of special tokens, as a chat template knows them.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTES_VOCAB = 257  # 256 bytes and the end of a text
 _FILE_BYTES = 256 * 2**20  # largest tokenizer file that is read
 
@@ -37,14 +43,8 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer") -> None:
         """From a tokenizer's files, tokenizer.json among them. Raises InputError if that is broken."""
         self._files = dict(files)
-        try:
-            self._inner = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exception for anything wrong with the JSON
-            problem = Problem(where, f"is no tokenizer.json: {error}", 'tokenizer = "bpe" trains one')
-            raise InputError(problem) from error
+        self._inner = build(self._files, where)
         self._inner.encode_special_tokens = True
-        self._inner.no_padding()
-        self._inner.no_truncation()
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         self.vocab: int = max(vocabulary.values(), default=-1) + 1
         end = self._end_token(vocabulary, where)
@@ -52,10 +52,8 @@ class Tokenizer:
         self._files.setdefault("tokenizer_config.json", _configuration(end))
 
     def _end_token(self, vocabulary: Mapping[str, int], where: str) -> str:
-        eos = _json_object(self._files.get("tokenizer_config.json", b"{}"), where).get("eos_token")
-        if isinstance(eos, dict):  # the older form has the token's attributes
-            eos = eos.get("content")
-        for name in [eos] if isinstance(eos, str) else END_TOKENS:
+        eos = special_tokens(self._files, where).get("eos_token")
+        for name in [eos] if eos is not None else END_TOKENS:
             if name in vocabulary:
                 return name
         what = f"has no token {eos!r}, its eos_token" if eos else "does not say which token ends a text"
@@ -65,17 +63,8 @@ class Tokenizer:
     def load(cls, path: Path | str) -> Tokenizer:
         """From a tokenizer.json or the folder that holds one. Raises InputError."""
         path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        json_file = path / "tokenizer.json" if path.is_dir() else path
-        paths = {"tokenizer.json": json_file}
-        if json_file.name == "tokenizer.json":  # files beside one of another name may belong to another tokenizer
-            paths |= {name: folder / name for name in SIDE_FILES[1:]}
-        try:
-            files = {name: _read(file) for name, file in paths.items() if name == "tokenizer.json" or file.is_file()}
-        except OSError as error:
-            near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
-            raise InputError(Problem(str(json_file), f"cannot be read: {error.strerror}", near)) from error
-        return cls(files, where=str(json_file))
+        near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
+        return cls(read_files(path, near), where=str(path / "tokenizer.json" if path.is_dir() else path))
 
     def side_files(self) -> dict[str, bytes]:
         """Name -> content of the files from which `transformers` loads this tokenizer."""
@@ -175,17 +164,84 @@ def _configuration(end: str) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _read(path: Path) -> bytes:
-    if path.stat().st_size > _FILE_BYTES:
-        raise InputError(Problem(str(path), f"is larger than {_FILE_BYTES} bytes, which no tokenizer is"))
-    return path.read_bytes()
+def read_files(path: Path, hint: str) -> dict[str, bytes]:
+    """Name -> content of the files of the tokenizer in a folder, or of a tokenizer.json and those beside it.
+
+    Raises InputError, with `hint`, if there is no tokenizer.json.
+    """
+    json_file = path / "tokenizer.json" if path.is_dir() else path
+    paths = {"tokenizer.json": json_file}
+    if json_file.name == "tokenizer.json":  # files beside one of another name may belong to another tokenizer
+        paths |= {name: json_file.parent / name for name in SIDE_FILES[1:]}
+    others = [name for name in ("tokenizer.model", "vocab.json") if paths.get(name, json_file).is_file()]
+    if not json_file.exists() and others:
+        what = f"is missing; beside it is {others[0]}, which is not read"
+        convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
+        raise InputError(Problem(str(json_file), what, convert))
+    if not json_file.exists():
+        raise InputError(Problem(str(json_file), "cannot be read: No such file or directory", hint))
+    present = {name: file for name, file in paths.items() if name == "tokenizer.json" or file.is_file()}
+    return {name: read_capped(file, _FILE_BYTES, follow_links=True) for name, file in present.items()}
 
 
-def _json_object(content: bytes, where: str) -> dict[str, Any]:
+def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
+    """The tokenizer of `files`, with the added tokens that its side files name. Raises InputError if tokenizer.json is
+    broken, or a side file gives a token another id."""
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(Problem(where, f"its tokenizer_config.json is not JSON: {error}")) from error
+        inner = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    except Exception as error:  # the library raises bare Exception for anything wrong with the JSON
+        problem = Problem(where, f"is no tokenizer.json: {error}", 'tokenizer = "bpe" trains one')
+        raise InputError(problem) from error
+    inner.no_padding()
+    inner.no_truncation()
+    for index, token in sorted(_added_tokens(files, where).items()):
+        known = inner.get_added_tokens_decoder().get(index)
+        if known is None or known.content != token.content:
+            inner.add_tokens([token])
+        if inner.token_to_id(token.content) != index:
+            other = inner.token_to_id(token.content)
+            what = f"gives {token.content!r} the id {other}, the files beside it {index}"
+            raise InputError(Problem(where, what, "save the tokenizer again with transformers"))
+    return inner
+
+
+def _added_tokens(files: Mapping[str, bytes], where: str) -> dict[int, tokenizers.AddedToken]:
+    """Id -> token of tokenizer_config.json's `added_tokens_decoder` or, without one, of added_tokens.json."""
+    named = set(special_tokens(files, where).values())
+    listed = _object(files, "tokenizer_config.json", where).get("added_tokens_decoder")
+    if listed is None:
+        ids = _object(files, "added_tokens.json", where)
+        listed = {id: {"content": text, "special": text in named} for text, id in ids.items()}
+    try:
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            int(id): tokenizers.AddedToken(one["content"], **{flag: one[flag] for flag in flags if flag in one})
+            for id, one in listed.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(Problem(where, f"the added tokens beside it are not tokens with ids: {error}")) from error
+
+
+def special_tokens(files: Mapping[str, bytes], where: str) -> dict[str, str]:
+    """bos_token, eos_token, ... -> its text, as `transformers` reads them: of special_tokens_map.json before
+    tokenizer_config.json, unless the latter lists its added tokens. Raises InputError for a file that is no object."""
+    config = _object(files, "tokenizer_config.json", where)
+    tables = [config, _object(files, "special_tokens_map.json", where)]
+    tokens = {}
+    for table in tables[::-1] if "added_tokens_decoder" in config else tables:
+        for name in SPECIAL_TOKENS:
+            value = table.get(name)
+            if isinstance(value, dict):  # the older form has the token's attributes
+                value = value.get("content")
+            if isinstance(value, str):
+                tokens[name] = value
+    return tokens
+
+
+def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    """The JSON object in the file `name` beside `where`, {} if there is none."""
+    path = str(Path(where).with_name(name))
+    value = parse_json(files[name], path) if name in files else {}
     if not isinstance(value, dict):
-        raise InputError(Problem(where, "its tokenizer_config.json is not a JSON object"))
+        raise InputError(Problem(path, "is not a JSON object"))
     return value

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,14 +59,8 @@ def read_config(folder: Path) -> EngineModel:
     if "auto_map" in config:
         log.warning("%s names code of its own (auto_map); it is not run", folder / "config.json")
     shape = shape_from_hf(config, where=str(folder / "config.json"))
-    eos: Any = shape.eos_id
-    if (folder / "generation_config.json").exists():
-        eos = families.read_config(folder / "generation_config.json").get("eos_token_id", eos)
-    ids = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
-    if any(type(id) is not int for id in ids):
-        raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
     precision = torch.bfloat16 if precision_of(config) == "bf16" else torch.float32
-    return EngineModel(folder, shape, precision, frozenset(ids))
+    return EngineModel(folder, shape, precision, frozenset(families.end_ids(folder, shape)))
 
 
 def check_split(shape: LlamaShape, ranks: Ranks) -> None:

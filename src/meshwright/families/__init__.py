@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from meshwright.job import Job
 
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
 
 #: Fields of a DecoderShape that our modules support; every other one must have its default.
@@ -120,6 +121,20 @@ def vocab_of_folder(folder: Path) -> int | None:
     """Rows of the embedding of the model in a Hugging Face folder; None if its config does not say."""
     vocab = read_config(folder / CONFIG_NAME).get("vocab_size")
     return vocab if isinstance(vocab, int) else None
+
+
+def end_ids(folder: Path, shape: llama.LlamaShape) -> tuple[int, ...]:
+    """Ids that end a completion of the model in a Hugging Face folder: of generation_config.json, else of its config.
+
+    Raises InputError if these are no token ids.
+    """
+    eos: Any = shape.eos_id
+    if (folder / GENERATION_NAME).exists():
+        eos = read_config(folder / GENERATION_NAME).get("eos_token_id", eos)
+    ids = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+    if any(type(id) is not int for id in ids):
+        raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
+    return tuple(ids)
 
 
 def read_config(path: Path) -> dict[str, Any]:

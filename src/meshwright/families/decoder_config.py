@@ -29,11 +29,59 @@ SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
     "vocab": ("vocab_size",),
 }
 #: Numbers that are not sizes, with their usual values; some are written into the configurations of other frameworks.
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 NUMBERS: Mapping[str, float] = {
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"), 1e-5),
+    **dict.fromkeys(EPSILONS, 1e-5),
     "rope_theta": 10000.0,
 }
 
+_QWEN = {
+    **{"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096},
+    **{"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+}
+_GEMMA = {"rms_norm_eps": 1e-6, "max_position_embeddings": 8192}
+#: `model_type` -> what a key means that the config does not have, where its class in `transformers` has another default
+#: than is usual. A test compares them. Keys that must be there have none.
+CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {
+        **{"num_key_value_heads": 8, "sliding_window": 4096},
+        **{"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6, "max_position_embeddings": 131072},
+    "qwen2_moe": {**_QWEN, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632},
+    "qwen3_moe": {**_QWEN, "num_key_value_heads": 4},
+    "deepseek_v2": {
+        **{"q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2},
+        **{"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    },
+    "deepseek_v3": {
+        **{"q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3},
+        **{"rms_norm_eps": 1e-6},
+    },
+    "gpt_neox": {"max_position_embeddings": 2048},
+    "gptj": {"n_positions": 2048},
+    "gpt_oss": {
+        **{"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150000.0},
+        **{"max_position_embeddings": 131072},
+    },
+    "falcon": {"max_position_embeddings": 2048},
+    "gemma": {**_GEMMA, "num_key_value_heads": 16},
+    "gemma2": {**_GEMMA, "num_key_value_heads": 4},
+    "gemma3_text": {**_GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072},
+    "gemma3": {**_GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072},
+    "phi": {"max_position_embeddings": 2048},
+    "olmo": {"max_position_embeddings": 2048},
+    "olmo2": {"max_position_embeddings": 2048},
+    "starcoder2": {"num_key_value_heads": 2},
+    "stablelm": {"num_key_value_heads": 32},
+    "granite": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "cohere": {"rope_theta": 500000.0, "max_position_embeddings": 8192},
+}
+#: Keys of the weights' element type, the newer one first.
+DTYPES = ("dtype", "torch_dtype")
 #: Torch's names of element types -> ours.
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -48,7 +96,7 @@ def kind_of(config: Mapping[str, Any], where: str) -> str | None:
 
 def precision_of(config: Mapping[str, Any]) -> str:
     """Our word for the element type of a config's weights, fp32 for an unknown one or none."""
-    return PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
+    return PRECISIONS.get(str(next(filter(None, map(config.get, DTYPES)), None)), "fp32")
 
 
 def show(value: Any) -> str:
@@ -61,13 +109,16 @@ def show(value: Any) -> str:
 
 
 class ConfigReader:
-    """Reads a config key by key. A null counts as an absent key, except for flags, where it is false.
+    """Reads a config key by key, with the defaults of its `kind` for keys that it does not have.
 
-    A wrong value is noted in `problems`, which `raise_problems` raises, and replaced by a valid one.
+    A null counts as an absent key without such a default, except for flags, where it is false. A wrong value is noted
+    in `problems`, which `raise_problems` raises, and replaced by a valid one.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config, self.where = config, where
+    def __init__(self, config: Mapping[str, Any], where: str, kind: str = "") -> None:
+        self.defaults = CLASS_DEFAULTS.get(kind, {})
+        self.config, self.where = {**self.defaults, **config}, where
+        self._given = config
         self.problems: list[Problem] = []
         self._keys: dict[str, str] = {}
 
@@ -93,6 +144,7 @@ class ConfigReader:
         key = next((name for name in names if self.has(name)), None)
         self._keys[field] = key or names[0]
         value: Any = otherwise if key is None else self.config[key]
+        otherwise = self.defaults.get(names[0], otherwise)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if whole and value <= most and (key is None or value >= least):
             return value
@@ -122,8 +174,15 @@ class ConfigReader:
     def rope(self) -> tuple[float, dict[str, Any], str]:
         """Base of the rotary positions, the rest of their table, and where that is: in one table or beside it."""
         key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
-        rope = dict(self.table(key))
+        tables = [self.table(name) for name in ("rope_scaling", "rope_parameters")]
+        rope = {**tables[0], **tables[1]}
+        for name in sorted(tables[0].keys() & tables[1].keys()):
+            if tables[0][name] != tables[1][name]:
+                both = f"{show(tables[0][name])} in rope_scaling and {show(tables[1][name])} in rope_parameters"
+                self.refuse(f"{name[:60]} is {both}", "give one of these tables")
         theta = self.number("rope_theta", 10000.0)
+        if self._given.get("rope_theta") is not None and (rope.get("rope_theta") or theta) != theta:
+            self.refuse(f"rope_theta is {show(theta)}, but {show(rope['rope_theta'])} in {key}", "give one of them")
         inner = ConfigReader({"rope_theta": rope.pop("rope_theta", None)}, f"{self.where}: {key}")
         theta = inner.number("rope_theta", theta)
         self.problems += inner.problems

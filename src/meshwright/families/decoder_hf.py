@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.families.decoder_config import LARGEST_SIZE, ConfigReader, ShapeFields, kind_of, precision_of, show
+from meshwright.families.decoder_config import (
+    DTYPES,
+    EPSILONS,
+    LARGEST_SIZE,
+    NUMBERS,
+    ConfigReader,
+    ShapeFields,
+    kind_of,
+    precision_of,
+    show,
+)
 from meshwright.families.decoder_shape import DecoderShape
 
 Config = Mapping[str, Any]
@@ -45,7 +55,7 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
         what = f"model_type {show(name)} is not a decoder that we know"
         close = nearest_name(str(name)[:60], list(KINDS))
         raise InputError(Problem(where, what, f"{close}; known: {', '.join(KINDS)}"))
-    kind, reader = KINDS[name], ConfigReader(config, where)
+    kind, reader = KINDS[name], ConfigReader(config, where, name)
     sizes = reader.sizes(ffn=kind.ffn, ffn_of_hidden=kind.ffn_of_hidden, head_dim=kind.head_dim, rotary=kind.rotary)
     sizes["tied"] = reader.flag("tie_word_embeddings", otherwise=kind.tied)
     facts = {**sizes, **kind.facts, **kind.more(reader, sizes), "hf_type": name}
@@ -59,20 +69,26 @@ def shape_from_hf_config(config: Config, where: str = "config.json") -> DecoderS
 def numbers_of(config: Config, where: str) -> tuple[str, int, float, Config | None, float]:
     """Values of a config that are not part of a shape, or usual ones: precision of the saved weights, most tokens of a
     sequence, base and scaling of the rotary positions, epsilon of the norms. Raises InputError for a wrong one."""
-    quantized, longest = config.get("quantization_config"), config.get("max_position_embeddings")
-    fp8 = isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
-    reader = ConfigReader(_text_part(config), where)
-    eps = reader.number("rms_norm_eps", reader.number("layer_norm_epsilon", 1e-5))
+    text = _text_part(config)
+    reader = ConfigReader(text, where, kind_of(text, where) or "")
+    eps = reader.number(next(filter(reader.has, EPSILONS), EPSILONS[0]), NUMBERS[EPSILONS[0]])
     theta, rope, _ = reader.rope()
+    longest = reader.size("positions", "max_position_embeddings", "n_positions", otherwise=USUAL_POSITIONS)
+    quantized = reader.table("quantization_config")
     reader.raise_problems()
     scaled = rope and rope.get("rope_type", rope.get("type")) != "default"
-    precision = "fp8" if fp8 else precision_of(config)
-    return precision, longest if isinstance(longest, int) else USUAL_POSITIONS, theta, rope if scaled else None, eps
+    precision = "fp8" if quantized.get("quant_method") == "fp8" else precision_of(text)
+    return precision, longest, theta, rope if scaled else None, eps
 
 
 def _text_part(config: Config) -> dict[str, Any]:
+    """What a config says about its text part: the part's own keys first, then those beside it."""
     text = config.get("text_config")
-    return {**config, **text} if isinstance(text, Mapping) else dict(config)
+    if not isinstance(text, Mapping):
+        return dict(config)
+    said = {key: value for key, value in text.items() if value is not None}
+    beside = {key: value for key, value in config.items() if not (key in DTYPES and any(map(said.get, DTYPES)))}
+    return {**text, **beside, **said}
 
 
 def _window(config: ConfigReader, sizes: ShapeFields) -> ShapeFields:

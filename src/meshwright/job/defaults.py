@@ -18,7 +18,7 @@ def with_defaults(sections: dict[str, Any]) -> dict[str, Any]:
         if _whole(hidden) and hidden % heads == 0:
             model.setdefault("head_dim", hidden // heads)
     folder = model.get("hf")
-    if isinstance(folder, str) and "\0" not in folder and (Path(folder) / "tokenizer.json").is_file():
+    if isinstance(folder, str) and "\0" not in folder and Path(folder).is_dir():  # its weights have its tokenizer's ids
         data.setdefault("tokenizer", folder)
     if model.get("module"):
         task.setdefault("name", "classification")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.files import BARE_KEY
+from meshwright.files import BARE_KEY, decode_text
 
 MAX_FILE_BYTES = 1 << 20
 COMMAND_LINE = "command line"
@@ -98,10 +98,12 @@ def _read_text(path: Path) -> str:
     if len(data) > MAX_FILE_BYTES:
         raise InputError(Problem(str(path), f"is larger than a job file may be ({MAX_FILE_BYTES} bytes)"))
     try:
-        return data.decode("utf-8")
+        return decode_text(data)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(Problem(f"{path}:{line}", "is not UTF-8 text")) from None
+    except ValueError as error:
+        raise InputError(Problem(str(path), str(error), "save it as UTF-8")) from None
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

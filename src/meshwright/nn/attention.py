@@ -55,7 +55,14 @@ class Rotary(nn.Module):
         """Factor on cos and sin: 1, but for yarn (arXiv 2309.00071, section 3.4)."""
         if not self.scaling or self.scaling["rope_type"] != "yarn":
             return 1.0
-        return float(self.scaling.get("attention_factor") or 0.1 * math.log(self.scaling["factor"]) + 1.0)
+        if given := self.scaling.get("attention_factor"):
+            return float(given)
+        # As DeepSeek's tables have them: weights of the logarithm, one over the other, where both are given.
+        over, under = self.scaling.get("mscale") or 0.0, self.scaling.get("mscale_all_dim") or 0.0
+        if not (over and under):
+            over, under = 1.0, 0.0
+        longer = 0.1 * math.log(max(1.0, float(self.scaling["factor"])))
+        return float((over * longer + 1.0) / (under * longer + 1.0))
 
     def _frequencies(self) -> Tensor:
         with torch.device("cpu"):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from meshwright import families
 from meshwright.card import Card
 from meshwright.checkpoint import ModelFolder, read_model_folder
+from meshwright.families.decoder_config import DTYPES
 from meshwright.families.llama import card as llama
 from meshwright.families.llama.module import build
 from meshwright.layout import Box
@@ -64,10 +65,31 @@ def model_of_job(job: Job, eos_id: int | None) -> Model:
             tensors = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
             read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.ignored_tensors(shape))
 
-    config = json.dumps(llama.hf_config(shape), indent=2, sort_keys=True).encode()
-    generation = json.dumps({"bos_token_id": shape.bos_id, "eos_token_id": shape.eos_id}).encode()
-    side_files = {"config.json": config, "generation_config.json": generation}
+    side_files = _configs(job, shape, eos_id)
     return Model(llama.card(shape, job.data.seq_len or 1), module, fill, names, side_files)
+
+
+def _configs(job: Job, shape: llama.LlamaShape, eos_id: int | None) -> dict[str, bytes]:
+    """config.json and generation_config.json: those of the job's folder, if it has one, with what training changed.
+
+    The token that ended the documents is among those that end a completion.
+    """
+    config: dict[str, Any] = {}
+    generation: dict[str, Any] = {"bos_token_id": shape.bos_id}
+    ends: tuple[int, ...] = ()
+    if job.model.hf is not None:
+        folder = Path(job.model.hf)
+        config = families.read_config(folder / families.CONFIG_NAME)
+        if (folder / families.GENERATION_NAME).exists():
+            generation |= families.read_config(folder / families.GENERATION_NAME)
+        ends = families.end_ids(folder, shape)
+    if eos_id is not None and eos_id not in ends:
+        ends = (*ends, eos_id)
+    for key in ("auto_map", *DTYPES):  # code that is not copied, and how the weights were written before
+        config.pop(key, None)
+    generation["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0] if ends else None
+    contents = {families.CONFIG_NAME: {**config, **llama.hf_config(shape)}, families.GENERATION_NAME: generation}
+    return {name: json.dumps(one, indent=2, sort_keys=True).encode() for name, one in contents.items()}
 
 
 def _custom(job: Job) -> Model:

@@ -24,7 +24,16 @@ ARCHITECTURES = {
 }
 #: As in `nn/blocked.py`, which cannot be imported without torch: a test compares them.
 QUERIES_AT_ONCE, PROBABILITIES_KEPT = 128, 512
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: Kinds of rotary scaling -> the keys of their tables beside `rope_type` or `type`; every other key is refused.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 #: Numbers of a table of rotary scaling, with their usual values.
 ROPE_NUMBERS: Mapping[str, float] = {
     "factor": 8.0,
@@ -34,6 +43,8 @@ ROPE_NUMBERS: Mapping[str, float] = {
     "attention_factor": 1.0,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
 }
 
 
@@ -102,7 +113,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
     if kind not in ARCHITECTURES:
         known = "known: " + ", ".join(ARCHITECTURES)
         raise InputError(Problem(where, f"model_type {show(kind)} is not one of ours", known))
-    reader = ConfigReader(config, where)
+    reader = ConfigReader(config, where, kind)
     if config.get("hidden_act", "silu") != "silu":
         reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
     if reader.flag("mlp_bias"):
@@ -143,6 +154,12 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
 def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
     """Base and scaling of the rotary positions, which a config may have in one table."""
     theta, rope, where = reader.rope()
+    if reader.has("partial_rotary_factor"):
+        rope["partial_rotary_factor"] = reader.config["partial_rotary_factor"]
+    key = "original_max_position_embeddings"  # beside the table it is not read by these models' classes
+    kept = rope.get(key) or reader.config.get("max_position_embeddings")
+    if rope.get("factor") and reader.has(key) and reader.config[key] != kept:
+        reader.refuse(f"{key} is {show(reader.config[key])} beside {show(kept)} of the rope table", "write it there")
     try:
         return theta, _rope_scaling(rope, where)
     except InputError as error:
@@ -156,14 +173,22 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
         return None
     scaling = {key: value for key, value in rope.items() if key != "type"}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        hint = nearest_name(str(kind)[:60], ROPE_TYPES) if isinstance(kind, str) else "known: " + ", ".join(ROPE_TYPES)
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        known = list(ROPE_TYPES)
+        hint = nearest_name(str(kind)[:60], known) if isinstance(kind, str) else "known: " + ", ".join(known)
         raise InputError(Problem(where, f"rope_type {show(kind)} is not supported", hint))
+    reader = ConfigReader(scaling, where)
+    part = scaling.get("partial_rotary_factor")
+    if part not in (None, 1):
+        reader.refuse(f"partial_rotary_factor {show(part)} is not supported", "supported: 1")
+    for key in sorted(scaling.keys() - {"rope_type", "partial_rotary_factor", *ROPE_TYPES[kind]}):
+        if scaling[key] is not None:
+            reader.refuse(f"{key[:60]!r} is not a key of rope_type {kind!r}", "leave it out")
+    reader.raise_problems()
     if kind == "default":
         return None
     if scaling.get("factor") is None:
         raise InputError(Problem(where, f"rope_type {kind!r} needs a factor", "such as factor = 8.0"))
-    reader = ConfigReader(scaling, where)
     needed = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
     numbers = {key: reader.number(key, usual, needed=key in needed) for key, usual in ROPE_NUMBERS.items()}
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
@@ -171,7 +196,8 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
         reader.refuse(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}", f"such as {high / 4:g}")
     reader.flag("truncate", otherwise=True)
     reader.raise_problems()
-    return {**scaling, "rope_type": kind}
+    used = {key: value for key, value in scaling.items() if key in ROPE_TYPES[kind]}
+    return {**used, "rope_type": kind}
 
 
 def hf_config(shape: LlamaShape) -> dict[str, Any]:

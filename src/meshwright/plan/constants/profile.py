@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.files import toml_value, write_atomic
+from meshwright.files import decode_text, toml_value, write_atomic
 from meshwright.plan.constants.correction import Correction, parse_corrections
 from meshwright.plan.constants.cpu import CPU_CONSTANTS
 from meshwright.plan.constants.gpu import CONSTANTS, Constant
@@ -159,7 +159,7 @@ def _parsed(data: bytes, path: Path) -> Profile:
     if len(data) > LARGEST_FILE_BYTES:
         raise InputError(Problem(where, "a profile is a small file; this one is larger than 1 MiB"))
     try:
-        tables = tomllib.loads(data.decode())
+        tables = tomllib.loads(decode_text(data))
     except (ValueError, RecursionError) as error:
         raise InputError(Problem(where, f"not TOML: {error}")) from error
     keys = ("name", "fitted_rows", "assumed", "closed", "constants", "intervals", "corrections", "end")

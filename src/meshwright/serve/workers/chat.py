@@ -11,15 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from meshwright.data.tokenizer import special_tokens
 from meshwright.errors import InputError, Problem
-from meshwright.files import read_capped, read_object
+from meshwright.files import decode_text, read_capped, read_object
 from meshwright.serve.errors import RequestError, bad_request
 
 #: For a model without a template: each message as "role: content", then the role that the model continues.
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-
-#: The special tokens that a template may name, as `transformers` gives them.
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_CONFIG_BYTES = 16 << 20
@@ -43,21 +41,9 @@ class ChatTemplate:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_capped(path, MAX_TEMPLATE_BYTES, follow_links=True).decode("utf-8")
-    except UnicodeDecodeError as error:
+        return decode_text(read_capped(path, MAX_TEMPLATE_BYTES, follow_links=True))
+    except ValueError as error:
         raise InputError(Problem(str(path), "not UTF-8 text")) from error
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, ..., each a text or {"content": text} in the file."""
-    tokens = {}
-    for name in SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
 
 
 def read_chat_template(folder: Path) -> ChatTemplate:
@@ -67,7 +53,9 @@ def read_chat_template(folder: Path) -> ChatTemplate:
     """
     path = folder / "tokenizer_config.json"
     config = read_object(path, MAX_CONFIG_BYTES) if path.is_file() else {}
-    special = _special_tokens(config)
+    paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    files = {one.name: read_capped(one, MAX_CONFIG_BYTES, follow_links=True) for one in paths if one.is_file()}
+    special = special_tokens(files, str(folder / "tokenizer.json"))
     template_file = folder / "chat_template.jinja"
     if template_file.is_file():
         return ChatTemplate(_read_text(template_file), special, own=True)

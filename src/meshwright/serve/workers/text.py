@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import tokenizers
-
-from meshwright.errors import InputError, Problem
-
-MAX_TOKENIZER_BYTES = 256 << 20
+from meshwright.data.tokenizer import build, read_files
 
 
 class TextTokenizer:
@@ -18,16 +14,9 @@ class TextTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads folder/tokenizer.json. Raises InputError if it is missing or broken."""
-        path = folder / "tokenizer.json"
-        if not path.is_file() or path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise InputError(Problem(str(path), "is missing or too large", "serving text needs a tokenizer.json"))
-        try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for broken JSON
-            raise InputError(Problem(str(path), f"is not a tokenizer: {error}")) from error
-        self._inner.no_padding()
-        self._inner.no_truncation()
+        """Reads folder/tokenizer.json and the files beside it. Raises InputError if it is missing or broken."""
+        files = read_files(folder, "serving text needs a tokenizer.json")
+        self._inner = build(files, str(folder / "tokenizer.json"))
         added = self._inner.get_added_tokens_decoder()
         #: The texts of the special tokens, which `decode` leaves out, by their ids.
         self.special: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
