@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from meshwright.files import write_atomic
+from meshwright.files import named_in_errors, write_atomic
 
 logger = logging.getLogger("meshwright")
 
@@ -100,13 +101,18 @@ class RunFolder:
 
 def _append(path: Path, text: bytes) -> None:
     """One write in append mode: if the process is killed, only the last line can be incomplete."""
+    with named_in_errors(path):
+        _append_line(path, text)
+
+
+def _append_line(path: Path, text: bytes) -> None:
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             text = b"\n" + text  # a crash cut the previous line short: end it, so that only that line is lost
         if os.write(handle, text) != len(text):
-            raise OSError(f"{path}: the disk took only part of a line")
+            raise OSError(errno.ENOSPC, "the disk took only part of a line")
     finally:
         os.close(handle)
 

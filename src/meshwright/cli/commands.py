@@ -241,7 +241,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    try:
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(Problem("--prompt", f"stdin is not {error.encoding.upper()} text")) from error
 
     def emit(text: str) -> None:
         sys.stdout.write(text)
