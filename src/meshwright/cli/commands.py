@@ -170,6 +170,10 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"equal: {result['layout']} and one device over {result['steps']} steps in {result['precision']}")
     print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
     print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
+    drift = result["drift"]
+    print(f"  left to themselves: {drift['relative']:.1e} (rounding alone may reach {drift['allowed']:.1e} here)")
+    if result["without_dropout"]:
+        print("  compared without dropout, whose masks depend on the layout")
     if result["twin"]:
         print(f"  compared on {result['twin']}, since one process of this machine cannot hold the model itself")
 
