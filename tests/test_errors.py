@@ -40,10 +40,6 @@ def test_text_and_a_single_problem_will_do() -> None:
     assert InputError(Problem("a", "one")).problems == (Problem("a", "one"),)
 
 
-def test_a_failed_run_carries_the_command_that_resumes() -> None:
-    assert RunFailed("rank 1 died", resume="meshwright train job.toml --resume").resume.endswith("--resume")
-
-
 def test_nearest_name() -> None:
     assert nearest_name("stesp", ["steps", "seed"]) == "did you mean 'steps'?"
     assert nearest_name("zzz", ["steps", "seed"]) == "known: seed, steps"

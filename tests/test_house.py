@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -416,14 +416,19 @@ def test_floors_below_matter_run_without_torch() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The one promise of time that is a test: `meshwright --help` under 0.3 s, the best of five."""
-    command = [sys.executable, "-m", "meshwright", "--help"]
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.3
+    """`meshwright --help` takes at most ten times the work of an empty Python: seconds of CPU, which other processes
+    do not lengthen, the best of five."""
+
+    def seconds(*words: str) -> float:
+        used = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *words], check=True, capture_output=True, timeout=60)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(used)
+
+    assert seconds("-m", "meshwright", "--help") < 10 * seconds("-c", "pass")
 
 
 def documents() -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 #: Set by `launch` for the processes that it starts, never by hand.
 WORKER_FOLDER = "MESHWRIGHT_WORKER_FOLDER"
 WORKER_PARENT = "MESHWRIGHT_WORKER_PARENT"
+WORKER_ANSWER = "MESHWRIGHT_WORKER_ANSWER"
 #: Where Linux shows control groups, by which containers and services limit what they hold, and those of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -17,12 +18,14 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """The environment of a process that `launch` started. `folder` is the private folder, `parent` a process id."""
+    """The environment of a process that `launch` started. `folder` is the private folder, `parent` a process id,
+    `answer` the descriptor of the file for its result."""
 
     rank: int
     world: int
     folder: Path
     parent: int
+    answer: int
 
 
 def debug() -> bool:
@@ -39,6 +42,7 @@ def worker_context() -> WorkerContext | None:
         world=int(os.environ["WORLD_SIZE"]),
         folder=Path(os.environ[WORKER_FOLDER]),
         parent=int(os.environ[WORKER_PARENT]),
+        answer=int(os.environ[WORKER_ANSWER]),
     )
 
 

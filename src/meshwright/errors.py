@@ -12,6 +12,7 @@ Every message says what is wrong, where (file and key, or rank and step), and th
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,30 @@ class LayoutsDisagree(MeshwrightError):
     """A layout differs from one device; the problem names the first step and tensor."""
 
     exit_code = 5
+
+
+#: What the system refuses -> (the error, what helps). Any other refusal that names a file is an InputError.
+REFUSALS: dict[int, tuple[type[MeshwrightError], str]] = {
+    errno.ENOSPC: (RunFailed, "free space on that disk, or name a folder on another"),
+    errno.EDQUOT: (RunFailed, "free some of your quota, or name a folder on another disk"),
+    errno.EFBIG: (RunFailed, "raise the limit on the size of a file (ulimit -f), or name a folder on another disk"),
+    errno.EIO: (RunFailed, "check that disk, or name a folder on another"),
+    errno.EMFILE: (RunFailed, "raise the limit on open files (ulimit -n)"),
+    errno.EROFS: (InputError, "name a folder that can be written, or copy this one to such a place"),
+    errno.EACCES: (InputError, "name one that you may use, or change its permissions"),
+    errno.EPERM: (InputError, "name one that you may use, or change its permissions"),
+    errno.ENAMETOOLONG: (InputError, "give it a shorter name"),
+    errno.ENOENT: (InputError, "name one that exists"),
+}
+
+
+def refused_by_system(error: OSError) -> MeshwrightError | None:
+    """A system's refusal (a full disk, a folder that is read-only) as a named problem; None where it names nothing."""
+    if error.filename is None and error.errno not in REFUSALS:
+        return None
+    kind, nearest = REFUSALS.get(error.errno or 0, (InputError, ""))
+    where = "" if error.filename is None else str(error.filename)
+    return kind(Problem(where, error.strerror or str(error), nearest))
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,30 @@ def is_utf16(data: bytes) -> bool:
     return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
 
 
+@contextlib.contextmanager
+def named_in_errors(path: Path, *, draft: Path | None = None) -> Iterator[None]:
+    """Puts `path` into an OSError that names no file, as that of a write to a full disk, or that names its `draft`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(draft)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
     """Write `data` so that a reader, even after a crash, sees the old file or the new one, never a part.
 
     `durable` waits until file and name are on the disk; without it the old file may be back after a power cut.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with named_in_errors(path, draft=draft):
+        _write_draft(draft, path, data, mode, durable)
+    if durable:
+        sync_folder(path.parent)
+
+
+def _write_draft(draft: Path, path: Path, data: bytes, mode: int, durable: bool) -> None:
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -122,8 +142,6 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    if durable:
-        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import InputError, Problem
-from meshwright.files import write_atomic
+from meshwright.files import named_in_errors, write_atomic
 
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
 EVENTS = ("start", "step", "eval", "checkpoint", "failure", "recovery", "end")
+
+#: Bytes of lines that are read and parsed at once.
+READ_BYTES = 1 << 18
 
 
 class RunFolder:
@@ -87,10 +91,17 @@ class RunFolder:
 
     def read_events(self) -> list[dict[str, Any]]:
         """The events so far; [] if there is no log yet. A line that a crash cut short is left out."""
+        return list(self.each_event())
+
+    def each_event(self) -> Iterator[dict[str, Any]]:
+        """`read_events` one by one, for logs that are larger than what memory should hold."""
         if not self.events.exists():
-            return []
-        lines = self.events.read_bytes().split(b"\n")[:-1]  # the rest is still being written
-        return [event for line in lines if (event := _parse(line, self.events)) is not None]
+            return
+        with open(self.events, "rb") as file:
+            while lines := file.readlines(READ_BYTES):
+                if not lines[-1].endswith(b"\n"):
+                    lines.pop()  # still being written
+                yield from _parse_lines(lines, self.events)
 
     def steps(self) -> list[dict[str, Any]]:
         """The step events in order of step; where a resumed run repeated a step, the last event of that step."""
@@ -126,15 +137,32 @@ class RunFolder:
 
 def _append(path: Path, text: bytes) -> None:
     """One write in append mode: if the process is killed, only the last line can be incomplete."""
+    with named_in_errors(path):
+        _append_line(path, text)
+
+
+def _append_line(path: Path, text: bytes) -> None:
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             text = b"\n" + text  # a crash cut the previous line short: end it, so that only that line is lost
         if os.write(handle, text) != len(text):
-            raise OSError(f"{path}: the disk took only part of a line")
+            raise OSError(errno.ENOSPC, "the disk took only part of a line")
     finally:
         os.close(handle)
+
+
+def _parse_lines(lines: list[bytes], path: Path) -> Iterator[dict[str, Any]]:
+    """The events of whole lines. One call of the parser for many lines takes a third of the time of a call for each."""
+    try:
+        events = json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        events = []
+    if len(events) != len(lines):  # there is a broken line: find it
+        yield from (event for line in lines if (event := _parse(line, path)) is not None)
+        return
+    yield from (checked for event in events if (checked := _checked(event, path)) is not None)
 
 
 def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
@@ -142,11 +170,20 @@ def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
         return None
     try:
         event = json.loads(line)
+    except ValueError as error:
+        logger.warning("%s: a broken line is left out (%s)", path, error)
+        return None
+    return _checked(event, path)
+
+
+def _checked(event: Any, path: Path) -> dict[str, Any] | None:
+    try:
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             raise ValueError("not an event")
         if event["event"] == "step" and not isinstance(event.get("step"), int):
             raise ValueError("a step line without a step")
-        event.update({name: float(text) for name, text in event.pop("not_finite", {}).items()})
+        if "not_finite" in event:
+            event.update({name: float(text) for name, text in event.pop("not_finite").items()})
     except (ValueError, TypeError, AttributeError) as error:
         logger.warning("%s: a broken line is left out (%s)", path, error)
         return None

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -283,10 +285,12 @@ def test_digits_without_scikit_learn_name_the_extra(tmp_path: Path, monkeypatch:
         data.build_manifest(digits_job(), tmp_path / "manifest")
 
 
-def test_the_bigram_reference_of_real_text_lies_between_chance_and_certainty(tmp_path: Path, source: Path) -> None:
+def test_the_bigram_reference_is_that_of_the_formula(tmp_path: Path, source: Path) -> None:
     manifest = data.build_manifest(text_job(source), tmp_path / "manifest")
-    bits = data.bigram_bits_per_byte(manifest.text("train"), manifest.text("held_out"))
-    assert 1 < bits < 8 and math.isfinite(bits)
+    train, held_out = manifest.text("train"), manifest.text("held_out")
+    pairs, singles = Counter(pairwise(train)), Counter(train[:-1])
+    cost = sum(-math.log2((pairs[a, b] + 1) / (singles[a] + 256)) for a, b in pairwise(held_out))
+    assert data.bigram_bits_per_byte(train, held_out) == pytest.approx((8 + cost) / len(held_out))
 
 
 def test_a_tokenizer_of_whole_words_still_accounts_for_every_byte(tmp_path: Path, source: Path) -> None:

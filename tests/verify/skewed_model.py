@@ -23,5 +23,31 @@ class Skewed(nn.Module):
         return torch.zeros(1, 8, 8)
 
 
+class Dropped(Skewed):
+    """With dropout between the layers."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(0.0)
+        self.drop = nn.Dropout(share)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.drop(torch.tanh(self.first(x.flatten(1)))))
+
+
+class Noisy(Skewed):
+    """Draws random numbers that are no dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x.flatten(1))) + 0.1 * torch.randn(16))
+
+
+def dropped(skew: float) -> nn.Module:
+    return Dropped(skew)
+
+
+def noisy() -> nn.Module:
+    return Noisy(0.0)
+
+
 def build(skew: float = 0.0) -> nn.Module:
     return Skewed(skew)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meshwright.verify.compare import compare, read_step
+from meshwright.verify.compare import Comparison, Recording, compare, read_step
 
 
 def write(
@@ -42,35 +43,79 @@ def test_a_hole_is_an_error(tmp_path: Path) -> None:
         read_step(tmp_path, 1)
 
 
-def test_the_first_tensor_beyond_the_tolerance_is_named(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    for step in (1, 2):
-        whole(one, step, a=torch.ones(4), b=torch.ones(4))
-    whole(other, 1, a=torch.ones(4), b=torch.ones(4) * (1 + 1e-7))
-    whole(other, 2, a=torch.ones(4), b=torch.ones(4) * 1.5)
-    found = compare(one, other, [(1.0, 1.0), (1.0, 1.0)], 1e-5)
-    assert found.first_beyond is not None and (found.first_beyond.step, found.first_beyond.tensor) == (2, "b")
-    assert found.gradient.relative == pytest.approx(0.5)
-    assert compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond is None
-    first = compare(one, other, [(2.0, 2.1), (1.0, 1.0)], 1e-5).first_beyond
-    assert first is not None and (first.step, first.tensor) == (1, "loss")
+@pytest.fixture
+def runs(tmp_path: Path) -> Callable[..., Comparison]:
+    """Compares a layout with one device: `steps` has, for each of the four runs, a dict of tensors for each step."""
+
+    def judge(
+        losses: Mapping[str, Sequence[float]] | None = None, **steps: Sequence[Mapping[str, Tensor]]
+    ) -> Comparison:
+        recordings = []
+        for name in ("reference", "reordered", "free", "followed"):
+            run = steps.get(name, steps["reference"])
+            for step, tensors in enumerate(run, start=1):
+                whole(tmp_path / name, step, **tensors)
+            recordings.append(Recording((losses or {}).get(name, [1.0] * len(run)), tmp_path / name))
+        return compare(*recordings, 1e-5)
+
+    return judge
 
 
-def test_a_small_tensor_is_judged_against_the_whole(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    whole(one, 1, big=torch.ones(100), noise=torch.full((4,), 1e-9))
-    whole(other, 1, big=torch.ones(100), noise=torch.full((4,), -1e-9))
-    assert compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond is None
-    whole(other, 1, big=torch.ones(100), noise=torch.full((4,), 1e-2))
-    first_beyond = compare(one, other, [(1.0, 1.0)], 1e-5).first_beyond
-    assert first_beyond is not None and first_beyond.tensor == "noise"
+ONES = {"a": torch.ones(4), "b": torch.ones(4)}
 
 
-def test_not_a_number_parts_and_missing_tensors_are_an_error(tmp_path: Path) -> None:
-    one, other, third = tmp_path / "one", tmp_path / "other", tmp_path / "third"
-    whole(one, 1, a=torch.ones(2))
-    whole(other, 1, a=torch.ones(2))
-    assert compare(one, other, [(1.0, float("nan"))], 1e-5).first_beyond is not None
-    whole(third, 1, a=torch.ones(2), b=torch.ones(2))
+def moved(by: float) -> dict[str, Tensor]:
+    return {"a": torch.ones(4), "b": torch.ones(4) * (1 + by)}
+
+
+def first(comparison: Comparison) -> tuple[int, str] | None:
+    beyond = comparison.first_beyond
+    return None if beyond is None else (beyond.step, beyond.tensor)
+
+
+def test_the_first_tensor_beyond_the_tolerance_is_named(runs: Callable[..., Comparison]) -> None:
+    equal = [ONES, ONES]
+    found = runs(reference=equal, followed=[moved(1e-7), moved(0.5)])
+    assert first(found) == (2, "b") and found.gradient.relative == pytest.approx(0.5)
+    assert first(runs(reference=equal)) is None
+    assert first(runs({"followed": [1.1, 1.0]}, reference=equal)) == (1, "loss")
+    assert first(runs({"free": [1.0, 1.1]}, reference=equal)) == (2, "loss")
+    assert first(runs({"followed": [1.0, math.nan]}, reference=equal)) == (2, "loss")
+
+
+def test_rounding_that_grows_as_on_one_device_is_equal(runs: Callable[..., Comparison]) -> None:
+    equal = [ONES, ONES, ONES]
+    grown = runs(reference=equal, reordered=[ONES, moved(1e-6), moved(2e-5)], free=[ONES, moved(8e-6), moved(6e-5)])
+    assert first(grown) is None
+    assert grown.drift.relative == pytest.approx(6e-5, rel=0.1)
+    assert first(runs(reference=equal, reordered=[ONES, ONES, moved(2e-5)], free=[ONES, moved(6e-5), ONES])) == (2, "b")
+    assert first(runs(reference=equal, reordered=[ONES, ONES, moved(2e-5)], free=[ONES, ONES, moved(1e-3)])) == (3, "b")
+
+
+def test_a_fault_is_caught_from_equal_weights_whatever_the_rounding(runs: Callable[..., Comparison]) -> None:
+    equal, noisy = [ONES, ONES], [ONES, moved(0.5)]
+    assert first(runs(reference=equal, reordered=noisy, free=noisy)) is None
+    assert first(runs(reference=equal, reordered=noisy, free=noisy, followed=[ONES, moved(1e-3)])) == (2, "b")
+
+
+def test_a_small_tensor_is_judged_by_its_own_size_at_step_1(runs: Callable[..., Comparison]) -> None:
+    def small(size: float, step_2: float = 1e-6) -> list[dict[str, Tensor]]:
+        return [{"big": torch.ones(100), "small": torch.full((4,), each)} for each in (size, step_2)]
+
+    reordered = small(1e-6 * (1 + 1e-6))
+    assert first(runs(reference=small(1e-6), reordered=reordered, followed=small(1e-6 * (1 + 1e-3)))) == (1, "small")
+    assert first(runs(reference=small(1e-6), reordered=reordered, followed=small(1e-6, 1.1e-6))) is None
+    assert first(runs(reference=small(1e-6), reordered=reordered, followed=small(1e-6, 1e-2))) == (2, "small")
+
+
+def test_a_tensor_that_is_nothing_but_rounding_is_equal(runs: Callable[..., Comparison]) -> None:
+    def noise(size: float) -> list[dict[str, Tensor]]:
+        return [{"big": torch.ones(100), "noise": torch.full((4,), size)}]
+
+    assert first(runs(reference=noise(1e-9), reordered=noise(-2e-9), free=noise(-1e-9), followed=noise(-1e-9))) is None
+    assert first(runs(reference=noise(1e-9), followed=noise(-1e-9))) is None, "one sample has no other order"
+
+
+def test_a_tensor_that_only_one_run_has_is_an_error(runs: Callable[..., Comparison]) -> None:
     with pytest.raises(ValueError, match=r"only one of the two.*b"):
-        compare(one, third, [(1.0, 1.0)], 1e-5)
+        runs(reference=[{"a": torch.ones(4)}], followed=[ONES])

@@ -116,7 +116,7 @@ class Rendezvous:
             if begin["nonce"] != self.nonce:
                 self.nonce = begin["nonce"]
                 self.say_hello(tensors)
-            self._raise_if_failed()
+            self.raise_if_failed()
             plan = self._read(self.partial / "plan.json")
             if plan is None or plan["ids"][self.rank] != self.id:
                 return None
@@ -133,11 +133,11 @@ class Rendezvous:
         """Waits for the commit. Raises RunFailed with rank 0's words if it failed."""
 
         def ended() -> bool | None:
-            return True if self._raise_if_failed() else None
+            return True if self.raise_if_failed() else None
 
         self._wait(ended, lambda: "rank 0 has not committed the checkpoint")
 
-    def _raise_if_failed(self) -> bool:
+    def raise_if_failed(self) -> bool:
         """Whether rank 0 has committed this save. Raises RunFailed if it failed."""
         end = self._read(self._saving / "end.json")
         if end is None or end["ids"].get(str(self.rank)) != self.id:

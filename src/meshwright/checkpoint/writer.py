@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from meshwright.checkpoint.files import dump_json, write_at, write_durably
-from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed_folders, prune
+from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed_folders, prune, step_folder
 from meshwright.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointManifest,
@@ -30,7 +32,7 @@ from meshwright.checkpoint.model_folder import ModelFolder, plan_files
 from meshwright.checkpoint.rendezvous import Rendezvous
 from meshwright.checkpoint.tensors import CODES, DTYPES, LocalTensors, build_header, cover_fault, runs, to_bytes
 from meshwright.errors import MeshwrightError, Problem, RunFailed
-from meshwright.files import sync_folder, write_atomic
+from meshwright.files import named_in_errors, sync_folder, write_atomic
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
 
@@ -156,9 +158,10 @@ class Writer:
         try:
             rendezvous = Rendezvous(self.root, save.step, self.rank, self.world, self.timeout_seconds)
             try:
-                _write(save, rendezvous, self.keep, self.layout)
+                with named_in_errors(step_folder(self.root, save.step)):
+                    _write(save, rendezvous, self.keep, self.layout)
             except Exception as error:
-                _tell_others(rendezvous, error)
+                _give_up(rendezvous, error)
                 raise
             if self.rank == 0 and self._committed is not None:
                 seconds = staged_seconds if self.asynchronous else time.perf_counter() - begin
@@ -170,6 +173,20 @@ class Writer:
             failed = RunFailed(Problem(f"rank {self.rank}, saving step {save.step}", _words(error)))
             failed.__cause__ = error
             self._error = failed
+
+
+def _give_up(rendezvous: Rendezvous, error: Exception) -> None:
+    """Frees the disk of a save that failed, and tells the others. Raises RunFailed where rank 0 had failed before."""
+    if not rendezvous.nonce:
+        return
+    for path in rendezvous.partial.glob("*/*.safetensors"):  # emptied, for others may be about to open them
+        with contextlib.suppress(OSError):
+            os.truncate(path, 0)
+    _tell_others(rendezvous, error)
+    if rendezvous.rank == 0:
+        shutil.rmtree(rendezvous.partial, ignore_errors=True)
+    else:
+        rendezvous.raise_if_failed()
 
 
 def _tell_others(rendezvous: Rendezvous, error: Exception) -> None:

@@ -170,6 +170,10 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"equal: {result['layout']} and one device over {result['steps']} steps in {result['precision']}")
     print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
     print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
+    drift = result["drift"]
+    print(f"  left to themselves: {drift['relative']:.1e} (rounding alone may reach {drift['allowed']:.1e} here)")
+    if result["without_dropout"]:
+        print("  compared without dropout, whose masks depend on the layout")
     if result["twin"]:
         print(f"  compared on {result['twin']}, since one process of this machine cannot hold the model itself")
 
@@ -241,7 +245,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    try:
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(Problem("--prompt", f"stdin is not {error.encoding.upper()} text")) from error
 
     def emit(text: str) -> None:
         sys.stdout.write(text)

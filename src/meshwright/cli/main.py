@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from meshwright import env
 from meshwright.cli.output import checked_output, drop_unwritten, say
 from meshwright.cli.parser import build_parser
-from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name
+from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name, refused_by_system
 
 INTERRUPTED = 130
 
@@ -67,9 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         return 0
-    except Exception as error:  # a bug of ours, or a broken machine
+    except Exception as error:  # a refusal of the system, or a bug of ours
         if env.debug():
             traceback.print_exc()
+        if (refused := _refused(error)) is not None:
+            if isinstance(error.__context__, MeshwrightError):  # it could not be told fully, for the same reason
+                _report(error.__context__)
+            return _report(refused)
         say(f"error: {type(error).__name__}: {error}")
         say("this error was not expected; MESHWRIGHT_DEBUG=1 shows its traceback")
         return RunFailed.exit_code
@@ -99,6 +103,13 @@ def _interrupt_once(number: int, _frame: object) -> None:
     """A terminal that is closed may send its signal more than once: the second must not cut the saving short."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _refused(error: Exception) -> MeshwrightError | None:
+    """A named problem, where the system or a text from outside is at fault rather than we."""
+    if isinstance(error, UnicodeEncodeError):  # bytes of the command line or of a file's name that are not text
+        return InputError(Problem("", f"{ascii(error.object)[:200]} is not UTF-8 text", "give it another name"))
+    return refused_by_system(error) if isinstance(error, OSError) else None
 
 
 def _report(error: MeshwrightError) -> int:

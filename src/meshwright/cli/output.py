@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from meshwright.errors import Problem, RunFailed
+
+#: What stands for a character that the terminal's encoding does not have; any other is shown as \\uXXXX.
+PLAIN = {ord(mark): plain for mark, plain in zip("█▓▒░·…–×", "#=+-..-x", strict=True)}
+
+
+def _encodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    if error.object[error.start].translate(PLAIN).isascii():
+        return error.object[error.start].translate(PLAIN), error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("meshwright", _encodable)
 
 
 class OutputFailed(RunFailed):
@@ -53,6 +70,9 @@ def checked_output() -> Iterator[None]:
     SystemExit (--help)."""
     if sys.stdout is None:
         raise OutputFailed(os.strerror(errno.EBADF))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test's stand-in is none
+            stream.reconfigure(errors="meshwright")
     output: Any = _Output(sys.stdout)
     with contextlib.redirect_stdout(output):
         try:

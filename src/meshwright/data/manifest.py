@@ -23,7 +23,7 @@ from meshwright.data.order import batch_samples
 from meshwright.data.sources import TextSource, file_digest, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
-from meshwright.files import sync_folder, write_atomic
+from meshwright.files import named_in_errors, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -143,7 +143,8 @@ def build_manifest(job: Job, folder: Path | str) -> Manifest:
         else:
             draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
-                _build(job, draft)
+                with named_in_errors(draft):
+                    _build(job, draft)
                 draft.chmod(0o755)
                 sync_folder(draft)
                 os.rename(draft, folder)
@@ -227,7 +228,7 @@ def _build_text(job: Job, folder: Path) -> dict[str, Any]:
         (folder / "tokenizer" / name).write_bytes(text)
     lengths = tokenizer.byte_lengths()
     if lengths is not None:
-        lengths.astype("<u2").tofile(folder / "byte_lengths.bin")
+        (folder / "byte_lengths.bin").write_bytes(lengths.astype("<u2").tobytes())
     if scan.undecodable:
         logger.warning("%s: %d files or records are not UTF-8 and were left out", source.name, scan.undecodable)
     if not totals["held_out"]["documents"] and job.data.held_out:
@@ -249,8 +250,8 @@ def _build_rows(job: Job, folder: Path) -> dict[str, Any]:
     images = digits.load(job.data.held_out)
     splits = {}
     for split, mine in (("train", ~images.held_out), ("held_out", images.held_out)):
-        images.inputs[mine].astype("<f4").tofile(folder / f"{split}.inputs.bin")
-        images.targets[mine].astype("<i8").tofile(folder / f"{split}.targets.bin")
+        (folder / f"{split}.inputs.bin").write_bytes(images.inputs[mine].astype("<f4").tobytes())
+        (folder / f"{split}.targets.bin").write_bytes(images.targets[mine].astype("<i8").tobytes())
         splits[split] = {"samples": int(mine.sum())}
     return {
         "kind": "rows",

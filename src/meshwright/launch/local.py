@@ -98,6 +98,7 @@ class LocalProcesses:
     def __init__(self, spec: LaunchSpec) -> None:
         self._spec = spec
         self._private, self._lock = _private_folder(spec)
+        self._answers = [_answer_file() for _ in range(spec.processes)]
         self._stop_requested = threading.Event()
         self._stopped = False
         self._results: list[Any] = []
@@ -169,6 +170,8 @@ class LocalProcesses:
             _end(workers, 0)
             shutil.rmtree(self._private, ignore_errors=True)
             self._lock.close()
+            for answer in self._answers:
+                answer.close()
 
     def _follow(self, workers: list[subprocess.Popen[bytes]]) -> None:
         while not self._stop_requested.wait(POLL_SECONDS):
@@ -203,6 +206,7 @@ class LocalProcesses:
             "WORLD_SIZE": str(spec.processes),
             environment.WORKER_FOLDER: str(self._private),
             environment.WORKER_PARENT: str(os.getpid()),
+            environment.WORKER_ANSWER: str(self._answers[rank].fileno()),
             # Workers import from the same places as this process; -P below keeps out the current folder.
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "PYTHONUNBUFFERED": "1",
@@ -218,12 +222,17 @@ class LocalProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=[self._answers[rank].fileno()],
                 start_new_session=True,  # Ctrl-C reaches the parent only, which ends the workers
             )
 
     def _read_answer(self, rank: int) -> dict[str, Any]:
-        path = self._private / f"answer-{rank}.json"
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        self._answers[rank].seek(0)
+        try:
+            answer: dict[str, Any] = json.loads(self._answers[rank].read())
+        except ValueError:  # none, or only a part of one
+            return {}
+        return answer
 
     def _first_error(self, failed: Mapping[int, int]) -> MeshwrightError:
         """The error of the rank that failed first: one killed by a signal (never a consequence), else the earliest."""
@@ -283,6 +292,13 @@ def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
     except OSError as error:
         raise InputError(Problem(str(spec.folder), f"cannot be written: {error.strerror}")) from error
     return private, lock
+
+
+def _answer_file() -> IO[bytes]:
+    """A file for a worker's answer, in memory where the system can: a full disk must not swallow its error."""
+    if not hasattr(os, "memfd_create"):
+        return tempfile.TemporaryFile(buffering=0)
+    return os.fdopen(os.memfd_create("answer"), "r+b", buffering=0)
 
 
 def _sweep(folder: Path) -> None:

@@ -1,11 +1,12 @@
 """The main program of a worker: `python -m meshwright.launch.worker`, configured by its environment.
 
 It reads the function's name and payload from the private folder, calls `function(payload, context)`, and writes the
-result or the error there as JSON. It ends when its parent does.
+result or the error as JSON into a file that its parent has open. It ends when its parent does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -20,7 +21,6 @@ from typing import Any
 
 from meshwright import env
 from meshwright.errors import InputError, MeshwrightError, Problem
-from meshwright.files import write_atomic
 from meshwright.launch.messages import Context, error_to_dict
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -74,20 +74,27 @@ def main() -> int:
         result = resolve(spec["function"])(spec["payload"], context)
         answer = {"result": json.dumps(result, allow_nan=True)}
     except MeshwrightError as error:
-        traceback.print_exc()
+        _print_traceback()
         status, answer = error.exit_code, {"error": error_to_dict(error)}
     except Exception as error:  # the parent raises RunFailed, the log has the traceback
-        traceback.print_exc()
+        _print_traceback()
         status, answer = 1, {"failure": f"{type(error).__name__}: {error}"}
     answer["at"] = time.time()
-    write_atomic(me.folder / f"answer-{me.rank}.json", json.dumps(answer).encode(), mode=0o600)
+    with os.fdopen(me.answer, "wb") as file:
+        file.write(json.dumps(answer).encode())
     return status
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(OSError):  # a full disk takes no log, and the answer must still reach the parent
+        traceback.print_exc()
 
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not sys.exit: a collective that still waits for a dead rank would keep the interpreter from ending.
     if status:
         os._exit(status)

@@ -27,7 +27,7 @@ from meshwright.report.charts import (
     spoken,
 )
 from meshwright.report.lines import plan_lines
-from meshwright.report.run_record import PLAIN_FIELDS, RunRecord, is_number, read_run
+from meshwright.report.run_record import PLAIN_FIELDS, RunRecord, Steps, is_number, read_run
 from meshwright.report.timeline import KIND_WORDS, MOST_MICRO_BATCHES
 from meshwright.run import RunFolder
 
@@ -82,7 +82,7 @@ def write_report(run_folder: RunFolder | Path | str) -> Path:
 
 def plan_page(plan: Plan) -> str:
     """The page of a plan without a run."""
-    return _render(RunRecord(plan.model, (), (), (), plan, "", {}))
+    return _render(RunRecord(plan.model, (), Steps(), (), (), plan, "", {}))
 
 
 def _render(record: RunRecord) -> str:
@@ -135,13 +135,13 @@ def _verdict(record: RunRecord) -> tuple[str, str]:
     if last == "end":
         end = record.last("end") or {}
         return ("finished", "good") if end.get("finished", True) else ("stopped early", "warn")
-    if record.steps:
+    if record.steps.last_step is not None:
         return "running", "warn"
     return ("planned", "good") if _only_planned(record) else ("not started", "warn")
 
 
 def _only_planned(record: RunRecord) -> bool:
-    return record.plan is not None and not record.events and not record.job_text
+    return record.plan is not None and not record.times and not record.job_text
 
 
 def _summary(record: RunRecord) -> str:
@@ -149,12 +149,11 @@ def _summary(record: RunRecord) -> str:
     if record.plan and _only_planned(record):
         plan = record.plan
         return f"{plain(plan.parameters)} parameters on {plan.cluster}, layout {plan.chosen.layout}."
-    done = int(record.steps[-1]["step"]) if record.steps else 0
+    done = record.steps.last_step or 0
     total = record.steps_of_job
     text = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
-    times = [event["time"] for event in record.events if is_number(event.get("time"))]
-    if len(times) > 1:
-        text += f" in {seconds_in_words(times[-1] - times[0])}"
+    if len(record.times) > 1:
+        text += f" in {seconds_in_words(record.times[-1] - record.times[0])}"
     if record.plan:
         text += f" on {record.plan.cluster}, layout {record.plan.chosen.layout}"
         text = f"{record.plan.model}, {plain(record.plan.parameters)} parameters: {text}"
@@ -340,7 +339,7 @@ def _stage_name(blocks: Sequence[str]) -> str:
 def _event_rows(record: RunRecord) -> list[dict[str, str]]:
     """The last MOST_EVENTS events that are not in the charts."""
     shown = [event for event in record.events if event["event"] not in ("step", "eval")][-MOST_EVENTS:]
-    start = next((event["time"] for event in record.events if is_number(event.get("time"))), 0.0)
+    start = record.times[0] if record.times else 0.0
     rows = []
     for event in shown:
         after = event["time"] - start if is_number(event.get("time")) else None

@@ -134,7 +134,13 @@ async def engine_processes(
             connected.set_result((reader, writer))
 
     path = private / "engine.sock"
-    listener = await asyncio.start_unix_server(on_connect, path)
+    try:
+        listener = await asyncio.start_unix_server(on_connect, path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        what = f"{private.parent} makes the path of a socket too long ({len(os.fsencode(path))} bytes)"
+        raise InputError(Problem("TMPDIR", what, "set it to a shorter folder, such as TMPDIR=/tmp")) from error
     payload = {
         "folder": str(folder.resolve()),
         "name": model_name(folder),

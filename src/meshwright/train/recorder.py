@@ -14,13 +14,11 @@ from meshwright.parallel import Mesh, ParallelModel
 from meshwright.train.loop import Record
 
 
-def recorder(folder: str | None, model: ParallelModel, mesh: Mesh) -> Record | None:
+def recorder(folder: str, model: ParallelModel, mesh: Mesh) -> Record:
     """A Record that writes step-N/rank-K.safetensors: the boxes this rank owns, scaled to the true gradient.
 
-    Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}. None for no folder.
+    Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}.
     """
-    if folder is None:
-        return None
     root = Path(folder)
 
     def record(step: int, gradients: Mapping[str, Tensor], correction: float) -> None:

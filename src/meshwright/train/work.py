@@ -18,18 +18,16 @@ from meshwright.parallel import Mesh, apply, start
 from meshwright.placement import Placement
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
-from meshwright.train.loop import Clock, Record, StepResult, Trainer
+from meshwright.train.loop import Clock, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
-from meshwright.train.recorder import recorder
 from meshwright.train.spans import merge
 
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 writes the events.
 
-    `payload["resume"]`: continue from the newest committed checkpoint. `payload["record"]`: a folder where every step's
-    gradients are written, for `verify`. Returns {"step", "loss", ...} of the last step.
+    `payload["resume"]`: continue from the newest committed checkpoint. Returns {"step", "loss", ...} of the last step.
     """
     run = RunFolder(payload["run"])
     job = load_job(run.job, data_must_exist=False)
@@ -38,7 +36,6 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     with start(layout, context.rank, context.store_path, timeout_seconds=job.launch.timeout_seconds) as mesh:
         session = Session(job, plan, run, mesh, resume=bool(payload.get("resume")))
-        session.record = recorder(payload.get("record"), session.trainer.model, mesh)
         return session.train()
 
 
@@ -47,7 +44,6 @@ class Session:
 
     def __init__(self, job: Job, plan: Plan, run: RunFolder, mesh: Mesh, *, resume: bool) -> None:
         self.job, self.plan, self.run, self.mesh = job, plan, run, mesh
-        self.record: Record | None = None
         self.manifest = data.Manifest.open(run.manifest)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
         chosen = plan.chosen
@@ -80,7 +76,7 @@ class Session:
         held_out: dict[str, float] = {}
         result, saved_step = None, done
         for step in range(self.first_step, self.job.train.steps + 1):
-            result = self.trainer.step(step, self.record)
+            result = self.trainer.step(step)
             seconds = clock.tick()
             self._append_step_event(step, result, seconds)
             last = step == self.job.train.steps

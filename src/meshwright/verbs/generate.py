@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from meshwright.errors import InputError, Problem
+
 
 def generate(
     model: str | Path,
@@ -20,8 +22,13 @@ def generate(
 ) -> dict[str, Any]:
     """Continues `prompt`; `emit` gets the text as it comes. `temperature` 0 is greedy.
 
-    Returns {"text", "tokens", "finish_reason", "seconds"}. Raises InputError for a folder without a model.
+    Returns {"text", "tokens", "finish_reason", "seconds"}. Raises InputError for a folder without a model, or
+    a prompt that is not text.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # of bytes on the command line that are not text, or half a surrogate pair
+        raise InputError(Problem("prompt", f"is not UTF-8 text: character {error.start + 1}")) from error
     from meshwright.engine import Engine, TextStream
     from meshwright.engine.folder import find_model
     from meshwright.serve.workers.text import TextTokenizer

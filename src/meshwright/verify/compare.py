@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,52 +19,113 @@ from torch import Tensor
 FLOOR = 0.1
 
 
+#: How far two runs may part that begin alike and go on by themselves, as a multiple of how far one device parts from
+#: itself when it sums in another order: a layout sums in several other orders.
+NOISE_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The losses of a run from step 1, and the folder of its gradients."""
+
+    losses: Sequence[float]
+    folder: Path
+
+
 @dataclass(frozen=True)
 class Difference:
-    """|layout - device| / |device| at one step, of the gradient of one tensor or of the loss."""
+    """|layout - device| / |device| at one step, of the gradient of one tensor or of the loss, and what is `allowed`."""
 
     step: int
     tensor: str
     relative: float
+    allowed: float = 0.0
+
+    @property
+    def beyond(self) -> bool:
+        return not self.relative <= self.allowed  # NaN is beyond everything
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest differences, and the first beyond the tolerance (None: equal)."""
+    """The largest differences: of `loss` and `gradient` where each step begins from equal weights, of `drift` where
+    the runs go on by themselves. `first_beyond` is the first that is not allowed (None: equal)."""
 
     loss: Difference
     gradient: Difference
+    drift: Difference
     first_beyond: Difference | None
 
 
-def compare(reference: Path, other: Path, losses: list[tuple[float, float]], tolerance: float) -> Comparison:
-    """Compares the gradients recorded in two folders, and `losses`: (reference, other) of each step, from step 1.
+def compare(
+    reference: Recording, reordered: Recording, free: Recording, followed: Recording, tolerance: float
+) -> Comparison:
+    """Compares a layout with one device, the `reference`.
 
-    Within a step the loss comes first, then the tensors in order of the forward pass. Raises ValueError where the two
-    runs recorded different tensors.
+    `followed` is the layout's run whose every step begins from the reference's weights: within `tolerance`, and at step
+    1 each tensor by its own size. `free` is the layout's run by itself, in which rounding grows: within NOISE_FACTOR of
+    what it grows to on one device, which `reordered` shows: the reference with its batches in another order.
+
+    Within a step the loss comes first, then the tensors in order of the forward pass. Raises ValueError where two runs
+    recorded different tensors.
     """
-    worst_loss = Difference(0, "loss", 0.0)
-    worst_gradient = Difference(0, "", 0.0)
+    worst_loss, worst_gradient, drift = Difference(0, "loss", 0.0), Difference(0, "", 0.0), Difference(0, "", 0.0)
     first_beyond: Difference | None = None
-    for step, (expected, actual) in enumerate(losses, start=1):
-        loss = Difference(step, "loss", _relative(abs(expected - actual), abs(expected)))
+    noise = 0.0
+    for step in range(1, len(reference.losses) + 1):
+        expected = read_step(reference.folder, step)
+        other_order = read_step(reordered.folder, step)
+        loss, *gradients = _differences(step, expected, reference, followed, tolerance)
+        moved = max(_differences(step, expected, reference, reordered, 0.0), key=_order)
+        noise = max(noise, moved.relative)
+        drifted = _differences(step, expected, reference, free, max(tolerance, NOISE_FACTOR * noise))
+        by_size = _by_own_size(expected, read_step(followed.folder, 1), other_order, tolerance) if step == 1 else []
         worst_loss = max(worst_loss, loss, key=_order)
-        gradients = list(_gradient_differences(step, reference, other))
         worst_gradient = max([worst_gradient, *gradients], key=_order)
+        drift = max([drift, *drifted], key=_order)
         if first_beyond is None:
-            first_beyond = next((d for d in (loss, *gradients) if not d.relative <= tolerance), None)
-    return Comparison(worst_loss, worst_gradient, first_beyond)
+            first_beyond = next((d for d in (loss, *gradients, *by_size, *drifted) if d.beyond), None)
+    return Comparison(worst_loss, worst_gradient, drift, first_beyond)
 
 
-def _gradient_differences(step: int, reference: Path, other: Path) -> Iterator[Difference]:
-    expected, actual = read_step(reference, step), read_step(other, step)
+def _differences(
+    step: int, expected: Mapping[str, Tensor], reference: Recording, other: Recording, allowed: float
+) -> list[Difference]:
+    actual = read_step(other.folder, step)
     if expected.keys() != actual.keys():
         names = sorted(expected.keys() ^ actual.keys())
         raise ValueError(f"step {step}: only one of the two runs has a gradient for {', '.join(names)}")
-    whole = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in expected.values()))
+    loss, other_loss = reference.losses[step - 1], other.losses[step - 1]
+    differences = [Difference(step, "loss", _relative(abs(loss - other_loss), abs(loss)), allowed)]
+    whole = math.sqrt(sum(_norm(tensor) ** 2 for tensor in expected.values()))
     for name, tensor in expected.items():
-        distance = float((tensor.double() - actual[name].double()).norm())
-        yield Difference(step, name, _relative(distance, max(float(tensor.double().norm()), FLOOR * whole)))
+        size = max(_norm(tensor), FLOOR * whole)
+        differences.append(Difference(step, name, _relative(_distance(tensor, actual[name]), size), allowed))
+    return differences
+
+
+def _by_own_size(
+    expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], reordered: Mapping[str, Tensor], tolerance: float
+) -> list[Difference]:
+    """Step 1, before anything is amplified: each tensor relative to itself, however small it is beside the others.
+
+    Where another order of sums moves a tensor, that much is allowed too: a gradient that is zero in exact arithmetic is
+    nothing but rounding. Tensors that it does not move are left out (a batch of one sample has no other order).
+    """
+    differences = []
+    for name, tensor in expected.items():
+        if noise := _relative(_distance(tensor, reordered[name]), _norm(tensor)):
+            relative = _relative(_distance(tensor, actual[name]), _norm(tensor))
+            differences.append(Difference(1, name, relative, max(tolerance, NOISE_FACTOR * noise)))
+    return differences
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def _distance(tensor: Tensor, other: Tensor) -> float:
+    return float((tensor.double() - other.double()).norm())
 
 
 def read_step(folder: Path, step: int) -> dict[str, Tensor]:

@@ -16,19 +16,22 @@ from meshwright.job import Job, job_to_toml
 from meshwright.layout import Layout
 from meshwright.plan import Plan, PlanRequest, Workload, balance, make_plan
 from meshwright.run import RunFolder
-from meshwright.verify.compare import Comparison, Difference, compare
+from meshwright.verify.compare import Comparison, Difference, Recording, compare
 from meshwright.verify.twin import small_job, small_layout
 
 #: Precision -> largest relative difference of loss and gradients that counts as equal.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+#: What the processes call.
+WORK = "meshwright.verify.work:work"
 
 
 def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: str = "fp32") -> dict[str, Any]:
     """Trains the planned layout of `job` and one device for `steps` steps from equal seeds and data, and compares.
 
     The layout is planned for `cluster`; the runs are processes of this machine, which may outnumber its cores. Returns
-    {"layout", "steps", "precision", "tolerance", "twin", "loss", "gradient"}: the largest relative differences, and a
-    description of the smaller twin where one was needed to fit one process, else "". Raises LayoutsDisagree naming the
+    {"layout", "steps", "precision", "tolerance", "twin", "without_dropout", "loss", "gradient", "drift"}: the largest
+    relative differences, a description of the smaller twin where one was needed to fit one process, else "", and
+    whether the model's dropout was left out. Raises LayoutsDisagree naming the
     first step and tensor that differ, CannotWork where no layout does the job.
     """
     request = PlanRequest(
@@ -51,17 +54,19 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     split = _plan_of(planned, layout, stages, precision, job)
     single = _plan_of(planned, Layout(micro_batch=layout.micro_batch), (names,), precision, job)
     tolerance = TOLERANCE[precision]
-    comparison = _train_both(_short_job(job, steps, precision), single, split, tolerance)
+    comparison, dropout = _train_both(_short_job(job, steps, precision), single, split, tolerance)
     if comparison.first_beyond is not None:
-        raise LayoutsDisagree(_disagreement(layout, comparison, comparison.first_beyond, tolerance))
+        raise LayoutsDisagree(_disagreement(layout, comparison, comparison.first_beyond))
     return {
         "layout": str(planned.chosen.layout),
         "steps": steps,
         "precision": precision,
         "tolerance": tolerance,
         "twin": twin,
+        "without_dropout": dropout,
         "loss": dataclasses.asdict(comparison.loss),
         "gradient": dataclasses.asdict(comparison.gradient),
+        "drift": dataclasses.asdict(comparison.drift),
     }
 
 
@@ -90,21 +95,30 @@ def _plan_of(planned: Plan, layout: Layout, stages: tuple[tuple[str, ...], ...],
     return dataclasses.replace(planned, chosen=chosen)
 
 
-def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> Comparison:
+def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> tuple[Comparison, bool]:
+    """The comparison, and whether the model's dropout was left out.
+
+    One device trains as it is, and with its batches in another order; the layout by itself, and from one device's
+    weights at each step.
+    """
     with launch.scratch_folder("meshwright-verify-") as folder:
         reference, other = Path(folder, "one-device"), Path(folder, "layout")
-        expected = _train(reference, job, single, data_from=None)
-        actual = _train(other, job, split, data_from=reference)
-        losses = list(zip(expected, actual, strict=True))
-        return compare(reference / "gradients", other / "gradients", losses, tolerance)
+        weights = str(Path(folder, "weights"))
+        as_it_is = {"record": str(reference / "gradients"), "save": weights}
+        reordered = {"record": str(reference / "reordered"), "reversed": True}
+        free = {"record": str(other / "gradients")}
+        followed = {"record": str(other / "followed"), "load": weights}
+        (one_device, other_order), dropout = _train(reference, job, single, [as_it_is, reordered], data_from=None)
+        (by_itself, from_equal_weights), _ = _train(other, job, split, [free, followed], data_from=reference)
+        return compare(one_device, other_order, by_itself, from_equal_weights, tolerance), dropout
 
 
-def _disagreement(layout: Layout, comparison: Comparison, first: Difference, tolerance: float) -> Problem:
+def _disagreement(layout: Layout, comparison: Comparison, first: Difference) -> Problem:
     loss, gradient = comparison.loss, comparison.gradient
     what = "the loss" if first.tensor == "loss" else f"the gradient of {first.tensor}"
     return Problem(
         f"layout {layout}, step {first.step}",
-        f"{what} differs from one device's by {first.relative:.1e} relative, more than {tolerance:.0e}",
+        f"{what} differs from one device's by {first.relative:.1e} relative, more than {first.allowed:.1g}",
         f"largest over all steps: loss {loss.relative:.1e} at step {loss.step}, gradient "
         f"{gradient.relative:.1e} ({gradient.tensor}) at step {gradient.step}",
     )
@@ -120,8 +134,11 @@ def _short_job(job: Job, steps: int, precision: str) -> Job:
     return Job(**sections)
 
 
-def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[float]:
-    """Trains one of the two runs; returns its losses by step."""
+def _train(
+    path: Path, job: Job, plan: Plan, passes: list[dict[str, Any]], data_from: Path | None
+) -> tuple[list[Recording], bool]:
+    """Runs the passes of `verify.work` in one set of processes. Returns their recordings, and whether dropout was left
+    out."""
     run = RunFolder(path).create()
     run.write_job(job_to_toml(job))
     run.write_plan(plan.as_dict())
@@ -129,14 +146,10 @@ def _train(path: Path, job: Job, plan: Plan, data_from: Path | None) -> list[flo
         data.build_manifest(job, run.manifest)
     else:
         shutil.copytree(RunFolder(data_from).manifest, run.manifest)
-    payload = {"run": str(path), "record": str(path / "gradients")}
+    payload = {"run": str(path), "passes": passes}
     # On CPUs alone: ranks may outnumber GPUs, and fp32 is the same on every machine.
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with launch.local(
-        "meshwright.train:work", payload, plan.chosen.layout.devices, run.logs, env=environment
-    ) as processes:
-        processes.wait()
-    losses = [float(event["loss"]) for event in run.steps()]
-    if len(losses) != job.train.steps:
-        raise CannotWork(Problem(str(path), f"recorded {len(losses)} of {job.train.steps} steps"))
-    return losses
+    with launch.local(WORK, payload, plan.chosen.layout.devices, run.logs, env=environment) as processes:
+        first = processes.wait()[0]
+    recordings = [Recording(losses, Path(one["record"])) for losses, one in zip(first["losses"], passes, strict=True)]
+    return recordings, first["dropout"]
