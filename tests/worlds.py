@@ -199,11 +199,16 @@ def train_cases(cases: Iterable[Case], folder: Path, steps: int = STEPS, seconds
 
 def compare(reference: Trained, other: Trained) -> Distance:
     """How far `other` is from `reference`, both recorded. Gradients of all steps are judged as `verify` does."""
-    from meshwright.verify.compare import compare as compare_runs
-    from meshwright.verify.compare import read_step
+    from meshwright.verify.compare import Recording, differences, read_step
 
-    losses = list(zip(reference.losses, other.losses, strict=True))
-    found = compare_runs(reference.folder, other.folder, losses, math.inf)
+    one, two = (Recording(run.losses, run.folder) for run in (reference, other))
+    found = [
+        difference
+        for step in range(1, len(one.losses) + 1)
+        for difference in differences(step, read_step(one.folder, step), one, two, math.inf)
+    ]
+    loss = max(difference.relative for difference in found if difference.tensor == "loss")
+    gradient = max((one for one in found if one.tensor != "loss"), key=lambda one: one.relative)
     norm = max(abs(a - b) / a for a, b in zip(reference.norms, other.norms, strict=True))
     expected, first = read_step(reference.folder, 1), read_step(other.folder, 1)
     apart = {
@@ -213,9 +218,8 @@ def compare(reference: Trained, other: Trained) -> Distance:
         if not name.endswith("attn.k.bias")
     }
     worst = max(apart, key=apart.__getitem__)
-    gradient = found.gradient
     return Distance(
-        found.loss.relative,
+        loss,
         norm,
         gradient.relative,
         f"{gradient.tensor} at step {gradient.step}",

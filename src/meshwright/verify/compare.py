@@ -75,10 +75,10 @@ def compare(
     for step in range(1, len(reference.losses) + 1):
         expected = read_step(reference.folder, step)
         other_order = read_step(reordered.folder, step)
-        loss, *gradients = _differences(step, expected, reference, followed, tolerance)
-        moved = max(_differences(step, expected, reference, reordered, 0.0), key=_order)
+        loss, *gradients = differences(step, expected, reference, followed, tolerance)
+        moved = max(differences(step, expected, reference, reordered, 0.0), key=_order)
         noise = max(noise, moved.relative)
-        drifted = _differences(step, expected, reference, free, max(tolerance, NOISE_FACTOR * noise))
+        drifted = differences(step, expected, reference, free, max(tolerance, NOISE_FACTOR * noise))
         by_size = _by_own_size(expected, read_step(followed.folder, 1), other_order, tolerance) if step == 1 else []
         worst_loss = max(worst_loss, loss, key=_order)
         worst_gradient = max([worst_gradient, *gradients], key=_order)
@@ -88,9 +88,10 @@ def compare(
     return Comparison(worst_loss, worst_gradient, drift, first_beyond)
 
 
-def _differences(
+def differences(
     step: int, expected: Mapping[str, Tensor], reference: Recording, other: Recording, allowed: float
 ) -> list[Difference]:
+    """Of the loss, then of each tensor of `expected`, the gradients of `reference` at the step."""
     actual = read_step(other.folder, step)
     if expected.keys() != actual.keys():
         names = sorted(expected.keys() ^ actual.keys())
