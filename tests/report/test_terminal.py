@@ -60,7 +60,7 @@ def test_of_many_stages_the_ends_and_the_fullest_are_shown() -> None:
     assert terminal.shown_stages([1, 2, 3]) == [0, 1, 2]
     totals = [5] * 20
     totals[9] = 9
-    assert terminal.shown_stages(totals) == [0, 1, 2, None, 9, None, 18, 19]
+    assert terminal.shown_stages(totals) == [0, 1, None, 9, None, 18, 19]
 
 
 def write_run(folder: RunFolder) -> None:

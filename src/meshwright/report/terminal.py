@@ -145,7 +145,7 @@ def shown_stages(totals: list[int]) -> list[int | None]:
     if len(totals) <= STAGES_SHOWN:
         return list(range(len(totals)))
     fullest = max(range(len(totals)), key=lambda stage: totals[stage])
-    keep = sorted({0, 1, 2, fullest, len(totals) - 2, len(totals) - 1})
+    keep = sorted({0, 1, fullest, len(totals) - 2, len(totals) - 1})
     shown: list[int | None] = []
     for before, stage in zip([-1, *keep], keep, strict=False):
         shown += [None, stage] if stage > before + 1 else [stage]

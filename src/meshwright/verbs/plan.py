@@ -49,7 +49,8 @@ def style_of(framework: str, precision: str) -> str:
     from meshwright.plan.cases.resolve import card_style
     from meshwright.plan.rules.frameworks import framework as row_of
 
-    return card_style(framework, precision, None) + ("+fused_loss" if row_of(framework).fused_cross_entropy else "")
+    fused = row_of(framework).fused_cross_entropy
+    return card_style(framework, precision, None) + ("+fused_loss" if fused else "")
 
 
 def request_of_job(job: Job, framework: str, objective: str) -> PlanRequest:
