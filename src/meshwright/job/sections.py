@@ -156,7 +156,7 @@ class CheckpointSection(_Section):
     """When the state is saved."""
 
     every: CountOrNone | None = _key(
-        None, "steps between checkpoints; 0: at the end only; default: planned from failure rates"
+        None, "steps between checkpoints; 0: at the end only; default: planned, three minutes of work apart at most"
     )
     keep: Count = _key(2, "newest checkpoints kept")
     asynchronous: bool = _key(True, "write while training goes on")
