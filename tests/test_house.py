@@ -59,7 +59,6 @@ TORCH_FROM_FLOOR = 2
 SIBLINGS = {
     ("report", "plan"),
     ("parallel", "nn"),
-    ("trace", "nn"),
     ("probe", "nn"),
     ("tasks", "nn"),
     ("families.module", "nn"),

@@ -134,7 +134,7 @@ def test_special_tokens_come_from_every_file_as_in_transformers(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("added_tokens.json", b'{"<end>": 300}', "gives '<end>' the id 257, the files beside it 300"),
+        ("added_tokens.json", b'{"<end>": 300}', "gives '<end>' the id 257, but the files beside it give it 300"),
         ("added_tokens.json", b'{"<end>": "x"}', "are not tokens with ids"),
         ("added_tokens.json", b"[]", r"added_tokens.json: is not a JSON object"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {}}}', "are not tokens with ids"),

@@ -176,7 +176,7 @@ def test_max_tokens_defaults_to_what_fits(llama: Path) -> None:
 
 def test_wrong_requests_name_the_limit(llama: Path) -> None:
     with Engine.open(llama, max_len=32) as engine:
-        with pytest.raises(InputError, match=r"prompt: has 40 tokens; this engine holds 32.*at most 31"):
+        with pytest.raises(InputError, match=r"prompt: has 40 tokens; a request has room for 32.*at most 31"):
             engine.submit(Request(prompt(1, 40)))
         with pytest.raises(InputError, match=r"max_tokens.*at most 22"):
             engine.submit(Request(prompt(1, 10), max_tokens=23))

@@ -73,7 +73,7 @@ def test_wrong_arguments(llama: Path) -> None:
         Engine.open(llama, precision="int4")
     with pytest.raises(InputError, match="max_batch"):
         Engine.open(llama, max_batch=0)
-    with pytest.raises(InputError, match="max_len: 300 is past what the model does: it has 256 positions; at most 256"):
+    with pytest.raises(InputError, match="300 is more than the model takes: it has 256 positions; at most 256"):
         Engine.open(llama, max_len=300)
 
 

@@ -46,5 +46,5 @@ def test_tp2_equals_tp1(
 
 
 def test_heads_that_do_not_divide_are_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(CannotWork, match="kv_heads 2 does not divide by tp 4; tp 2 does"):
+    with pytest.raises(CannotWork, match="tp=4 does not divide kv_heads=2; nearest: tp=2"):
         Engine.open(llama, context=Alone(0, 4, tmp_path / "store"))

@@ -200,7 +200,7 @@ def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
             inner.add_tokens([token])
         if inner.token_to_id(token.content) != index:
             other = inner.token_to_id(token.content)
-            what = f"gives {token.content!r} the id {other}, the files beside it {index}"
+            what = f"gives {token.content!r} the id {other}, but the files beside it give it {index}"
             raise InputError(Problem(where, what, "save the tokenizer again with transformers"))
     return inner
 

@@ -14,7 +14,7 @@ import torch
 
 from meshwright.cluster import available_memory_bytes
 from meshwright.engine.cache import bytes_per_token
-from meshwright.engine.folder import EngineModel, check_split, find_model, read_config, read_weights
+from meshwright.engine.folder import EngineModel, check_split, find_model, read_model_config, read_weights
 from meshwright.engine.ranks import Ranks, join, leave
 from meshwright.engine.request import Request, TokenEvent, check
 from meshwright.engine.runner import Decoder
@@ -70,7 +70,7 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("max_len", max_len), ("threads", threads)):
             if value is not None and value < 1:
                 raise InputError(Problem(name, f"is {value}", "at least 1"))
-        model = read_config(find_model(Path(folder)))
+        model = read_model_config(find_model(Path(folder)))
         dtype = {"auto": model.precision, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if context is not None:
             check_split(model.shape, Ranks(context.rank, context.world))
@@ -198,12 +198,12 @@ def _limit_len(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | 
         if max_len > longest:
             window = shape.sliding_window
             why = f"its sliding window is {window} tokens" if window == longest else f"it has {longest} positions"
-            raise InputError(Problem("max_len", f"{max_len} is past what the model does: {why}", f"at most {longest}"))
+            raise InputError(Problem("max_len", f"{max_len} is more than the model takes: {why}", f"at most {longest}"))
         return max_len
     token_bytes = bytes_per_token(shape.layers, shape.kv_heads // ranks.world, shape.head_dim, dtype)
     free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory_bytes()
     fits = int(free_bytes * _CACHE_SHARE / ranks.world) // (token_bytes * max_batch)
     if fits < 2:
         what = f"a cache for {max_batch} requests does not fit in memory"
-        raise CannotWork(Problem("max_batch", what, "a smaller one"))
+        raise CannotWork(Problem("max_batch", what, "nearest: a smaller max_batch"))
     return ranks.minimum(min(longest, fits))

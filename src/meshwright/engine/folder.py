@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from meshwright import checkpoint, families
+from meshwright.divisors import divisors
 from meshwright.engine.ranks import Ranks
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.families.decoder_config import precision_of
@@ -36,7 +38,7 @@ def find_model(folder: Path) -> Path:
 
     Raises InputError if there is none.
     """
-    if (folder / "config.json").exists():
+    if (folder / families.CONFIG_NAME).exists():
         return folder
     if (folder / "checkpoints").is_dir():
         newest = checkpoint.latest(folder / "checkpoints")
@@ -53,12 +55,12 @@ def find_model(folder: Path) -> Path:
     raise InputError(Problem(str(folder), what, "name a run, a checkpoint, or a Hugging Face folder"))
 
 
-def read_config(folder: Path) -> EngineModel:
+def read_model_config(folder: Path) -> EngineModel:
     """The model of `config.json` and `generation_config.json`. Code that they name is never run."""
-    config = families.read_config(folder / "config.json")
+    config = families.read_config(folder / families.CONFIG_NAME)
     if "auto_map" in config:
-        log.warning("%s names code of its own (auto_map); it is not run", folder / "config.json")
-    shape = shape_from_hf(config, where=str(folder / "config.json"))
+        log.warning("%s names code of its own (auto_map); it is not run", folder / families.CONFIG_NAME)
+    shape = shape_from_hf(config, where=str(folder / families.CONFIG_NAME))
     precision = torch.bfloat16 if precision_of(config) == "bf16" else torch.float32
     return EngineModel(folder, shape, precision, frozenset(families.end_ids(folder, shape)))
 
@@ -67,9 +69,8 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
     """Raises CannotWork if attention heads do not divide over the ranks."""
     for word, count in (("heads", shape.heads), ("kv_heads", shape.kv_heads)):
         if count % ranks.world:
-            good = [n for n in range(1, ranks.world) if shape.heads % n == 0 and shape.kv_heads % n == 0]
-            what = f"{word} {count} does not divide by tp {ranks.world}"
-            raise CannotWork(Problem("tp", what, f"tp {good[-1]} does"))
+            good = max(n for n in divisors(math.gcd(shape.heads, shape.kv_heads)) if n < ranks.world)
+            raise CannotWork(Problem("tp", f"tp={ranks.world} does not divide {word}={count}", f"nearest: tp={good}"))
 
 
 def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:

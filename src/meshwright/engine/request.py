@@ -56,7 +56,7 @@ def _check_room(request: Request, vocab: int, max_len: int) -> list[Problem]:
     if prompt == 0:
         problems.append(Problem("prompt", "is empty", "give at least one token"))
     if prompt >= max_len:
-        what = f"has {prompt} tokens; this engine holds {max_len} a request, prompt and completion together"
+        what = f"has {prompt} tokens; a request has room for {max_len}, prompt and completion together"
         problems.append(Problem("prompt", what, f"at most {max_len - 1}"))
     elif limit is not None and limit < 1:
         problems.append(Problem("max_tokens", f"is {limit}", "at least 1"))

@@ -91,7 +91,7 @@ class Trainer:
         with self.spans("agree", step):
             loss_sum, counted, squared, peak_bytes, stop_requested = self._agree()
         if not counted:
-            raise RunFailed(Problem(f"step {step}", "no target of the batch counts", "see meshwright check"))
+            raise RunFailed(Problem(f"step {step}", "every target of the batch is ignored", "see meshwright check"))
         correction = self._units / counted
         norm = correction * math.sqrt(squared)
         loss = loss_sum / counted

@@ -33,7 +33,7 @@ def advice(job: Job | str | Path, overrides: Sequence[str] = (), *, experience: 
     """
     from meshwright.plan.advice import advise, frameworks, situation_of
 
-    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, further_check=plan)
     card, cluster = gather(lambda: card_of_job(valid_job), lambda: cluster_of_job(valid_job))
     facts = situation_of(
         card,

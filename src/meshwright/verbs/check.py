@@ -21,7 +21,7 @@ def check(job: Job | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Raises InputError, or CannotWork where only the plan fails, with every problem.
     """
-    valid_job = read_job(job, overrides, also=plan)
+    valid_job = read_job(job, overrides, further_check=plan)
     survey, planned = gather(lambda: _survey(valid_job), lambda: plan(valid_job))
     return {
         "model": planned.model,

@@ -48,7 +48,7 @@ def plan_exact(
     """
     from meshwright.rehearse import rehearse
 
-    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, further_check=plan)
     if framework != "meshwright":
         what = f"--exact runs our own code, not {framework}'s"
         raise InputError(Problem("command line: --exact", what, "leave out --exact, or --for"))

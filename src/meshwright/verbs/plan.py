@@ -30,7 +30,7 @@ def plan(
     """
     from meshwright.plan import make_plan
 
-    valid_job = read_job(job, overrides, data_must_exist=False, also=plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, further_check=plan)
     constants = None if profile is None else profile_of(profile)
     request, style = request_of_job(valid_job, framework, objective), style_of(framework, valid_job.train.precision)
     if valid_job.cluster.groups:

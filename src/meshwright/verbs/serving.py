@@ -37,7 +37,7 @@ def serving_plan(
     """
     from meshwright.plan.serving import SERVERS, ServingQuery, make_serving_plan
 
-    valid_job = read_job(job, overrides, data_must_exist=False, also=serving_plan)
+    valid_job = read_job(job, overrides, data_must_exist=False, further_check=serving_plan)
     cluster = cluster_of_job(valid_job)
     with locate_problems(valid_job):
         model = _model_of_job(valid_job)

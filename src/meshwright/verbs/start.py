@@ -22,12 +22,12 @@ def read_job(
     overrides: Sequence[str] = (),
     *,
     data_must_exist: bool = True,
-    also: Callable[[Job], object] | None = None,
+    further_check: Callable[[Job], object] | None = None,
 ) -> Job:
     """A Job as it is, or the one in a file with overrides.
 
-    Raises InputError with every problem. For a faulty job these include the problems of `also`, called with the valid
-    part of the job.
+    Raises InputError with every problem; those of `further_check` too, which is called with the valid part of a faulty
+    job.
     """
     from meshwright.job import Job, load_job, valid_part
 
@@ -40,9 +40,11 @@ def read_job(
     except InputError as error:
         problems = list(error.problems)
         try:
-            rest = None if also is None else valid_part(job, overrides)
-            if also is not None and rest is not None and rest.model.module is None:  # would run a module's code
-                also(rest)
+            rest = None if further_check is None else valid_part(job, overrides)
+            if (
+                further_check is not None and rest is not None and rest.model.module is None
+            ):  # would run a module's code
+                further_check(rest)
         except (InputError, CannotWork) as further:
             problems += [problem for problem in further.problems if problem not in problems]
         raise InputError(problems) from None

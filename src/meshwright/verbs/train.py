@@ -58,7 +58,7 @@ def train(
         raise InputError(Problem("run", "a Job has no name for its run folder", 'give run="runs/name"'))
     folder = run_folder_of(job if not isinstance(job, Job) else "", run)
     resume_with = resume_command(job, overrides, run)
-    job = read_job(job, overrides, also=plan)
+    job = read_job(job, overrides, further_check=plan)
     if job.cluster.named is not None:
         what = f"'{job.cluster.named}' can only be planned for: `train` runs on this machine"
         raise CannotWork(Problem(location_of(job, "cluster.named"), what, "leave it out to train on this machine"))

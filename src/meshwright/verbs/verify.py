@@ -18,7 +18,7 @@ def verify(job: Job | str | Path, overrides: Sequence[str] = (), *, steps: int =
     from meshwright import families
     from meshwright import verify as verification
 
-    job = read_job(job, overrides, also=plan)
+    job = read_job(job, overrides, further_check=plan)
     with locate_problems(job):
         families.require_trainable(job)
     return verification.run(job, card_of_job(job), cluster_of_job(job), steps=steps)

@@ -122,7 +122,7 @@ def test_where_none_suits_the_nearest_is_named() -> None:
     facts = replace(NODES, experience="new")
     advice = advise(facts, plans(facts, Layout(dp=64, shard=64), torchtitan=8.0, megatron=4.0))
     assert suiting(advice) == [] and advice.strategies[0].strategy == "no tool suits"
-    assert "torchtitan comes nearest, and asks for more experience (some)" in advice.strategies[0].why
+    assert "torchtitan is the closest, but needs more experience (some)" in advice.strategies[0].why
 
 
 def test_a_model_that_train_does_not_build_speaks_against_meshwright() -> None:

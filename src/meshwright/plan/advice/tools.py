@@ -282,11 +282,11 @@ def _time_words(one: _Judgement, situation: Situation, order: Sequence[_Judgemen
 
 def _none_suits(near: Sequence[_Judgement], situation: Situation) -> str:
     if not near:
-        return f"what follows is as {FALLBACK.capitalize()} would plan it; see what speaks against each tool"
+        return f"what follows is as {FALLBACK.capitalize()} would plan it; each tool says why it was left out"
     tool = near[0].tool
     return (
-        f"{tool.short} comes nearest, and asks for more experience ({tool.least_experience}) than the team's "
-        f"({situation.experience}); what follows is of its plan"
+        f"{tool.short} is the closest, but needs more experience ({tool.least_experience}) than the team has "
+        f"({situation.experience}); what follows is about its plan"
     )
 
 

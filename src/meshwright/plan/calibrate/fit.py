@@ -44,7 +44,6 @@ class FitResult:
     values: Mapping[str, float]
     loss_before: float
     loss_after: float
-    iterations: int
 
 
 #: A function of (values of constants, indices of rows) to the logarithms of the rows' predicted seconds.
@@ -83,9 +82,8 @@ def fit(
     affected = (np.abs(table) > 1e-9) & fitted  # rows x constants: whether the constant affected the row at last
     table = table * fitted
     before = now = problem.loss(theta, r)
-    damping, accepted, iteration = 1e-2, 0, 0
-    while iteration < MOST_ITERATIONS:
-        iteration += 1
+    damping, accepted = 1e-2, 0
+    for _ in range(MOST_ITERATIONS):
         move = problem.move(theta, r, table, damping)
         new_r = problem.residuals(theta + move)
         new_loss = problem.loss(theta + move, new_r)
@@ -106,7 +104,7 @@ def fit(
             which = affected if accepted % (2 * FRESH_EVERY) else fitted | np.zeros_like(affected)
             table = problem.derivatives(theta, r, which)
             affected = np.abs(table) > 1e-9
-    return FitResult(problem.values(theta), before, now, iteration)
+    return FitResult(problem.values(theta), before, now)
 
 
 class _FitProblem:

@@ -21,10 +21,10 @@ import numpy as np
 from meshwright.cluster import Cluster
 from meshwright.plan.constants import DATASHEET, Profile
 from meshwright.plan.constants.profile import constant, within
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES
 from meshwright.plan.cost.cpu import GATHER_BYTES, KEPT_LENGTH, OPTIMIZER_BYTES, QUERIES_AT_ONCE
 
 WORDS = ("fp32", "bf16")
-BYTES = {"fp32": 4, "bf16": 2}
 #: Operations of the forward pass of the layer that the probe times, as plan/cost/cpu.py counts them.
 LAYER_OPERATIONS = {"fp32": 47, "bf16": 81}
 #: Bytes per parameter that FSDP2 moves to add bf16 gradients to fp32 sums, beyond adding plain bf16 gradients.
@@ -173,8 +173,8 @@ def _chains(rows: Sequence[Mapping[str, Any]], word: str, memory: float) -> dict
     small, large = rows[0], rows[-1]
     seconds = large["forward"] + large["backward"]
     return {
-        f"cpu.elementwise.{word}.small_share": small["moved"] * BYTES[word] / small["forward"] / memory,
-        f"cpu.elementwise.{word}.large_share": 3 * large["moved"] * BYTES[word] / seconds / memory,
+        f"cpu.elementwise.{word}.small_share": small["moved"] * ELEMENT_BYTES[word] / small["forward"] / memory,
+        f"cpu.elementwise.{word}.large_share": 3 * large["moved"] * ELEMENT_BYTES[word] / seconds / memory,
     }
 
 

@@ -128,7 +128,7 @@ def _precision(word: str, cluster: Cluster, assumed: list[str]) -> tuple[str, in
     rates = cluster.device.flops
     if not rates.get(precision, 0.0) > 0:
         near = next((p for p in ("bf16", "fp16", "fp32") if rates.get(p, 0.0) > 0), "fp32")
-        what = f"{cluster.device.name} has no rate for {precision}"
+        what = f"{cluster.device.name} has no known speed at {precision}"
         raise InputError(Problem("train.precision", what, f"nearest: {near}"))
     return precision, 0 if exact else 1
 

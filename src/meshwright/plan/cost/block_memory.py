@@ -10,14 +10,14 @@ from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.rules import Framework
 
 #: Bytes of an element between products, by the precision that products run in.
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
 #: Bytes of an element that is saved as the input of a product.
-PRODUCT_WIDTH = {**WIDTH, "fp8": 1, "fp4": 1}
+SAVED_OPERAND_BYTES = {**ELEMENT_BYTES, "fp8": 1, "fp4": 1}
 
 
 def saved_bytes(saved: Activation, *, tp: int, sequence_parallel: bool, precision: str) -> int:
     """Bytes per sample of a saved activation on one of `tp` ranks."""
-    width = (PRODUCT_WIDTH if saved.module == "product" else WIDTH)[precision]
+    width = (SAVED_OPERAND_BYTES if saved.module == "product" else ELEMENT_BYTES)[precision]
     size = saved.elements * (saved.bytes_per_element or width)
     divided = saved.split == "tp" or (saved.split == "sp" and sequence_parallel)
     return size // tp if divided else size
@@ -52,7 +52,7 @@ class BlockMemory:
 
     def __init__(self, framework: Framework, precision: str, device: Device) -> None:
         self.framework, self.precision, self.kind = framework, precision, device.kind
-        self.width = WIDTH[precision]
+        self.width = ELEMENT_BYTES[precision]
 
     def expert_tp(self, layout: Layout) -> int:
         """Tensor-parallel ranks that an expert is split over."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from meshwright.card import Block
 from meshwright.layout import Layout
 from meshwright.plan.constants import Profile
-from meshwright.plan.cost.block_memory import BlockMemory
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES, BlockMemory
 from meshwright.plan.cost.cpu import CpuCompute
-from meshwright.plan.cost.gpu import BYTES, Compute, axis_split, local_elements, split_key
+from meshwright.plan.cost.gpu import Compute, axis_split, local_elements, split_key
 from meshwright.plan.cost.network import network
 from meshwright.plan.rules.frameworks import weights_stay_gathered
 from meshwright.plan.workload import Workload
@@ -82,8 +82,8 @@ class BlockTimes:
         self.overlap = 0.0 if on_cpu else min(1.0, constants["cuda.overlap.share"])
         self.collective_start = 0.0 if on_cpu else constants["cuda.host.collective_seconds"]
         self.offload_speed = constants["cuda.offload.bytes_per_second"]
-        self.gradient_bytes = framework.gradient_wire_bytes or BYTES[precision]
-        self.gathered_bytes = BYTES[precision]
+        self.gradient_bytes = framework.gradient_wire_bytes or ELEMENT_BYTES[precision]
+        self.gathered_bytes = ELEMENT_BYTES[precision]
         self._exchanges: dict[tuple[object, ...], _ExchangeSeconds] = {}
         self._gathers: dict[tuple[object, ...], ParameterSeconds] = {}
         self._elements: dict[tuple[object, ...], tuple[int, int]] = {}
@@ -164,7 +164,7 @@ class BlockTimes:
 
     def _sum_seconds(self, layout: Layout, inputs: int) -> float:
         """One sum over tensor-parallel ranks: an all-reduce, or an all-gather and a reduce-scatter."""
-        size = inputs * layout.micro_batch / layout.cp * BYTES[self.precision]
+        size = inputs * layout.micro_batch / layout.cp * ELEMENT_BYTES[self.precision]
         group = self.network.group(layout.tp, 1)
         if layout.sequence_parallel:
             return self.network.all_gather(size, group) + self.network.reduce_scatter(size, group)
@@ -176,7 +176,7 @@ class BlockTimes:
         if layout.cp == 1 or shape is None:
             return 0.0
         width = shape.kv_heads / min(layout.tp, shape.kv_heads) * (shape.head_dim + (shape.value_dim or shape.head_dim))
-        size = width * shape.seq_len * layout.micro_batch * BYTES[self.precision]
+        size = width * shape.seq_len * layout.micro_batch * ELEMENT_BYTES[self.precision]
         return self.network.all_gather(size, self.network.group(layout.cp, layout.tp))
 
     def _expert_seconds(self, layout: Layout, block: Block) -> float:
@@ -185,7 +185,7 @@ class BlockTimes:
         if layout.ep == 1 or experts is None:
             return 0.0
         tokens = experts.top_k * experts.imbalance * block.output_elements * layout.micro_batch / layout.cp
-        size = tokens * BYTES[self.precision] / (layout.tp if layout.sequence_parallel else 1)
+        size = tokens * ELEMENT_BYTES[self.precision] / (layout.tp if layout.sequence_parallel else 1)
         return 2 * self.network.all_to_all(size, self.network.group(layout.ep, layout.tp))
 
     def _shard_seconds(self, layout: Layout, block: Block) -> ParameterSeconds:

@@ -13,6 +13,7 @@ from meshwright.card import AttentionShape, Block
 from meshwright.cluster import Device
 from meshwright.layout import Layout
 from meshwright.plan.constants import DATASHEET, Profile
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES
 from meshwright.plan.cost.gpu import BlockSeconds, Compute, elementwise_share, local_elements, split_product
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
@@ -24,7 +25,6 @@ GATHER_BYTES = {"fp32": 24, "bf16": 14}
 ACCUMULATE_BYTES = {"fp32": 12, "bf16": 18}
 REDUCE_BYTES = {"fp32": 24, "bf16": 26}
 OPTIMIZER_BYTES = 40
-BYTES = {"fp32": 4, "bf16": 2}
 #: Sizes at which the probe times memory-bound chains (bytes of the largest tensor) and the loss (logits at once).
 CHAIN_BYTES, LOSS_LOGITS = (1 << 20, 1 << 23), (1 << 20, 1 << 22)
 LOSS_ROWS_AT_ONCE = 1024  # nn/loss.py
@@ -46,7 +46,7 @@ class CpuCompute(Compute):
     ) -> None:
         self.device, self.precision, self.framework, self.kind = device, precision, framework, "cpu"
         self.word = "fp32" if precision == "fp32" else "bf16"  # 16-bit and smaller words run as bf16 does
-        self.bytes = BYTES[self.word]
+        self.bytes = ELEMENT_BYTES[self.word]
         self.c = {
             name.removeprefix("cpu."): value for name, value in profile.constants.items() if name.startswith("cpu.")
         }

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from meshwright.layout import Layout
 from meshwright.plan.constants import Profile, default_profile
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES
 from meshwright.plan.cost.block_time import BlockCost, BlockTimes, block_key
-from meshwright.plan.cost.gpu import BYTES
 from meshwright.plan.cost.memory import BlockCounts, MemoryModel, StageMemory
 from meshwright.plan.cost.per_step import PerStepCost, PerStepTimes
 from meshwright.plan.pipeline import TABLE, balance_costs, span_seconds
@@ -266,7 +266,7 @@ class Estimator:
         if layout.pp == 1:
             return (0.0,) * (count - 1)
         elements, scatters = self.workload.card.blocks[0].output_elements, self.workload.framework.scatters_transfers
-        size = elements * layout.micro_batch * BYTES[self.workload.precision] / layout.cp
+        size = elements * layout.micro_batch * ELEMENT_BYTES[self.workload.precision] / layout.cp
         network, gather = self.blocks.network, 0.0
         if layout.tp > 1 and scatters and not layout.sequence_parallel:
             gather = network.all_gather(size, network.group(layout.tp, 1))

@@ -17,11 +17,10 @@ from meshwright.cluster import Device
 from meshwright.errors import InputError, Problem
 from meshwright.layout import AXIS_RULES, Layout
 from meshwright.plan.constants import DATASHEET, Profile
-from meshwright.plan.cost.block_memory import local_size
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES, local_size
 from meshwright.plan.rules import FRAMEWORKS, Framework
 
-#: Bytes of one activation by compute precision: products read fp8 and fp4, activations stay in bf16.
-BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+#: Bytes of one operand of a product by compute precision: products read fp8 and fp4, activations stay in bf16.
 OPERAND_BYTES: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "fp4": 0.5}
 #: Forward speed of fused attention as a share of the dense bf16 peak, long sequences, heads of 128, causal flops
 #: counted once. "flash" is FlashAttention 2 (Dao 2023; Azure's benchmarking guide measured 0.58 and 0.33), "best" the
@@ -88,7 +87,7 @@ class Compute:
         """Flops a second of large products. Raises InputError where the device does not have the precision."""
         if not self.device.flops.get(precision):
             have = "it has " + ", ".join(self.device.flops)
-            raise InputError(Problem("train.precision", f"{self.device.name} has no rate for {precision}", have))
+            raise InputError(Problem("train.precision", f"{self.device.name} has no known speed at {precision}", have))
         real = self.device.real_flops.get(precision, 0.0)
         ceiling = real or self.device.flops[precision] * self.c["product.unmeasured"]
         return ceiling * self.c["product.share"] * self.sustained
@@ -104,7 +103,7 @@ class Compute:
             used *= _tiles_used(rows / groups, columns, groups, self.device.units) ** self.waves
         arithmetic = 2.0 * rows * inner * columns / (self.rates[precision] * used) + self.start
         operands = (rows * inner + groups * inner * columns) * OPERAND_BYTES[precision]
-        moved = operands + rows * columns * BYTES[precision]
+        moved = operands + rows * columns * ELEMENT_BYTES[precision]
         return max(arithmetic, moved / self.memory)
 
     def products(self, block: Block, layout: Layout) -> tuple[float, float, float]:
@@ -134,7 +133,7 @@ class Compute:
             rate = self.rates[self.plain] * c["attention.unfused"]
             passes = c["attention.passes"] + (SOFTMAX_PASSES if self._falls_back(shape, layout) else 0.0)
             products = 2 * scores * (shape.head_dim + (shape.value_dim or shape.head_dim)) / rate
-            moved = passes * scores * BYTES[self.precision] / self.memory
+            moved = passes * scores * ELEMENT_BYTES[self.precision] / self.memory
             return products + moved, 2 * products + 1.5 * moved
         shares = FLASH_SHARE[self.framework.attention]
         share = shares.get(self.device.generation, shares[""])
@@ -153,7 +152,7 @@ class Compute:
 
     def elementwise(self, block: Block, layout: Layout) -> float:
         """Seconds of a block's memory-bound operations, forward."""
-        moved_bytes = block.elementwise_elements * layout.micro_batch / layout.cp * BYTES[self.precision]
+        moved_bytes = block.elementwise_elements * layout.micro_batch / layout.cp * ELEMENT_BYTES[self.precision]
         moved_bytes *= elementwise_share(block, layout, self.device.kind, self.precision)
         fused = self.framework.fused
         if block.kind == "head":

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 
 from meshwright.cluster import Device
 from meshwright.layout import Layout
-from meshwright.plan.cost.block_memory import WIDTH, BlockBytes, BlockMemory, local_size
+from meshwright.plan.cost.block_memory import ELEMENT_BYTES, BlockBytes, BlockMemory, local_size
 from meshwright.plan.pipeline import peak_activation_bytes
 from meshwright.plan.pipeline.actions import stage_ranks
 from meshwright.plan.pipeline.in_flight import in_flight
@@ -129,7 +129,7 @@ class MemoryModel:
 
     def __init__(self, workload: Workload) -> None:
         self.card, self.framework, self.device = workload.card, workload.framework, workload.cluster.device
-        self.width = WIDTH[workload.precision]
+        self.width = ELEMENT_BYTES[workload.precision]
         on_host = workload.asynchronous and self.device.kind == "cpu"
         self.save_bytes = workload.framework.save_bytes if on_host else 0
         self.blocks = BlockMemory(workload.framework, workload.precision, self.device)

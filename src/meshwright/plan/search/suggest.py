@@ -15,6 +15,7 @@ from meshwright.plan.request import PlanRequest
 from meshwright.plan.rules import Refusal, refusals
 from meshwright.plan.rules.query import job_key, job_value, nearest_by_ratio
 from meshwright.plan.search.space import (
+    DEGREES,
     NARROW,
     USUAL,
     WHOLE,
@@ -27,7 +28,6 @@ from meshwright.plan.search.space import (
 )
 from meshwright.plan.search.walk import OversizedLayout, complexity, explore, ranked, search
 
-DEGREE_PINS = ("dp", "shard", "tp", "pp", "cp", "ep")
 #: Changes of the pins to plan, the nearest first, before planning without any pins.
 MOST_PIN_CHANGES = 12
 MOST_BASE_LAYOUTS = 40_000
@@ -61,7 +61,7 @@ def _distance(layout: Layout, pins: Mapping[str, Any]) -> tuple[float, ...]:
     differing = [name for name, value in pins.items() if getattr(layout, name) != value]
     return (
         len(differing),
-        sum(name in DEGREE_PINS for name in differing),
+        sum(name in DEGREES for name in differing),
         sum(_difference(pins[name], getattr(layout, name)) for name in differing),
         complexity(layout),
         layout.pp,
@@ -190,7 +190,7 @@ def why_nothing_fits(
     cluster, where = space.workload.cluster, "layout" if space.pins else "model"
     room, memory = usable_bytes(cluster.device), cluster.device.memory_bytes
     what = (
-        f"the model does not fit {cluster} of {memory / GIB:.1f} GiB, {room / GIB:.1f} of them to be filled: the "
+        f"the model does not fit {cluster} of {memory / GIB:.1f} GiB, of which a plan may use {room / GIB:.1f}: the "
         f"closest layout, {closest.layout}, needs {closest.peak_bytes / GIB:.1f} GiB a device, "
         f"{(closest.peak_bytes - room) / GIB:.1f} GiB too much"
     )

@@ -179,7 +179,11 @@ def _batch(winner: Estimate, space: Space, estimator: Estimator, value: Value) -
         saved = 1 - value(best) / 2 / value(winner)
         change = f"global_batch={larger.workload.global_batch}"
         yield WhatIf(
-            change, best.layout, best.step_seconds, saved, f"for a sample, with {best.layout}; it trains otherwise"
+            change,
+            best.layout,
+            best.step_seconds,
+            saved,
+            f"time per sample with {best.layout}; a larger batch changes the training",
         )
 
 

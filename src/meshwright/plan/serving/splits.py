@@ -94,7 +94,7 @@ class ServingOption:
 def check(query: ServingQuery) -> None:
     """Raises CannotWork where the requests are longer than the model or the pins allow."""
     if query.pins.max_len is not None and query.pins.max_len > query.longest:
-        what = f"{query.pins.max_len} is past the {query.longest} tokens that the model does"
+        what = f"{query.pins.max_len} is more than the {query.longest} tokens that the model takes"
         raise CannotWork(Problem("serve.max_len", what, f"nearest: serve.max_len={query.longest}"))
     if query.request_tokens > query.max_len:
         what = f"{query.request_tokens} tokens a request, prompt and answer, but at most {query.max_len} fit"
