@@ -136,7 +136,7 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
             if late.item():
                 break
             figures = _best_figures(figures, _measure_parts(bench, payload))
-        return {"parts": figures, "links": links, "processors": statistics.median(bench.shares or [1.0])}
+        return {"parts": figures, "links": links, "processors": bench.processors()}
     finally:
         dist.destroy_process_group()
 
@@ -153,7 +153,7 @@ def _measure_parts(bench: parts.Bench, payload: dict[str, Any]) -> dict[str, Any
             "attention": parts.attention(bench),
         }
     figures["products"] = parts.products(bench)
-    if payload["whole"] or statistics.median(bench.shares) >= QUIET:
+    if payload["whole"] or bench.processors() >= QUIET:
         figures["chains"] = parts.chains(bench)
     return figures
 

@@ -48,15 +48,15 @@ LAYERS, TOKENS = 3, 8
 class Bench:
     """How to time on a device. `allowance()` is the wall time for the next measurement with its warm-ups; `barrier()`
     makes all ranks start it together. `clock` is processor time for a process of one thread, so that other work on the
-    machine does not count, else wall time. `typical` picks the result from the repeats. `shares` collects the share of
-    its processors that each measurement got, on a CPU."""
+    machine does not count, else wall time. `typical` picks the result from the repeats. `spent` collects the seconds of
+    each measurement on a CPU: of its processors that it got, and that it wanted."""
 
     device: torch.device
     allowance: Callable[[], float]
     barrier: Callable[[], None]
     clock: Callable[[], float] = time.perf_counter
     typical: Callable[[list[float]], float] = statistics.median
-    shares: list[float] = field(default_factory=list)
+    spent: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -84,8 +84,14 @@ class Bench:
             times.append(self.clock() - start)
         if self.kind == "cpu":
             wall = (time.perf_counter() - began) * torch.get_num_threads()
-            self.shares.append((time.process_time() - own) / wall)
+            self.spent.append((time.process_time() - own, wall))
         return self.typical(times)
+
+    def processors(self) -> float:
+        """The share of its processors that this process got in all measurements together; 1 on a GPU. Not that of a
+        typical measurement: a short one may end before the system lets another process run."""
+        got, wanted = (sum(column) for column in zip(*self.spent or [(1.0, 1.0)], strict=True))
+        return got / wanted
 
 
 def timings(kind: str, whole: bool) -> int:
