@@ -136,6 +136,11 @@ def test_an_exit_without_a_result_is_a_failure(tmp_path: Path, status: int) -> N
         launch.local("workers:leave", {"status": status}, 1, tmp_path).wait(60)
 
 
+def test_what_libraries_do_at_exit_takes_no_result_away(tmp_path: Path) -> None:
+    with launch.local("workers:abort_at_exit", {}, 2, tmp_path) as workers:
+        assert workers.wait(60) == [0, 1]
+
+
 def test_a_function_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
     for name in ("workers:nothing", "no_such_module:f", "workers", ":f"):
         with pytest.raises(InputError, match=r"package\.module:function"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -53,6 +54,12 @@ def fail_with_resume(payload: dict[str, Any], context: Context) -> None:
 
 def leave(payload: dict[str, Any], context: Context) -> None:
     os._exit(payload["status"])
+
+
+def abort_at_exit(payload: dict[str, Any], context: Context) -> int:
+    """Returns, but the end of the interpreter would abort, as that of a library with threads of its own can."""
+    atexit.register(os.abort)
+    return context.rank
 
 
 def stubborn(payload: dict[str, Any], context: Context) -> None:

@@ -95,6 +95,6 @@ if __name__ == "__main__":
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # Not sys.exit: a collective that still waits for a dead rank would keep the interpreter from ending.
-    if status:
-        os._exit(status)
+    # Not sys.exit: a collective that still waits for a dead rank would keep the interpreter from ending, and a native
+    # thread that outlives the interpreter would abort a process whose result is already there.
+    os._exit(status)
