@@ -73,7 +73,7 @@ BAD = [
     (request('{"prompt": "a", "n": 2}'), "INVALID_ARGUMENT", "n = 1"),
     (request('{"prompt": "a", "stream": 1}'), "INVALID_ARGUMENT", "stream"),
     (request('{"prompt": "a", "model": "x"}'), "NOT_FOUND", "echo"),
-    (request("a" * 5000), "INVALID_ARGUMENT", "holds 4096"),
+    (request("a" * 5000), "INVALID_ARGUMENT", "room for 4096"),
     (request("a" * (3 << 20)), "RESOURCE_EXHAUSTED", "larger"),
 ]
 
