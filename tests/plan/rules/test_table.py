@@ -19,6 +19,14 @@ PLAIN = ModelFacts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,)
 MIXTURE = replace(LLAMA, experts=8)
 NORMED = replace(PLAIN, stateful_buffers=("norm.running_mean",), blocks=3, splittable=frozenset({"pp"}))
 
+
+def chain(*tied: tuple[str, str]) -> ModelFacts:
+    """Facts of a model of four blocks, whose parameters in `tied` (as "block.leaf") are one tensor."""
+    blocks = tuple(Block(name, "module", (Parameter(f"blocks.{name}.w", (8,), (None,)),)) for name in "abcd")
+    pairs = tuple((f"blocks.{first}", f"blocks.{alias}") for first, alias in tied)
+    return ModelFacts.of(Card("chain", blocks, tied=pairs, splittable=frozenset({"pp"})))
+
+
 MEGATRON = "megatron-lm"
 NOT_YET = "not offered yet by meshwright; plan for another framework with --for megatron-lm"
 
@@ -41,7 +49,7 @@ layouts = st.builds(
 queries = st.builds(
     LayoutQuery,
     layouts,
-    st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE]),
+    st.sampled_from([LLAMA, PLAIN, NORMED, MIXTURE, chain(("a.w", "c.w"))]),
     st.integers(1, 16),
     st.integers(1, 24),
     st.sampled_from([FRAMEWORKS[name] for name in ("meshwright", MEGATRON, "torchtitan", "llm-foundry", "deepspeed")]),
@@ -69,6 +77,12 @@ def test_the_nearest_change_removes_the_refusal(query: LayoutQuery) -> None:
         assert refusal.rule not in {other.rule for other in refusals(fixed)}, (refusal, fixed.layout)
 
 
+def test_a_pipeline_holds_ties_within_a_block_and_between_its_ends() -> None:
+    for tied in ((), (("b.w", "b.v"),), (("a.w", "d.w"),)):
+        assert "pp" not in rules_broken(Layout(pp=2), chain(*tied)) and chain(*tied).stages == 4
+    assert chain(("b.w", "c.w")).stages == 1
+
+
 @given(queries)
 def test_every_refusal_says_a_reason_and_its_fields(query: LayoutQuery) -> None:
     for refusal in refusals(query):
@@ -84,6 +98,8 @@ def test_every_refusal_says_a_reason_and_its_fields(query: LayoutQuery) -> None:
         (Layout(tp=8), LLAMA, 8, 24, "tp", "heads=12, kv_heads=4; nearest: layout.tp=4"),
         (Layout(tp=2), PLAIN, 2, 24, "tp", "no table of logical axes"),
         (Layout(pp=2), PLAIN, 2, 24, "pp", "does not name its blocks"),
+        (Layout(pp=2), chain(("a.w", "c.w")), 2, 24, "pp", "blocks.a.w and blocks.c.w are one tensor"),
+        (Layout(pp=2), chain(("a.w", "d.w"), ("a.w", "d.v")), 2, 24, "pp", "nearest: layout.pp=1"),
         (Layout(pp=9), LLAMA, 9, 24, "pp", "has 8 blocks to cut between; nearest: layout.pp=8"),
         (Layout(sequence_parallel=True), LLAMA, 1, 24, "sequence_parallel", "tp is 1"),
         (Layout(dp=2, micro_batch=5), LLAMA, 2, 24, "global_batch", "nearest: layout.micro_batch=6"),

@@ -30,7 +30,8 @@ FIELD_WORDS = {
 @dataclass(frozen=True)
 class ModelFacts:
     """What the rules need to know of a model. `split_sizes`: for each axis that tensor parallelism splits, the greatest
-    common divisor of its sizes. `experts`: the greatest common divisor of the blocks' counts of experts, 0 without."""
+    common divisor of its sizes. `experts`: the greatest common divisor of the blocks' counts of experts, 0 without.
+    `ties_between_blocks`: tied parameters that a pipeline cannot keep equal."""
 
     blocks: int
     units_per_sample: int
@@ -39,6 +40,7 @@ class ModelFacts:
     split_sizes: Mapping[str, int]
     stateful_buffers: tuple[str, ...]
     experts: int = 0
+    ties_between_blocks: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def of(card: Card) -> ModelFacts:
@@ -51,12 +53,13 @@ class ModelFacts:
             split_sizes=sizes,
             stateful_buffers=card.stateful_buffers,
             experts=math.gcd(*(block.experts.count for block in card.blocks if block.experts)),
+            ties_between_blocks=_ties_between_blocks(card),
         )
 
     @property
     def stages(self) -> int:
         """The most pipeline stages that it can be cut into."""
-        return self.blocks if "pp" in self.splittable else 1
+        return self.blocks if "pp" in self.splittable and not self.ties_between_blocks else 1
 
     def sizes_to_divide(self, framework: Framework) -> Mapping[str, int]:
         """Those of `split_sizes` that tp must divide: all but a vocabulary that the framework pads to a multiple."""
@@ -82,6 +85,17 @@ class ModelFacts:
     def expert_parallel_sizes(self) -> tuple[int, ...]:
         """Every ep that divides the experts; (1,) without experts."""
         return divisors(self.experts) if self.experts else (1,)
+
+
+def _ties_between_blocks(card: Card) -> tuple[tuple[str, str], ...]:
+    """Tied parameters, but for those within a block and one pair of the first and the last block: gradients of tied
+    parameters are summed over the first and the last stage alone."""
+    block_of = {name: name.split(".")[1] for pair in card.tied for name in pair if name.startswith("blocks.")}
+    between = tuple(pair for pair in card.tied if len({block_of.get(name) for name in pair}) > 1)
+    ends = {card.blocks[0].name, card.blocks[-1].name}
+    if len(between) == len(card.tied) == 1 and {block_of.get(name) for name in between[0]} == ends:
+        return ()
+    return between
 
 
 @dataclass(frozen=True)

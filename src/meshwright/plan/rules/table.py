@@ -292,6 +292,10 @@ def _pipeline(q: LayoutQuery) -> Refusal | None:
     if "pp" not in q.facts.splittable:
         reason = f"pp={pp}: this model does not name its blocks; give it an ordered nn.ModuleDict `blocks`"
         return Refusal("pp", reason, {"pp": 1}, ("pp",))
+    if q.facts.ties_between_blocks:
+        tied = " and ".join(q.facts.ties_between_blocks[0])
+        reason = f"pp={pp}: {tied} are one tensor; in a pipeline only the first and the last block can share one"
+        return Refusal("pp", reason, {"pp": 1}, ("pp",))
     if pp > blocks:
         reason = f"pp={pp} stages, and the model has {blocks} blocks to cut between"
         return Refusal("pp", reason, {"pp": blocks, **({"vpp": 1} if q.layout.vpp > 1 else {})}, ("pp",))
@@ -381,7 +385,7 @@ RULES: tuple[Rule, ...] = (
     Rule("experts", "ep divides the experts and dp x cp", _experts),
     Rule("sharded_experts", "shard is a multiple of ep, where the framework needs it", _sharded_experts),
     Rule("tensor_pipeline", "tp in a pipeline: where the framework offers it", _tensor_pipeline),
-    Rule("pp", "a stage has one block or more, and the model names its blocks", _pipeline),
+    Rule("pp", "a stage has a block or more, the model names its blocks, and ties join its ends alone", _pipeline),
     Rule("virtual_stages", "vpp > 1 needs a pipeline and a schedule of virtual stages", _virtual),
     Rule("split_backward", "no split backward pass over wrapped blocks in torch's pipeline", _split_backward),
     Rule("global_batch", "global_batch is a multiple of dp x micro_batch", _batch),
