@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest
+# Files in parallel; a file's tests stay in one process, for its fixtures start processes of their own.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test test-slow proof: export OMP_NUM_THREADS ?= 1
 
@@ -28,10 +29,10 @@ demo: setup
 	@$(BIN)/python -m examples.demo
 
 test: setup
-	@$(PYTEST) -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: setup
-	@$(PYTEST) -q -m slow
+	@$(PYTEST) -m slow
 
 lint: setup
 	@$(BIN)/ruff check .
