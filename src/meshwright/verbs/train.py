@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
-from meshwright.verbs.report import report
+from meshwright.verbs.report import write_page
 from meshwright.verbs.start import cluster_of_job, locate_problems, location_of, read_job
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def train(
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
         with _written_unless_refused(folder, job_to_toml(job), chosen):
             results = _run(folder, chosen, job, resume, resume_with, watch)
-    return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
+    return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
 
 
 def _run(
