@@ -414,9 +414,19 @@ def test_a_checkpoint_that_was_changed(home: Path, refused: Refused, capfd: pyte
     weights = next((checkpoint / "model").glob("*.safetensors"))
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
-    lines = refused(2, *words)
-    assert any(str(weights) in line for line in lines)
+    for verb in (words, ("report", "runs/job"), ("generate", "runs/job", "--prompt", "a")):
+        lines = refused(2, *verb)
+        assert any(str(weights.relative_to(home)) in line and "digest" in line for line in lines), verb
     weights.write_bytes(sound)
+    tokenizer = checkpoint / "model" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.write_bytes(content + b" ")
+    for verb in (("report", "runs/job"), ("generate", "runs/job", "--prompt", "a"), ("serve", "runs/job")):
+        (line,) = refused(2, *verb)
+        assert str(tokenizer.relative_to(home)) in line, verb
+    tokenizer.write_bytes(content)
+    assert main(["report", "runs/job"]) == 0
+    capfd.readouterr()
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step":2', '"step":9').replace('"step": 2', '"step": 9'))
     lines = refused(2, *words)

@@ -63,7 +63,8 @@ def model_of_job(job: Job, eos_id: int | None) -> Model:
         model.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
             tensors = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
-            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.ignored_tensors(shape))
+            tied = llama.tied_tensors(shape)
+            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.IGNORED_TENSORS, tied=tied)
 
     side_files = _configs(job, shape, eos_id)
     return Model(llama.card(shape, job.data.seq_len or 1), module, fill, names, side_files)
