@@ -358,7 +358,7 @@ def hugging_face(home: Path, config: str) -> list[str]:
             "model_type 'evil' is not a decoder that we know; ",
         ),
         (json.dumps(SHAPE | {"hidden_size": -1}), "hidden_size must be a positive whole number, found -1"),
-        (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: silu"),
+        (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: \"silu\""),
         (json.dumps(SHAPE | {"model_type": {}}), "folder/config.json: model_type must be text, found {}"),
         (json.dumps(SHAPE | {"num_hidden_layers": 10**9}), "num_hidden_layers must be at most 10000, found 1000000000"),
         (json.dumps(SHAPE | {"max_position_embeddings": -1}), "folder/config.json: max_position_embeddings must be a"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from meshwright import families
-from meshwright.errors import InputError
+from meshwright.errors import InputError, Problem
 from meshwright.families.decoder import parameters
 from meshwright.families.llama.card import LlamaShape, card, hf_config, hf_names, shape_from_hf
 from meshwright.families.llama.module import build
@@ -154,86 +156,89 @@ def test_a_tied_head_is_counted_once() -> None:
     assert module.get_parameter("blocks.head.out.weight") is module.get_parameter("blocks.embed.weight")
 
 
+FULL = "full_attention"
+#: What a config says instead, and what the error says.
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"model_type": "gpt2"}, ["model_type 'gpt2'", "known: llama"]),
+    ({"mlp_bias": True}, ["mlp_bias"]),
+    ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", 'supported: "silu"']),
+    ({"num_hidden_layers": 0}, ["num_hidden_layers"]),
+    ({"vocab_size": "many"}, ["vocab_size", "'many'"]),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope"]),
+    ({"rope_scaling": {"rope_type": "linear"}}, ["needs a factor"]),
+    ({"hidden_act": "gelu", "mlp_bias": True, "hidden_size": -1}, ["hidden_act", "mlp_bias", "hidden_size"]),
+    ({"model_type": ["llama"]}, ["model_type must be text, found ['llama']"]),
+    ({"head_dim": 5}, ["head_dim must be even for rotary positions, not 5; nearest: head_dim=6"]),
+    ({"head_dim": -5}, ["head_dim", "found -5; nearest: 2, or leave it out for 12"]),
+    ({"num_attention_heads": 5}, ["num_key_value_heads 2 does not divide num_attention_heads 5", "heads=1, or "]),
+    (
+        {"num_attention_heads": 5},
+        ["5 does not divide hidden_size 48; nearest: num_attention_heads=4, or give head"],
+    ),
+    (
+        {"num_key_value_heads": 3},
+        ["num_key_value_heads 3 does not divide", "nearest: num_key_value_heads=2, or num"],
+    ),
+    (
+        {"num_key_value_heads": 8},
+        ["num_key_value_heads 8 does not divide", "nearest: num_key_value_heads=4, or num"],
+    ),
+    ({"num_key_value_heads": 0}, ["num_key_value_heads", "found 0; nearest: 1, or leave it out for 4"]),
+    ({"num_hidden_layers": 10**9}, ["num_hidden_layers must be at most 10000", "nearest: 10000"]),
+    ({"rms_norm_eps": "x"}, ["rms_norm_eps must be a number above 0", "found 'x'; such as 1e-06"]),
+    ({"rope_theta": 0}, ["rope_theta must be a number above 0", "found 0; such as 10000"]),
+    ({"rope_scaling": "x"}, ["rope_scaling must be an object, found 'x'"]),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
+        ["rope_scaling: factor must be a number", "such as 8"],
+    ),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor", "high_freq_factor", "not there"]),
+    ({"rope_scaling": {"rope_type": ["yarn"], "factor": 8}}, ["rope_type ['yarn'] is not supported; known: def"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 8, "mscale": "x"}}, ["rope_scaling: mscale must be a number"]),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "low_freq_factor": 1.0, "turn": 2}},
+        ["rope_scaling: 'low_freq_factor' is not a key of rope_type 'yarn'", "'turn' is not a key"],
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "factor": 8.0}},
+        ["'factor' is not a key of rope_type 'default'"],
+    ),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5 is not supported"]),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 8.0}, "original_max_position_embeddings": 32},
+        ["original_max_position_embeddings is 32 beside 128 of the rope table"],
+    ),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": {"type": "linear", "factor": 4.0}},
+        ["factor is 8.0 in rope_scaling and 4.0 in rope_parameters; give one of these tables"],
+    ),
+    ({"rope_theta": 10.0, "rope_parameters": {"rope_theta": 20.0}}, ["rope_theta is 10.0, but 20.0 in rope_p"]),
+    ({"rope_parameters": {"rope_theta": "x"}}, ["rope_parameters: rope_theta must be a number"]),
+    ({"max_position_embeddings": -1}, ["max_position_embeddings must be a positive whole number, found -1"]),
+    ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings must be true or false, found 'yes'"]),
+    ({"model_type": "mistral", "sliding_window": -1}, ["sliding_window must be a positive whole number"]),
+    ({"eos_token_id": "x"}, ["eos_token_id must be a token id or a list of them, found 'x'"]),
+    ({"bos_token_id": [1]}, ["bos_token_id must be a token id, found [1]"]),
+    ({"rms_norm_ep": 1e-5}, ["'rms_norm_ep' is not a key that we know", "did you mean 'rms_norm_eps'?"]),
+    ({"tie_word_embedding": True}, ["did you mean 'tie_word_embeddings'?"]),
+    ({"residual_multiplier": 0.2}, ["'residual_multiplier' is not a key that we know", "leave it out"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config {'bits': 4} is not supported; supported: null"]),
+    ({"use_mrope": True}, ["use_mrope True is not supported; supported: false"]),
+    ({"pruned_heads": {"0": [1]}}, ["pruned_heads {'0': [1]} is not supported; supported: {}"]),
+    ({"model_type": "mistral", "attention_bias": True}, ["attention_bias is true, which a mistral cannot be"]),
+    ({"model_type": "qwen2", "attention_bias": False}, ["attention_bias is false, which a qwen2 cannot be"]),
+    ({"layer_types": ["full_attention"]}, ["layer_types has 1 layers of 2"]),
+    ({"layer_types": ["full_attention", "conv"]}, ["layer_types has 'conv', which is not supported"]),
+    (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        ["layer_types has 'sliding_attention', but no sliding_window is used"],
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"model_type": "gpt2"}, ["model_type 'gpt2'", "known: llama"]),
-        ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", 'supported: "silu"']),
-        ({"num_hidden_layers": 0}, ["num_hidden_layers"]),
-        ({"vocab_size": "many"}, ["vocab_size", "'many'"]),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope"]),
-        ({"rope_scaling": {"rope_type": "linear"}}, ["needs a factor"]),
-        ({"hidden_act": "gelu", "mlp_bias": True, "hidden_size": -1}, ["hidden_act", "mlp_bias", "hidden_size"]),
-        ({"model_type": ["llama"]}, ["model_type must be text, found ['llama']"]),
-        ({"head_dim": 5}, ["head_dim must be even for rotary positions, not 5; nearest: head_dim=6"]),
-        ({"head_dim": -5}, ["head_dim", "found -5; nearest: 2, or leave it out for 12"]),
-        ({"num_attention_heads": 5}, ["num_key_value_heads 2 does not divide num_attention_heads 5", "heads=1, or "]),
-        (
-            {"num_attention_heads": 5},
-            ["5 does not divide hidden_size 48; nearest: num_attention_heads=4, or give head"],
-        ),
-        (
-            {"num_key_value_heads": 3},
-            ["num_key_value_heads 3 does not divide", "nearest: num_key_value_heads=2, or num"],
-        ),
-        (
-            {"num_key_value_heads": 8},
-            ["num_key_value_heads 8 does not divide", "nearest: num_key_value_heads=4, or num"],
-        ),
-        ({"num_key_value_heads": 0}, ["num_key_value_heads", "found 0; nearest: 1, or leave it out for 4"]),
-        ({"num_hidden_layers": 10**9}, ["num_hidden_layers must be at most 10000", "nearest: 10000"]),
-        ({"rms_norm_eps": "x"}, ["rms_norm_eps must be a number above 0", "found 'x'; such as 1e-06"]),
-        ({"rope_theta": 0}, ["rope_theta must be a number above 0", "found 0; such as 10000"]),
-        ({"rope_scaling": "x"}, ["rope_scaling must be an object, found 'x'"]),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
-            ["rope_scaling: factor must be a number", "such as 8"],
-        ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor", "high_freq_factor", "not there"]),
-        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 8}}, ["rope_type ['yarn'] is not supported; known: def"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 8, "mscale": "x"}}, ["rope_scaling: mscale must be a number"]),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "low_freq_factor": 1.0, "turn": 2}},
-            ["rope_scaling: 'low_freq_factor' is not a key of rope_type 'yarn'", "'turn' is not a key"],
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "factor": 8.0}},
-            ["'factor' is not a key of rope_type 'default'"],
-        ),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5 is not supported"]),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 8.0}, "original_max_position_embeddings": 32},
-            ["original_max_position_embeddings is 32 beside 128 of the rope table"],
-        ),
-        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": {"type": "linear", "factor": 4.0}},
-            ["factor is 8.0 in rope_scaling and 4.0 in rope_parameters; give one of these tables"],
-        ),
-        ({"rope_theta": 10.0, "rope_parameters": {"rope_theta": 20.0}}, ["rope_theta is 10.0, but 20.0 in rope_p"]),
-        ({"rope_parameters": {"rope_theta": "x"}}, ["rope_parameters: rope_theta must be a number"]),
-        ({"max_position_embeddings": -1}, ["max_position_embeddings must be a positive whole number, found -1"]),
-        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings must be true or false, found 'yes'"]),
-        ({"model_type": "mistral", "sliding_window": -1}, ["sliding_window must be a positive whole number"]),
-        ({"eos_token_id": "x"}, ["eos_token_id must be a token id or a list of them, found 'x'"]),
-        ({"bos_token_id": [1]}, ["bos_token_id must be a token id, found [1]"]),
-        ({"rms_norm_ep": 1e-5}, ["'rms_norm_ep' is not a key that we know", "did you mean 'rms_norm_eps'?"]),
-        ({"tie_word_embedding": True}, ["did you mean 'tie_word_embeddings'?"]),
-        ({"residual_multiplier": 0.2}, ["'residual_multiplier' is not a key that we know", "leave it out"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config {'bits': 4} is not supported; supported: null"]),
-        ({"use_mrope": True}, ["use_mrope True is not supported; supported: false"]),
-        ({"pruned_heads": {"0": [1]}}, ["pruned_heads {'0': [1]} is not supported; supported: {}"]),
-        ({"model_type": "mistral", "attention_bias": True}, ["attention_bias is true, which a mistral cannot be"]),
-        ({"model_type": "qwen2", "attention_bias": False}, ["attention_bias is false, which a qwen2 cannot be"]),
-        ({"layer_types": ["full_attention"]}, ["layer_types has 1 layers of 2"]),
-        ({"layer_types": ["full_attention", "conv"]}, ["layer_types has 'conv', which is not supported"]),
-        (
-            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
-            ["layer_types has 'sliding_attention', but no sliding_window is used"],
-        ),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+    ("change", "says"), REFUSED, ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], says: list[str]) -> None:
     config = {"model_type": "llama", "hidden_act": "silu", **SMALL, **change}
@@ -241,6 +246,46 @@ def test_what_is_not_computed_is_refused(change: dict[str, Any], says: list[str]
         shape_from_hf(config, "folder/config.json")
     for words in ["folder/config.json", *says]:
         assert words in str(refused.value)
+
+
+def follow(config: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """The config changed as the hint of `problem` says."""
+    config = copy.deepcopy(config)
+    table = problem.where.rpartition(": ")[2]
+    at = config.get(table, config)
+    key, hint = problem.what.split()[0].strip("'"), problem.nearest
+    if meant := re.match(r"did you mean '(\w+)'", hint):
+        at[meant.group(1)] = at.pop(key)
+    elif named := re.match(r"(?:nearest: |such as )(\w+) ?= ?([\d.]+)", hint):
+        at[named.group(1)] = json.loads(named.group(2))
+    elif value := re.match(r"(?:nearest|supported|known|such as):? ([^\s,]+)", hint):
+        word = value.group(1)
+        found = json.loads(word) if re.match(r'[\d"{]|true|false|null', word) else word
+        at[key] = [found] * SMALL["num_hidden_layers"] if isinstance(at.get(key), list) and found in FULL else found
+    elif hint == "give one of these tables":
+        config.pop("rope_scaling")
+    elif hint == "write it there":
+        config["rope_scaling"][key] = config.pop(key)
+    elif hint.startswith(("leave it out", "give one of them")):
+        at.pop(key)
+    else:
+        assert hint == "take the model's own"
+        at[key] = 120
+    return config
+
+
+@pytest.mark.parametrize("change", [change for change, _ in REFUSED], ids="+".join)
+def test_a_hint_for_a_config_leads_out_of_the_problem(change: dict[str, Any]) -> None:
+    config = {"model_type": "llama", "hidden_act": "silu", **SMALL, **change}
+    for _ in range(8):
+        try:
+            shape_from_hf(config)
+        except InputError as error:
+            before, config = config, follow(config, error.problems[0])
+            assert config != before
+        else:
+            return
+    raise AssertionError(f"eight hints were followed, and something is wrong still: {config}")
 
 
 #: The keys of published models, with their kind of values.

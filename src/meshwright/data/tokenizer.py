@@ -110,13 +110,8 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids; id 0 ends a text. The same texts give the same tokenizer.
-
-    Raises InputError if `vocab` is too small for the 256 bytes and the end token.
-    """
-    if vocab < BYTES_VOCAB:
-        near = f"at least {BYTES_VOCAB}: 256 bytes and the end of a text"
-        raise InputError(Problem("model.vocab", f"{vocab} is too small for a byte-level tokenizer", near))
+    """A byte-level BPE of at most `vocab` ids, but of BYTES_VOCAB at least; id 0 ends a text. The same texts give the
+    same tokenizer."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()

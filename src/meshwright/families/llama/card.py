@@ -190,8 +190,7 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
 def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
     """Base and scaling of the rotary positions, which a config may have in one table."""
     theta, rope, where = reader.rope()
-    if reader.has("partial_rotary_factor"):
-        rope["partial_rotary_factor"] = reader.config["partial_rotary_factor"]
+    _refuse_partial(reader)
     key = "original_max_position_embeddings"  # beside the table it is not read by these models' classes
     kept = rope.get(key) or reader.config.get("max_position_embeddings")
     if reader.has(key) and rope.get("factor") and reader.config[key] != kept:
@@ -201,6 +200,12 @@ def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
     except InputError as error:
         reader.problems += error.problems
         return theta, None
+
+
+def _refuse_partial(reader: ConfigReader) -> None:
+    part = reader.config.get("partial_rotary_factor")
+    if part not in (None, 1):
+        reader.refuse(f"partial_rotary_factor {show(part)} is not supported", "supported: 1")
 
 
 def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
@@ -214,9 +219,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
         hint = nearest_name(str(kind)[:60], known) if isinstance(kind, str) else "known: " + ", ".join(known)
         raise InputError(Problem(where, f"rope_type {show(kind)} is not supported", hint))
     reader = ConfigReader(scaling, where)
-    part = scaling.get("partial_rotary_factor")
-    if part not in (None, 1):
-        reader.refuse(f"partial_rotary_factor {show(part)} is not supported", "supported: 1")
+    _refuse_partial(reader)
     for key in sorted(scaling.keys() - {"rope_type", "partial_rotary_factor", *ROPE_TYPES[kind]}):
         if scaling[key] is not None:
             reader.refuse(f"{key[:60]!r} is not a key of rope_type {kind!r}", "leave it out")
