@@ -82,8 +82,8 @@ FOLLOWED = [
     "plan --serving hf.toml serve.max_len=65",
     "plan --serving hf.toml serve.tp=4",
     # a module
-    "check words.toml data.tokenizer=bytes model.arguments.vocab=200",
-    "check net.toml data.source=texts",
+    pytest.param("check words.toml data.tokenizer=bytes model.arguments.vocab=200", marks=pytest.mark.slow),
+    pytest.param("check net.toml data.source=texts", marks=pytest.mark.slow),
     # the data, and other verbs
     "check job.toml model.vocab=200",
     "check job.toml data.tokenizer=bpe model.vocab=200",
