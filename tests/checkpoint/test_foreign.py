@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from meshwright.checkpoint import ModelFolder, read_model_folder
 from meshwright.errors import InputError
-from meshwright.layout import Layout
+from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
 from tests.checkpoint.pickles import assert_no_pickles
 from tests.checkpoint.simulate import held, save_world, shapes_of, whole_pieces, world_pieces
@@ -61,8 +61,9 @@ def test_transformers_loads_what_was_saved_sharded(tmp_path: Path, tied: bool) -
 def test_a_checkpoint_of_ours_is_held_to_its_digests(tmp_path: Path) -> None:
     tensors, names = state_of(tiny_llama())
     layout = Layout(dp=2, shard=2, tp=2)
+    files = ModelFolder(names, {"config.json": b'{"rope_theta": 5}'})
     for step in (1, 2):
-        save_world(tmp_path, step, world_pieces(layout, shapes_of(tensors)), tensors, model_files=ModelFolder(names))
+        save_world(tmp_path, step, world_pieces(layout, shapes_of(tensors)), tensors, model_files=files)
     folder = tmp_path / "step-2" / "model"
     pieces = world_pieces(Layout(tp=2), shapes_of(tensors))[1]
     as_bf16 = {name: tensor.bfloat16() for name, tensor in tensors.items()}
@@ -76,6 +77,11 @@ def test_a_checkpoint_of_ours_is_held_to_its_digests(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"do not have the manifest's digest; .*step-1 is intact"):
         read_model_folder(folder, names, held(tensors, whole_pieces(shapes_of(tensors)), fill=False))
+    file.write_bytes(content[:-1000] + bytes([content[-1000] ^ 0x10]) + content[-999:])
+    read_model_folder(folder, names, got)
+    (folder / "config.json").write_text('{"rope_theta": 7}')
+    with pytest.raises(InputError, match=r"config\.json: .*; .*step-1 is intact"):
+        read_model_folder(folder, names, got)
     elsewhere = tmp_path / "copy" / "model"
     shutil.copytree(folder, elsewhere)  # without its manifest it is a folder like any other
     read_model_folder(elsewhere, names, held(tensors, whole_pieces(shapes_of(tensors)), fill=False))
@@ -124,7 +130,32 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path: Path) -> No
     assert "holds tensor 'lm_head.weight', which this model does not have" in text
     assert "tensor 'w' has shape [3], wanted [4]" in text
     assert "inv_freq" not in text
-    read_model_folder(tmp_path, {"w": "w"}, {"w": wanted["w"]}, ignored=["*.inv_freq", "lm_head.weight"])
+    tied = {"lm_head.weight": "w"}
+    with pytest.raises(InputError, match=r"'lm_head.weight' is not equal to 'w'"):
+        read_model_folder(tmp_path, {"w": "w"}, {"w": wanted["w"]}, ignored=["*.inv_freq"], tied=tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_alias_is_equal_to_its_weight_or_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.randn(700, 600)
+    write(tmp_path, {"embed": weight.to(dtype), "head": weight.to(dtype).clone()})
+    halves = [Placement("embed", Box.whole((700, 600)).split(0, 2, part), 1, True) for part in range(2)]
+    first, second = ({"embed": (half, torch.zeros(350, 600))} for half in halves)
+    more = {"names": {"embed": "embed"}, "tied": {"head": "embed"}}
+    read_model_folder(tmp_path, tensors=first, **more)
+    head = weight.to(dtype).clone()
+    head[699, 599] += 1
+    write(tmp_path, {"embed": weight.to(dtype), "head": head})
+    read_model_folder(tmp_path, tensors=first, **more)  # of the other rank's half
+    with pytest.raises(InputError) as refused:
+        read_model_folder(tmp_path, tensors=second, **more)
+    assert "tensor 'head' is not equal to 'embed', which the config says it is" in str(refused.value)
+    assert not second["embed"][1].any(), "nothing is filled"
+    write(tmp_path, {"embed": weight.to(dtype), "head": torch.randn(5, 600)})
+    with pytest.raises(InputError, match="'head' is not equal"):
+        read_model_folder(tmp_path, tensors=first, **more)
+    write(tmp_path, {"embed": weight, "head": weight.to(torch.float64)})
+    read_model_folder(tmp_path, tensors=first, **more)
 
 
 def test_a_folder_of_pickles_is_refused_unread(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.checkpoint import latest, load, read_manifest
+from meshwright.checkpoint import check, check_side_files, latest, load, read_manifest
 from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES
 from meshwright.checkpoint.model_folder import ModelFolder
+from meshwright.checkpoint.tensors import digest_of
 from meshwright.errors import InputError
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
@@ -197,6 +199,69 @@ def test_tensors_that_nobody_reads_are_refused(saved: Path) -> None:
         load(saved, some, complete=some.keys())
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_hashes_the_tiles_that_it_reads_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    """One process saves, four load: together they hash what the checkpoint has, not four times as much."""
+    tensors = {"w": torch.arange(2048 * 2048, dtype=torch.float32).reshape(2048, 2048), "optimizer.w": torch.ones(9)}
+    save_world(tmp_path, 1, [whole_pieces(shapes_of(tensors))], tensors)
+    world = [{"w": Placement("w", Box.whole((2048, 2048)).split(dim, 4, rank), 1, True)} for rank in range(4)]
+    hashed = []
+
+    def counted(elements: np.ndarray) -> str:
+        hashed.append(elements.nbytes)
+        return digest_of(elements)
+
+    monkeypatch.setattr("meshwright.checkpoint.reader.digest_of", counted)
+    for pieces in world:
+        got = held(tensors, pieces, fill=False)
+        load(tmp_path / "step-1", got)
+        assert torch.equal(got["w"][1], held(tensors, pieces)["w"][1])
+    assert sum(hashed) == tensors["w"].nbytes
+
+    file = tmp_path / "step-1" / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for pieces in world[:3]:
+        load(tmp_path / "step-1", held(tensors, pieces, fill=False))
+    with pytest.raises(InputError, match=r"tensor 'w' \(from \[\d+, \d+\]\) do not have the manifest's digest"):
+        load(tmp_path / "step-1", held(tensors, world[3], fill=False))
+    with pytest.raises(InputError, match="do not have the manifest's digest"):
+        check(tmp_path / "step-1")
+
+
+def test_a_piece_of_version_1_is_one_tile(saved: Path) -> None:
+    def as_version_1(record: dict) -> None:
+        record["version"] = 1
+        for tensor in record["tensors"].values():
+            for piece in tensor["pieces"]:
+                assert piece.pop("tile") == piece["shape"], "these tensors are small"
+                (piece["sha256"],) = piece["sha256"]
+
+    forge(saved, as_version_1)
+    got = everything()
+    load(saved, got)
+    assert all(torch.equal(got[name][1], tensor) for name, tensor in example_tensors().items())
+    test_flipped_byte_is_refused_naming_file_and_tensor(saved, "model")
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "gone"])
+def test_files_beside_the_weights_are_held_to_their_digests(saved: Path, damage: str) -> None:
+    check_side_files(saved / "model")
+    check(saved)
+    side = saved / "model" / "config.json"
+    if damage == "gone":
+        side.unlink()
+    else:
+        side.write_bytes(b'{"a": 2}' if damage == "changed" else b'{"a"')
+    for look in (lambda: check_side_files(saved / "model"), lambda: check(saved)):
+        with pytest.raises(InputError, match=r"model/config\.json"):
+            look()
+    check_side_files(saved.parent)  # the folder of no checkpoint
+
+
 def forge(folder: Path, change: Callable[[dict], None]) -> None:
     """Rewrites the manifest with a digest that fits, as an attacker would."""
     path = folder / "manifest.json"
@@ -236,7 +301,12 @@ HOSTILE = {
     "piece twice": lambda r: r["tensors"]["blocks.embed.weight"]["pieces"].append(_first_piece(r)),
     "unknown dtype": lambda r: r["tensors"]["blocks.embed.weight"].update(dtype="PICKLE"),
     "wrong bytes": lambda r: _first_piece(r).update(bytes=1),
-    "digest of another kind": lambda r: _first_piece(r).update(sha256="0" * 63),
+    "digest of another kind": lambda r: _first_piece(r).update(sha256=["0" * 63]),
+    "digest is no list": lambda r: _first_piece(r).update(sha256="0" * 64),
+    "a digest too many": lambda r: _first_piece(r)["sha256"].append("0" * 64),
+    "tiles of no size": lambda r: _first_piece(r).update(tile=[0, 0]),
+    "a tile in fewer dimensions": lambda r: _first_piece(r).update(tile=[10]),
+    "version 1 with tiles": lambda r: r.update(version=1),
     "unknown key": lambda r: r.update(surprise=1),
     "unknown version": lambda r: r.update(version=99),
     "step is text": lambda r: r.update(step="1"),

@@ -358,7 +358,7 @@ def hugging_face(home: Path, config: str) -> list[str]:
             "model_type 'evil' is not a decoder that we know; ",
         ),
         (json.dumps(SHAPE | {"hidden_size": -1}), "hidden_size must be a positive whole number, found -1"),
-        (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: silu"),
+        (json.dumps(SHAPE | {"hidden_act": "gelu"}), "hidden_act 'gelu' is not supported; supported: \"silu\""),
         (json.dumps(SHAPE | {"model_type": {}}), "folder/config.json: model_type must be text, found {}"),
         (json.dumps(SHAPE | {"num_hidden_layers": 10**9}), "num_hidden_layers must be at most 10000, found 1000000000"),
         (json.dumps(SHAPE | {"max_position_embeddings": -1}), "folder/config.json: max_position_embeddings must be a"),
@@ -414,9 +414,19 @@ def test_a_checkpoint_that_was_changed(home: Path, refused: Refused, capfd: pyte
     weights = next((checkpoint / "model").glob("*.safetensors"))
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
-    lines = refused(2, *words)
-    assert any(str(weights) in line for line in lines)
+    for verb in (words, ("report", "runs/job"), ("generate", "runs/job", "--prompt", "a")):
+        lines = refused(2, *verb)
+        assert any(str(weights.relative_to(home)) in line and "digest" in line for line in lines), verb
     weights.write_bytes(sound)
+    tokenizer = checkpoint / "model" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.write_bytes(content + b" ")
+    for verb in (("report", "runs/job"), ("generate", "runs/job", "--prompt", "a"), ("serve", "runs/job")):
+        (line,) = refused(2, *verb)
+        assert str(tokenizer.relative_to(home)) in line, verb
+    tokenizer.write_bytes(content)
+    assert main(["report", "runs/job"]) == 0
+    capfd.readouterr()
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step":2', '"step":9').replace('"step": 2', '"step": 9'))
     lines = refused(2, *words)

@@ -138,15 +138,17 @@ def test_data_without_text_or_too_short_is_refused_with_what_works(tmp_path: Pat
     short.write_text("ten bytes!")
     with pytest.raises(InputError, match=r"holds no text.*stdlib"):
         data.build_manifest(text_job(empty), tmp_path / "manifest")
-    with pytest.raises(InputError, match=r"16 needs 17 tokens; there are 11; nearest: data.seq_len = 10"):
+    with pytest.raises(InputError, match=r"16 needs 17 tokens; there are 11; nearest: data.seq_len=10"):
         data.build_manifest(text_job(short, tokenizer="bytes"), tmp_path / "manifest")
     assert data.build_manifest(text_job(short, tokenizer="bytes", seq_len=10), tmp_path / "manifest").samples == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(InputError, match=r"has 257 ids, but model.vocab is 256; nearest: model.vocab = 257"):
+    with pytest.raises(
+        InputError, match=r"has 257 ids, but the model's embedding has 256 rows; nearest: model.vocab=257"
+    ):
         data.build_manifest(text_job(source, vocab=256, tokenizer="bytes"), tmp_path / "manifest")
-    with pytest.raises(InputError, match="at least 257"):
+    with pytest.raises(InputError, match=r"'bpe' has 257 ids, .*; nearest: model.vocab=257"):
         data.build_manifest(text_job(source, vocab=256), tmp_path / "manifest")
 
 
@@ -170,6 +172,25 @@ def test_a_run_keeps_the_data_that_it_began_with(tmp_path: Path, source: Path) -
         file.write('{"text": "one more"}\n')
     with pytest.raises(InputError, match=r"'corpus\.jsonl' is not what it was when the run began"):
         data.build_manifest(text_job(source), folder)
+
+
+def test_a_tokenizer_is_known_by_its_files_and_not_by_its_path(tmp_path: Path, source: Path) -> None:
+    files = data.tokenizer.bytes_tokenizer().side_files()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name, content in files.items():
+            (tmp_path / place / name).write_bytes(content)
+    here, there = (text_job(source, tokenizer=str(tmp_path / place)) for place in ("here", "there"))
+    data.build_manifest(here, tmp_path / "manifest")
+    data.build_manifest(there, tmp_path / "manifest")
+    config = tmp_path / "there" / "tokenizer_config.json"
+    config.write_bytes(config.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"data\.tokenizer: is 'files of digest .*, but the run began with 'files of"):
+        data.build_manifest(there, tmp_path / "manifest")
+    with pytest.raises(InputError, match=r"data\.tokenizer: is 'bytes', but the run began with 'files of digest"):
+        data.build_manifest(text_job(source, tokenizer="bytes"), tmp_path / "manifest")
+    shutil.rmtree(tmp_path / "here")
+    data.build_manifest(here, tmp_path / "manifest")  # the manifest is enough to go on
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,9 +68,8 @@ def test_bytes_are_their_own_ids() -> None:
     assert len(set(byte_characters())) == 256
 
 
-def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(InputError, match="at least 257"):
-        train_bpe(CORPUS, 256)
+def test_a_vocabulary_has_room_for_the_bytes() -> None:
+    assert train_bpe(CORPUS, 100).vocab == BYTES_VOCAB
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
@@ -146,6 +146,37 @@ def test_side_files_that_contradict_are_refused(tmp_path: Path, name: str, conte
     for read in (Tokenizer.load, TextTokenizer):
         with pytest.raises(InputError, match=said):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    ("said", "is_said"),
+    [
+        ({}, False),
+        ({"add_bos_token": True}, True),
+        ({"add_bos_token": None, "add_eos_token": False, "add_prefix_space": False}, False),
+        ({"add_eos_token": True}, True),
+        ({"add_prefix_space": True}, True),
+        ({"split_special_tokens": True}, False),
+    ],
+)
+def test_what_a_configuration_says_of_the_ends_of_a_text_is_not_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, adds: bool, said: dict[str, bool], is_said: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    inner = tokenizers.Tokenizer.from_buffer(BYTES.side_files()["tokenizer.json"])
+    inner.add_special_tokens(["<s>"])
+    if adds:
+        words = {"single": "<s>:0 $A:0", "pair": "<s>:0 $A:0 $B:0", "special_tokens": [("<s>", 257)]}
+        inner.post_processor = tokenizers.processors.TemplateProcessing(**words)
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": END_OF_TEXT}
+    config = json.dumps({**named, **said}).encode()
+    write(tmp_path, {"tokenizer.json": inner.to_str().encode(), "tokenizer_config.json": config})
+    served = TextTokenizer(tmp_path)
+    assert bool(caplog.messages) == (is_said and not (adds and "add_bos_token" in said))
+    if not caplog.messages:
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert served.encode("a<s>b", add_special=True) == theirs("a<s>b").input_ids
 
 
 def test_a_folder_whose_tokenizer_is_not_read_names_it(tmp_path: Path) -> None:

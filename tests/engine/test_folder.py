@@ -84,11 +84,14 @@ def test_a_sliding_window_is_a_limit(folder_of: Callable[[str], Path]) -> None:
         Engine.open(folder_of("mistral"), max_len=201)
 
 
-def test_end_of_sequence_ids_come_from_the_generation_config(llama: Path, tmp_path: Path) -> None:
+def test_end_of_sequence_ids_come_from_the_generation_config(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = copy(llama, tmp_path / "ends", eos_token_id=4)
     (folder / "generation_config.json").unlink()
     with Engine.open(folder) as engine:
         assert engine.eos_ids == {4}
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "do_sample": true, "top_k": 20}')
     with Engine.open(folder) as engine:
         assert engine.eos_ids == {5, 6}
+    assert [message for message in caplog.messages if "top_k 20; requests say" in message]

@@ -25,6 +25,7 @@ CONFIG = {
     "vocab_size": 200,
     "max_position_embeddings": 64,
 }
+QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 2}
 MIXTRAL = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -49,6 +50,36 @@ def test_a_family_of_ours_is_both(tmp_path: Path) -> None:
     job = job_of(tmp_path, {**CONFIG, "model_type": "llama"})
     families.require_trainable(job)
     assert families.card_of_job(job) == llama.card(families.shape_of_job(job), 32)
+
+
+def test_dropout_of_a_folder_is_refused_in_training_alone(tmp_path: Path) -> None:
+    for dropout in (0, 0.0, None):
+        families.require_trainable(job_of(tmp_path, {**CONFIG, **QWEN3, "attention_dropout": dropout}))
+    job = job_of(tmp_path, {**CONFIG, **QWEN3, "attention_dropout": 0.1})
+    assert families.card_of_job(job).parameters
+    with pytest.raises(CannotWork, match=r"attention_dropout 0.1, and we train without dropout; set it to 0"):
+        families.require_trainable(job)
+
+
+@pytest.mark.parametrize(
+    ("said", "not_followed"),
+    [
+        ({"eos_token_id": 4, "bos_token_id": 1, "pad_token_id": 7, "transformers_version": "4.44.0"}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20}, {}),  # as in transformers, without do_sample
+        ({"do_sample": True, "temperature": 0.6, "top_p": 1.0}, {"temperature": 0.6}),
+        (
+            {"repetition_penalty": 1.1, "num_beams": 1, "max_length": 4096},
+            {"repetition_penalty": 1.1, "max_length": 4096},
+        ),
+        ({"_from_model_config": True, "unheard_of": 3, "bad_words_ids": None}, {"unheard_of": 3}),
+    ],
+)
+def test_what_a_folder_says_of_sampling_is_known(
+    tmp_path: Path, said: dict[str, Any], not_followed: dict[str, Any]
+) -> None:
+    assert families.sampling_settings(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert families.sampling_settings(tmp_path) == not_followed
 
 
 def test_another_framework_keeps_other_activations_of_the_same_model(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def test_an_exception_names_the_rank_the_words_and_the_log(tmp_path: Path) -> No
 
 def test_a_start_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="cannot start a process: embedded null byte"):
+        launch.local("workers:describe", {}, 2, tmp_path, env={"NAME": "a\0b"})
+    with pytest.raises(InputError, match=r"launch\.interface: there is no network interface 'l\\x00o'; known: "):
         launch.local("workers:describe", {}, 2, tmp_path, interface="l\0o")
     assert not list(tmp_path.glob(".workers-*"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshwright.errors import RunFailed
+from meshwright.errors import InputError
 from meshwright.probe.links import COLLECTIVES, measure_links
 
 
@@ -19,5 +19,5 @@ def test_two_processes_are_timed() -> None:
 
 
 def test_an_interface_that_is_not_there_is_a_failure_with_a_reason() -> None:
-    with pytest.raises(RunFailed, match="nosuch0"):
+    with pytest.raises(InputError, match=r"launch\.interface: there is no network interface 'nosuch0'; known: .*lo"):
         measure_links(2, "nosuch0")

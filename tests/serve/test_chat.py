@@ -44,6 +44,16 @@ def test_unreadable_config_is_bad_input(tmp_path, content):
         read_chat_template(tmp_path)
 
 
+def test_templates_without_a_default_are_bad_input(tmp_path):
+    config = {"chat_template": [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"chat_template: has no template named default, but rag, tool_use; name one"):
+        read_chat_template(tmp_path)
+    config["chat_template"][1]["name"] = "default"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_chat_template(tmp_path).source == "t"
+
+
 def test_oversized_template_is_bad_input(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
     with pytest.raises(InputError, match="more than the"):

@@ -38,14 +38,20 @@ FOLDERS = [
 
 def test_what_a_folder_says_comes_out_again(tmp_path: Path) -> None:
     said = {"eos_token_id": [257, 259], "pad_token_id": 260, "do_sample": True, "temperature": 0.6, "bos_token_id": 3}
-    config = {**LLAMA.to_dict(), "pad_token_id": 7, "note": "kept", "dtype": "bfloat16", "auto_map": {"A": "evil.M"}}
+    config = {
+        **LLAMA.to_dict(),
+        "pad_token_id": 7,
+        "initializer_range": 0.5,
+        "dtype": "bfloat16",
+        "auto_map": {"A": "evil.M"},
+    }
     (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     train = {"steps": 1, "lr": 1e-3, "global_batch": 1}
     job = Job(model={"hf": str(tmp_path)}, data={"seq_len": 8, "tokenizer": "bytes"}, train=train)
     written = {name: json.loads(text) for name, text in model_of_job(job, 259).side_files.items()}
     assert written["generation_config.json"] == said, "259 is among them"
-    assert written["config.json"]["pad_token_id"] == 7 and written["config.json"]["note"] == "kept"
+    assert written["config.json"]["pad_token_id"] == 7 and written["config.json"]["initializer_range"] == 0.5
     assert written["config.json"]["torch_dtype"] == "float32"
     assert not written["config.json"].keys() & {"dtype", "auto_map"}
     generation = json.loads(model_of_job(job, 256).side_files["generation_config.json"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,6 +175,21 @@ def test_the_run_folder_is_the_contracts_and_holds_no_pickle(uninterrupted: Path
     for raw in (copy / "manifest").glob("*.bin"):  # plain arrays of numbers, read by numpy.memmap
         raw.rename(raw.with_suffix(".raw"))
     assert_no_pickles(copy)
+
+
+def test_the_page_on_checkpoints_names_the_keys_of_a_manifest(uninterrupted: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint.md").read_text()
+    said: dict[str, list[str]] = {}
+    for row in re.findall(r"^\| (`.*)\|$", page.partition("## The manifest")[2].partition("\n## ")[0], re.MULTILINE):
+        keys, meaning = (re.findall(r"`(\w+)`", cell) for cell in row.split(" | ", 1))
+        said |= dict.fromkeys(keys, meaning)
+    manifest = json.loads((uninterrupted / "checkpoints" / "step-40" / "manifest.json").read_text())
+    tensor, file = (next(iter(manifest[key].values())) for key in ("tensors", "files"))
+    assert said.keys() | {"sha256"} == manifest.keys()
+    assert set(said["meta"]) == manifest["meta"].keys()
+    assert set(said["tensors"]) == tensor.keys() | tensor["pieces"][0].keys()
+    assert set(said["files"]) == file.keys()
+    assert manifest["meta"]["samples"] == 40 * 8 and manifest["meta"]["job"]["train"]["steps"] == STEPS
 
 
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(job: Path, uninterrupted: Path, killed: Path) -> None:

@@ -10,13 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from meshwright.checkpoint.files import FILE_NAME, map_file
-from meshwright.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from meshwright.checkpoint.model_folder import UNSAFE_SUFFIXES
-from meshwright.checkpoint.reader import DAMAGED, CheckedFiles
-from meshwright.checkpoint.tensors import DTYPES, LocalTensors, Slot, element_view, from_bytes, parse_header, slices
+from meshwright.checkpoint.reader import DAMAGED, CheckedFiles, check_side_files, checkpoint_of
+from meshwright.checkpoint.tensors import (
+    DTYPES,
+    LocalTensors,
+    Slot,
+    element_view,
+    from_bytes,
+    parse_header,
+    slices,
+    tile_of,
+    tiles,
+)
 from meshwright.errors import InputError, Problem
 from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
@@ -26,30 +36,41 @@ INDEX = "model.safetensors.index.json"
 INDEX_CAP_BYTES = 64 << 20
 MAX_SHARDS = 10_000
 
+#: Every tensor of a folder by its name in the file: file, slot, mapped bytes.
+Stored = Mapping[str, tuple[str, Slot, Any]]
+
 
 def read_model_folder(
-    folder: Path, names: Mapping[str, str], tensors: LocalTensors, *, ignored: Sequence[str] = ()
+    folder: Path,
+    names: Mapping[str, str],
+    tensors: LocalTensors,
+    *,
+    ignored: Sequence[str] = (),
+    tied: Mapping[str, str] | None = None,
 ) -> None:
     """Fills `tensors` (by our names) from a Hugging Face folder. `names` maps our names of all tensors to the file's.
 
     The folder has `model.safetensors`, or shards with `model.safetensors.index.json`. Floating-point tensors are cast
-    to the dtype of the local tensor. `names` leaves out aliases of tied weights; `ignored` has patterns (`*.inv_freq`,
-    `lm_head.weight`) of tensors that the file may have and we do not need. Links are followed: the Hugging Face cache
-    is made of them.
+    to the dtype of the local tensor. `ignored` has patterns (`*.inv_freq`) of tensors that the file may have and we do
+    not need. `names` leaves out aliases of tied weights; `tied` has their names in the file, and those of the weights.
+    Links are followed: the Hugging Face cache is made of them.
 
-    For `step-N/model` of a checkpoint, the digest of every piece that is read is checked against the manifest.
+    For `step-N/model` of a checkpoint, the digests of all that is read and of the files beside the weights are checked
+    against the manifest.
 
     Raises InputError, naming file and tensor, for a folder without safetensors, a malformed file, and tensors that are
-    missing, unknown, or of another shape or kind; then nothing is filled. Raises it for damaged pieces, too.
+    missing, unknown, or of another shape or kind, or a stored alias that is not equal to its weight; then nothing is
+    filled. Raises it for damage, too.
     """
-    folder = Path(folder)
+    folder, tied = Path(folder), tied or {}
+    check_side_files(folder)
     stored = _open_folder(folder)
     problems = []
     for name, file_name in names.items():
         if file_name not in stored:
             problems.append(Problem(str(folder), f"has no tensor {file_name!r} (our {name!r})"))
     for file_name, (file, _, _) in stored.items():
-        if file_name not in names.values() and not any(fnmatch.fnmatchcase(file_name, p) for p in ignored):
+        if file_name not in {*names.values(), *tied} and not any(fnmatch.fnmatchcase(file_name, p) for p in ignored):
             problems.append(Problem(str(folder / file), f"holds tensor {file_name!r}, which this model does not have"))
     for name, (placement, local) in tensors.items():
         if tuple(local.shape) != placement.box.shape:
@@ -65,11 +86,12 @@ def read_model_folder(
         ):
             what = f"tensor {names[name]!r} is {slot.dtype}, which does not turn into {local.dtype}"
             problems.append(Problem(str(folder / file), what))
+    problems = problems or _untied(folder, stored, names, tensors, tied)
     if problems:
         raise InputError(problems)
-    checkpoint = folder.resolve().parent
-    if folder.resolve().name == "model" and (checkpoint / MANIFEST_NAME).exists():
-        return _fill_checked(CheckedFiles(checkpoint, read_manifest(checkpoint)), stored, names, tensors)
+    files = checkpoint_of(folder)
+    if files is not None:
+        return _fill_checked(files, stored, names, tensors)
     for name, (placement, local) in tensors.items():
         _, slot, data = stored[names[name]]
         part = element_view(data, slot)[slices(placement.box, Box.whole(slot.shape))]
@@ -77,9 +99,40 @@ def read_model_folder(
             local.detach().copy_(from_bytes(part, slot.dtype))
 
 
-def _fill_checked(
-    files: CheckedFiles, stored: Mapping[str, tuple[str, Slot, Any]], names: Mapping[str, str], tensors: LocalTensors
-) -> None:
+def _untied(
+    folder: Path, stored: Stored, names: Mapping[str, str], tensors: LocalTensors, tied: Mapping[str, str]
+) -> list[Problem]:
+    """Aliases in the file that differ from their weight where this rank has a part of it."""
+    boxes = {names[name]: placement.box for name, (placement, _) in tensors.items()}
+    problems = []
+    for alias, name in tied.items():
+        if alias in stored and name in boxes and not _equal(stored[alias], stored[name], boxes[name]):
+            what = f"tensor {alias!r} is not equal to {name!r}, which the config says it is (tie_word_embeddings)"
+            hint = 'set "tie_word_embeddings" to false in config.json to use both'
+            problems.append(Problem(str(folder / stored[alias][0]), what, hint))
+    return problems
+
+
+def _equal(one: tuple[str, Slot, Any], other: tuple[str, Slot, Any], box: Box) -> bool:
+    """Whether two stored tensors are equal in `box`; of two dtypes, as the first one's."""
+    (_, slot, data), (_, other_slot, other_data) = one, other
+    if slot.shape != other_slot.shape:
+        return False
+    whole = Box.whole(slot.shape)
+    for tile in tiles(box, tile_of(box.shape, DTYPES[slot.dtype].itemsize)):
+        mine = element_view(data, slot)[slices(tile, whole)]
+        theirs = element_view(other_data, other_slot)[slices(tile, whole)]
+        if slot.dtype == other_slot.dtype:
+            equal = np.array_equal(mine, theirs)
+        else:
+            cast = from_bytes(theirs, other_slot.dtype).to(DTYPES[slot.dtype])
+            equal = torch.equal(from_bytes(mine, slot.dtype), cast)
+        if not equal:
+            return False
+    return True
+
+
+def _fill_checked(files: CheckedFiles, stored: Stored, names: Mapping[str, str], tensors: LocalTensors) -> None:
     """Fills `tensors` from a checkpoint's pieces. Its manifest has names of modules, so a tensor is found by place."""
     at = {(piece.file, piece.offset): name for name, one in files.manifest.tensors.items() for piece in one.pieces}
     for name, (placement, local) in tensors.items():

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.checkpoint.files import FILE_NAME, dump_json
-from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape
+from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape, tile_count
 from meshwright.errors import InputError, Problem
 from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
 
-VERSION = 1
+VERSION = 2
+#: Versions that can be read. In version 1 a piece has one digest: the whole piece is one tile.
+VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
 
@@ -28,7 +30,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A box of a tensor as one owner wrote it. `sha256` is of the box's own bytes, row-major.
+    """A box of a tensor as one owner wrote it. `sha256` has the digest of each of its tiles (`tensors.tiles`): of the
+    tile's own bytes, row-major.
 
     `offset` is the byte in `file` where the file's tensor begins: in `model/` the whole tensor, of which the piece is a
     box; in `state/` the piece itself.
@@ -38,7 +41,8 @@ class StoredPiece:
     offset: int
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    sha256: str
+    tile: tuple[int, ...]
+    sha256: tuple[str, ...]
 
     def box(self, global_shape: tuple[int, ...]) -> Box:
         return Box(global_shape, self.start, self.shape)
@@ -61,8 +65,7 @@ class StoredTensor:
 class StoredFile:
     """A file's size, and the digest of its first `digested_bytes`.
 
-    These are the header of a safetensors file, checked by `load` (each piece has its own digest), and all of any other
-    file, whose digest is recorded and not checked.
+    These are the header of a safetensors file (each tile has its own digest), and all of any other file.
     """
 
     bytes: int
@@ -103,6 +106,7 @@ def encode_manifest(manifest: CheckpointManifest) -> bytes:
                         "offset": piece.offset,
                         "start": piece.start,
                         "shape": piece.shape,
+                        "tile": piece.tile,
                         "bytes": math.prod(piece.shape) * DTYPES[tensor.dtype].itemsize,
                         "sha256": piece.sha256,
                     }
@@ -167,8 +171,9 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     record = parse_json(data, where)
     top = _RecordReader(where)
     version = top.get(record, "version", int)
-    if version != VERSION:
-        raise InputError(Problem(where, f"is of version {version}", f"this Meshwright reads version {VERSION}"))
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise InputError(Problem(where, f"is of version {version}", f"this Meshwright reads versions {known}"))
     keys = ("sha256", "version", "step", "sequence", "parent", "world", "layout", "meta", "tensors", "files")
     top.exactly(record, keys)
     parent = None if record["parent"] is None else top.count(record, "parent")
@@ -177,7 +182,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
         for path, entry in top.get(record, "files", dict).items()
     }
     tensors = {
-        name: _decode_tensor(name, entry, files, _RecordReader(f"{where}: tensor {name[:200]!r}"))
+        name: _decode_tensor(name, entry, version, files, _RecordReader(f"{where}: tensor {name[:200]!r}"))
         for name, entry in top.get(record, "tensors", dict).items()
     }
     return CheckpointManifest(
@@ -220,9 +225,8 @@ class _RecordReader:
             raise self.fail(f"{key!r} must be a list of sizes")
         return tuple(value)
 
-    def digest(self, record: Any) -> str:
-        value: str = self.get(record, "sha256", str)
-        if not _SHA256.fullmatch(value):
+    def digest(self, value: Any) -> str:
+        if not isinstance(value, str) or not _SHA256.fullmatch(value):
             raise self.fail("'sha256' must be 64 hexadecimal digits")
         return value
 
@@ -239,10 +243,12 @@ def _decode_file(path: str, entry: Any, reader: _RecordReader) -> StoredFile:
     size, digested = reader.count(entry, "bytes"), reader.count(entry, "digested_bytes")
     if digested > size:
         raise reader.fail("'digested_bytes' is more than 'bytes'")
-    return StoredFile(size, digested, reader.digest(entry))
+    return StoredFile(size, digested, reader.digest(entry["sha256"]))
 
 
-def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reader: _RecordReader) -> StoredTensor:
+def _decode_tensor(
+    name: str, entry: Any, version: int, files: Mapping[str, StoredFile], reader: _RecordReader
+) -> StoredTensor:
     if not TENSOR_NAME.fullmatch(name):
         raise reader.fail("its name is too long or has control characters")
     reader.exactly(entry, ("dtype", "global_shape", "pieces"))
@@ -251,7 +257,7 @@ def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reade
         raise reader.fail("its dtype is not supported (known: " + ", ".join(DTYPES) + ")")
     global_shape = reader.shape(entry, "global_shape")
     pieces = tuple(
-        _decode_piece(piece, dtype, global_shape, files, reader) for piece in reader.get(entry, "pieces", list)
+        _decode_piece(piece, version, dtype, global_shape, files, reader) for piece in reader.get(entry, "pieces", list)
     )
     fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
     if fault:
@@ -260,23 +266,32 @@ def _decode_tensor(name: str, entry: Any, files: Mapping[str, StoredFile], reade
 
 
 def _decode_piece(
-    entry: Any, dtype: str, global_shape: tuple[int, ...], files: Mapping[str, StoredFile], reader: _RecordReader
+    entry: Any,
+    version: int,
+    dtype: str,
+    global_shape: tuple[int, ...],
+    files: Mapping[str, StoredFile],
+    reader: _RecordReader,
 ) -> StoredPiece:
-    reader.exactly(entry, ("file", "offset", "start", "shape", "bytes", "sha256"))
+    tiled = ("tile",) if version > 1 else ()
+    reader.exactly(entry, ("file", "offset", "start", "shape", *tiled, "bytes", "sha256"))
     piece = StoredPiece(
         file=reader.get(entry, "file", str),
         offset=reader.count(entry, "offset"),
         start=reader.shape(entry, "start"),
         shape=reader.shape(entry, "shape"),
-        sha256=reader.digest(entry),
+        tile=reader.shape(entry, "tile" if tiled else "shape"),
+        sha256=tuple(map(reader.digest, reader.get(entry, "sha256", list) if tiled else [entry["sha256"]])),
     )
     if piece.file not in files:
         raise reader.fail(f"a piece names a file that is not listed under 'files': {piece.file[:200]!r}")
-    if not len(piece.start) == len(piece.shape) == len(global_shape):
+    if not len(piece.start) == len(piece.shape) == len(piece.tile) == len(global_shape):
         raise reader.fail("a piece has another number of dimensions than the tensor")
     itemsize = DTYPES[dtype].itemsize
     if reader.count(entry, "bytes") != math.prod(piece.shape) * itemsize:
         raise reader.fail("a piece's 'bytes' do not follow from its shape")
+    if len(piece.sha256) != tile_count(piece.shape, piece.tile):
+        raise reader.fail("a piece does not have a digest for each of its tiles")
     container = Slot(dtype, piece.container(global_shape).shape, piece.offset)
     if container.offset + container.bytes > files[piece.file].bytes:
         raise reader.fail(f"a piece reaches beyond the end of {piece.file}")

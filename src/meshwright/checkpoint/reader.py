@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,20 @@ import torch
 
 from meshwright.checkpoint.files import map_file
 from meshwright.checkpoint.folder import committed_folders
-from meshwright.checkpoint.manifest import CheckpointManifest, StoredPiece, StoredTensor, read_manifest
-from meshwright.checkpoint.tensors import CODES, DTYPES, LocalTensors, Slot, element_view, from_bytes, slices
+from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest
+from meshwright.checkpoint.tensors import (
+    CODES,
+    DTYPES,
+    LocalTensors,
+    Slot,
+    digest_of,
+    element_view,
+    from_bytes,
+    slices,
+    tiles,
+)
 from meshwright.errors import InputError, Problem
+from meshwright.layout import Box
 from meshwright.placement import Placement
 
 DAMAGED = "the file was changed or damaged; use another checkpoint"
@@ -25,7 +37,7 @@ DAMAGED = "the file was changed or damaged; use another checkpoint"
 def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | None = None) -> None:
     """Fills `tensors` (on any device) from the checkpoint `folder`.
 
-    Reads only the pieces that overlap their boxes, and checks the digest of a piece before its bytes are used.
+    Reads only the tiles of pieces that overlap their boxes, and checks the digest of a tile before its bytes are used.
 
     Raises InputError, naming file and tensor, for a checkpoint that is not committed, was changed, or lacks a tensor,
     or if shape or dtype differ. `complete` has the names of the tensors of all ranks: then the checkpoint may hold no
@@ -44,8 +56,33 @@ def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | Non
         files.fill(name, placement, local)
 
 
+def check(folder: Path) -> None:
+    """Checks every digest of the checkpoint `folder`. Raises InputError as `load`."""
+    files = CheckedFiles(folder, read_manifest(folder))
+    with files.intact_named():
+        files.check()
+
+
+def check_side_files(model: Path) -> None:
+    """Checks the digests of the files beside the weights (config.json, the tokenizer's) in `model`, if that is the
+    `model/` of a checkpoint. Raises InputError as `load`."""
+    files = checkpoint_of(model)
+    if files is not None:
+        with files.intact_named():
+            files.check_side_files()
+
+
+def checkpoint_of(model: Path) -> CheckedFiles | None:
+    """The files of the checkpoint whose `model/` is the folder `model`, None if that is of no checkpoint."""
+    model = model.resolve()
+    if model.name != "model" or not (model.parent / MANIFEST_NAME).exists():
+        return None
+    return CheckedFiles(model.parent, read_manifest(model.parent))
+
+
 class CheckedFiles:
-    """A checkpoint's files, mapped on first use, when the size and the digest of a file's header are checked."""
+    """A checkpoint's files, mapped on first use, when the size is checked, and the digest of a weight file's header or
+    of all of any other file."""
 
     def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -58,53 +95,74 @@ class CheckedFiles:
             if len(data) != file.bytes:
                 raise InputError(Problem(where, f"is {len(data)} bytes, its manifest says {file.bytes}"))
             if hashlib.sha256(memoryview(data)[: file.digested_bytes]).hexdigest() != file.sha256:
-                raise InputError(Problem(where, "its header does not have the manifest's digest", DAMAGED))
+                subject = "it" if file.digested_bytes == file.bytes else "its header"
+                raise InputError(Problem(where, f"{subject} does not have the manifest's digest", DAMAGED))
             self._mapped[path] = data
         return self._mapped[path]
 
     def fill(self, name: str, placement: Placement, local: torch.Tensor) -> None:
-        """Copies the box of `placement` of tensor `name` into `local`, cast to its dtype. Reads only the pieces that
+        """Copies the box of `placement` of tensor `name` into `local`, cast to its dtype. Reads only the tiles that
         overlap it. Raises InputError for damage, and names the newest older checkpoint that is intact."""
+        dtype = self.manifest.tensors[name].dtype
+        with self.intact_named():
+            for tile, elements in self.tiles(name, placement.box):
+                overlap = tile.intersect(placement.box)
+                assert overlap is not None
+                with torch.no_grad():
+                    part = from_bytes(elements[slices(overlap, tile)], dtype)
+                    local.detach()[slices(overlap, placement.box)].copy_(part)
+
+    def tiles(self, name: str, wanted: Box) -> Iterator[tuple[Box, np.ndarray]]:
+        """The tiles of a tensor that overlap the box `wanted`, with their bytes, shape [*tile, bytes per element]."""
         tensor = self.manifest.tensors[name]
         for piece in tensor.pieces:
-            box = piece.box(tensor.global_shape)
-            overlap = box.intersect(placement.box)
-            if overlap is None:
+            box, container = piece.box(tensor.global_shape), piece.container(tensor.global_shape)
+            if box.intersect(wanted) is None:
                 continue
-            try:
-                elements = self.elements(name, tensor, piece)
-            except InputError as error:
-                older = _intact_before(self.folder, self.manifest.sequence)
-                if older is None:
-                    raise
-                problems = [replace(problem, nearest=f"{older} is intact") for problem in error.problems]
-                raise InputError(problems) from error
-            part = from_bytes(elements[slices(overlap, box)], tensor.dtype)
-            with torch.no_grad():
-                local.detach()[slices(overlap, placement.box)].copy_(part)
+            view = element_view(self.open(piece.file), Slot(tensor.dtype, container.shape, piece.offset))
+            for tile, digest in zip(tiles(box, piece.tile), piece.sha256, strict=True):
+                if tile.intersect(wanted) is None:
+                    continue
+                # The caller uses the copy that is hashed: the file may change between two reads.
+                elements = np.array(view[slices(tile, container)], order="C", copy=True)
+                if digest_of(elements) != digest:
+                    what = f"the bytes of tensor {name!r} (from {list(tile.start)}) do not have the manifest's digest"
+                    raise InputError(Problem(str(self.folder / piece.file), what, DAMAGED))
+                yield tile, elements
 
-    def elements(self, name: str, tensor: StoredTensor, piece: StoredPiece) -> np.ndarray:
-        """A piece's bytes, shape [*piece.shape, bytes per element]."""
-        container = piece.container(tensor.global_shape)
-        view = element_view(self.open(piece.file), Slot(tensor.dtype, container.shape, piece.offset))
-        elements = view[slices(piece.box(tensor.global_shape), container)]
-        # The caller uses the copy that is hashed: the file may change between two reads.
-        elements = np.array(elements, order="C", copy=True)
-        if hashlib.sha256(elements.reshape(-1).data).hexdigest() != piece.sha256:
-            what = f"the bytes of tensor {name!r} (from {list(piece.start)}) do not have the manifest's digest"
-            raise InputError(Problem(str(self.folder / piece.file), what, DAMAGED))
-        return elements
+    def check(self) -> None:
+        """Checks every digest."""
+        for path in self.manifest.files:
+            self.open(path)
+        for name, tensor in self.manifest.tensors.items():
+            for _ in self.tiles(name, Box.whole(tensor.global_shape)):
+                pass
+
+    def check_side_files(self) -> None:
+        """Checks the digests of the files that hold no tensors."""
+        for path in self.manifest.files:
+            if not path.endswith(".safetensors"):
+                self.open(path)
+
+    @contextmanager
+    def intact_named(self) -> Iterator[None]:
+        """Adds the newest older checkpoint that is intact to an error, if there is one."""
+        try:
+            yield
+        except InputError as error:
+            older = _intact_before(self.folder, self.manifest.sequence)
+            if older is None:
+                raise
+            problems = [replace(problem, nearest=f"{older} is intact") for problem in error.problems]
+            raise InputError(problems) from error
 
 
 def _intact_before(folder: Path, sequence: int) -> Path | None:
     """The newest checkpoint beside `folder` that was committed before `sequence` and whose every byte is intact."""
     for older, manifest in reversed(committed_folders(folder.parent)[0]):
         if manifest.sequence < sequence:
-            files = CheckedFiles(older, manifest)
             try:
-                for name, tensor in manifest.tensors.items():
-                    for piece in tensor.pieces:
-                        files.elements(name, tensor, piece)
+                CheckedFiles(older, manifest).check()
             except InputError:
                 continue
             return older

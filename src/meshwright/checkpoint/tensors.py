@@ -6,6 +6,7 @@ tensors' bytes, row-major, without holes. https://huggingface.co/docs/safetensor
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -46,6 +47,9 @@ CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_CAP_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 MAX_BYTES = 1 << 53  # of one tensor; sizes up to here are exact in any JSON reader
+#: The most bytes of a tile, the part of a piece that has a digest of its own: a rank that needs a part of a piece
+#: hashes little more than that part.
+TILE_BYTES = 1 << 20
 TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
 
 
@@ -60,6 +64,30 @@ class Slot:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def tile_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of the tiles of a piece of `shape`: halved along its longest dimension until TILE_BYTES hold a tile, so
+    that both parts by rows and parts by columns are made of whole tiles."""
+    tile = list(shape)
+    while math.prod(tile) * itemsize > TILE_BYTES:
+        longest = tile.index(max(tile))
+        tile[longest] = -(-tile[longest] // 2)
+    return tuple(tile)
+
+
+def tile_count(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """The number of tiles of a piece of `shape`."""
+    return math.prod(-(-size // max(1, step)) for size, step in zip(shape, tile, strict=True))
+
+
+def tiles(box: Box, tile: tuple[int, ...]) -> Iterator[Box]:
+    """The tiles of a box, row-major. The last one along a dimension may be smaller."""
+    stops = tuple(first + size for first, size in zip(box.start, box.shape, strict=True))
+    steps = [range(first, stop, max(1, step)) for first, stop, step in zip(box.start, stops, tile, strict=True)]
+    for start in itertools.product(*steps):
+        shape = tuple(min(step, stop - at) for at, stop, step in zip(start, stops, tile, strict=True))
+        yield Box(box.global_shape, start, shape)
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Slot], int]:
@@ -157,6 +185,11 @@ def from_bytes(elements: np.ndarray, dtype: str) -> torch.Tensor:
     """The reverse of `element_view`: a new tensor of shape elements.shape[:-1]."""
     copy = np.array(elements, order="C", copy=True)
     return torch.from_numpy(copy.reshape(-1)).view(DTYPES[dtype]).reshape(elements.shape[:-1])
+
+
+def digest_of(elements: np.ndarray) -> str:
+    """SHA-256 of an array's bytes, row-major."""
+    return hashlib.sha256(np.ascontiguousarray(elements).reshape(-1).data).hexdigest()
 
 
 def slices(inner: Box, outer: Box) -> tuple[slice, ...]:

@@ -30,7 +30,19 @@ from meshwright.checkpoint.manifest import (
 )
 from meshwright.checkpoint.model_folder import ModelFolder, plan_files
 from meshwright.checkpoint.rendezvous import Rendezvous
-from meshwright.checkpoint.tensors import CODES, DTYPES, LocalTensors, build_header, cover_fault, runs, to_bytes
+from meshwright.checkpoint.tensors import (
+    CODES,
+    DTYPES,
+    LocalTensors,
+    build_header,
+    cover_fault,
+    digest_of,
+    runs,
+    slices,
+    tile_of,
+    tiles,
+    to_bytes,
+)
 from meshwright.errors import MeshwrightError, Problem, RunFailed
 from meshwright.files import named_in_errors, sync_folder, write_atomic
 from meshwright.layout import Box, Layout
@@ -179,9 +191,10 @@ def _give_up(rendezvous: Rendezvous, error: Exception) -> None:
     """Frees the disk of a save that failed, and tells the others. Raises RunFailed where rank 0 had failed before."""
     if not rendezvous.nonce:
         return
-    for path in rendezvous.partial.glob("*/*.safetensors"):  # emptied, for others may be about to open them
-        with contextlib.suppress(OSError):
-            os.truncate(path, 0)
+    with contextlib.suppress(FileNotFoundError):  # rank 0 may delete the folder meanwhile
+        for path in rendezvous.partial.glob("*/*.safetensors"):  # emptied, for others may be about to open them
+            with contextlib.suppress(OSError):
+                os.truncate(path, 0)
     _tell_others(rendezvous, error)
     if rendezvous.rank == 0:
         shutil.rmtree(rendezvous.partial, ignore_errors=True)
@@ -308,7 +321,8 @@ def _commit(
         files |= {path: StoredFile(**file) for path, file in part["files"].items()}
         for name, record in part["pieces"].items():
             dtype, global_shape = record.pop("dtype"), tuple(record.pop("global_shape"))
-            piece = StoredPiece(**record | {"start": tuple(record["start"]), "shape": tuple(record["shape"])})
+            lists = {key: tuple(record[key]) for key in ("start", "shape", "tile", "sha256")}
+            piece = StoredPiece(**record | lists)
             tensor = tensors.setdefault(name, (dtype, global_shape, []))
             if tensor[:2] != (dtype, global_shape):
                 raise RunFailed(Problem(f"rank {rank}, step {save.step}", f"{name} has another shape or dtype there"))
@@ -342,5 +356,8 @@ def _stored_file(digested: bytes, total_bytes: int) -> StoredFile:
 
 
 def _stored_piece(path: str, offset: int, staged: _HostBox) -> StoredPiece:
-    digest = hashlib.sha256(staged.bytes.data).hexdigest()
-    return StoredPiece(path, offset, staged.box.start, staged.box.shape, digest)
+    box, itemsize = staged.box, DTYPES[staged.dtype].itemsize
+    tile = tile_of(box.shape, itemsize)
+    elements = staged.bytes.reshape(*box.shape, itemsize)
+    digests = tuple(digest_of(elements[slices(part, box)]) for part in tiles(box, tile))
+    return StoredPiece(path, offset, box.start, box.shape, tile, digests)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from meshwright.data.sources import Document, TextSource
-from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from meshwright.data.tokenizer import Tokenizer, bytes_tokenizer, read_files, train_bpe
 from meshwright.errors import InputError, Problem
 from meshwright.families import vocab_of_folder
+from meshwright.job.checks import PATH_KEYS
 
 if TYPE_CHECKING:
     from meshwright.job.sections import ModelSection
@@ -86,26 +87,44 @@ def refuse_broken(scan: Scan, source: TextSource) -> None:
         raise InputError(broken_records(scan, source))
     if not scan.documents:
         what = f"{source.name!r} holds no text ({scan.empty} empty, {scan.undecodable} not UTF-8)"
-        raise InputError(Problem("data.source", what, 'nearest: data.source = "stdlib"'))
+        raise InputError(Problem("data.source", what, "nearest: data.source=stdlib"))
 
 
-def make_tokenizer(name: str, vocab: int | None, source: TextSource, scan: Scan) -> Tokenizer:
+def make_tokenizer(name: str, model: ModelSection, source: TextSource, scan: Scan) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names; "bpe" is trained on documents that are not held out.
 
-    vocab: rows of the model's embedding, None if unknown. Raises InputError if the tokenizer does not fit.
+    Raises InputError if it does not fit the model.
     """
+    vocab = model_vocab(model)
     if name == "bpe":
         if vocab is None:
-            near = 'nearest: data.tokenizer = "bytes"'
-            raise InputError(Problem("data.tokenizer", '"bpe" needs model.vocab to know its size', near))
+            what = '"bpe" needs the rows of the model\'s embedding to know its size, and the model does not say them'
+            raise InputError(Problem("data.tokenizer", what, "nearest: data.tokenizer=bytes"))
         share = min(1.0, TOKENIZER_BYTES / max(1, scan.bytes))
         texts = (text for text in _texts(source) if not scan.is_held_out(text) and _hash(text)[1] < share * 2**64)
-        return train_bpe(texts, vocab)
-    tokenizer = bytes_tokenizer() if name == "bytes" else Tokenizer.load(name)
+        tokenizer = train_bpe(texts, vocab)
+    else:
+        tokenizer = bytes_tokenizer() if name == "bytes" else Tokenizer.load(name)
     if vocab is not None and tokenizer.vocab > vocab:
-        what = f"the tokenizer {name!r} has {tokenizer.vocab} ids, but model.vocab is {vocab}"
-        raise InputError(Problem("data.tokenizer", what, f"nearest: model.vocab = {tokenizer.vocab}"))
+        what = f"the tokenizer {name!r} has {tokenizer.vocab} ids, but the model's embedding has {vocab} rows"
+        near = f"nearest: {'model' if model.module is None else 'model.arguments'}.vocab={tokenizer.vocab}"
+        if model.hf is not None:  # whose embedding is what it is
+            near = f"give a tokenizer of at most {vocab} ids"
+        raise InputError(Problem("data.tokenizer", what, near))
     return tokenizer
+
+
+def tokenizer_identity(name: str) -> str:
+    """What the tokenizer that `data.tokenizer` names is, wherever it lies: a word, or the digest of its files.
+
+    Raises InputError if there are none.
+    """
+    if name in PATH_KEYS["data.tokenizer"]:
+        return name
+    digest = hashlib.sha256()
+    for file, content in sorted(read_files(Path(name), "").items()):
+        digest.update(f"{file}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return f"files of digest {digest.hexdigest()}"
 
 
 class _SplitWriter:
@@ -154,7 +173,7 @@ def token_type(vocab: int) -> str:
 def refuse_too_short(tokens: int, seq_len: int) -> None:
     """Raises InputError if the training split does not fill one window of seq_len + 1 tokens."""
     if tokens < seq_len + 1:
-        near = f"nearest: data.seq_len = {tokens - 1}" if tokens > 2 else 'nearest: data.source = "stdlib"'
+        near = f"nearest: data.seq_len={tokens - 1}" if tokens > 2 else "nearest: data.source=stdlib"
         raise InputError(Problem("data.seq_len", f"{seq_len} needs {seq_len + 1} tokens; there are {tokens}", near))
 
 

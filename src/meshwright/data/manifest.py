@@ -8,12 +8,12 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from meshwright.job import Job
 
 logger = logging.getLogger("meshwright")
+
+T = TypeVar("T")
 
 VERSION = 2
 SPLITS = ("train", "held_out")
@@ -184,7 +186,7 @@ def _index(
 ) -> tuple[Tokenizer, dict[str, dict[str, int]]]:
     """The tokenizer and the totals by split; writes the token files to `folder` if there is one."""
     corpus.refuse_broken(scan, source)
-    tokenizer = corpus.make_tokenizer(job.data.tokenizer, corpus.model_vocab(job.model), source, scan)
+    tokenizer = corpus.make_tokenizer(job.data.tokenizer, job.model, source, scan)
     totals = corpus.pack(source, scan, tokenizer, folder)
     corpus.refuse_too_short(totals["train"]["tokens"], _seq_len(job))
     return tokenizer, totals
@@ -235,7 +237,7 @@ def _build_text(job: Job, folder: Path) -> dict[str, Any]:
         logger.warning("%s is one document: nothing can be held out to measure on", source.name)
     return {
         "kind": "text",
-        "settings": _settings(job),
+        "settings": _settings(job, corpus.tokenizer_identity(job.data.tokenizer)),
         "source": source.fingerprint(),
         "seq_len": _seq_len(job),
         "vocab": tokenizer.vocab,
@@ -255,7 +257,7 @@ def _build_rows(job: Job, folder: Path) -> dict[str, Any]:
         splits[split] = {"samples": int(mine.sum())}
     return {
         "kind": "rows",
-        "settings": _settings(job),
+        "settings": _settings(job, ""),
         "source": {"files": 0, "bytes": int(images.inputs.nbytes), "digest": ""},
         "shape": list(images.inputs.shape[1:]),
         "classes": digits.CLASSES,
@@ -263,13 +265,13 @@ def _build_rows(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """The settings, besides the source, that determine the files of a manifest."""
+def _settings(job: Job, tokenizer: str) -> dict[str, Any]:
+    """The settings, besides the source, that determine the files of a manifest. `tokenizer` is its identity."""
     if _kind(job) == "rows":
         return {"kind": "rows", "held_out": job.data.held_out}
     return {
         "kind": "text",
-        "tokenizer": job.data.tokenizer,
+        "tokenizer": tokenizer,
         "vocab": corpus.model_vocab(job.model),
         "held_out": job.data.held_out,
         "seq_len": job.data.seq_len,
@@ -280,14 +282,16 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
     content = _read_content(folder)
     near = f"use another run folder, or remove {folder}"
     keys = {"tokenizer": "data.tokenizer", "vocab": "model.vocab"}
-    before, now = content["settings"], _settings(job)
+    before = content["settings"]
+    there = _if_there(lambda: corpus.tokenizer_identity(job.data.tokenizer))
+    now = _settings(job, before.get("tokenizer", "") if there is None else there)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     problems = [
         Problem(keys.get(key, f"data.{key}"), f"is {now.get(key)!r}, but the run began with {before.get(key)!r}", near)
         for key in changed
     ]
     if not problems and content["kind"] == "text":
-        source = _source_if_there(job)
+        source = _if_there(lambda: open_source(job.data.source, job.data.text_key))
         if source is not None and source.fingerprint() != content["source"]:
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
     problems += [
@@ -299,10 +303,10 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         raise InputError(problems)
 
 
-def _source_if_there(job: Job) -> TextSource | None:
-    """The source, or None if it cannot be opened any more: the manifest is enough to continue a run."""
+def _if_there(read: Callable[[], T]) -> T | None:
+    """What `read` returns, None if it cannot be opened any more: the manifest is enough to continue a run."""
     try:
-        return open_source(job.data.source, job.data.text_key)
+        return read()
     except InputError as error:
         logger.info("%s; going on with the data as indexed", error)
         return None

@@ -110,13 +110,8 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids; id 0 ends a text. The same texts give the same tokenizer.
-
-    Raises InputError if `vocab` is too small for the 256 bytes and the end token.
-    """
-    if vocab < BYTES_VOCAB:
-        near = f"at least {BYTES_VOCAB}: 256 bytes and the end of a text"
-        raise InputError(Problem("model.vocab", f"{vocab} is too small for a byte-level tokenizer", near))
+    """A byte-level BPE of at most `vocab` ids, but of BYTES_VOCAB at least; id 0 ends a text. The same texts give the
+    same tokenizer."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -194,6 +189,8 @@ def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
         raise InputError(problem) from error
     inner.no_padding()
     inner.no_truncation()
+    config = _object(files, "tokenizer_config.json", where)
+    inner.encode_special_tokens = config.get("split_special_tokens") is True
     for index, token in sorted(_added_tokens(files, where).items()):
         known = inner.get_added_tokens_decoder().get(index)
         if known is None or known.content != token.content:
@@ -203,6 +200,20 @@ def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
             what = f"gives {token.content!r} the id {other}, but the files beside it give it {index}"
             raise InputError(Problem(where, what, "save the tokenizer again with transformers"))
     return inner
+
+
+def contradictions(inner: tokenizers.Tokenizer, files: Mapping[str, bytes], where: str) -> list[str]:
+    """Keys of tokenizer_config.json, on the tokens around a text and a space before it, that say other than what
+    tokenizer.json does, which is followed."""
+    config, special = _object(files, "tokenizer_config.json", where), special_tokens(files, where)
+    around = set(inner.encode("", add_special_tokens=True).tokens)
+    does = {f"add_{name}": special.get(name) in around for name in ("bos_token", "eos_token")}
+    pre_tokenizer = json.loads(inner.to_str()).get("pre_tokenizer") or {}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for part in parts:
+        if part.get("type") == "ByteLevel":
+            does["add_prefix_space"] = part["add_prefix_space"]
+    return [key for key, done in does.items() if isinstance(config.get(key), bool) and config[key] != done]
 
 
 def _added_tokens(files: Mapping[str, bytes], where: str) -> dict[int, tokenizers.AddedToken]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from meshwright.divisors import divisors
 from meshwright.engine.ranks import Ranks
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.families.decoder_config import precision_of
-from meshwright.families.llama.card import LlamaShape, card, hf_names, ignored_tensors, shape_from_hf
+from meshwright.families.llama.card import IGNORED_TENSORS, LlamaShape, card, hf_names, shape_from_hf, tied_tensors
 from meshwright.layout import Layout, coordinates
 from meshwright.placement import placements
 
@@ -36,9 +37,10 @@ class EngineModel:
 def find_model(folder: Path) -> Path:
     """The Hugging Face folder for `folder`: itself, a checkpoint's `model/`, or that of a run's newest checkpoint.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or if it is a checkpoint's and a file beside its weights was changed.
     """
     if (folder / families.CONFIG_NAME).exists():
+        checkpoint.check_side_files(folder)
         return folder
     if (folder / "checkpoints").is_dir():
         newest = checkpoint.latest(folder / "checkpoints")
@@ -60,6 +62,9 @@ def read_model_config(folder: Path) -> EngineModel:
     config = families.read_config(folder / families.CONFIG_NAME)
     if "auto_map" in config:
         log.warning("%s names code of its own (auto_map); it is not run", folder / families.CONFIG_NAME)
+    if settings := families.sampling_settings(folder):
+        words = ", ".join(f"{key} {json.dumps(value)[:60]}" for key, value in settings.items())
+        log.warning("%s is not followed in: %s; requests say them", folder / families.GENERATION_NAME, words)
     shape = shape_from_hf(config, where=str(folder / families.CONFIG_NAME))
     precision = torch.bfloat16 if precision_of(config) == "bf16" else torch.float32
     return EngineModel(folder, shape, precision, frozenset(families.end_ids(folder, shape)))
@@ -78,8 +83,8 @@ def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: t
     model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
     rows = placements(model_card, layout, coordinates(layout, ranks.rank))
     tensors = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
-    ignored = ignored_tensors(model.shape)
-    checkpoint.read_model_folder(model.folder, hf_names(model.shape), tensors, ignored=ignored)
+    names, tied = hf_names(model.shape), tied_tensors(model.shape)
+    checkpoint.read_model_folder(model.folder, names, tensors, ignored=IGNORED_TENSORS, tied=tied)
     part = -(-model.shape.vocab // ranks.world)
     out = {}
     for parameter in model_card.parameters:

@@ -26,6 +26,14 @@ CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 _CONFIG_BYTES = 4 * 2**20  # largest config.json that is read
 
+#: Keys of a generation_config.json: those that are followed, or say nothing of the text.
+_ANSWERED = (
+    *("eos_token_id", "bos_token_id", "pad_token_id", "do_sample", "use_cache", "cache_implementation"),
+    *("transformers_version", "_from_model_config", "return_dict_in_generate", "output_attentions"),
+)
+#: Keys that `transformers` uses only where do_sample is true.
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 #: Fields of a DecoderShape that our modules support; every other one must have its default.
 _MODULE_FIELDS = {
     *("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "qk_norm", "sliding_window"),
@@ -106,11 +114,16 @@ def own_card(shape: DecoderShape, seq_len: int) -> Card | None:
 
 
 def require_trainable(job: Job) -> None:
-    """Raises CannotWork if a job's model has a card and no module: it can be planned and not trained."""
+    """Raises CannotWork if a job's model has a card and no module: it can be planned and not trained. Raises it for
+    dropout, too, which the folder's model has in training and ours does not."""
     if job.model.module is not None or job.model.hf is None:
         return
     path = Path(job.model.hf) / CONFIG_NAME
-    kind = read_config(path).get("model_type")
+    config = read_config(path)
+    kind = config.get("model_type")
+    if kind in llama.ARCHITECTURES and config.get("attention_dropout"):
+        what = f"{path} has attention_dropout {config['attention_dropout']!r}, and we train without dropout"
+        raise CannotWork(Problem("model.hf", what, "set it to 0 in config.json"))
     if kind not in llama.ARCHITECTURES and kind in decoder_hf.KINDS:
         what = f"{path} is a {kind}, which can be planned and not trained"
         hint = f"trained are {', '.join(llama.ARCHITECTURES)}, or any nn.Module of yours: model.module"
@@ -135,6 +148,20 @@ def end_ids(folder: Path, shape: llama.LlamaShape) -> tuple[int, ...]:
     if any(type(id) is not int for id in ids):
         raise InputError(Problem(str(folder), f"eos_token_id is {eos!r}", "a token id or a list of them"))
     return tuple(ids)
+
+
+def sampling_settings(folder: Path) -> dict[str, Any]:
+    """What the generation_config.json of a Hugging Face folder says of how text is generated beside its end, and is not
+    neutral: `generate` and `serve` do not follow it, for a request says all that."""
+    if not (folder / GENERATION_NAME).exists():
+        return {}
+    said = read_config(folder / GENERATION_NAME)
+    unused = () if said.get("do_sample") else _OF_SAMPLING
+    return {
+        key: value
+        for key, value in said.items()
+        if value not in (None, False, 0, 1, "", [], {}) and key not in (*_ANSWERED, *unused)
+    }
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ that is not a number, or too large for any machine, is refused here, before a pl
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from typing import Any
 
 from meshwright.divisors import divisors, nearest_divisor
 from meshwright.errors import InputError, Problem
+from meshwright.families.config_keys import NEUTRAL, WITHOUT_EFFECT
 
 ShapeFields = dict[str, Any]
 
@@ -108,6 +111,22 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class _Noted(dict[str, Any]):
+    """A config that notes the keys that were asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, otherwise: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, otherwise)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
 class ConfigReader:
     """Reads a config key by key, with the defaults of its `kind` for keys that it does not have.
 
@@ -117,7 +136,7 @@ class ConfigReader:
 
     def __init__(self, config: Mapping[str, Any], where: str, kind: str = "") -> None:
         self.defaults = CLASS_DEFAULTS.get(kind, {})
-        self.config, self.where = {**self.defaults, **config}, where
+        self.config, self.where = _Noted({**self.defaults, **config}), where
         self._given = config
         self.problems: list[Problem] = []
         self._keys: dict[str, str] = {}
@@ -131,6 +150,22 @@ class ConfigReader:
         """Notes a problem, once."""
         if all(problem.what != what for problem in self.problems):
             self.problems.append(Problem(self.where, what, nearest))
+
+    def refuse_unread(self) -> None:
+        """Notes a problem for each key that was not read, unless it is known to change nothing (config_keys.py)."""
+        unread = {key: value for key, value in self._given.items() if key not in self.config.asked}
+        passed = {key for keys in WITHOUT_EFFECT.values() for key in keys}
+        known = [*self.config.asked, *passed, *NEUTRAL]
+        for key, value in unread.items():
+            if value is None or key in passed or value in NEUTRAL.get(key, ()):
+                continue
+            if key in NEUTRAL:
+                usual = ", ".join(json.dumps(one) for one in NEUTRAL[key])
+                self.refuse(f"{key} {show(value)} is not supported", f"supported: {usual or 'null'}")
+                continue
+            close = difflib.get_close_matches(key[:60], known, n=1, cutoff=0.8)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out if the model does not depend on it"
+            self.refuse(f"{key[:60]!r} is not a key that we know, so what it says would be passed over", hint)
 
     def has(self, key: str) -> bool:
         return self.config.get(key) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,10 @@ def show(value: Any) -> str:
 
 
 def cross_problems(
-    good: Sections, bad: set[str], origin_of: Callable[[str], str], data_must_exist: bool
+    good: Sections, bad: set[str], origin_of: Callable[[str], str], must_exist: Collection[str]
 ) -> list[Problem]:
-    """Problems between keys. `good` has the values that are valid by themselves; `bad` names the other keys."""
+    """Problems between keys. `good` has the values that are valid by themselves; `bad` names the other keys;
+    `must_exist` the sections, of data and model, whose paths must be there."""
 
     def problem(key: str, what: str, nearest: str = "") -> Problem:
         place = origin_of(key)
@@ -146,7 +147,7 @@ def cross_problems(
 
     checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
     between_keys = [entry for check in checks for entry in check(good, bad)]
-    return [problem(*entry) for entry in (*between_keys, *_path_problems(good, data_must_exist))]
+    return [problem(*entry) for entry in (*between_keys, *_path_problems(good, must_exist))]
 
 
 KeyProblems = Iterator[tuple[str, str, str]]
@@ -246,7 +247,7 @@ def _group_problems(good: Sections, bad: set[str]) -> KeyProblems:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 
 
-def _path_problems(good: Sections, data_must_exist: bool) -> KeyProblems:
+def _path_problems(good: Sections, must_exist: Collection[str]) -> KeyProblems:
     for key, words in PATH_KEYS.items():
         section, _, name = key.partition(".")
         value = good.get(section, {}).get(name)
@@ -254,12 +255,14 @@ def _path_problems(good: Sections, data_must_exist: bool) -> KeyProblems:
             continue
         if "\0" in value:
             yield key, "is not a path", ""
-        elif key.startswith("model."):
+        elif section not in must_exist:
+            continue
+        elif section == "model":
             if not Path(value).is_dir():
                 yield key, f"no folder {show(value)}", nearest_file(Path(value))
             elif key == "model.hf" and not (Path(value) / "config.json").is_file():
                 yield key, f"{show(value)} is no Hugging Face folder: it has no config.json", nearest_file(Path(value))
-        elif data_must_exist and not Path(value).exists():
+        elif not Path(value).exists():
             close = nearest_name(Path(value).name, words)
             hint = close if close.startswith("did you mean") else nearest_file(Path(value))
             yield key, f"no file or folder {show(value)}", hint

@@ -6,7 +6,7 @@ every problem at once as an InputError. Derived values (head_dim, kv_heads, warm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,19 @@ class Job(JobSections):
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __init__(self, *, origins: dict[str, str] | None = None, data_must_exist: bool = True, **sections: Any) -> None:
+    def __init__(
+        self,
+        *,
+        origins: dict[str, str] | None = None,
+        data_must_exist: bool = True,
+        model_must_exist: bool = True,
+        **sections: Any,
+    ) -> None:
         if origins is None:
             origins = dict.fromkeys(_dotted_keys(sections), "Python")
             sections = absolute_paths(sections, {})
-        resolved = _resolve(sections, origins, data_must_exist)
+        present = {"data": data_must_exist, "model": model_must_exist}
+        resolved = _resolve(sections, origins, [section for section, must in present.items() if must])
         super().__init__(**resolved)
         for section in type(self).model_fields:
             for key in type(getattr(self, section)).model_fields:
@@ -81,15 +89,19 @@ class Job(JobSections):
         return self.model_dump(mode="json")
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True) -> Job:
+def load_job(
+    path: str | Path, overrides: Sequence[str] = (), *, data_must_exist: bool = True, model_must_exist: bool = True
+) -> Job:
     """The Job of the file at `path` with `section.key=value` overrides on top.
 
-    Planning needs no data: `data_must_exist=False`. Raises InputError listing every problem.
+    Planning needs no data: `data_must_exist=False`. What a run was begun with may lie elsewhere by now:
+    `model_must_exist=False`, too. Raises InputError listing every problem.
     """
     values = read_values(Path(path), overrides)
     sections = absolute_paths(values.sections, values.folders)
     try:
-        job = Job(origins=values.origins, data_must_exist=data_must_exist, **sections)
+        present = {"data_must_exist": data_must_exist, "model_must_exist": model_must_exist}
+        job = Job(origins=values.origins, **present, **sections)
     except InputError as error:
         raise InputError([*values.problems, *error.problems]) from None
     if values.problems:
@@ -109,7 +121,7 @@ def valid_part(path: str | Path, overrides: Sequence[str] = ()) -> Job | None:
         return None
     good["train"] = {"steps": 1, "lr": 1.0, **good.get("train", {})}  # neither changes what fits
     try:
-        return Job(origins=values.origins, data_must_exist=False, **good)
+        return Job(origins=values.origins, data_must_exist=False, model_must_exist=True, **good)
     except InputError:
         return None
 
@@ -122,7 +134,9 @@ def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
         for section in values.sections
         if section != "serve"
     ]
-    from_job = load_job(run_job, data_must_exist=False).as_dict()["serve"] if run_job.is_file() else {}
+    from_job = {}
+    if run_job.is_file():
+        from_job = load_job(run_job, data_must_exist=False, model_must_exist=False).as_dict()["serve"]
     overriding = absolute_paths(values.sections, values.folders).get("serve", {})
     try:
         settings = ServeSection(**{**from_job, **overriding})
@@ -168,10 +182,10 @@ def _dotted_keys(sections: dict[str, Any]) -> list[str]:
     return [f"{section}.{key}" for section, content in sections.items() if isinstance(content, dict) for key in content]
 
 
-def _resolve(sections: dict[str, Any], origins: dict[str, str], data_must_exist: bool) -> dict[str, Any]:
+def _resolve(sections: dict[str, Any], origins: dict[str, str], must_exist: Collection[str]) -> dict[str, Any]:
     """The sections with derived values. Raises InputError listing every problem."""
     resolved, problems, good = _examine(sections, origins)
-    crossed = cross_problems(good, {_key_of(path) for path in problems}, _origin_lookup(origins), data_must_exist)
+    crossed = cross_problems(good, {_key_of(path) for path in problems}, _origin_lookup(origins), must_exist)
     if problems or crossed:
         raise InputError([*problems.values(), *crossed])
     return resolved

@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,12 +65,22 @@ def local(
         the memory that it has freed.
     interface: the network interface that gloo and NCCL bind to.
     grace_seconds: from SIGTERM to SIGKILL.
-    Raises InputError where the payload is not JSON or the folder cannot be written.
+    Raises InputError where the payload is not JSON, the folder cannot be written, or there is no such interface.
     """
     if processes < 1:
         raise InputError(Problem("launch", f"{processes} processes", "at least 1"))
+    if problem := interface_problem(interface):
+        raise InputError(problem)
     spec = LaunchSpec(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
     return LocalProcesses(spec)
+
+
+def interface_problem(name: str) -> Problem | None:
+    """What is wrong if this machine has no network interface `name`."""
+    names = [known for _, known in socket.if_nameindex()]
+    if name in names:
+        return None
+    return Problem("launch.interface", f"there is no network interface {name!r}", "known: " + ", ".join(names))
 
 
 @contextlib.contextmanager

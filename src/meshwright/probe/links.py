@@ -39,7 +39,7 @@ class LinkSpeed:
 def measure_links(processes: int, interface: str) -> tuple[LinkSpeed, ...]:
     """Start `processes` local processes and time their collectives: NCCL with a GPU per process, else gloo.
 
-    Raises RunFailed when the processes cannot connect, for example without such an interface.
+    Raises InputError where there is no such interface, and RunFailed when the processes cannot connect.
     """
     backend = "nccl" if torch.cuda.device_count() >= processes else "gloo"
     payload = {"backend": backend}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from meshwright.errors import Problem
 from meshwright.job.sections import LaunchSection, ServeSection
+from meshwright.launch import interface_problem
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,8 @@ def socket_problems(serve: ServeSection, launch: LaunchSection) -> list[Problem]
     if not _is_loopback(serve.host) and serve.token_file is None:
         what = f"{serve.host} is not loopback: anyone who reaches it may use the model"
         problems.append(Problem("serve.host", what, "set serve.token_file, or serve.host=127.0.0.1"))
-    names = [name for _, name in socket.if_nameindex()]
-    if launch.interface not in names:
-        what = f"there is no network interface '{launch.interface}'"
-        problems.append(Problem("launch.interface", what, "known: " + ", ".join(names)))
+    if problem := interface_problem(launch.interface):
+        problems.append(problem)
     else:
         address = interface_address(launch.interface)
         if address and ipaddress.ip_address(address).is_global:

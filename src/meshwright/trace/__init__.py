@@ -1,6 +1,6 @@
 """Any `nn.Module` -> Card: `load_factory` imports the user's build function, `card_of` traces one forward pass.
 
-`factory_of_job` and `card_of_job` do this for a job with `model.module`.
+`factory_of_job` and `card_of_job` do this for a job with `model.module`; `source_digest` is of the function's file.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import nn
 
 from meshwright.card import Card
 from meshwright.trace.card import SampleInputs, card_of
-from meshwright.trace.factory import load_factory
+from meshwright.trace.factory import load_factory, source_digest
 
 if TYPE_CHECKING:
     from meshwright.job import Job
 
-__all__ = ["card_of", "card_of_job", "factory_of_job", "load_factory"]
+__all__ = ["card_of", "card_of_job", "factory_of_job", "load_factory", "source_digest"]
 
 
 def factory_of_job(job: Job) -> Callable[[], nn.Module]:

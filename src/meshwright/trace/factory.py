@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -52,6 +53,16 @@ def load_factory(
     bound = dict(arguments or {})
     _check_arguments(reference, function, bound)
     return functools.partial(_build, reference, function, bound)
+
+
+def source_digest(factory: Callable[[], nn.Module]) -> str:
+    """SHA-256 of the file that defines the build function of `load_factory`, "" where it has none."""
+    function = factory.args[1] if isinstance(factory, functools.partial) else factory
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:  # written in C, or an object that can be called
+        file = None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
 
 
 def _build(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:

@@ -22,11 +22,13 @@ from meshwright.families.llama import card as llama
 from meshwright.families.llama.module import build
 from meshwright.layout import Box
 from meshwright.parallel import ParallelModel
-from meshwright.trace import card_of_job, factory_of_job
+from meshwright.trace import card_of_job, factory_of_job, source_digest
 
 if TYPE_CHECKING:
     from meshwright.job import Job
 
+#: The file of a module of the user's own in a checkpoint's `model/`.
+MODULE_NAME = "module.json"
 _ELEMENTS_AT_ONCE = 1 << 18
 
 
@@ -63,7 +65,8 @@ def model_of_job(job: Job, eos_id: int | None) -> Model:
         model.fill(initial_values(job.train.seed, module.init_rule))
         if job.model.hf:
             tensors = {row.name: (row, model.local(name)) for name, row in model.placements.items()}
-            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.ignored_tensors(shape))
+            tied = llama.tied_tensors(shape)
+            read_model_folder(Path(job.model.hf), names, tensors, ignored=llama.IGNORED_TENSORS, tied=tied)
 
     side_files = _configs(job, shape, eos_id)
     return Model(llama.card(shape, job.data.seq_len or 1), module, fill, names, side_files)
@@ -106,9 +109,9 @@ def _custom(job: Job) -> Model:
     def fill(model: ParallelModel) -> None:
         model.fill(source, buffers)
 
-    factory_record = {"factory": job.model.module, "arguments": job.model.arguments}
+    factory_record = {"factory": job.model.module, "arguments": job.model.arguments, "sha256": source_digest(factory)}
     names = {parameter.name: parameter.name for parameter in card.parameters}
-    side_files = {"module.json": json.dumps(factory_record, indent=2, sort_keys=True).encode()}
+    side_files = {MODULE_NAME: json.dumps(factory_record, indent=2, sort_keys=True).encode()}
     return Model(card, whole.to("meta"), fill, names, side_files)
 
 

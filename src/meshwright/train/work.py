@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
+from meshwright.train.same_model import refuse_other_model, source_changed
 from meshwright.train.spans import merge
 
 
@@ -144,6 +146,8 @@ class Session:
         if manifest.step > self.job.train.steps:
             what = f"holds step {manifest.step}, the job ends at {self.job.train.steps}"
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
+        hf = self.job.model.hf
+        refuse_other_model(self.model, str(Path(hf) / "config.json") if hf else str(self.run.job), folder)
         complete = {*self.model.names, *moment_names(self.model.names)}
         checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
@@ -153,6 +157,8 @@ class Session:
         changed = {
             f"train.{key}": f"{was} -> {value}" for key, value in now.items() if (was := before.get(key)) != value
         }
+        if source_changed(self.model, folder):
+            changed["model.module"] = f"the source of {self.job.model.module} was changed"
         self._event("recovery", step=manifest.step, checkpoint=folder.name, samples=samples, **changed)
         return int(manifest.step)
 

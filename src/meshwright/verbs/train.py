@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
-from meshwright.verbs.report import report
+from meshwright.verbs.report import write_page
 from meshwright.verbs.start import cluster_of_job, locate_problems, location_of, read_job
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Sections that a resumed run may not change, because its checkpoints depend on them.
 FIXED_SECTIONS = ("model", "data", "task")
+#: Keys of these that name a place: what is there is compared, not where it is (data.build_manifest, train.same_model).
+PLACES = ("model.hf", "model.module_folder", "data.source", "data.tokenizer")
 #: Another key that it may not change: the order of the samples follows from it.
 FIXED_KEYS = ("train.seed",)
 
@@ -79,7 +81,7 @@ def train(
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
         with _written_unless_refused(folder, job_to_toml(job), chosen):
             results = _run(folder, chosen, job, resume, resume_with, watch)
-    return {"run": str(folder.path), **results[0], "report": str(report(folder.path))}
+    return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
 
 
 def _run(
@@ -148,7 +150,7 @@ def _earlier_job(folder: RunFolder, resume: bool, resume_with: str) -> Job | Non
         raise InputError(Problem(str(folder.path), "holds a run already", hint))
     if resume and not folder.job.exists():
         raise InputError(Problem(str(folder.path), "holds no run to resume", "leave --resume out to start one"))
-    return load_job(folder.job, data_must_exist=False) if resume else None
+    return load_job(folder.job, data_must_exist=False, model_must_exist=False) if resume else None
 
 
 def _create(folder: RunFolder) -> None:
@@ -160,7 +162,7 @@ def _create(folder: RunFolder) -> None:
 
 
 def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
-    """Raises InputError where the job differs from the run's in FIXED_SECTIONS or FIXED_KEYS."""
+    """Raises InputError where the job differs from the run's in FIXED_SECTIONS or FIXED_KEYS, but for PLACES."""
     before, now = earlier.as_dict(), job.as_dict()
     problems = [
         Problem(
@@ -170,7 +172,9 @@ def _check_same_run(earlier: Job, job: Job, folder: RunFolder) -> None:
         )
         for section, keys in before.items()
         for key, value in keys.items()
-        if (section in FIXED_SECTIONS or f"{section}.{key}" in FIXED_KEYS) and now[section][key] != value
+        if (section in FIXED_SECTIONS or f"{section}.{key}" in FIXED_KEYS)
+        and now[section][key] != value
+        and not (f"{section}.{key}" in PLACES and value is not None and now[section][key] is not None)
     ]
     if problems:
         raise InputError(problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ ARCHITECTURES = {
 }
 #: As in `nn/blocked.py`, which cannot be imported without torch: a test compares them.
 QUERIES_AT_ONCE, PROBABILITIES_KEPT = 128, 512
+#: Patterns of tensors that a folder may have and a model does not need: rotary frequencies follow from the config, and
+#: `transformers` does not read them either.
+IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)
 #: Kinds of rotary scaling -> the keys of their tables beside `rope_type` or `type`; every other key is refused.
 ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -114,12 +118,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
         known = "known: " + ", ".join(ARCHITECTURES)
         raise InputError(Problem(where, f"model_type {show(kind)} is not one of ours", known))
     reader = ConfigReader(config, where, kind)
-    if config.get("hidden_act", "silu") != "silu":
-        reader.refuse(f"hidden_act {show(config['hidden_act'])} is not supported", "supported: silu")
-    if reader.flag("mlp_bias"):
-        reader.refuse("mlp_bias is not supported", "supported: mlp_bias false")
     sizes = reader.sizes(usual_keys=True)
-    sliding = reader.flag("use_sliding_window", otherwise=kind == "mistral") and reader.has("sliding_window")
     theta, scaling = _rope_of_hf(reader)
     more: dict[str, Any] = {
         "max_positions": reader.size("max_positions", "max_position_embeddings", otherwise=2048),
@@ -128,15 +127,52 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Llam
         "norm_eps": reader.number("rms_norm_eps", 1e-6),
         "tied": reader.flag("tie_word_embeddings"),
         "qk_norm": kind == "qwen3",
-        "bias_of": biases(kind, reader.flag("attention_bias") or kind == "qwen2"),
-        "sliding_window": reader.size("sliding_window") if sliding else None,
+        "bias_of": biases(kind, _attention_bias(reader, kind)),
+        "sliding_window": _sliding_window(reader, kind, sizes["layers"]),
         "hf_type": kind,
         "bos_id": _token_ids(reader, "bos_token_id", several=False),
         "eos_id": _token_ids(reader, "eos_token_id", several=True),
     }
+    reader.refuse_unread()
     reader.note_contradictions(sizes)
     reader.raise_problems()
     return LlamaShape(**sizes, **more)
+
+
+def _attention_bias(reader: ConfigReader, kind: str) -> bool:
+    """Whether attention has biases. Mistral's and Qwen2's classes do not read the key: it may only say what they do."""
+    fixed = {"mistral": False, "qwen2": True}.get(kind)
+    said = reader.flag("attention_bias", otherwise=bool(fixed))
+    if fixed is not None and said != fixed:
+        reader.refuse(
+            f"attention_bias is {json.dumps(said)}, which a {kind} cannot be", f"nearest: {json.dumps(fixed)}"
+        )
+    return said
+
+
+def _sliding_window(reader: ConfigReader, kind: str, layers: int) -> int | None:
+    """The window of attention, if a layer may have one.
+
+    Qwen's classes use it where `use_sliding_window` says so, in the layers that `layer_types` names or, without that,
+    from `max_window_layers` on. Mistral's class uses it in every layer, whatever else is said.
+    """
+    window = reader.size("sliding_window") if reader.has("sliding_window") else None
+    qwen = kind in ("qwen2", "qwen3")
+    used = reader.flag("use_sliding_window", otherwise=not qwen) or kind == "mistral"
+    first = reader.size("max_window_layers", otherwise=28, least=0)
+    types = reader.items("layer_types", str)
+    for word in sorted(set(types) - {"full_attention", "sliding_attention"}):
+        reader.refuse(f"layer_types has {show(word)}, which is not supported", "supported: full_attention")
+    if types and len(types) != layers:
+        reader.refuse(f"layer_types has {len(types)} layers of {layers}", "leave it out")
+    if window is None or not used:
+        if "sliding_attention" in types:
+            reader.refuse(
+                "layer_types has 'sliding_attention', but no sliding_window is used", "nearest: full_attention"
+            )
+        return None
+    slides = "sliding_attention" in types if types else first < layers
+    return window if slides or not qwen else None
 
 
 def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
@@ -154,17 +190,22 @@ def _token_ids(reader: ConfigReader, key: str, *, several: bool) -> Any:
 def _rope_of_hf(reader: ConfigReader) -> tuple[float, Mapping[str, Any] | None]:
     """Base and scaling of the rotary positions, which a config may have in one table."""
     theta, rope, where = reader.rope()
-    if reader.has("partial_rotary_factor"):
-        rope["partial_rotary_factor"] = reader.config["partial_rotary_factor"]
+    _refuse_partial(reader)
     key = "original_max_position_embeddings"  # beside the table it is not read by these models' classes
     kept = rope.get(key) or reader.config.get("max_position_embeddings")
-    if rope.get("factor") and reader.has(key) and reader.config[key] != kept:
+    if reader.has(key) and rope.get("factor") and reader.config[key] != kept:
         reader.refuse(f"{key} is {show(reader.config[key])} beside {show(kept)} of the rope table", "write it there")
     try:
         return theta, _rope_scaling(rope, where)
     except InputError as error:
         reader.problems += error.problems
         return theta, None
+
+
+def _refuse_partial(reader: ConfigReader) -> None:
+    part = reader.config.get("partial_rotary_factor")
+    if part not in (None, 1):
+        reader.refuse(f"partial_rotary_factor {show(part)} is not supported", "supported: 1")
 
 
 def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
@@ -178,9 +219,7 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
         hint = nearest_name(str(kind)[:60], known) if isinstance(kind, str) else "known: " + ", ".join(known)
         raise InputError(Problem(where, f"rope_type {show(kind)} is not supported", hint))
     reader = ConfigReader(scaling, where)
-    part = scaling.get("partial_rotary_factor")
-    if part not in (None, 1):
-        reader.refuse(f"partial_rotary_factor {show(part)} is not supported", "supported: 1")
+    _refuse_partial(reader)
     for key in sorted(scaling.keys() - {"rope_type", "partial_rotary_factor", *ROPE_TYPES[kind]}):
         if scaling[key] is not None:
             reader.refuse(f"{key[:60]!r} is not a key of rope_type {kind!r}", "leave it out")
@@ -257,10 +296,9 @@ def hf_names(shape: LlamaShape) -> dict[str, str]:
     return names
 
 
-def ignored_tensors(shape: LlamaShape) -> tuple[str, ...]:
-    """Patterns of tensors that a folder may have and a model does not need: rotary frequencies, which are computed, and
-    the alias of a tied embedding."""
-    return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if shape.tied else ()))
+def tied_tensors(shape: LlamaShape) -> dict[str, str]:
+    """The name in a Hugging Face folder of an alias, and that of the weight to which it is tied."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if shape.tied else {}
 
 
 def _norm_activations(name: str, t: int, h: int) -> tuple[Activation, ...]:

@@ -62,7 +62,13 @@ def read_chat_template(folder: Path) -> ChatTemplate:
     source = config.get("chat_template")
     if isinstance(source, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get("default")
+        if "default" not in named:
+            names = ", ".join(str(name)[:60] for name in named)
+            where = f"{folder / 'tokenizer_config.json'}: chat_template"
+            raise InputError(
+                Problem(where, f"has no template named default, but {names or 'none'}", "name one default")
+            )
+        source = named["default"]
     if source is None:
         return ChatTemplate(DEFAULT_TEMPLATE, special, own=False)
     if not isinstance(source, str) or len(source) > MAX_TEMPLATE_BYTES:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meshwright.data.tokenizer import build, read_files
+from meshwright.data.tokenizer import build, contradictions, read_files
+
+log = logging.getLogger("meshwright")
 
 
 class TextTokenizer:
@@ -17,6 +20,8 @@ class TextTokenizer:
         """Reads folder/tokenizer.json and the files beside it. Raises InputError if it is missing or broken."""
         files = read_files(folder, "serving text needs a tokenizer.json")
         self._inner = build(files, str(folder / "tokenizer.json"))
+        for key in contradictions(self._inner, files, str(folder / "tokenizer.json")):
+            log.warning("%s: %s says other than tokenizer.json, which is followed", folder, key)
         added = self._inner.get_added_tokens_decoder()
         #: The texts of the special tokens, which `decode` leaves out, by their ids.
         self.special: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
