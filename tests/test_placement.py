@@ -64,7 +64,7 @@ def elements(box: Box) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(start, start + size) for start, size in zip(box.start, box.shape, strict=True)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cards(), layouts())
 def test_every_element_is_held_replicas_times_and_owned_once(model: Card, layout: Layout) -> None:
     rows = [row for rank in world(model, layout) for row in rank.values()]
@@ -81,7 +81,7 @@ def test_every_element_is_held_replicas_times_and_owned_once(model: Card, layout
             assert [row.owner for row in holders].count(True) == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cards(), layouts())
 def test_rows_equal_a_naive_twin(model: Card, layout: Layout) -> None:
     """The twin asks of each element which rank has it, dimension by dimension, in torch.chunk's way."""

@@ -39,7 +39,7 @@ def resharding(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple
     return shape, draw(split), draw(split), dtype
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(case=resharding())
 def test_any_split_loads_into_any_other(
     tmp_path_factory: pytest.TempPathFactory,

@@ -25,7 +25,7 @@ def inner_and_outer(draw: st.DrawFn) -> tuple[Box, Box]:
     return part(outer), outer
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(boxes=inner_and_outer())
 def test_runs_address_the_elements_that_indexing_does(boxes: tuple[Box, Box]) -> None:
     inner, outer = boxes

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.data.order import batch_samples, permutation
@@ -49,7 +49,6 @@ def test_batches_follow_each_other_without_loss_or_repeat(
 SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(samples=st.integers(1, 60), sizes=SIZES)
 def test_batches_of_changing_sizes_follow_each_other(samples: int, sizes: list[tuple[int, int]]) -> None:
     seen, step, consumed = [], 0, 0

@@ -313,7 +313,7 @@ def damaged_configs(draw: st.DrawFn) -> dict[str, Any]:
     return {**sound, **{key: draw(JSON) for key in keys}}
 
 
-@settings(max_examples=400, deadline=10_000)
+@settings(max_examples=400)
 @given(config=damaged_configs(), style=st.sampled_from(("plain", "hf", "megatron", "titan")))
 def test_any_config_gives_a_card_or_a_plain_error(config: dict[str, Any], style: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

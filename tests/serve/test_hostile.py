@@ -34,7 +34,7 @@ LIKELY = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=100, derandomize=True)
 @hypothesis.given(body=BODIES | LIKELY, path=st.sampled_from(["completions", "chat/completions"]))
 def test_no_body_makes_a_5xx(server, body, path):
     content = json.dumps(body).encode("utf-8", errors="surrogatepass")
@@ -46,14 +46,14 @@ def test_no_body_makes_a_5xx(server, body, path):
         assert "Traceback" not in error["message"] and "0x7" not in error["message"]
 
 
-@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=100, derandomize=True)
 @hypothesis.given(content=st.binary(max_size=60))
 def test_no_bytes_make_a_5xx(server, content):
     response = CLIENT.post(f"{server.url}/v1/completions", content=content)
     assert response.status_code == 400
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40, derandomize=True)
 @hypothesis.given(content=st.binary(max_size=200))
 def test_no_bytes_on_the_socket_hurt(server, content):
     with server.connect() as connection:
@@ -75,7 +75,7 @@ def test_compressed_bodies_are_refused(server):
     assert response.status_code == 400
 
 
-@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=200, derandomize=True)
 @hypothesis.given(body=BODIES | LIKELY)
 def test_what_is_read_is_within_bounds(body):
     try:

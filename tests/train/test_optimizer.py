@@ -68,7 +68,7 @@ def boxes(draw: st.DrawFn) -> Box:
     return Box(shape, start, tuple(draw(st.integers(1, n - s)) for s, n in zip(start, shape, strict=True)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(box=boxes(), seed=st.integers(0, 5), at_once=st.integers(1, 300))
 def test_first_values_do_not_depend_on_the_box(box: Box, seed: int, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

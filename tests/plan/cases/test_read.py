@@ -180,7 +180,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from([s for s in KEYS if s in LINE]), st.data())
 def test_any_value_anywhere_gives_a_case_or_a_reason(section: str, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from([*KEYS[section], "other"]))
@@ -188,7 +188,7 @@ def test_any_value_anywhere_gives_a_case_or_a_reason(section: str, data: st.Data
     assert isinstance(found, Case) or found.error
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from([*LINE, "kind", "x"]), JSON, max_size=6))
 def test_any_object_gives_a_case_or_a_reason(line: dict[str, Any]) -> None:
     found = parse_case(line)

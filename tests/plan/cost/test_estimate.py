@@ -34,7 +34,7 @@ def estimate(layout: Layout, framework: Framework = MEGATRON, profile: Profile =
 SHARED = {name: Estimator(Workload(MODEL, CLUSTER, BATCH, "bf16", row)) for name, row in FRAMEWORKS.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     powers, powers, powers, powers, st.booleans(), st.sampled_from(["none", "selective", "full"]),
     st.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1", "zbv", "dualpipev"]), st.sampled_from(list(FRAMEWORKS)),
@@ -56,7 +56,7 @@ def test_the_parts_of_a_step_are_its_length(
     assert all(stage.allocated <= stage.reserved <= stage.total for stage in found.memory)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(powers.filter(lambda pp: pp > 1), st.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1"]), powers)
 def test_the_formula_agrees_with_the_replay(pp: int, schedule: str, micro: int) -> None:
     layout = Layout(dp=64 // pp, pp=pp, vpp=2 if schedule == "interleaved" else 1, schedule=schedule, micro_batch=micro)

@@ -250,7 +250,7 @@ def test_a_layer_of_two_that_is_recomputed_leaves_half() -> None:
 
 def test_the_interval_of_our_peak_is_as_wide_as_what_it_was_measured_on() -> None:
     """Our runs on CPUs say nothing of GPUs: there the interval is that of the only runs on GPUs, Megatron-LM's."""
-    assert memory_interval("meshwright", "cpu") == (0.96, 1.03)
+    assert memory_interval("meshwright", "cpu") == (0.8, 1.15)
     assert memory_interval("meshwright", "cuda") == memory_interval("megatron-lm", "cuda") == (0.96, 1.4)
     chosen = make_plan(card(SMALL, 32), H100, PlanRequest(8, "bf16"), what_if=False).chosen.predicted
     low, high = chosen.intervals["peak_bytes"]
@@ -260,7 +260,8 @@ def test_the_interval_of_our_peak_is_as_wide_as_what_it_was_measured_on() -> Non
 def test_the_allocators_slack_is_bounded_by_what_is_allocated() -> None:
     assert slack_bytes("cuda", 100, 10_000) == 30
     assert slack_bytes("cuda", 9_000, 10_000) == 600
-    assert slack_bytes("cpu", 100, 10_000) == 0
+    assert slack_bytes("cpu", 100, 10_000) == 100  # malloc keeps what was freed
+    assert slack_bytes("cpu", 9_000, 10_000) == 3_000
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -293,10 +294,8 @@ def test_a_checkpoint_beside_training_copies_what_the_ranks_own(layout: Layout) 
     for other in (replace(workload, asynchronous=False), replace(workload, cluster=H100)):
         without = MemoryModel(other).stages(layout, cut, 2)
         assert [stage.checkpoint for stage in without] == [0] * layout.pp
-    assert (
-        found[0].total - found[0].checkpoint
-        == MemoryModel(replace(workload, asynchronous=False)).stages(layout, cut, 2)[0].total
-    )
+    without = MemoryModel(replace(workload, asynchronous=False)).stages(layout, cut, 2)
+    assert found[0].allocated == without[0].allocated and found[0].slack >= without[0].slack
 
 
 def test_the_writer_keeps_the_copy_that_the_plan_counts(tmp_path: Path) -> None:
@@ -320,7 +319,7 @@ def test_a_job_that_would_end_at_its_first_checkpoint_does_not_fit() -> None:
     model, cluster = card(SMALL, 32), cpu_cluster(1)
     beside, alone = PlanRequest(8, "fp32"), PlanRequest(8, "fp32", asynchronous=False)
     need = [make_plan(model, cluster, request, what_if=False).chosen.memory[0].total for request in (alone, beside)]
-    assert need[1] - need[0] == 12 * model.parameter_elements
+    assert 12 * model.parameter_elements <= need[1] - need[0] <= 1.3 * 12 * model.parameter_elements + 1
     between = replace(cluster, device=replace(cluster.device, memory_bytes=int((need[0] + need[1]) / 2 / 0.9)))
     make_plan(model, between, replace(alone, pins={"micro_batch": 8, "recompute": "none"}), what_if=False)
     with pytest.raises(CannotWork, match="does not fit"):

@@ -45,7 +45,7 @@ def blocks_of(way: MixedChoice) -> dict[str, int]:
     return {s.group: sum(map(len, way.choice.stages[s.first_stage : s.stop_stage])) for s in way.shares}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     speed=st.floats(1.0, 4.0),
     first=st.sampled_from([1, 2, 4]),

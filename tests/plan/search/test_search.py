@@ -40,7 +40,7 @@ def refusal_of(model: Card, cluster: Cluster, request: PlanRequest) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     devices=st.integers(1, 12),
     batch=st.integers(1, 32),
@@ -79,7 +79,7 @@ def test_any_plan_is_allowed_fits_and_keeps_its_pins(devices: int, batch: int, p
         assert 0 < choice.predicted.mfu < 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     devices=st.integers(1, 8),
     pins=st.fixed_dictionaries(

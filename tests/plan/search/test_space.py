@@ -50,7 +50,7 @@ def filtered(space: Space) -> set[Layout]:
     return generated
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     devices=st.sampled_from([1, 2, 4, 6]),
     batch=st.sampled_from([1, 4, 6]),

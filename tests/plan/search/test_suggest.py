@@ -64,7 +64,7 @@ PINS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     devices=st.sampled_from([1, 2, 3, 4, 6]),
     batch=st.sampled_from([1, 7, 8, 12]),

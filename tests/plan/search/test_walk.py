@@ -30,7 +30,7 @@ def estimator_of(space: Space) -> Estimator:
     return Estimator(space.workload)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @example(nodes=1, per_node=8, batch=8, mebibytes=1046, framework="torchtitan", pins={"cp": 1, "pp": 2, "tp": 4})
 @example(nodes=2, per_node=4, batch=32, mebibytes=1078, framework="megatron-lm", pins={"cp": 1})
 @given(

@@ -223,7 +223,7 @@ def test_a_fixed_number_of_clients_against_a_simulation(clients: int) -> None:
 # ---- what must hold whatever the numbers
 
 SHAPES = st.sampled_from([LLAMA_8B, MIXTURE, LATENT])
-quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
 
 @quick

@@ -1,0 +1,9 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import hypothesis
+
+# A deadline for an example would be an assertion on absolute time.
+hypothesis.settings.register_profile("meshwright", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("meshwright")
