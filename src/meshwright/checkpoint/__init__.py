@@ -4,6 +4,7 @@ Writer              saves, one per rank, in the background; rank 0 commits
 latest              the newest committed checkpoint of a run
 load                fills local tensors from a checkpoint of any layout and checks their digests
 read_model_folder   fills local tensors from a Hugging Face folder that others wrote
+saves               whether tensors of a type can be saved
 """
 
 from meshwright.checkpoint.folder import latest
@@ -11,6 +12,7 @@ from meshwright.checkpoint.foreign import read_model_folder
 from meshwright.checkpoint.manifest import CheckpointManifest, StoredFile, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.model_folder import ModelFolder
 from meshwright.checkpoint.reader import load
+from meshwright.checkpoint.tensors import saves
 from meshwright.checkpoint.writer import Writer
 
 __all__ = [
@@ -24,4 +26,5 @@ __all__ = [
     "load",
     "read_manifest",
     "read_model_folder",
+    "saves",
 ]

@@ -144,7 +144,8 @@ class Session:
         if manifest.step > self.job.train.steps:
             what = f"holds step {manifest.step}, the job ends at {self.job.train.steps}"
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
-        complete = {*self.model.names, *moment_names(self.model.names)}
+        parameters = [parameter.name for parameter in self.model.card.parameters]
+        complete = {*self.model.names, *moment_names(parameters)}
         checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
         before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]

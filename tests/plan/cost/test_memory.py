@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshwright import checkpoint
-from meshwright.card import Activation, Block, Card, Parameter
+from meshwright.card import Activation, Block, Buffer, Card, Parameter
 from meshwright.cluster import Cluster, cpu_cluster, named_cluster
 from meshwright.errors import CannotWork
 from meshwright.families.decoder import DecoderShape
@@ -204,6 +204,33 @@ def test_the_last_stage_holds_a_copy_of_tied_embeddings() -> None:
     shape = LlamaShape(layers=2, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=512, tied=True)
     last = stages(card(shape, 32), Layout(pp=4), 4, "fp32")[-1]
     assert last.optimizer == 8 * (64 + 512 * 64)  # the norm and the alias
+
+
+def test_every_rank_holds_the_buffers_of_its_stage_whole() -> None:
+    plain = toy(blocks=2)
+    kept, lost = Buffer("blocks.1.mean", (100,), 4), Buffer("blocks.1.mask", (1000,), 1, persistent=False)
+    model = replace(plain, blocks=(plain.blocks[0], replace(plain.blocks[1], buffers=(kept, lost))))
+    for framework in (OURS, MEGATRON):
+        for layout, more in ((Layout(dp=2, shard=2), [1400]), (Layout(pp=2, schedule="gpipe"), [0, 1400])):
+            with_them, without = (stages(m, layout, 2, "fp32", framework=framework) for m in (model, plain))
+            assert [a.weights - b.weights for a, b in zip(with_them, without, strict=True)] == more
+    workload = Workload(model, cpu_cluster(2), 2, "fp32", asynchronous=True)
+    saved = MemoryModel(workload).stages(Layout(dp=2, shard=2), [0], 1)[0].checkpoint
+    assert saved == 12 * 1000 + 400
+
+
+def test_a_model_that_every_process_builds_whole_needs_room_for_that() -> None:
+    """Eight ranks keep an eighth each: 2.25 bytes a parameter for masters, moments and gradients."""
+    model, cluster = toy(blocks=8, parameters=10**8), cpu_cluster(8)
+    built, drawn = (
+        stages(one, Layout(dp=8, shard=8), 1, "fp32", cluster=cluster)[0]
+        for one in (replace(model, built_whole=True), model)
+    )
+    assert drawn.start == 0 and built.total == PROCESS_BYTES["cpu"] + 4 * 8 * 10**8 + 4 * 10**8 > drawn.total
+    assert replace(built, start=0) == drawn
+    whole = stages(replace(model, built_whole=True), Layout(), 1, "fp32", cluster=cpu_cluster(1))[0]
+    assert whole.start == 0, "a step needs more"
+    assert stages(replace(model, built_whole=True), Layout(dp=8, shard=8), 1, "fp32")[0].start == 0, "on GPUs"
 
 
 def test_the_total_is_the_sum_of_its_parts() -> None:
