@@ -99,6 +99,7 @@ def test_what_is_saved_is_the_state_dict(folder: Path) -> None:
     assert "blocks.body.scale" not in model.state_dict()
 
 
+@pytest.mark.slow
 def test_stages_of_a_pipeline_own_what_one_device_has(folder: Path) -> None:
     """Evaluation between the steps makes torch learn the shapes anew, by passes of invented values."""
     alone = train(RunFolder(folder / "alone"), 3)

@@ -72,7 +72,7 @@ class Session:
                 signal.signal(kind, self._request_stop)
         done = self.first_step - 1
         self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
-        clock = Clock(self.mesh.device)
+        clock = Clock()
         held_out: dict[str, float] = {}
         result, saved_step = None, done
         for step in range(self.first_step, self.job.train.steps + 1):
