@@ -295,9 +295,7 @@ def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
 
 
 def _answer_file() -> IO[bytes]:
-    """A file for a worker's answer, in memory where the system can: a full disk must not swallow its error."""
-    if not hasattr(os, "memfd_create"):
-        return tempfile.TemporaryFile(buffering=0)
+    """A file for a worker's answer, in memory: a full disk must not swallow its error."""
     return os.fdopen(os.memfd_create("answer"), "r+b", buffering=0)
 
 
