@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.card import Block, Card, Parameter
+from meshwright.card import Block, Buffer, Card, Parameter
 from meshwright.families.llama.card import LlamaShape, card
 from meshwright.layout import AXIS_RULES, Box, Layout, coordinates, split_dimension
 from meshwright.placement import Placement, placements, regions, tensor_split
@@ -144,6 +144,24 @@ def test_a_tied_weight_on_both_ends_has_two_copies_and_one_owner() -> None:
     assert list(last)[-1] == "blocks.head.out.weight"
     whole = world(card(TIED, 8), Layout())[0]
     assert "blocks.head.out.weight" not in whole and not any(row.partial for row in whole.values())
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=4, shard=2, tp=2), Layout(pp=2, tp=3), Layout(dp=2, cp=2, shard=4)], ids=str
+)
+def test_buffers_are_whole_on_every_rank_of_their_stage_and_owned_by_its_first(layout: Layout) -> None:
+    kept, lost = Buffer("blocks.b.mean", (3,), 4), Buffer("blocks.b.mask", (9,), 1, persistent=False)
+    weight = Parameter("blocks.a.w", (8, 8), (None, None))
+    model = Card("normed", (Block("a", "layer", (weight,)), Block("b", "norm", (), buffers=(kept, lost))))
+    rows = [rank.get("blocks.b.mean") for rank in world(model, layout)]
+    column = layout.devices // layout.pp
+    first = column if layout.pp > 1 else 0  # block b is in the last stage
+    expected = {
+        rank: Placement("blocks.b.mean", Box.whole((3,)), column, rank == first)
+        for rank in range(first, first + column)
+    }
+    assert {rank: row for rank, row in enumerate(rows) if row} == expected
+    assert not any("blocks.b.mask" in rank for rank in world(model, layout))
 
 
 def test_an_axis_is_split_as_the_rules_say() -> None:

@@ -100,7 +100,7 @@ class Runner:
 
     def turn(self, warm: int, counted: int) -> None:
         """One round: warm-up steps, then counted steps."""
-        clock, round_seconds = Clock(torch.device("cpu")), []
+        clock, round_seconds = Clock(), []
         for index in range(warm + counted):
             cpu = time.process_time()
             self.steps += 1

@@ -8,7 +8,15 @@ Names are loaded on first use, so that `import meshwright` costs nothing:
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+if sys.platform != "linux":
+    # Here, before anything else is imported: its modules need what only Linux has (/proc, control groups, memfd).
+    raise ImportError(
+        f"Meshwright runs on Linux alone, and this system is {sys.platform!r}; "
+        "nearest: a Linux machine, virtual machine or container (on Windows, WSL 2)"
+    )
 
 __version__ = "0.1.0"
 

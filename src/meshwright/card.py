@@ -21,6 +21,21 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """A buffer by its name in the module, its shape, and the bytes of an element. No layout splits it. A `persistent`
+    one is part of what is saved of a model, as in a module's `state_dict`."""
+
+    name: str
+    shape: tuple[int, ...]
+    element_bytes: int
+    persistent: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.element_bytes
+
+
+@dataclass(frozen=True)
 class Product:
     """A matrix product of the forward pass of one sample: (rows x inner) @ (inner x columns).
 
@@ -119,10 +134,19 @@ class Block:
     output_elements: int = 0
     elementwise_elements: int = 0  # elements read or written by memory-bound operations of one sample's forward
     experts: Experts | None = None
+    buffers: tuple[Buffer, ...] = ()
 
     @property
     def parameter_elements(self) -> int:
         return sum(parameter.elements for parameter in self.parameters)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(buffer.bytes for buffer in self.buffers)
+
+    @property
+    def saved_buffer_bytes(self) -> int:
+        return sum(buffer.bytes for buffer in self.buffers if buffer.persistent)
 
     @property
     def forward_flops(self) -> int:
@@ -136,7 +160,8 @@ class Card:
 
     `units_per_sample` is the sequence length of a language model, 1 for a classifier. `tied` lists pairs of parameter
     names that share one tensor (the second is the alias, which its block does not list). `splittable` says how `apply`
-    may split it: "pp" if it names its blocks, "tp" if its parameters have axes.
+    may split it: "pp" if it names its blocks, "tp" if its parameters have axes. `built_whole`: every process builds the
+    whole model to get its first values, as a build function of the user's does.
     """
 
     name: str
@@ -146,10 +171,15 @@ class Card:
     tied: tuple[tuple[str, str], ...] = ()
     splittable: frozenset[str] = field(default_factory=frozenset)
     stateful_buffers: tuple[str, ...] = ()  # buffers that training changes (running statistics)
+    built_whole: bool = False
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return tuple(parameter for block in self.blocks for parameter in block.parameters)
+
+    @property
+    def persistent_buffers(self) -> tuple[Buffer, ...]:
+        return tuple(buffer for block in self.blocks for buffer in block.buffers if buffer.persistent)
 
     @property
     def parameter_elements(self) -> int:
@@ -171,7 +201,7 @@ class Card:
         for place, block in enumerate(self.blocks):
             shapes = tuple((p.shape, p.axes) for p in block.parameters)
             work = (block.products, block.attention, block.experts, block.elementwise_elements)
-            what = (block.kind, work, block.saved, block.output_elements)
+            what = (block.kind, work, block.saved, block.output_elements, block.buffer_bytes, block.saved_buffer_bytes)
             key = (shapes, what, input_elements, place if place in (0, end) else -1)
             if key not in indices:
                 indices[key] = len(kinds)

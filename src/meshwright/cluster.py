@@ -247,7 +247,7 @@ def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None)
 def available_cores() -> int:
     """Cores that this process and those it starts may use: by its affinity, and by the quota of every control group
     that holds it, in whole cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0))
     for group in control_groups("cpu"):
         files = (group / "cpu.max",), (group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
         for words in (" ".join(path.read_text() for path in paths).split() for paths in files if paths[0].exists()):

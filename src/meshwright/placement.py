@@ -1,4 +1,5 @@
-"""The placement table: per parameter the mesh axes that split it, a rank's box, its replicas, and its owner.
+"""The placement table: per parameter and persistent buffer the mesh axes that split it, a rank's box, its replicas,
+and its owner.
 
 `apply`, the optimizer, checkpoints and the engine work from its rows. They follow from names, shapes and logical axes
 alone, so any process can compute the rows of any rank.
@@ -6,6 +7,7 @@ alone, so any process can compute the rows of any rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ from meshwright.layout import Box, Coordinates, Layout, split_dimension
 
 @dataclass(frozen=True)
 class Placement:
-    """A rank's part of a parameter: one row of the table.
+    """A rank's part of a parameter or a buffer: one row of the table.
 
     Values are stored under `name`: for tied parameters, the first's. `replicas` ranks of the world hold exactly `box`,
     and one of these is its `owner`. `split` lists (mesh axis, dimension) in the order of the cuts. The gradient must
@@ -34,10 +36,11 @@ class Placement:
 def placements(
     card: Card, layout: Layout, at: Coordinates, stage: Collection[str] | None = None
 ) -> dict[str, Placement]:
-    """The rows of the rank at `at`, by the parameter's name in its module.
+    """The rows of the rank at `at`, by the name in its module: of parameters, then of persistent buffers.
 
     `stage` names the blocks of its pipeline stage, None for all. Owners alternate: replica k modulo the number of
-    replicas owns parameter k of the stage. The first stage owns a tied weight that two stages hold.
+    replicas owns parameter k of the stage. The first stage owns a tied weight that two stages hold. Every rank of a
+    stage holds its buffers whole, and its first rank owns them all, so that what is saved together comes from one rank.
     """
     mesh = {"replicate": (layout.replicate, at.replicate), "shard": (layout.shard, at.shard), "tp": (layout.tp, at.tp)}
     dims = tensor_split(card) if layout.tp > 1 else {}
@@ -66,6 +69,11 @@ def placements(
             replicas, owner = 2 * replicas, owner and at.pp == 0
             partial.append("ends")
         rows[name] = Placement(stored_as.get(name, name), box, replicas, owner, tuple(split.items()), tuple(partial))
+    replicas, first = math.prod(degree for degree, _ in mesh.values()), not any(place for _, place in mesh.values())
+    for block in card.blocks:
+        if stage is None or block.name in stage:
+            kept = (buffer for buffer in block.buffers if buffer.persistent)
+            rows |= {one.name: Placement(one.name, Box.whole(one.shape), replicas, first) for one in kept}
     return rows
 
 

@@ -58,6 +58,25 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
+ON_ANOTHER = "import runpy, sys; sys.platform = 'darwin'; sys.argv = ['meshwright', 'plan', 'job.toml']; "
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import meshwright",
+        "from meshwright.checkpoint import Writer",
+        "from meshwright.cli.main import main; main()",  # what the command `meshwright` runs
+        "runpy.run_module('meshwright', run_name='__main__')",
+    ],
+)
+def test_another_system_than_linux_is_refused_by_name_before_anything_else(use: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", ON_ANOTHER + use], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stdout == ""
+    said = ended.stderr.splitlines()[-1]
+    assert "Meshwright runs on Linux alone, and this system is 'darwin'; nearest: " in said
+
+
 def test_a_file_beyond_the_limit_is_named_with_what_helps(run: RunFolder, capsys: Output) -> None:
     with largest_file(100):
         code = main(["report", str(run.path)])

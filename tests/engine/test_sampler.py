@@ -16,7 +16,7 @@ LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))
 
 def drawn(**fields: float) -> set[int]:
     request = Request(prompt_ids=(1,), temperature=1.0, **fields)  # type: ignore[arg-type]
-    return {draw(LOGITS, request, step / 1000) for step in range(1000)}
+    return {int(draw(LOGITS, request, step / 1000)) for step in range(1000)}
 
 
 def test_no_cut_reaches_every_token() -> None:
@@ -66,7 +66,7 @@ def test_the_smallest_temperatures_are_greedy(temperature: float, cuts: dict[str
     logits = torch.tensor([0.0, 0.5, -1e30, -torch.inf, 0.25]).double() + shift
     if shift == 3e38:
         logits[1] *= 1.1
-    assert {draw(logits, request, chance) for chance in (0.0, 0.5, 1 - 2**-53)} == {1}
+    assert {int(draw(logits, request, chance)) for chance in (0.0, 0.5, 1 - 2**-53)} == {1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

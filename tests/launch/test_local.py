@@ -75,6 +75,13 @@ def test_the_store_joins_the_ranks(tmp_path: Path) -> None:
     assert launch.local("workers:all_reduce", {}, 2, tmp_path).wait() == [3.0, 3.0]
 
 
+@pytest.mark.parametrize(("keep", "piece", "kept"), [(True, 1, True), (True, 64, False), (False, 1, False)])
+def test_freed_memory_is_kept_or_returned_as_asked(keep: bool, piece: int, kept: bool, tmp_path: Path) -> None:
+    """Pieces that are too large to be of use to others are returned in any case."""
+    found = launch.local("workers:resident_after_freeing", {"piece": piece}, 1, tmp_path, keep_memory=keep).wait()
+    assert (found[0] > 50 << 20) == kept
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_killed_rank_ends_all_and_is_named(tmp_path: Path, rank: int) -> None:
     started = launch.local("workers:kill_one", {"rank": rank}, 3, tmp_path)

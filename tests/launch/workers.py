@@ -102,3 +102,16 @@ def all_reduce(payload: dict[str, Any], context: Context) -> float:
     dist.all_reduce(total)
     dist.destroy_process_group()
     return float(total)
+
+
+def resident_after_freeing(payload: dict[str, Any], _: Context) -> int:
+    """Bytes resident after 64 MiB in pieces of 1 MiB were taken, filled and freed, less those before."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    pieces = [bytearray(b"x") * (payload["piece"] << 20) for _ in range(64 // payload["piece"])]
+    assert resident() - before > 60 << 20
+    del pieces
+    return resident() - before

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshwright.card import AttentionShape, Block
+from meshwright.card import AttentionShape, Block, Buffer
 from meshwright.errors import InputError
 from meshwright.trace import card_of
 
@@ -204,6 +204,53 @@ def test_a_buffer_written_in_forward_is_found_and_a_constant_is_not() -> None:
             return x * self.constant
 
     assert card_of(Counting, torch.zeros(1, 5), "count").stateful_buffers == ("seen",)
+
+
+class Counter(nn.Module):
+    """Replaces its count instead of writing to it."""
+
+    def __init__(self, seen: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64) if seen is None else seen)
+        self.register_buffer("table", torch.ones(5, 4, dtype=torch.float64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return x * self.table.sum()
+
+
+def test_buffers_are_listed_by_block_with_what_is_saved_of_them() -> None:
+    card = card_of(lambda: Chain(a=nn.Linear(5, 5), b=Counter()), torch.zeros(1, 5), "it")
+    assert card.blocks[0].buffers == ()
+    assert card.blocks[1].buffers == (
+        Buffer("blocks.b.seen", (), 8),
+        Buffer("blocks.b.table", (5, 4), 8, persistent=False),
+    )
+    assert card.blocks[1].buffer_bytes == 8 + 160 and card.persistent_buffers == card.blocks[1].buffers[:1]
+    assert card.stateful_buffers == ("blocks.b.seen",)
+
+
+def test_a_count_in_two_modules_is_refused() -> None:
+    """Once the model is split or moved to a device, each module would have its own."""
+
+    def build() -> nn.Module:
+        seen = torch.zeros((), dtype=torch.int64)
+        return Chain(a=Counter(seen), b=Counter(seen))
+
+    with pytest.raises(InputError, match=r"'blocks\.a\.seen' and 'blocks\.b\.seen' are one buffer"):
+        card_of(build, torch.zeros(1, 5), "it")
+    twice = Counter()
+    assert card_of(lambda: Chain(a=nn.Sequential(twice, twice)), torch.zeros(1, 5), "it").blocks[0].buffers
+
+
+def test_a_saved_buffer_outside_the_blocks_is_refused() -> None:
+    def build() -> nn.Module:
+        module = Chain(a=nn.Linear(5, 5))
+        module.register_buffer("version", torch.ones(1))
+        return module
+
+    with pytest.raises(InputError, match="'version' is in none of them"):
+        card_of(build, torch.zeros(1, 5), "it")
 
 
 def test_tied_parameters_are_listed_once() -> None:

@@ -17,7 +17,7 @@ from meshwright.placement import Placement
 from meshwright.train import model
 from meshwright.train.loop import Trainer
 from meshwright.train.model import initial_values
-from meshwright.train.optimizer import Optimizer, learning_rate, squared_norm
+from meshwright.train.optimizer import Optimizer, learning_rate
 
 
 def train(**changes: Any) -> Any:
@@ -100,10 +100,11 @@ def test_a_rank_without_an_element_of_anything_steps_with_the_others() -> None:
     }
     assert not any(row.box.elements for row in rows.values())
     part = SimpleNamespace(module=linear, placements=rows, local=lambda name: torch.empty(rows[name].box.shape))
-    optimizer = Optimizer(part, TrainSection(steps=2, lr=1e-3, global_batch=8))  # type: ignore[arg-type]
+    train = TrainSection(steps=2, lr=1e-3, global_batch=8)
+    optimizer = Optimizer(part, train, torch.device("cpu"))  # type: ignore[arg-type]
     optimizer.collect()
     trainer = SimpleNamespace(job=SimpleNamespace(train=SimpleNamespace(clip=1.0)), optimizer=optimizer)
     Trainer._clip(trainer, norm=2.0, correction=0.5)  # type: ignore[arg-type]
     optimizer.step(1e-3)
     optimizer.clear()
-    assert optimizer.state() == {} and squared_norm(optimizer, rows) == 0.0
+    assert optimizer.state() == {} and optimizer.squared_norm().item() == 0.0

@@ -43,6 +43,23 @@ def test_a_hole_is_an_error(tmp_path: Path) -> None:
         read_step(tmp_path, 1)
 
 
+def test_buffers_are_compared_by_value_and_counts_exactly(runs: Callable[..., Comparison], tmp_path: Path) -> None:
+    def judged(**changed: Tensor) -> Comparison:
+        plain = {"mean": torch.tensor([3.0, 4.0]), "count": torch.tensor(7), "mask": torch.tensor([0.0, -math.inf])}
+        for name in ("reference", "followed"):
+            buffers = plain | changed if name == "followed" else plain
+            (tmp_path / name / "step-1").mkdir(parents=True, exist_ok=True)
+            save_file(buffers, tmp_path / name / "step-1" / "buffers-0.safetensors")
+        return runs(reference=[{"w": torch.ones(3)}])
+
+    assert judged().first_beyond is None and judged().buffer.relative == 0.0
+    nearly = judged(mean=torch.tensor([3.0, 4.0002]))
+    assert nearly.first_beyond is None and nearly.buffer.relative == pytest.approx(4e-5, rel=1e-2)
+    for name, value in (("mean", torch.tensor([3.0, 4.01])), ("count", torch.tensor(8)), ("mask", torch.zeros(2))):
+        found = judged(**{name: value}).first_beyond
+        assert found is not None and (found.step, found.tensor) == (1, f"buffer {name}")
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Callable[..., Comparison]:
     """Compares a layout with one device: `steps` has, for each of the four runs, a dict of tensors for each step."""

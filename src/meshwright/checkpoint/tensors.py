@@ -43,6 +43,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
+
+def saves(dtype: torch.dtype) -> bool:
+    """Whether tensors of this type can be saved."""
+    return dtype in CODES
+
+
 #: The safetensors library refuses longer headers too.
 HEADER_CAP_BYTES = 100_000_000
 MAX_DIMENSIONS = 16

@@ -170,6 +170,8 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"equal: {result['layout']} and one device over {result['steps']} steps in {result['precision']}")
     print(f"  largest relative difference: loss {result['loss']['relative']:.1e}, ", end="")
     print(f"gradient {result['gradient']['relative']:.1e} (tolerance {result['tolerance']:.0e})")
+    if result["buffer"]["tensor"]:
+        print(f"  {result['buffer']['tensor']}, which differs most of all buffers: {result['buffer']['relative']:.1e}")
     drift = result["drift"]
     print(f"  left to themselves: {drift['relative']:.1e} (rounding alone may reach {drift['allowed']:.1e} here)")
     if result["without_dropout"]:

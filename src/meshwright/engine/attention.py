@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meshwright.engine.scheduler import Segment, Work
+from meshwright.nn import to_device
 
 #: q [N, H x D] and a layer's cache -> [N, H x D].
 Attend = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +57,7 @@ def decode_attention(positions: Sequence[int], heads: Heads, dtype: torch.dtype,
     slots, longest = len(positions), max(positions) + 1
     mask = None
     if min(positions) + 1 < longest:
-        reach = torch.tensor(positions, device=device)[:, None, None, None]
+        reach = to_device(torch.tensor(positions), device)[:, None, None, None]
         beyond = torch.arange(longest, device=device) > reach
         mask = torch.zeros(beyond.shape, dtype=dtype, device=device).masked_fill_(beyond, -math.inf)  # [S, 1, 1, T]
     if device.type != "cpu" or (dtype is torch.bfloat16 and heads.group > 1 and slots < _BATCHED_FROM_SLOTS):

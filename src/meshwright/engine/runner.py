@@ -28,7 +28,7 @@ from meshwright.engine.products import FusedMatMul, Linear, MatMul
 from meshwright.engine.ranks import Ranks
 from meshwright.engine.scheduler import Work
 from meshwright.families.llama.card import LlamaShape
-from meshwright.nn import Rotary
+from meshwright.nn import Rotary, to_device
 
 #: A step this small, of a model whose weights fit in a core's share of the cache, is as fast or faster on one thread,
 #: and much steadier: its products take microseconds, and threads would wait for each other after each.
@@ -142,7 +142,7 @@ class Decoder:
             ids += segment.tokens
             positions += range(segment.start, segment.start + len(segment.tokens))
             slot_of += [segment.slot] * len(segment.tokens)
-        places = torch.tensor((ids, positions, slot_of), device=self.device)
+        places = to_device(torch.tensor((ids, positions, slot_of)), self.device)
         angles = self._angles_to(self.cache.length)[places[1]]
         rows = self.cache.rows(slots=places[2], positions=places[1])
         attend = attention(work, self.heads, self.dtype, self.device)
@@ -202,14 +202,14 @@ class Decoder:
             at += len(segment.tokens)
             if segment.last:
                 rows.append(at - 1)
-        return x[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        return x[to_device(torch.tensor(rows, dtype=torch.int64), self.device)]
 
     def _angles_to(self, length: int) -> Tensor:
         """exp(i position frequency) x amplitude for positions below `length`, [length, 1, D/2]; grows on demand."""
         if self._angles.shape[0] < length:
             angles = torch.arange(length).float()[:, None] * self._rotary.inv_freq
             turns = torch.polar(torch.full_like(angles, self._rotary.amplitude), angles)
-            self._angles = turns[:, None].to(self.device)
+            self._angles = to_device(turns[:, None], self.device)
         return self._angles
 
 

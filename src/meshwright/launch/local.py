@@ -28,9 +28,13 @@ from meshwright.launch.messages import error_from_dict
 POLL_SECONDS = 0.02
 LOG_LINES = 12  # of the end of the failing rank's log, in an error
 PREFIX = ".workers-"
-#: Makes glibc keep freed memory of any size. Memory returned to the system comes back as pages that must be cleared,
-#: at a tenth of the memory's speed: keeping it makes a CPU step of our models 5 to 20 % shorter.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+#: Whether a process keeps the memory that it frees -> glibc's settings. Memory that was returned comes back as pages to
+#: be cleared, at a tenth of the memory's speed: keeping it makes a CPU step of our models 5 to 20 % shorter. Pieces of
+#: more than 32 MiB, the most that glibc can be told, are returned in any case: kept ones rarely fit the next.
+FREED_MEMORY = {
+    True: {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    False: {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": str(128 << 10)},
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class LaunchSpec:
     env: Mapping[str, str]
     interface: str
     grace_seconds: float
+    keep_memory: bool
 
 
 def local(
@@ -55,23 +60,26 @@ def local(
     env: Mapping[str, str] | None = None,
     interface: str = "lo",
     grace_seconds: float = 5.0,
+    keep_memory: bool = True,
 ) -> LocalProcesses:
     """Start `processes` processes that each call `function(payload, context)`; see `launch.Context`.
 
     function: "package.module:function", importable from this process's sys.path; payload: JSON.
     folder: rank-k.log is appended there. A private folder inside it (mode 0700, a name that cannot be guessed) holds
         the payload and the rendezvous store, so that other users cannot join the job.
-    env: more environment variables; by default each process gets `available_cores() // processes` threads, and keeps
-        the memory that it has freed.
+    env: more environment variables; by default each process gets `available_cores() // processes` threads.
     interface: the network interface that gloo and NCCL bind to.
     grace_seconds: from SIGTERM to SIGKILL.
+    keep_memory: whether a process keeps the host's memory that it frees, which is quicker and takes more.
     Raises InputError where the payload is not JSON, the folder cannot be written, or there is no such interface.
     """
     if processes < 1:
         raise InputError(Problem("launch", f"{processes} processes", "at least 1"))
     if problem := interface_problem(interface):
         raise InputError(problem)
-    spec = LaunchSpec(function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds)
+    spec = LaunchSpec(
+        function, payload, processes, Path(folder), dict(env or {}), interface, grace_seconds, keep_memory
+    )
     return LocalProcesses(spec)
 
 
@@ -225,7 +233,8 @@ class LocalProcesses:
             "NCCL_SOCKET_IFNAME": spec.interface,
             **spec.env,
         }
-        defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // spec.processes)), **KEEP_MEMORY}
+        threads = max(1, available_cores() // spec.processes)
+        defaults = {"OMP_NUM_THREADS": str(threads), **FREED_MEMORY[spec.keep_memory]}
         with open(self.log(rank), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "meshwright.launch.worker"],
@@ -306,9 +315,7 @@ def _private_folder(spec: LaunchSpec) -> tuple[Path, IO[bytes]]:
 
 
 def _answer_file() -> IO[bytes]:
-    """A file for a worker's answer, in memory where the system can: a full disk must not swallow its error."""
-    if not hasattr(os, "memfd_create"):
-        return tempfile.TemporaryFile(buffering=0)
+    """A file for a worker's answer, in memory: a full disk must not swallow its error."""
     return os.fdopen(os.memfd_create("answer"), "r+b", buffering=0)
 
 

@@ -21,7 +21,7 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.tensor import Region, split_module
 from meshwright.placement import Placement, placements, tensor_split
 
-#: Gives the values of a parameter's box: (name, box) -> tensor of box.shape.
+#: Gives the values of a box of a parameter or a persistent buffer: (name, box) -> tensor of box.shape.
 Source = Callable[[str, Box], Tensor]
 
 #: Selective recompute keeps the results of matrix products, attention and collectives: dear to repeat.
@@ -41,8 +41,8 @@ _SAVED_OPERATIONS = {
 class ParallelModel:
     """This rank's part of a model.
 
-    `placements` has a row per parameter, by its name in the module; `local(name)` is the rank's box of it, a plain
-    tensor that shares the parameter's storage. `output` is how the output is split.
+    `placements` has a row per parameter and persistent buffer, by its name in the module; `local(name)` is the rank's
+    box of it, a plain tensor that shares its storage. `output` is how the output is split.
     """
 
     module: nn.Module
@@ -50,7 +50,14 @@ class ParallelModel:
     output: Split | None
 
     def local(self, name: str) -> Tensor:
-        return _local(self._parameters[name])
+        if name in self._parameters:
+            return _local(self._parameters[name])
+        return self.module.get_buffer(name)  # looked up each time: a forward pass may put another tensor in its place
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers, whole, by name."""
+        return {name: self.local(name) for name in self.placements if name not in self._parameters}
 
     def local_gradient(self, name: str) -> Tensor | None:
         gradient = self._parameters[name].grad
@@ -62,16 +69,16 @@ class ParallelModel:
 
     @torch.no_grad()
     def fill(self, source: Source, buffers: Mapping[str, Tensor] | None = None) -> None:
-        """Sets every parameter from `source`, and every buffer from `buffers` or its module's `reset_buffers`."""
-        for name, placement in self.placements.items():
-            if placement.box.elements:
-                self.local(name).copy_(source(placement.name, placement.box))
+        """Sets what has a row from `source`, and every other buffer from `buffers` or its module's `reset_buffers`."""
         for child in self.module.modules():
             reset = getattr(child, "reset_buffers", None)
             if callable(reset):
                 reset()
+        for name, placement in self.placements.items():
+            if placement.box.elements:
+                self.local(name).copy_(source(placement.name, placement.box))
         for name, buffer in self.module.named_buffers():
-            if buffers and name in buffers:
+            if buffers and name in buffers and name not in self.placements:
                 buffer.copy_(buffers[name])
 
     def sync_gradients(self, now: bool) -> None:
@@ -130,9 +137,10 @@ def apply(
         module.to_empty(device=mesh.device)
         _allocate_shards(module)
     rows = placements(card, layout, mesh.at, stage)
-    shapes = {name: tuple(_local(parameter).shape) for name, parameter in module.named_parameters()}
+    model = ParallelModel(module, rows, output)
+    shapes = {name: tuple(model.local(name).shape) for name in {**dict(module.named_parameters()), **rows}}
     assert shapes == {name: row.box.shape for name, row in rows.items()}, (shapes, rows)
-    return ParallelModel(module, rows, output)
+    return model
 
 
 def _allocate_shards(module: nn.Module) -> None:

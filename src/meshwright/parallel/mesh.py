@@ -35,11 +35,11 @@ class Mesh:
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
-        return self.dims["tp"].get_group()
+        return self.dims.get_group("tp")
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
-        return self.dims["pp"].get_group()
+        return self.dims.get_group("pp")
 
     @property
     def first_stage(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from meshwright.parallel.apply import ParallelModel
@@ -13,6 +14,37 @@ from meshwright.parallel.mesh import Mesh
 
 #: Layout.schedule -> torch's schedule.
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+class _Stage(PipelineStage):
+    """torch's stage. To learn shapes, it also passes invented values through its module: in the first step, and again
+    when training and evaluation take turns. Such a pass sees copies of the module's buffers, so that running
+    statistics stay what real values made them."""
+
+    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
+        super().__init__(module, *arguments, **options)
+        self._real = False
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        module.register_forward_pre_hook(self._lend_copies)
+        module.register_forward_hook(self._take_back, always_call=True)
+
+    def forward_one_chunk(self, *arguments: Any, **options: Any) -> Any:
+        self._real = True
+        try:
+            return super().forward_one_chunk(*arguments, **options)
+        finally:
+            self._real = False
+
+    def _lend_copies(self, module: nn.Module, *_: object) -> None:
+        if not self._real:
+            self._kept = [(child, dict(child._buffers)) for child in module.modules()]
+            for child, buffers in self._kept:
+                child._buffers.update({name: one.clone() for name, one in buffers.items() if one is not None})
+
+    def _take_back(self, *_: object) -> None:
+        for child, buffers in self._kept:
+            child._buffers.update(buffers)
+        self._kept = []
 
 
 class Pipeline:
@@ -34,7 +66,7 @@ class Pipeline:
         shapes when they first run."""
         self._mesh = mesh
         x, output = boundary or (None, None)
-        stage = PipelineStage(model.module, mesh.at.pp, mesh.layout.pp, mesh.device, x, output, group=mesh.pp_group)
+        stage = _Stage(model.module, mesh.at.pp, mesh.layout.pp, mesh.device, x, output, group=mesh.pp_group)
         schedule = SCHEDULES[mesh.layout.schedule]
         self._schedule = schedule(stage, micro_batches, loss_fn=loss, scale_grads=False)
 

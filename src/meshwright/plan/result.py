@@ -75,6 +75,11 @@ class Choice(Execution):
     weight_seconds: tuple[float, ...] = ()  # the part of the backward that computes weights' gradients
     overlapped: bool = True
 
+    @property
+    def keeps_freed_memory(self) -> bool:
+        """Whether its processes are to keep the host's memory that they free: where slack is counted for that."""
+        return all(stage.slack > 0 for stage in self.memory)
+
     def parts(self, rank: int) -> tuple[tuple[str, ...], ...]:
         """The blocks of each virtual stage on one rank of the pipeline."""
         if self.layout.pp == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meshwright.errors import CannotWork, Problem
-from meshwright.nn import Split
+from meshwright.nn import Split, to_device
 from meshwright.nn.loss import IGNORED
 from meshwright.tasks.task import Task, Totals
 
@@ -23,16 +23,16 @@ class Classification(Task):
     extra_names: tuple[str, ...] = ("correct",)
 
     def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.as_tensor(batch["inputs"]).to(device), {}
+        return to_device(batch["inputs"], device), {}
 
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         if split is not None:
             raise CannotWork(Problem("layout.tp", "a classifier's outputs are not split", "nearest: layout.tp = 1"))
         return F.cross_entropy(output.float(), targets, ignore_index=IGNORED, reduction="sum")
 
-    def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
+    def extras(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """correct: counted samples whose largest logit is the target's."""
-        return {"correct": float(((output.argmax(dim=-1) == targets) & (targets != IGNORED)).sum())}
+        return {"correct": ((output.argmax(dim=-1) == targets) & (targets != IGNORED)).sum()}
 
     def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:
         """accuracy, a fraction of the counted samples."""

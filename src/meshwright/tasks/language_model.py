@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.nn import Split, cross_entropy_sum
+from meshwright.nn import Split, cross_entropy_sum, to_device
 from meshwright.tasks.task import Task, Totals
 
 
@@ -21,8 +21,7 @@ class LanguageModel(Task):
     extra_names: tuple[str, ...] = ()
 
     def inputs(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
-        positions = torch.as_tensor(batch["positions"]).to(device)
-        return torch.as_tensor(batch["input_ids"]).to(device), {"positions": positions}
+        return to_device(batch["input_ids"], device), {"positions": to_device(batch["positions"], device)}
 
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         return cross_entropy_sum(output, targets, split)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from meshwright.nn import Split
+from meshwright.nn import Split, to_device
 from meshwright.nn.loss import IGNORED
 
 
@@ -36,18 +36,18 @@ class Task(Protocol):
 
     def targets(self, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Tensor:
         """int64, IGNORED where a target does not count."""
-        return torch.as_tensor(batch["targets"]).to(device)
+        return to_device(batch["targets"], device)
 
     def loss_sum(self, output: Tensor, targets: Tensor, split: Split | None = None) -> Tensor:
         """fp32 scalar: the loss summed over counted targets. `split`: how classes are split over ranks, if they are."""
         ...
 
-    def count(self, targets: Tensor) -> int:
-        """The number of targets that count."""
-        return int((targets != IGNORED).sum())
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """The number of targets that count, counted on the host."""
+        return int((batch["targets"] != IGNORED).sum())
 
-    def extras(self, output: Tensor, targets: Tensor) -> dict[str, float]:
-        """Further sums for `Totals.sums`, from unsplit outputs."""
+    def extras(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Further sums for `Totals.sums`, from unsplit outputs: scalars on their device."""
         return {}
 
     def metrics(self, loss_per_unit: float, totals: Totals) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from meshwright import env
-from meshwright.card import Block, Card, Parameter
+from meshwright.card import Block, Buffer, Card, Parameter
 from meshwright.errors import InputError, Problem
 from meshwright.trace.axes import parameter_axes
 from meshwright.trace.factory import describe, print_to_stderr, user_code
-from meshwright.trace.record import BlockRecord, Recorder
+from meshwright.trace.record import BlockRecord, Recorder, storage_of
 
 SampleInputs = tuple[Tensor, Mapping[str, Tensor]]
 KEY = "model.module"
@@ -56,6 +56,8 @@ def card_of(
             x, inputs = _fake_inputs(module, sample_inputs)
             axes = parameter_axes(module)
             blocks = _declared_blocks(module)
+            buffers = _buffers(module)
+            tensors = {buffer.name: module.get_buffer(buffer.name) for buffer in buffers}
             recorder = Recorder(module, blocks, axes or {})
             calls, output = _run(module, blocks, recorder, x, inputs)
             if blocks:
@@ -65,17 +67,19 @@ def card_of(
                 for key, p in module.named_parameters()
             ]
             sizes = {block: returned.numel() for block, _, returned in calls}
+            parts = (parameters, buffers)
             return Card(
                 name=name,
                 blocks=tuple(
-                    _block(key, block, parameters, recorder.records[key], sizes[key]) for key, block in blocks.items()
+                    _block(key, block, *parts, recorder.records[key], sizes[key]) for key, block in blocks.items()
                 )
-                or (_block("", module, parameters, recorder.records[""], output.numel()),),
+                or (_block("", module, *parts, recorder.records[""], output.numel()),),
                 unit=unit,
                 units_per_sample=units_per_sample,
                 tied=_tied(module),
                 splittable=frozenset(({"pp"} if len(blocks) > 1 else set()) | ({"tp"} if axes is not None else set())),
-                stateful_buffers=_stateful_buffers(module, recorder.written_buffers),
+                stateful_buffers=_stateful_buffers(module, tensors, recorder.written_storages),
+                built_whole=True,
             )
 
 
@@ -116,10 +120,12 @@ def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
         blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.ModuleDict) or not len(blocks):
         return {}
-    outside = [name for name, _ in module.named_parameters() if not name.startswith("blocks.")]
+    saved = [name for name, _ in module.named_parameters()] + [one.name for one in _buffers(module) if one.persistent]
+    outside = [name for name in saved if not name.startswith("blocks.")]
     if outside:
         what = f"it names its blocks, but '{outside[0]}' is in none of them"
-        raise InputError(Problem(KEY, what, f"put every parameter into one of the blocks, so that forward is: {FOLD}"))
+        near = f"put every parameter and persistent buffer into one of the blocks, so that forward is: {FOLD}"
+        raise InputError(Problem(KEY, what, near))
     return dict(blocks.items())
 
 
@@ -175,9 +181,14 @@ def _check_fold(blocks: Mapping[str, nn.Module], calls: Calls, x: Tensor, output
 
 
 def _block(
-    name: str, module: nn.Module, parameters: Sequence[Parameter], record: BlockRecord, output_elements: int
+    name: str,
+    module: nn.Module,
+    parameters: Sequence[Parameter],
+    buffers: Sequence[Buffer],
+    record: BlockRecord,
+    output_elements: int,
 ) -> Block:
-    """The Block of `module`, the block called `name`; "" is the whole module, of all `parameters`."""
+    """The Block of `module`, the block called `name`; "" is the whole module, of all `parameters` and `buffers`."""
     return Block(
         name=name or WHOLE,
         kind=type(module).__name__,
@@ -187,7 +198,22 @@ def _block(
         saved=record.saved_activations(),
         output_elements=output_elements,
         elementwise_elements=record.elementwise_elements,
+        buffers=tuple(b for b in buffers if not name or b.name.startswith(f"blocks.{name}.")),
     )
+
+
+def _buffers(module: nn.Module) -> list[Buffer]:
+    """Every buffer once, under its first name. A tensor that is registered in several modules is a buffer of each."""
+    return [
+        Buffer(
+            f"{path}.{name}".lstrip("."),
+            tuple(tensor.shape),
+            tensor.element_size(),
+            name not in child._non_persistent_buffers_set,
+        )
+        for path, child in module.named_modules()
+        for name, tensor in child.named_buffers(recurse=False)
+    ]
 
 
 def _tied(module: nn.Module) -> tuple[tuple[str, str], ...]:
@@ -201,10 +227,12 @@ def _tied(module: nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _stateful_buffers(module: nn.Module, written: set[str]) -> tuple[str, ...]:
-    """Buffers that a training step changes: those written in the trace, and running statistics.
+def _stateful_buffers(module: nn.Module, before: Mapping[str, Tensor], written: Collection[int]) -> tuple[str, ...]:
+    """Buffers that a training step changes: those of the storages `written` in the trace, those that are not the tensor
+    that they were `before` it, and running statistics.
 
-    torch's batch-norm kernels write running statistics without saying so in their schema.
+    torch's batch-norm kernels write running statistics without saying so in their schema. Raises InputError for one
+    that is registered in several modules: each would have its own once the module is split.
     """
     running = {
         f"{path}.{name}".lstrip(".")
@@ -212,4 +240,14 @@ def _stateful_buffers(module: nn.Module, written: set[str]) -> tuple[str, ...]:
         if getattr(child, "track_running_stats", False)
         for name, _ in child.named_buffers(recurse=False)
     }
-    return tuple(name for name, _ in module.named_buffers() if name in written | running)
+    stateful = tuple(
+        name
+        for name, tensor in before.items()
+        if name in running or storage_of(tensor) in written or module.get_buffer(name) is not tensor
+    )
+    first: dict[int, str] = {}
+    for name in stateful:
+        if (other := first.setdefault(id(before[name]), name)) != name:
+            what = f"'{other}' and '{name}' are one buffer, which training changes"
+            raise InputError(Problem(KEY, what, "register it in one module, and call that module from both places"))
+    return stateful

@@ -44,12 +44,12 @@ class Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], axes: Mapping[str, tuple[str | None, ...]]):
         super().__init__()
         self.records: dict[str, BlockRecord] = {name: BlockRecord() for name in ["", *blocks]}
-        self.written_buffers: set[str] = set()
+        self.written_storages: set[int] = set()  # of buffers
         self._blocks, self._axes, self._module = blocks, axes, module
         self._block = ""
         self._path: list[str] = [""]
-        self._parameters = {_storage(p): name for name, p in module.named_parameters()}
-        self._buffers = {_storage(b): name for name, b in module.named_buffers()}
+        self._parameters = {storage_of(p): name for name, p in module.named_parameters()}
+        self._buffers = {storage_of(buffer) for buffer in module.buffers()}
         self._saved: dict[int, Tensor] = {}  # the reference keeps the address of the storage from being reused
 
     @property
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
         self._path.pop()
 
     def _save(self, tensor: Tensor) -> Tensor:
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if key not in self._parameters and key not in self._buffers and key not in self._saved:
             self._saved[key] = tensor
             size = 0 if tensor.is_floating_point() else tensor.element_size()
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
     def _split(self, inputs: list[Tensor]) -> str:
         """The logical axis by which tensor parallelism divides a product with one of the parameters."""
         for tensor in inputs:
-            axes = self._axes.get(self._parameters.get(_storage(tensor), ""), ())
+            axes = self._axes.get(self._parameters.get(storage_of(tensor), ""), ())
             dim = split_dimension(axes)
             if dim is not None:
                 return axes[dim] or ""
@@ -134,8 +134,8 @@ class Recorder(TorchDispatchMode):
     def _note_writes(self, func: Any, args: tuple[Any, ...]) -> None:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and _storage(value) in self._buffers:
-                self.written_buffers.add(self._buffers[_storage(value)])
+            if written and isinstance(value, Tensor) and storage_of(value) in self._buffers:
+                self.written_storages.add(storage_of(value))
 
     def _note_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A block's first attention of a whole sequence is its `attention`; windows and further ones are products.
@@ -154,14 +154,15 @@ class Recorder(TorchDispatchMode):
         self._record.products.append(Product(f"{name}.values", rows, key.shape[2], width))
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """The storage of a tensor, equal for tensors that share one while any of them lives."""
     return tensor.untyped_storage()._cdata
 
 
 def _is_view(inputs: list[Tensor], outputs: list[Tensor], writes: bool) -> bool:
     """Whether an operation only returns views of its inputs and writes to none."""
-    storages = {_storage(tensor) for tensor in inputs}
-    return not writes and bool(outputs) and all(_storage(tensor) in storages for tensor in outputs)
+    storages = {storage_of(tensor) for tensor in inputs}
+    return not writes and bool(outputs) and all(storage_of(tensor) in storages for tensor in outputs)
 
 
 def _product_dims(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> tuple[int, int, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from meshwright.card import Card
 from meshwright.data import Manifest
 from meshwright.errors import Problem, RunFailed
 from meshwright.layout import Layout
+from meshwright.nn import to_device
 from meshwright.parallel import Mesh, ParallelModel, Pipeline
 from meshwright.tasks import Task, Totals
-from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate, squared_norm
+from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate
 from meshwright.train.spans import Spans
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Trainer:
     ) -> None:
         self.job, self.card, self.model, self.mesh, self.task, self.batch = job, card, model, mesh, task, batch
         self.layout: Layout = mesh.layout
-        self.optimizer = Optimizer(model, job.train)
+        self.optimizer = Optimizer(model, job.train, mesh.device)
         self.micro_batches = self.layout.micro_batches(job.train.global_batch)
         self.stop_requested = False
         self.spans = Spans()
@@ -71,7 +72,7 @@ class Trainer:
         self._scale = self.layout.dp * self.layout.cp / self._units
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._counted = 0
-        self._extras: dict[str, float] | None = None  # sums for metrics, while measuring
+        self._extras: dict[str, Tensor] | None = None  # sums for metrics, while measuring
         self._pipeline: Pipeline | None = None
         if self.layout.pp > 1:
             self._pipeline = Pipeline(model, mesh, self.micro_batches, self._loss, boundary)
@@ -112,14 +113,15 @@ class Trainer:
         """Loss per unit of at most `train.eval_batches` held-out batches, with the task's metrics: equal on every rank,
         {} where nothing is held out."""
         self._reset()
-        self._extras = dict.fromkeys(self.task.extra_names, 0.0)
+        self._extras = {name: torch.zeros_like(self._loss_sum) for name in self.task.extra_names}
         self.model.module.eval()
         text_bytes = 0
         size, (start, stop) = self.job.train.global_batch, self._share()
         for index in range(min(self.job.train.eval_batches, -(-manifest.held_out_samples // size))):
             text_bytes += manifest.held_out_bytes(index * size, size)
-            x, inputs, targets = self._tensors(manifest.held_out(index * size + start, stop - start))
-            self._counted += self.task.count(targets)
+            batch = manifest.held_out(index * size + start, stop - start)
+            self._counted += self.task.count(batch)
+            x, inputs, targets = self._tensors(batch)
             if self._pipeline:
                 self._add_losses(self._pipeline.evaluate(x, inputs, targets))
             else:
@@ -128,10 +130,9 @@ class Trainer:
         extras, self._extras = self._extras, None
         return self._held_out_metrics(text_bytes, extras)
 
-    def _held_out_metrics(self, text_bytes: int, extras: Mapping[str, float]) -> dict[str, float]:
-        mine = [*self._loss_share(), *(value * self._contributes for value in extras.values())]
-        sums = torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)
-        loss_sum, counted, *totals = self.mesh.sum_over_world(sums).tolist()
+    def _held_out_metrics(self, text_bytes: int, extras: Mapping[str, Tensor]) -> dict[str, float]:
+        mine = [self._share_of(value) for value in (self._loss_sum, *extras.values())]
+        loss_sum, *totals, counted = self._sums(mine, [self._counted * self._contributes])
         if not counted:
             return {}
         sizes = Totals(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
@@ -155,8 +156,8 @@ class Trainer:
         ]
 
     def _forward_backward(self, batch: Mapping[str, Any], step: int) -> None:
+        self._counted = self.task.count(batch)
         x, inputs, targets = self._tensors(batch)
-        self._counted = self.task.count(targets)
         if self._pipeline:
             self._add_losses(self._pipeline.step(x, inputs, targets))
             return
@@ -190,19 +191,27 @@ class Trainer:
         which all have the same values."""
         return self.mesh.last_stage and self.mesh.at.tp == 0
 
-    def _loss_share(self) -> tuple[float, float]:
-        """Loss sum and count that this rank adds to the world's."""
-        return (float(self._loss_sum), float(self._counted)) if self._contributes else (0.0, 0.0)
+    def _share_of(self, value: Tensor) -> Tensor:
+        """What this rank adds to the world's sum of a scalar."""
+        return value if self._contributes else torch.zeros_like(value)
 
     def _agree(self) -> tuple[float, float, float, float, bool]:
         """One collective for all that the ranks must agree on; each rank's peak memory has its own slot."""
-        values = torch.zeros(4 + self.layout.devices, dtype=torch.float64)
-        values[0], values[1] = self._loss_share()
-        values[2] = squared_norm(self.optimizer, self.model.placements)
-        values[3] = float(self.stop_requested)
-        values[4 + self.mesh.rank] = peak_bytes(self.mesh.device)
-        loss_sum, counted, squared, stop, *peaks = self.mesh.sum_over_world(values.to(self.mesh.device)).tolist()
+        peaks = [0.0] * self.layout.devices
+        peaks[self.mesh.rank] = peak_bytes(self.mesh.device)
+        mine = [self._share_of(self._loss_sum), self.optimizer.squared_norm()]
+        sums = self._sums(mine, [self._counted * self._contributes, self.stop_requested, *peaks])
+        loss_sum, squared, counted, stop, *peaks = sums
         return loss_sum, counted, squared, max(peaks), stop > 0
+
+    def _sums(self, on_device: Sequence[Tensor], on_host: Sequence[float]) -> list[float]:
+        """The sums over all ranks of fp64 scalars on the device, then of numbers of the host.
+
+        Reading them is where the host waits for the device, the only place in a step: all else is queued.
+        """
+        host = to_device(torch.tensor(on_host, dtype=torch.float64), self.mesh.device)
+        sums: list[float] = self.mesh.sum_over_world(torch.cat((torch.stack(list(on_device)), host))).tolist()
+        return sums
 
     def _clip(self, norm: float, correction: float) -> None:
         """Scales the gradients to norm `train.clip` at most, with torch.nn.utils.clip_grad_norm_'s formula."""
@@ -226,15 +235,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds since the last tick, with the device's queue drained."""
+    """Seconds since the last tick. On a GPU a step's end is when its loss has been read: its update, which is queued by
+    then, runs while the host prepares the next step, and counts there."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def tick(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from meshwright import families
 from meshwright.card import Card
-from meshwright.checkpoint import ModelFolder, read_model_folder
+from meshwright.checkpoint import ModelFolder, read_model_folder, saves
+from meshwright.errors import InputError, Problem
 from meshwright.families.decoder_config import DTYPES
 from meshwright.families.llama import card as llama
 from meshwright.families.llama.module import build
@@ -34,8 +35,8 @@ _ELEMENTS_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class Model:
-    """A model before it is split. `fill` sets the first values of a ParallelModel; `folder` says how `model/` is
-    written."""
+    """A model before it is split. `fill` sets the first values of a ParallelModel, once: then a custom module's values
+    are let go. `folder` says how `model/` is written."""
 
     card: Card
     module: nn.Module
@@ -48,7 +49,7 @@ class Model:
 
 
 def model_of_job(job: Job, eos_id: int | None) -> Model:
-    """The Model of a job. Only a custom module takes memory: one copy on the CPU.
+    """The Model of a job. Only a custom module takes memory: one copy on the CPU, until `fill` has been called.
 
     Raises InputError for a folder or factory that cannot be used.
     """
@@ -99,20 +100,26 @@ def _custom(job: Job) -> Model:
     factory = factory_of_job(job)
     torch.manual_seed(job.train.seed)
     whole = factory()
-    values = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
-    buffers = {name: buffer.detach().clone() for name, buffer in whole.named_buffers()}
+    named = [*whole.named_parameters(), *whole.named_buffers(remove_duplicate=False)]
+    values = {name: tensor.detach() for name, tensor in named}
+    del named
     card = card_of_job(job)
+    names = [*(one.name for one in card.parameters), *(one.name for one in card.persistent_buffers)]
+    for name in names:
+        if not saves(values[name].dtype):
+            what = f"{name} is {values[name].dtype}, which safetensors does not have"
+            raise InputError(Problem("model.module", what, "use another type, or persistent=False for a buffer"))
 
     def source(name: str, box: Box) -> Tensor:
-        return values[name][tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))]
+        return values.pop(name)[tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))]
 
     def fill(model: ParallelModel) -> None:
-        model.fill(source, buffers)
+        model.fill(source, values)
+        values.clear()
 
     factory_record = {"factory": job.model.module, "arguments": job.model.arguments, "sha256": source_digest(factory)}
-    names = {parameter.name: parameter.name for parameter in card.parameters}
     side_files = {MODULE_NAME: json.dumps(factory_record, indent=2, sort_keys=True).encode()}
-    return Model(card, whole.to("meta"), fill, names, side_files)
+    return Model(card, whole.to("meta"), fill, {name: name for name in names}, side_files)
 
 
 def initial_values(seed: int, rule: Callable[[str], tuple[str, float]]) -> Callable[[str, Box], Tensor]:

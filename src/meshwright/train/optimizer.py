@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,13 +46,15 @@ def moment_names(names: Iterable[str]) -> list[str]:
 class Optimizer:
     """AdamW on the plain local tensors of `model`. Parameters of two or more dimensions decay, vectors do not."""
 
-    def __init__(self, model: ParallelModel, train: TrainSection) -> None:
+    def __init__(self, model: ParallelModel, train: TrainSection, device: torch.device) -> None:
         self._model = model
         self.parameters = {
             name: model.local(name).detach()
             for name, parameter in model.module.named_parameters()
             if parameter.requires_grad and model.placements[name].box.elements
         }
+        shares = [1.0 / model.placements[name].replicas for name in self.parameters]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)
         decays: list[Tensor] = []
         stays: list[Tensor] = []
         for name, local in self.parameters.items():
@@ -82,6 +84,13 @@ class Optimizer:
 
     def named_gradients(self) -> dict[str, Tensor]:
         return {name: local.grad for name, local in self.parameters.items() if local.grad is not None}
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared gradient norm, an fp64 scalar: summed over all ranks, every element counts
+        once."""
+        if not self.parameters:
+            return self._shares.sum()
+        return (torch.stack(torch._foreach_norm(self.gradients())).double().square() * self._shares).sum()
 
     def step(self, rate: float) -> None:
         for group in self._adamw.param_groups:
@@ -129,13 +138,3 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> Non
     dist.all_reduce(flat, group=group)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-def squared_norm(optimizer: Optimizer, placements: Mapping[str, Placement]) -> float:
-    """This rank's share of the squared gradient norm: summed over all ranks, every element counts once."""
-    names = list(optimizer.parameters)
-    if not names:
-        return 0.0
-    norms = torch._foreach_norm(optimizer.gradients())
-    weights = torch.tensor([1.0 / placements[name].replicas for name in names], dtype=torch.float64)
-    return float((torch.stack(norms).double().cpu().square() * weights).sum())

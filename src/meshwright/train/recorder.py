@@ -1,4 +1,4 @@
-"""Writes every step's gradients, so that `verify` can name the first tensor that differs."""
+"""Writes every step's gradients and buffers, so that `verify` can name the first tensor that differs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from meshwright.train.loop import Record
 def recorder(folder: str, model: ParallelModel, mesh: Mesh) -> Record:
     """A Record that writes step-N/rank-K.safetensors: the boxes this rank owns, scaled to the true gradient.
 
-    Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}.
+    Each file's metadata has `boxes`, JSON of {name: {"start": [...], "global_shape": [...]}}. The persistent buffers
+    that it owns, as the step's forward passes left them, are in step-N/buffers-K.safetensors.
     """
     root = Path(folder)
 
@@ -31,5 +32,7 @@ def recorder(folder: str, model: ParallelModel, mesh: Mesh) -> Record:
         place = root / f"step-{step}"
         place.mkdir(parents=True, exist_ok=True)
         save_file(tensors, place / f"rank-{mesh.rank}.safetensors", metadata={"boxes": json.dumps(boxes)})
+        buffers = {name: buffer.cpu() for name, buffer in model.buffers.items() if model.placements[name].owner}
+        save_file(buffers, place / f"buffers-{mesh.rank}.safetensors")
 
     return record

@@ -74,7 +74,7 @@ class Session:
                 signal.signal(kind, self._request_stop)
         done = self.first_step - 1
         self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
-        clock = Clock(self.mesh.device)
+        clock = Clock()
         held_out: dict[str, float] = {}
         result, saved_step = None, done
         for step in range(self.first_step, self.job.train.steps + 1):
@@ -148,7 +148,8 @@ class Session:
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
         hf = self.job.model.hf
         refuse_other_model(self.model, str(Path(hf) / "config.json") if hf else str(self.run.job), folder)
-        complete = {*self.model.names, *moment_names(self.model.names)}
+        parameters = [parameter.name for parameter in self.model.card.parameters]
+        complete = {*self.model.names, *moment_names(parameters)}
         checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
         before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]

@@ -102,6 +102,7 @@ def _run(
         folder.logs,
         interface=job.launch.interface,
         grace_seconds=60.0,  # time to save a checkpoint
+        keep_memory=chosen.chosen.keeps_freed_memory,
     )
     try:
         if watch is not None:

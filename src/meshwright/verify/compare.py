@@ -1,4 +1,4 @@
-"""Compares the recorded gradients of two runs, step by step and tensor by tensor."""
+"""Compares the recorded gradients and buffers of two runs, step by step and tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 #: The difference of a gradient is relative to its norm, but at least to this share of the whole gradient's norm. AdamW
@@ -23,10 +24,13 @@ FLOOR = 0.1
 #: itself when it sums in another order: a layout sums in several other orders.
 NOISE_FACTOR = 10.0
 
+#: Running means and variances are small differences of large sums, and their rounding is larger than a gradient's.
+BUFFER_TOLERANCE = 1e-4
+
 
 @dataclass(frozen=True)
 class Recording:
-    """The losses of a run from step 1, and the folder of its gradients."""
+    """The losses of a run from step 1, and the folder of its gradients and buffers."""
 
     losses: Sequence[float]
     folder: Path
@@ -34,7 +38,8 @@ class Recording:
 
 @dataclass(frozen=True)
 class Difference:
-    """|layout - device| / |device| at one step, of the gradient of one tensor or of the loss, and what is `allowed`."""
+    """|layout - device| / |device| at one step, and what is `allowed`: of the loss (`tensor` is "loss"), of a gradient
+    (the parameter's name), or of a buffer ("buffer" and its name)."""
 
     step: int
     tensor: str
@@ -48,11 +53,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest differences: of `loss` and `gradient` where each step begins from equal weights, of `drift` where
-    the runs go on by themselves. `first_beyond` is the first that is not allowed (None: equal)."""
+    """The largest differences: of `loss`, `gradient` and `buffer` where each step begins from equal weights, of `drift`
+    where the runs go on by themselves. `first_beyond` is the first that is not allowed (None: equal)."""
 
     loss: Difference
     gradient: Difference
+    buffer: Difference
     drift: Difference
     first_beyond: Difference | None
 
@@ -69,7 +75,7 @@ def compare(
     Within a step the loss comes first, then the tensors in order of the forward pass. Raises ValueError where two runs
     recorded different tensors.
     """
-    worst_loss, worst_gradient, drift = Difference(0, "loss", 0.0), Difference(0, "", 0.0), Difference(0, "", 0.0)
+    worst_loss, worst_gradient, worst_buffer, drift = (Difference(0, word, 0.0) for word in ("loss", "", "", ""))
     first_beyond: Difference | None = None
     noise = 0.0
     for step in range(1, len(reference.losses) + 1):
@@ -82,10 +88,12 @@ def compare(
         by_size = _by_own_size(expected, read_step(followed.folder, 1), other_order, tolerance) if step == 1 else []
         worst_loss = max(worst_loss, loss, key=_order)
         worst_gradient = max([worst_gradient, *gradients], key=_order)
+        buffers = _of_buffers(step, reference.folder, followed.folder, tolerance)
+        worst_buffer = max([*buffers, worst_buffer], key=_order)
         drift = max([drift, *drifted], key=_order)
         if first_beyond is None:
-            first_beyond = next((d for d in (loss, *gradients, *by_size, *drifted) if d.beyond), None)
-    return Comparison(worst_loss, worst_gradient, drift, first_beyond)
+            first_beyond = next((d for d in (loss, *gradients, *by_size, *buffers, *drifted) if d.beyond), None)
+    return Comparison(worst_loss, worst_gradient, worst_buffer, drift, first_beyond)
 
 
 def differences(
@@ -119,6 +127,25 @@ def _by_own_size(
             relative = _relative(_distance(tensor, actual[name]), _norm(tensor))
             differences.append(Difference(1, name, relative, max(tolerance, NOISE_FACTOR * noise)))
     return differences
+
+
+def _of_buffers(step: int, expected: Path, actual: Path, tolerance: float) -> list[Difference]:
+    """Of each persistent buffer, relative to its norm, within BUFFER_TOLERANCE or `tolerance`; counts must be equal."""
+    whole, other = _read_buffers(expected, step), _read_buffers(actual, step)
+    if whole.keys() != other.keys():
+        raise ValueError(f"step {step}: only one of the two runs has {', '.join(sorted(whole.keys() ^ other.keys()))}")
+    differences = []
+    for name, buffer in whole.items():
+        equal = torch.equal(buffer, other[name])  # infinities, as masks have them, have no difference
+        relative = 0.0 if equal else _relative(_distance(buffer, other[name]), _norm(buffer))
+        allowed = max(tolerance, BUFFER_TOLERANCE) if buffer.is_floating_point() else 0.0
+        differences.append(Difference(step, f"buffer {name}", relative, allowed))
+    return differences
+
+
+def _read_buffers(folder: Path, step: int) -> dict[str, Tensor]:
+    paths = sorted((folder / f"step-{step}").glob("buffers-*.safetensors"))
+    return {name: buffer for path in paths for name, buffer in load_file(path).items()}
 
 
 def _norm(tensor: Tensor) -> float:

@@ -29,10 +29,10 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
     """Trains the planned layout of `job` and one device for `steps` steps from equal seeds and data, and compares.
 
     The layout is planned for `cluster`; the runs are processes of this machine, which may outnumber its cores. Returns
-    {"layout", "steps", "precision", "tolerance", "twin", "without_dropout", "loss", "gradient", "drift"}: the largest
-    relative differences, a description of the smaller twin where one was needed to fit one process, else "", and
-    whether the model's dropout was left out. Raises LayoutsDisagree naming the
-    first step and tensor that differ, CannotWork where no layout does the job.
+    {"layout", "steps", "precision", "tolerance", "twin", "without_dropout", "loss", "gradient", "buffer", "drift"}: the
+    largest relative differences, a description of the smaller twin where one was needed to fit one process, else "",
+    and whether the model's dropout was left out. Raises LayoutsDisagree naming the first step and tensor that differ,
+    CannotWork where no layout does the job.
     """
     request = PlanRequest(
         global_batch=job.train.global_batch,
@@ -66,6 +66,7 @@ def run(job: Job, card: Card, cluster: Cluster, *, steps: int = 20, precision: s
         "without_dropout": dropout,
         "loss": dataclasses.asdict(comparison.loss),
         "gradient": dataclasses.asdict(comparison.gradient),
+        "buffer": dataclasses.asdict(comparison.buffer),
         "drift": dataclasses.asdict(comparison.drift),
     }
 
@@ -115,7 +116,8 @@ def _train_both(job: Job, single: Plan, split: Plan, tolerance: float) -> tuple[
 
 def _disagreement(layout: Layout, comparison: Comparison, first: Difference) -> Problem:
     loss, gradient = comparison.loss, comparison.gradient
-    what = "the loss" if first.tensor == "loss" else f"the gradient of {first.tensor}"
+    by_name = first.tensor == "loss" or first.tensor.startswith("buffer ")
+    what = f"the {first.tensor}" if by_name else f"the gradient of {first.tensor}"
     return Problem(
         f"layout {layout}, step {first.step}",
         f"{what} differs from one device's by {first.relative:.1e} relative, more than {first.allowed:.1g}",

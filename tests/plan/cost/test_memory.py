@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshwright import checkpoint
-from meshwright.card import Activation, Block, Card, Parameter
+from meshwright.card import Activation, Block, Buffer, Card, Parameter
 from meshwright.cluster import Cluster, cpu_cluster, named_cluster
 from meshwright.errors import CannotWork
 from meshwright.families.decoder import DecoderShape
@@ -206,6 +206,34 @@ def test_the_last_stage_holds_a_copy_of_tied_embeddings() -> None:
     assert last.optimizer == 8 * (64 + 512 * 64)  # the norm and the alias
 
 
+def test_every_rank_holds_the_buffers_of_its_stage_whole() -> None:
+    plain = toy(blocks=2)
+    kept, lost = Buffer("blocks.1.mean", (100,), 4), Buffer("blocks.1.mask", (1000,), 1, persistent=False)
+    model = replace(plain, blocks=(plain.blocks[0], replace(plain.blocks[1], buffers=(kept, lost))))
+    for framework in (OURS, MEGATRON):
+        for layout, more in ((Layout(dp=2, shard=2), [1400]), (Layout(pp=2, schedule="gpipe"), [0, 1400])):
+            with_them, without = (stages(m, layout, 2, "fp32", framework=framework) for m in (model, plain))
+            assert [a.weights - b.weights for a, b in zip(with_them, without, strict=True)] == more
+    workload = Workload(model, cpu_cluster(2), 2, "fp32", asynchronous=True)
+    saved = MemoryModel(workload).stages(Layout(dp=2, shard=2), [0], 1)[0].checkpoint
+    assert saved == 12 * 1000 + 400
+
+
+def test_a_model_that_every_process_builds_whole_needs_room_for_that() -> None:
+    """Eight ranks keep an eighth each: 2.25 bytes a parameter for masters, moments and gradients."""
+    model, cluster = toy(blocks=8, parameters=10**8), cpu_cluster(8)
+    built, drawn = (
+        stages(one, Layout(dp=8, shard=8), 1, "fp32", cluster=cluster)[0]
+        for one in (replace(model, built_whole=True), model)
+    )
+    start = PROCESS_BYTES["cpu"] + 4 * 8 * 10**8 + 4 * 10**8
+    assert drawn.start == 0 and built.total == max(start, drawn.total) and start > drawn.total - drawn.slack
+    assert replace(built, start=0) == drawn
+    whole = stages(replace(model, built_whole=True), Layout(), 1, "fp32", cluster=cpu_cluster(1))[0]
+    assert whole.start == 0, "a step needs more"
+    assert stages(replace(model, built_whole=True), Layout(dp=8, shard=8), 1, "fp32")[0].start == 0, "on GPUs"
+
+
 def test_the_total_is_the_sum_of_its_parts() -> None:
     memory = StageMemory(1, 2, 3, 4, 5, 6, 7)
     assert (memory.allocated, memory.reserved, memory.other) == (15, 21, 18)
@@ -258,10 +286,25 @@ def test_the_interval_of_our_peak_is_as_wide_as_what_it_was_measured_on() -> Non
 
 
 def test_the_allocators_slack_is_bounded_by_what_is_allocated() -> None:
-    assert slack_bytes("cuda", 100, 10_000) == 30
-    assert slack_bytes("cuda", 9_000, 10_000) == 600
-    assert slack_bytes("cpu", 100, 10_000) == 100  # malloc keeps what was freed
-    assert slack_bytes("cpu", 9_000, 10_000) == 3_000
+    gpu, cpu = H100.device, cpu_cluster(1).device
+    assert slack_bytes(gpu, 100, 10_000) == 30
+    assert slack_bytes(gpu, 9_000, 10_000) == 600
+    assert slack_bytes(cpu, 100, 10_000) == 100
+    assert slack_bytes(cpu, 9_000, 10_000) == 3_000
+
+
+def test_a_process_returns_what_it_frees_where_keeping_it_could_be_too_much() -> None:
+    """The slack never makes a layout too large, and a plan without room for it has none."""
+    device = cpu_cluster(1).device
+    room = usable_bytes(device) - PROCESS_BYTES["cpu"]
+    for needed in range(room // 100, room + 1, room // 100):
+        slack = slack_bytes(device, needed, needed)
+        assert (slack > 0) == (3 * needed <= room) and needed + slack <= room
+    for memory_bytes, keeps in ((64 << 30, True), (PROCESS_BYTES["cpu"] + (64 << 20), False)):
+        cluster = cpu_cluster(1)
+        cluster = replace(cluster, device=replace(cluster.device, memory_bytes=memory_bytes))
+        plan = make_plan(card(SMALL, 32), cluster, PlanRequest(8, "fp32"), what_if=False)
+        assert plan.chosen.keeps_freed_memory == keeps
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -318,8 +361,9 @@ def test_the_writer_keeps_the_copy_that_the_plan_counts(tmp_path: Path) -> None:
 def test_a_job_that_would_end_at_its_first_checkpoint_does_not_fit() -> None:
     model, cluster = card(SMALL, 32), cpu_cluster(1)
     beside, alone = PlanRequest(8, "fp32"), PlanRequest(8, "fp32", asynchronous=False)
-    need = [make_plan(model, cluster, request, what_if=False).chosen.memory[0].total for request in (alone, beside)]
-    assert 12 * model.parameter_elements <= need[1] - need[0] <= 1.3 * 12 * model.parameter_elements + 1
+    found = [make_plan(model, cluster, request, what_if=False).chosen.memory[0] for request in (alone, beside)]
+    need = [stage.total - stage.slack for stage in found]
+    assert need[1] - need[0] == 12 * model.parameter_elements
     between = replace(cluster, device=replace(cluster.device, memory_bytes=int((need[0] + need[1]) / 2 / 0.9)))
     make_plan(model, between, replace(alone, pins={"micro_batch": 8, "recompute": "none"}), what_if=False)
     with pytest.raises(CannotWork, match="does not fit"):

@@ -17,6 +17,7 @@ from meshwright.plan.rules import RULES, refusals
 LLAMA = ModelFacts.of(card(LlamaShape(6, 48, 12, 4, 4, 96, 240), 64))
 PLAIN = ModelFacts.of(Card("plain", (Block("all", "module", (Parameter("w", (8,), (None,)),)),)))
 MIXTURE = replace(LLAMA, experts=8)
+NORMED_TP = replace(LLAMA, stateful_buffers=("norm.running_mean",))
 NORMED = replace(PLAIN, stateful_buffers=("norm.running_mean",), blocks=3, splittable=frozenset({"pp"}))
 
 
@@ -110,6 +111,23 @@ def test_every_refusal_says_a_reason_and_its_fields(query: LayoutQuery) -> None:
         (Layout(offload=True), LLAMA, 1, 24, "offers_offload", "nearest: layout.offload=false"),
         (Layout(schedule="zbv"), LLAMA, 1, 24, "schedule", "nearest: layout.schedule=1f1b"),
         (Layout(dp=2), NORMED, 2, 24, "stateful_buffers", "norm.running_mean"),
+        (Layout(micro_batch=8), NORMED, 1, 24, "stateful_buffers", "nearest: layout.micro_batch=24"),
+        (
+            Layout(tp=2, sequence_parallel=True, micro_batch=24),
+            NORMED_TP,
+            2,
+            24,
+            "stateful_buffers",
+            "nearest: layout.sequence_parallel=false",
+        ),
+        (
+            Layout(recompute="full"),
+            NORMED,
+            1,
+            24,
+            "recompute",
+            "(norm.running_mean) twice; nearest: layout.recompute=none",
+        ),
         (Layout(pp=2), NORMED, 2, 24, "stateful_buffers", "nearest: layout.micro_batch=24 layout.schedule=gpipe"),
         (Layout(pp=4, micro_batch=8), LLAMA, 4, 24, "micro_batches", "a step has 3; nearest: layout.micro_batch=6"),
         (Layout(pp=4, micro_batch=2), LLAMA, 4, 2, "micro_batches", "a step has 1; nearest: layout.schedule=gpipe"),

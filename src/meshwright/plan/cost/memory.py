@@ -33,9 +33,11 @@ PROCESS_BYTES = {"cpu": 450 * 1024**2, "cuda": 900 * 1024**2}
 #: Share of a device's memory that a plan may fill; the rest is for the system.
 USABLE = {"cpu": 0.9, "cuda": 0.94}
 #: What an allocator holds beyond what is allocated: a share of the bytes that come and go, and at most a share of all
-#: bytes. On GPUs from eleven public runs of Megatron-LM (0.11 to 0.45, and 0.03 to 0.08); on CPUs, where malloc keeps what
-#: was freed (launch.local), from the resident memory of twelve runs of bench/runs/resident.py (0.17 to 0.62 of all bytes).
+#: bytes. On GPUs from eleven public runs of Megatron-LM (0.11 to 0.45, and 0.03 to 0.08), on CPUs from the resident
+#: memory of twelve runs of bench/runs/resident.py.
 SLACK = {"cpu": (1.0, 0.3), "cuda": (0.3, 0.06)}
+#: A CPU process keeps what it frees where this many times its tensors' bytes fit; else it returns that, and has no slack.
+ROOM_TO_KEEP = 3
 MASTER_BYTES, MOMENT_BYTES = 4, 4
 
 
@@ -45,7 +47,8 @@ class StageMemory:
 
     `buffers` are for communication and for the backward of one block; `slack` is reserved by the allocator and unused;
     `process` is outside the allocator: libraries, the device's context. `checkpoint` is the host's copy from which a
-    checkpoint is written while training goes on, where host and device share the memory.
+    checkpoint is written while training goes on, where host and device share the memory. `start` is what building the
+    whole model, before a step needs anything, takes beyond all that.
     """
 
     weights: int
@@ -56,6 +59,7 @@ class StageMemory:
     slack: int = 0
     process: int = 0
     checkpoint: int = 0
+    start: int = 0
 
     @property
     def allocated(self) -> int:
@@ -69,12 +73,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        return self.reserved + self.process + self.checkpoint
+        return self.reserved + self.process + self.checkpoint + self.start
 
     @property
     def other(self) -> int:
         """All but the model's state and activations."""
-        return self.buffers + self.slack + self.process + self.checkpoint
+        return self.buffers + self.slack + self.process + self.checkpoint + self.start
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -92,9 +96,11 @@ def usable_bytes(device: Device) -> int:
     return int(device.memory_bytes * USABLE[device.kind])
 
 
-def slack_bytes(kind: str, moving_bytes: int, allocated_bytes: int) -> int:
+def slack_bytes(device: Device, moving_bytes: int, allocated_bytes: int) -> int:
     """What the allocator reserves beyond `allocated_bytes`, of which `moving_bytes` come and go."""
-    of_moving, of_all = SLACK[kind]
+    of_moving, of_all = SLACK[device.kind]
+    if device.kind == "cpu" and ROOM_TO_KEEP * allocated_bytes + PROCESS_BYTES["cpu"] > usable_bytes(device):
+        return 0
     return int(min(of_moving * moving_bytes, of_all * allocated_bytes))
 
 
@@ -119,6 +125,8 @@ class StageElements:
     largest: int  # of the largest block
     distinct: int  # of matrices with distinct names
     head: int  # of the output head
+    buffers: int  # bytes of the module's buffers, which every rank holds whole
+    saved_buffers: int  # of these, bytes of the persistent ones
 
 
 #: Pairs of a kind of block and the number of blocks of that kind.
@@ -150,7 +158,17 @@ class MemoryModel:
         ranks = zip(self._stage_elements(layout, cut), self._stage_activations(layout, cut, micro_batches), strict=True)
         if self.framework.holds == "copies":
             return tuple(self._copies(layout, sizes, active) for sizes, active in ranks)
-        return tuple(self._masters(layout, sizes, active, micro_batches) for sizes, active in ranks)
+        return tuple(
+            self._with_start(self._masters(layout, sizes, active, micro_batches), sizes) for sizes, active in ranks
+        )
+
+    def _with_start(self, stage: StageMemory, sizes: StageElements) -> StageMemory:
+        """`stage`, and what the start takes beyond it: the whole model, of which each rank keeps its part, and a block
+        that is gathered to place its shards. On a GPU the whole model is in the host's memory."""
+        if not self.card.built_whole or self.device.kind != "cpu":
+            return stage
+        whole = MASTER_BYTES * self.card.parameter_elements + sum(block.buffer_bytes for block in self.card.blocks)
+        return replace(stage, start=max(0, whole + self.width * sizes.largest + stage.process - stage.total))
 
     def least_bytes(self, layout: Layout, firsts: Sequence[int], micro_batches: int) -> int:
         """A lower bound of the fullest rank's bytes, for this layout and any larger micro-batch or smaller shard.
@@ -163,7 +181,10 @@ class MemoryModel:
         cut, copies = tuple(firsts), 1 if layout.offload else 3
         ranks = zip(self._stage_elements(layout, cut), self._stage_activations(layout, cut, micro_batches), strict=True)
         return PROCESS_BYTES[self.device.kind] + max(
-            copies * MASTER_BYTES * self._sharded(layout, sizes) + self._gathered(layout, sizes) + active.activations
+            copies * MASTER_BYTES * self._sharded(layout, sizes)
+            + self._gathered(layout, sizes)
+            + sizes.buffers
+            + active.activations
             for sizes, active in ranks
         )
 
@@ -178,18 +199,22 @@ class MemoryModel:
             weights, gradients, optimizer = (
                 self._sharded(layout, sizes, size) for size in (wide, gradient, per_parameter)
             )
-            return self._stage_memory(weights, gradients, 0 if layout.offload else optimizer, active, whole)
+            optimizer = 0 if layout.offload else optimizer
+            return self._stage_memory(weights + sizes.buffers, gradients, optimizer, active, whole)
         spread = data if framework.optimizer_shard == "dp" else 1
         spread_experts = max(1, data * layout.tp // (layout.ep * self.blocks.expert_tp(layout))) if spread > 1 else 1
         optimizer = per_parameter * (-(-sizes.dense // spread) + -(-sizes.expert // spread_experts))
         dummies = wide * sizes.distinct if framework.dummy_gradients else 0
         optimizer = 0 if layout.offload else optimizer
-        return self._stage_memory(wide * elements, gradient * elements, optimizer, active, dummies)
+        return self._stage_memory(wide * elements + sizes.buffers, gradient * elements, optimizer, active, dummies)
 
     def _saved(self, layout: Layout, sizes: StageElements) -> int:
         """A rank's bytes of the copy from which checkpoints are written: of what it owns, an equal part of what it
-        shares with other replicas. (Owners alternate by parameter, and all processes share the machine's memory.)"""
-        return self.save_bytes * -(-self._sharded(layout, sizes) // layout.replicate)
+        shares with other replicas. (Owners alternate by parameter, and all processes share the machine's memory.) The
+        first rank of a stage owns its buffers."""
+        if not self.save_bytes:
+            return 0
+        return self.save_bytes * -(-self._sharded(layout, sizes) // layout.replicate) + sizes.saved_buffers
 
     def _gathered(self, layout: Layout, sizes: StageElements) -> int:
         """Bytes of the weights that stay gathered, in the compute precision."""
@@ -220,8 +245,8 @@ class MemoryModel:
         copies, gradients, activations, buffers = max(moments, key=sum)
         optimizer = 0 if layout.offload else 2 * MOMENT_BYTES * own
         peak = replace(active, activations=activations, working=buffers)
-        saved = self._saved(layout, sizes)
-        return self._stage_memory(MASTER_BYTES * own + copies, gradients, optimizer, peak, saved=saved)
+        weights, saved = MASTER_BYTES * own + copies + sizes.buffers, self._saved(layout, sizes)
+        return self._stage_memory(weights, gradients, optimizer, peak, saved=saved)
 
     def _stage_memory(
         self,
@@ -242,7 +267,7 @@ class MemoryModel:
             optimizer=optimizer,
             activations=active.activations,
             buffers=buffers,
-            slack=slack_bytes(kind, active.activations + active.working, allocated + saved),
+            slack=slack_bytes(self.device, active.activations + active.working, allocated + saved),
             process=PROCESS_BYTES[kind],
             checkpoint=saved,
         )
@@ -338,6 +363,8 @@ class MemoryModel:
                         max(alias, *(kinds[k].dense + kinds[k].expert for k in blocks)),
                         sum(distinct.values()) + (tied if last in blocks else 0),
                         kinds[last].dense + tied if last in blocks else 0,
+                        sum(count * self._kinds[k][0].buffer_bytes for k, count in counts),
+                        sum(count * self._kinds[k][0].saved_buffer_bytes for k, count in counts),
                     )
                 )
             self._elements[key] = tuple(ranks)

@@ -55,7 +55,7 @@ class BlockEstimates:
             else:
                 sums[one.name] = sum(values) if one.name in ADDED else max(values)
         moving, states = sums["activations"] + sums["buffers"], sum(sums[name] for name in ADDED)
-        sums["slack"] = slack_bytes(self.group.device.kind, moving, moving + states)
+        sums["slack"] = slack_bytes(self.group.device, moving, moving + states)
         return StageMemory(**sums)
 
     def limit(self, start: int, in_flight: int) -> int:
@@ -68,7 +68,7 @@ class BlockEstimates:
                 activations += memory.activations
                 buffers, process = max(buffers, memory.buffers), max(process, memory.process)
                 moving = activations * in_flight // self.micro_batches + buffers
-                if fixed + moving + slack_bytes(self.group.device.kind, moving, fixed + moving) + process > room:
+                if fixed + moving + slack_bytes(self.group.device, moving, fixed + moving) + process > room:
                     break
                 stop += 1
             self._limits[start, in_flight] = stop

@@ -120,8 +120,10 @@ class LayoutQuery:
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The words of recompute that the framework offers this model: where "selective" drops attention alone, models
-        without attention have none."""
+        """The words of recompute that the framework offers this model: none to one whose buffers a second forward pass
+        would change again, and where "selective" drops attention alone, none of it to models without attention."""
+        if self.facts.stateful_buffers:
+            return ("none",)
         nothing = self.framework.selective == "attention" and not self.facts.has_attention
         return tuple(word for word in self.framework.offers.recompute if not (nothing and word == "selective"))
 

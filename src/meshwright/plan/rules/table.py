@@ -121,6 +121,9 @@ def _recompute(q: LayoutQuery) -> Refusal | None:
     most = offered[-1] if offered else "none"
     if recompute not in RECOMPUTE:
         reason = f"recompute '{recompute}' is unknown; there are {', '.join(RECOMPUTE)}"
+    elif recompute in q.framework.offers.recompute and q.facts.stateful_buffers:
+        names = ", ".join(q.facts.stateful_buffers[:3])
+        reason = f"recompute runs a block twice in a step, and with it would change buffers ({names}) twice"
     elif recompute in q.framework.offers.recompute:
         reason = f"selective recompute of {q.framework.name} drops attention alone, and this model has no attention"
     else:
@@ -345,22 +348,22 @@ def _micro_batches(q: LayoutQuery) -> Refusal | None:
 
 
 def _buffers(q: LayoutQuery) -> Refusal | None:
-    """Layouts that split the batch would give each part its own statistics, unlike one device."""
+    """Layouts that split the batch would give each part its own statistics, unlike one device that sees it at once."""
     if not q.facts.stateful_buffers:
         return None
     layout, names = q.layout, ", ".join(q.facts.stateful_buffers[:3])
-    if layout.dp > 1:
-        change: dict[str, Any] = {"devices": max(1, layout.tp * layout.pp * layout.cp), "dp": 1, "shard": 1}
-        if layout.pp > 1:
-            change |= {"micro_batch": q.global_batch, "schedule": "gpipe"}
-    elif layout.pp > 1 and layout.micro_batch >= 1 and q.global_batch > layout.micro_batch:
-        change = {"micro_batch": q.global_batch, "schedule": "gpipe"}
-    else:
+    change: dict[str, Any] = {"sequence_parallel": False} if layout.sequence_parallel else {}
+    if layout.dp > 1 or layout.cp > 1:
+        change |= {"devices": max(1, layout.tp * layout.pp), "dp": 1, "shard": 1}
+        change |= {"cp": 1} if layout.cp > 1 else {}
+    if 1 <= layout.micro_batch < q.global_batch:
+        change |= {"micro_batch": q.global_batch, **({"schedule": "gpipe"} if layout.pp > 1 else {})}
+    if not change:
         return None
     reason = (
         f"buffers that training changes ({names}) would differ between parts of a batch; use LayerNorm or GroupNorm"
     )
-    return Refusal("stateful_buffers", reason, change, ("dp", "micro_batch"))
+    return Refusal("stateful_buffers", reason, change, ("dp", "cp", "micro_batch", "sequence_parallel"))
 
 
 RULES: tuple[Rule, ...] = (

@@ -173,8 +173,8 @@ def micro_batch_sizes(space: Space, base: Layout) -> list[int]:
         if base.schedule not in TABLE:
             return []
         sizes = [m for m in sizes if fills_pipeline(base, share // m, space.workload.framework)]
-        if space.workload.facts.stateful_buffers:
-            sizes = [m for m in sizes if m == batch]
+    if space.workload.facts.stateful_buffers:
+        sizes = [m for m in sizes if m == batch]
     return sizes
 
 

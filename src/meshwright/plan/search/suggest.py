@@ -237,13 +237,13 @@ def _best_layout_on(cluster: Cluster, space: Space, estimator: Estimator) -> Lay
 
 
 def _leanest_fits(space: Space, estimator: Estimator) -> bool:
-    """Whether any layout with full recompute and one sample per micro-batch fits: much quicker than a full search of
-    each larger cluster."""
+    """Whether any layout with full recompute and one sample per micro-batch fits (as the model's buffers allow): much
+    quicker than a full search of each larger cluster."""
     workload = space.workload
     parameter_bytes = COMPUTED_BYTES if workload.framework.offers.offload else STATE_BYTES
     least = workload.card.parameter_elements * parameter_bytes / workload.cluster.devices
     if least > usable_bytes(workload.cluster.device):
         return False
-    pins = {"recompute": "full"} if workload.facts.stateful_buffers else {"recompute": "full", "micro_batch": 1}
+    pins = {"recompute": "none"} if workload.facts.stateful_buffers else {"recompute": "full", "micro_batch": 1}
     leanest = replace(space, pins=pins, bounds=NARROW)
     return bool(explore(leanest, Estimator(leanest.workload, estimator.profile)).fitting)
