@@ -173,16 +173,40 @@ def test_auto_precision_follows_the_device() -> None:
     [
         ("AuthenticAMD 25", {"avx2", "avx512f", "avx512_bf16"}, 32, 64),
         ("AuthenticAMD 26", {"avx2", "avx512f", "avx512_bf16"}, 32, 128),
-        ("AuthenticAMD 25", {"avx2"}, 32, 16),
+        ("AuthenticAMD 25", {"avx2"}, 32, 4),
         ("GenuineIntel 6", {"avx2", "avx512f", "avx512_bf16"}, 64, 128),
         ("GenuineIntel 6", {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, 64, 1024),
-        ("GenuineIntel 6", {"avx2"}, 32, 16),
-        ("", set(), 32, 16),
+        ("GenuineIntel 6", {"avx2", "avx512f"}, 64, 12),
+        ("GenuineIntel 6", {"avx2"}, 32, 4),
+        ("", set(), 32, 4),
     ],
 )
 def test_rates_of_a_core_follow_its_instructions(maker: str, flags: set[str], fp32: int, bf16: int) -> None:
     rates, _ = cluster._core_flops(maker, frozenset(flags), 1000.0)
     assert rates == {"fp32": fp32 * 1e9, "bf16": bf16 * 1e9}
+
+
+@pytest.mark.parametrize(
+    ("level", "fast"),
+    [
+        ("", True),
+        ("AVX512_CORE_AMX", True),
+        ("avx512_core_bf16", True),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX2_VNNI_2", False),
+        ("SSE41", False),
+    ],
+)
+def test_instructions_that_onednn_may_not_use_do_not_count(
+    level: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "fpu avx2 avx512f avx512_bf16 amx_bf16"
+    write(tmp_path / "cpuinfo", f"vendor_id\t: GenuineIntel\ncpu family\t: 6\nflags\t\t: {flags}\n\nvendor_id\t: x\n")
+    monkeypatch.setattr(cluster, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level)
+    machine = cpu_cluster(1)
+    assert machine.device.slow_bf16 is not fast
+    assert machine.resolve_precision("auto") == ("bf16" if fast else "fp32")
 
 
 def test_every_device_of_the_table_has_figures_that_make_sense() -> None:

@@ -2,13 +2,14 @@
 
     python bench/speed/train.py                      five rounds of 12 steps, all four
     python bench/speed/train.py --rounds 2 --steps 6 --only ddp compiled
+    python bench/speed/train.py --precision fp32     as on a CPU that is slow at bf16
 
 Every side trains the same Llama-style model (25.7M parameters without embeddings) from random weights on the same
-batches of the Python standard library's sources: 8 x 512 tokens per step, AdamW, clipping at 1.0, bf16. A round starts
-each side once as new processes, in an order that changes with the round. On a CPU every side has all cores: two
-processes of one thread (DDP, and Meshwright as it plans), or one process of two threads; `meshwright-one` is ours in
-the latter form, compiled. `torch.compile` keeps its cache between rounds, so only the first round compiles from
-scratch.
+batches of the Python standard library's sources: 8 x 512 tokens per step, AdamW, clipping at 1.0, bf16 unless told
+otherwise. A round starts each side once as new processes, in an order that changes with the round. On a CPU every side
+has all cores: two processes of one thread (DDP, and Meshwright as it plans), or one process of two threads;
+`meshwright-one` is ours in the latter form, compiled. `torch.compile` keeps its cache between rounds, so only the first
+round compiles from scratch.
 
 Prints a Markdown table. tokens/s: the median over the rounds of each round's median over the steps after its warm-up,
 with the lowest and highest round. Peak memory: resident bytes of all processes of a side together, sampled five times a
@@ -70,7 +71,7 @@ class TrainBench:
     processes: int
 
 
-def job_of(steps: int) -> Job:
+def job_of(steps: int, precision: str) -> Job:
     """The job that Meshwright trains. The peers' settings come from the same constants."""
     return Job(
         model={"family": "llama", **SHAPE},
@@ -79,7 +80,7 @@ def job_of(steps: int) -> Job:
             "steps": steps,
             "lr": LR,
             "global_batch": GLOBAL_BATCH,
-            "precision": "bf16",
+            "precision": precision,
             "warmup_steps": 0,
             "decay": "constant",
             "weight_decay": WEIGHT_DECAY,
@@ -139,7 +140,7 @@ def run_peer(bench: TrainBench, compiled: bool, result: Result) -> None:
         "steps": bench.steps,
         "lr": LR,
         "weight_decay": WEIGHT_DECAY,
-        "precision": "bf16",
+        "precision": bench.job.train.precision,
     }
     (work / "settings.json").write_text(json.dumps(settings))
     threads = max(1, (os.cpu_count() or 1) // world)
@@ -224,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="per round; the first two are not counted")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--only", nargs="+", choices=["ddp", "compiled", "meshwright", "meshwright-one"])
     parser.add_argument("--folder", type=Path, help="folder for all files (default: a temporary one)")
     options = parser.parse_args()
@@ -234,7 +236,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="meshwright-bench-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        job = job_of(options.steps)
+        job = job_of(options.steps, options.precision)
         print(f"indexing the data in {folder}", file=sys.stderr)
         write_batches(build_manifest(job, folder / "data"), options.steps, folder / "batches.npz")
         bench = TrainBench(folder, job, device, options.steps, processes)

@@ -33,6 +33,11 @@ def debug() -> bool:
     return os.environ.get("MESHWRIGHT_DEBUG", "") not in ("", "0")
 
 
+def instruction_level() -> str:
+    """ONEDNN_MAX_CPU_ISA: the newest instructions of the CPU that oneDNN may use, such as AVX2; "" allows all."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+
+
 def worker_context() -> WorkerContext | None:
     """The context of this process; None where `launch` did not start it."""
     if WORKER_FOLDER not in os.environ:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from meshwright.engine import Engine, Request, TokenEvent
+from meshwright.engine import engine as engine_file
 from meshwright.errors import CannotWork, InputError
 
 VOCAB = 199
@@ -167,6 +170,36 @@ def test_a_prompt_longer_than_a_chunk_and_than_the_first_cache(llama: Path) -> N
             events = drain(engine)
             out[chunk] = [[event.token for event in events[id]] for id in (small, large)]
     assert out[512] == out[16]
+
+
+@pytest.mark.parametrize(("kind", "key_heads", "copies"), [("llama", 2, 0), ("llama_tied_biased", 4, 1)])
+def test_the_cache_takes_half_of_what_the_weights_leave_free(
+    kind: str, key_heads: int, copies: int, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 slots of 100 tokens, each with keys and values of 16 elements for every key head of 3 layers, in fp32. Tied
+    embeddings are in memory twice."""
+    saved = load_file(folder_of(kind) / "model.safetensors").values()
+    weights = sum(tensor.nbytes for tensor in saved) + copies * VOCAB * 64 * 4
+    cache = 2 * 100 * 3 * 2 * key_heads * 16 * 4
+    monkeypatch.setattr(engine_file, "available_memory_bytes", lambda: weights + 2 * cache)
+    with Engine.open(folder_of(kind), max_batch=2) as engine:
+        assert engine.max_len == 100
+    monkeypatch.setattr(engine_file, "available_memory_bytes", lambda: weights // 2)
+    with pytest.raises(CannotWork, match=r"its weights take .* GiB in memory, of which .* are free"):
+        Engine.open(folder_of(kind), max_batch=2)
+
+
+@pytest.mark.parametrize(("asked", "cores", "threads"), [(None, 2, 2), (None, 64, 3), (5, 2, 5)])
+def test_threads_are_at_most_the_cores_of_this_process(
+    asked: int | None, cores: int, threads: int, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_file, "available_cores", lambda: cores)
+    torch.set_num_threads(3)
+    try:
+        with Engine.open(llama, max_len=8, threads=asked):
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_max_tokens_defaults_to_what_fits(llama: Path) -> None:

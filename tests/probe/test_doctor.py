@@ -24,6 +24,12 @@ def test_the_picture_is_json_with_what_this_machine_has() -> None:
     assert {"where", "what", "nearest"} == set().union(*picture["problems"], {"where", "what", "nearest"})
 
 
+@pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE"])
+def test_a_cpu_that_is_slow_at_bf16_is_told(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level)
+    assert diagnose(quick=True)["cpu"]["slow_bf16"] is True
+
+
 def test_the_speeds_are_in_the_picture() -> None:
     picture = json.loads(json.dumps(diagnose()))
     assert picture["speeds"]["links"][0]["collective"] == "all_reduce"

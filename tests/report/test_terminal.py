@@ -130,7 +130,7 @@ def test_doctor_says_what_is_there_and_what_is_wrong() -> None:
         "python": {"version": "3.11", "executable": "python"},
         "platform": "Linux",
         "packages": {"torch": "2.13", "ray": None},
-        "cpu": {"name": "CPU [x]", "cores": 2, "load": 0.1, "instructions": ["avx2"]},
+        "cpu": {"name": "CPU [x]", "cores": 2, "load": 0.1, "instructions": ["avx2"], "slow_bf16": True},
         "memory": {"total_bytes": 8 * 2**30, "available_bytes": None},
         "cluster": "2 x CPU core",
         "disk": {"here": {"path": "/", "free_bytes": 2**30}},
@@ -164,6 +164,6 @@ def test_doctor_says_what_is_there_and_what_is_wrong() -> None:
     screen = console()
     terminal.show_doctor(found, screen)
     text = text_of(screen)
-    for words in ("CPU [x]", "80 GFLOP/s", "30.0 GB/s", "unauthenticated", "torch: too old; 2.11", "torch 2.13"):
+    for words in ("CPU [x]", "slow at bf16", "80 GFLOP/s", "30.0 GB/s", "unauthenticated", "torch: too old; 2.11"):
         assert words in text
-    assert "ray" not in text
+    assert "torch 2.13" in text and "ray" not in text

@@ -1,7 +1,8 @@
 """Attention over the key-value cache: one query token per slot when decoding, several when reading a prompt.
 
 Tensor names: N query rows, H query heads, K key heads, G = H / K, D head_dim, S slots, T cached tokens. Queries are
-scaled by 1 / sqrt(D) already. A layer's cache is [2, slots, K, length, D], keys first.
+scaled by 1 / sqrt(D) already. A layer's cache is [2, slots, K, length, D], keys first. Where queries are in fp32 over a
+cache in bf16, prompts are computed in fp32 and decoding in bf16; what is returned has the queries' type.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def decode_attention(positions: Sequence[int], heads: Heads, dtype: torch.dtype,
 def _fused(slots: int, longest: int, heads: Heads, mask: Tensor | None) -> Attend:
     def attend(q: Tensor, cached: Tensor) -> Tensor:
         keys, values = cached[:, :slots, :, :longest].unbind(0)  # [S, K, T, D] each
-        query = q.view(slots, heads.key, heads.group, heads.head_dim)
+        query = q.to(keys.dtype).view(slots, heads.key, heads.group, heads.head_dim)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-        return out.reshape(slots, -1)
+        return out.reshape(slots, -1).to(q.dtype)
 
     return attend
 
@@ -81,14 +82,14 @@ def _batched(slots: int, longest: int, heads: Heads, mask: Tensor | None, keys_f
 
     def attend(q: Tensor, cached: Tensor) -> Tensor:
         keys, values = cached[:, :slots].flatten(1, 2)[:, :, :longest].unbind(0)  # [S K, T, D] each, not copied
-        query = q.reshape(pairs, group, head_dim)
+        query = q.to(keys.dtype).reshape(pairs, group, head_dim)
         if keys_first:
             scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2)
         else:
             scores = torch.bmm(query, keys.transpose(1, 2))
         if mask is not None:
             scores = (scores.unflatten(0, (slots, heads.key)) + mask).flatten(0, 1)
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(slots, -1)
+        return torch.bmm(torch.softmax(scores, dim=-1), values).view(slots, -1).to(q.dtype)
 
     return attend
 
@@ -103,7 +104,7 @@ def prompt_attention(segment: Segment, heads: Heads, device: torch.device) -> At
     group = heads.group
 
     def attend(q: Tensor, cached: Tensor) -> Tensor:
-        keys, values = cached[:, slot, :, : start + count].unbind(0)  # [K, T, D] each
+        keys, values = cached[:, slot, :, : start + count].to(q.dtype).unbind(0)  # [K, T, D] each
         if group > 1:
             keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
         query = q.view(count, -1, heads.head_dim).transpose(0, 1)

@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 
-from meshwright.cluster import available_memory_bytes
+from meshwright.cluster import GIB, available_cores, available_memory_bytes
 from meshwright.engine.cache import bytes_per_token
-from meshwright.engine.folder import EngineModel, check_split, find_model, read_model_config, read_weights
+from meshwright.engine.folder import (
+    EngineModel,
+    check_split,
+    find_model,
+    packed_bytes,
+    read_model_config,
+    read_weights,
+)
+from meshwright.engine.products import widens
 from meshwright.engine.ranks import Ranks, join, leave
 from meshwright.engine.request import Request, TokenEvent, check
 from meshwright.engine.runner import Decoder
@@ -24,7 +32,7 @@ from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.launch import Context
 
 PRECISIONS = ("auto", "fp32", "bf16")
-#: The largest share of the free memory at the start that the cache may grow to when the engine chooses `max_len`.
+#: The largest share of the free memory beside the weights that the cache may grow to when the engine chooses `max_len`.
 _CACHE_SHARE = 0.5
 
 
@@ -59,11 +67,13 @@ class Engine:
         """An engine for a run, a checkpoint, or a Hugging Face folder of Llama, Mistral, Qwen2 or Qwen3.
 
         max_batch: requests that run at once. max_len: tokens of a request, prompt and completion; None is the model's
-        limit, or less if max_batch such requests would not fit in half of the free memory. precision: "auto" is that of
-        the folder's config. threads: None leaves torch's setting. context: this process's rank among tensor-parallel
-        ones; all of them open the engine, rank 0 uses it and the others call `follow`.
+        limit, or less if max_batch such requests would not fit in half of the memory that the weights leave free.
+        precision: "auto" is that of the folder's config. threads: None is torch's setting, but at most the cores that
+        this process may use. context: this process's rank among tensor-parallel ones; all of them open the engine,
+        rank 0 uses it and the others call `follow`.
 
-        Raises InputError for an unreadable folder or a wrong argument, CannotWork if the model cannot be split so.
+        Raises InputError for an unreadable folder or a wrong argument, CannotWork if the model cannot be split so or
+        memory cannot hold it.
         """
         if precision not in PRECISIONS:
             raise InputError(Problem("precision", f"{precision!r} is not known", nearest_name(precision, PRECISIONS)))
@@ -74,16 +84,16 @@ class Engine:
         dtype = {"auto": model.precision, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if context is not None:
             check_split(model.shape, Ranks(context.rank, context.world))
-        if threads is not None:
-            torch.set_num_threads(threads)
         ranks = join(context)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), max(1, available_cores() // ranks.world)))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         limit = _limit_len(model, ranks, max_batch, max_len, dtype)
         weights = read_weights(model, ranks, dtype, device)
-        return cls(model, Decoder(model.shape, weights, ranks, max_batch, limit), ranks)
+        decoder = Decoder(model.shape, weights, ranks, max_batch, limit, widens(dtype, device))
+        return cls(model, decoder, ranks)
 
     def __enter__(self) -> Engine:
         return self
@@ -201,8 +211,14 @@ def _limit_len(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | 
             raise InputError(Problem("max_len", f"{max_len} is more than the model takes: {why}", f"at most {longest}"))
         return max_len
     token_bytes = bytes_per_token(shape.layers, shape.kv_heads // ranks.world, shape.head_dim, dtype)
-    free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory_bytes()
-    fits = int(free_bytes * _CACHE_SHARE / ranks.world) // (token_bytes * max_batch)
+    on_gpu = torch.cuda.is_available()
+    # All ranks ask before any of them reads weights, which `minimum` waits for.
+    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else available_memory_bytes() // ranks.world
+    weight_bytes = packed_bytes(model, ranks, dtype)
+    if free_bytes <= weight_bytes:
+        what = f"its weights take {weight_bytes / GIB:.1f} GiB in memory, of which {free_bytes / GIB:.1f} GiB are free"
+        raise CannotWork(Problem(str(model.folder), what, "nearest: end other programs, or precision bf16"))
+    fits = int((free_bytes - weight_bytes) * _CACHE_SHARE) // (token_bytes * max_batch)
     if fits < 2:
         what = f"a cache for {max_batch} requests does not fit in memory"
         raise CannotWork(Problem("max_batch", what, "nearest: a smaller max_batch"))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from meshwright import checkpoint, families
+from meshwright.card import Card
 from meshwright.divisors import divisors
 from meshwright.engine.ranks import Ranks
 from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.families.decoder_config import precision_of
 from meshwright.families.llama.card import IGNORED_TENSORS, LlamaShape, card, hf_names, shape_from_hf, tied_tensors
 from meshwright.layout import Layout, coordinates
-from meshwright.placement import placements
+from meshwright.placement import Placement, placements
 
 log = logging.getLogger("meshwright")
 
@@ -78,10 +79,22 @@ def check_split(shape: LlamaShape, ranks: Ranks) -> None:
             raise CannotWork(Problem("tp", f"tp={ranks.world} does not divide {word}={count}", f"nearest: tp={good}"))
 
 
+def _slices(model: EngineModel, ranks: Ranks) -> tuple[Card, Mapping[str, Placement]]:
+    """The card, and this rank's slice of every parameter."""
+    model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
+    return model_card, placements(model_card, layout, coordinates(layout, ranks.rank))
+
+
+def packed_bytes(model: EngineModel, ranks: Ranks, dtype: torch.dtype) -> int:
+    """Memory of this rank's weights while it decodes: tied embeddings have a copy to look up and one to multiply by."""
+    model_card, rows = _slices(model, ranks)
+    twice = {name for pair in model_card.tied for name in pair}
+    return sum(row.box.elements * dtype.itemsize * (2 if name in twice else 1) for name, row in rows.items())
+
+
 def read_weights(model: EngineModel, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Mapping[str, Tensor]:
     """This rank's slices by our names, from the placement table; a short last part of a vocabulary is padded."""
-    model_card, layout = card(model.shape, model.shape.longest), Layout(tp=ranks.world)
-    rows = placements(model_card, layout, coordinates(layout, ranks.rank))
+    model_card, rows = _slices(model, ranks)
     tensors = {name: (row, torch.empty(row.box.shape, dtype=dtype)) for name, row in rows.items()}
     names, tied = hf_names(model.shape), tied_tensors(model.shape)
     checkpoint.read_model_folder(model.folder, names, tensors, ignored=IGNORED_TENSORS, tied=tied)

@@ -8,6 +8,7 @@ It computes the same as `families/llama/module.py`, its slow twin in the tests, 
 - Rows of q and k are reordered within each head so that the two numbers of a rotation are adjacent, and a rotation is
   one complex product. Scores are sums over the head, so the order does not matter.
 - The factor 1 / sqrt(D) of the scores is in the weights that make the queries.
+- On a CPU that is slow at bf16, steps of many rows are computed in fp32; weights and cache stay in bf16.
 
 Tensor names: N tokens of a step, E hidden, H query heads, K key heads, D head_dim, S slots, T cached tokens.
 """
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from meshwright.engine.attention import Attend, Heads, attention
 from meshwright.engine.cache import KeyValueCache
 from meshwright.engine.pages import use_large_pages
-from meshwright.engine.products import FusedMatMul, Linear, MatMul
+from meshwright.engine.products import WIDE_ROWS, FusedMatMul, Linear, MatMul
 from meshwright.engine.ranks import Ranks
 from meshwright.engine.scheduler import Work
 from meshwright.families.llama.card import LlamaShape
@@ -50,13 +51,20 @@ class PackedLayer:
 class Decoder:
     """Runs one `Work` at a time. `weights` are this rank's slices by our parameter names, in the folder's layout.
 
-    `run` returns the logits of the sampled rows [R, vocab] on rank 0 and None on the others.
+    `run` returns the logits of the sampled rows [R, vocab] on rank 0 and None on the others. `widens`: steps of
+    `WIDE_ROWS` rows and more are computed in fp32, whatever the weights are in.
     """
 
     def __init__(
-        self, shape: LlamaShape, weights: Mapping[str, Tensor], ranks: Ranks, max_batch: int, max_len: int
+        self,
+        shape: LlamaShape,
+        weights: Mapping[str, Tensor],
+        ranks: Ranks,
+        max_batch: int,
+        max_len: int,
+        widens: bool = False,
     ) -> None:
-        self.shape, self.ranks = shape, ranks
+        self.shape, self.ranks, self._widens = shape, ranks, widens
         embed = weights["blocks.embed.weight"]
         self.dtype, self.device = embed.dtype, embed.device
         self.heads = Heads(shape.heads // ranks.world, shape.kv_heads // ranks.world, shape.head_dim)
@@ -78,7 +86,7 @@ class Decoder:
         self._rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_positions)
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        self._linears.append(Linear(weight.to(self.dtype), bias))
+        self._linears.append(Linear(weight.to(self.dtype), bias, self._widens))
         return self._linears[-1]
 
     def _pack(self, weights: Mapping[str, Tensor], at: str) -> PackedLayer:
@@ -146,10 +154,14 @@ class Decoder:
         angles = self._angles_to(self.cache.length)[places[1]]
         rows = self.cache.rows(slots=places[2], positions=places[1])
         attend = attention(work, self.heads, self.dtype, self.device)
-        x = self._lookup(places[0])
+        x = self._suited(self._lookup(places[0]))
         for layer, cached, flat in zip(self._layers, self.cache.tensors, self.cache.flat(), strict=True):
             x = self._layer(x, layer, angles, rows, flat, cached, attend)
-        return self.ranks.gather(self._head(self._norm(self._sampled(x, work))), self.shape.vocab)
+        return self.ranks.gather(self._head(self._norm(self._suited(self._sampled(x, work)))), self.shape.vocab)
+
+    def _suited(self, x: Tensor) -> Tensor:
+        """x [N, E] in the element type that suits a product of N rows."""
+        return x.to(torch.float32 if self._widens and x.shape[0] >= WIDE_ROWS else self.dtype)
 
     def _layer(
         self,
@@ -169,13 +181,13 @@ class Decoder:
         if layer.head_norm is not None:
             size = torch.linalg.vector_norm(qk, 2, -1, True, dtype=torch.float32)
             qk.div_(size.hypot_(self._eps_D)).mul_(layer.head_norm)
-        if self.dtype is torch.float32:
+        if qk.dtype is torch.float32:
             torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(angles)
         else:
             exact = qk.float()
             torch.view_as_complex(exact.view(*exact.shape[:-1], -1, 2)).mul_(angles)
             qk.copy_(exact)
-        flat.index_copy_(0, rows, qkv[:, wide:].reshape(-1, head_dim))
+        flat.index_copy_(0, rows, qkv[:, wide:].reshape(-1, head_dim).to(flat.dtype))
         x = layer.o(attend(qkv[:, :wide], cached), x)
         h = self._norm(x)
         return layer.down(layer.up(h, layer.gate(h)), x)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from meshwright.cluster import GIB, available_cores, available_memory_bytes, memory_bytes, this_machine
+from meshwright.cluster import GIB, available_cores, available_memory_bytes, cpu_cluster, memory_bytes, this_machine
 from meshwright.errors import InputError, Problem
 from meshwright.job.sections import LaunchSection, ServeSection
 from meshwright.probe.sockets import listeners, socket_problems
@@ -88,7 +88,13 @@ def _cpu() -> dict[str, Any]:
     flags = set(fields.get("flags", "").split())
     fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
-    return {"name": name, "cores": available_cores(), "load": round(os.getloadavg()[0], 2), "instructions": fast}
+    return {
+        "name": name,
+        "cores": available_cores(),
+        "load": round(os.getloadavg()[0], 2),
+        "instructions": fast,
+        "slow_bf16": cpu_cluster().device.slow_bf16,
+    }
 
 
 def _proc_fields(path: Path) -> dict[str, str]:

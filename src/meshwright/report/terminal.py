@@ -290,10 +290,11 @@ def show_doctor(diagnosis: Mapping[str, Any], console: Console) -> None:
     """The result of `probe.diagnose`: the machine, its speeds, every socket, and the problems."""
     cpu, memory = diagnosis["cpu"], diagnosis["memory"]
     packages = ", ".join(f"{name} {version}" for name, version in diagnosis["packages"].items() if version)
+    slow = "; slow at bf16: training is faster in fp32" if cpu["slow_bf16"] else ""
     rows = [
         ("meshwright", f"{diagnosis['meshwright']}, Python {diagnosis['python']['version']}, {diagnosis['platform']}"),
         ("packages", packages),
-        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['instructions'])}"),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['instructions'])}{slow}"),
         ("memory", f"{memory['total_bytes'] / GIB:.1f} GiB"),
         ("plans for", diagnosis["cluster"]),
     ]

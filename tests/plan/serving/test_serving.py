@@ -354,6 +354,39 @@ def test_our_engine_is_planned_with_what_it_does() -> None:
         make_serving_plan(query_for(server=OURS, pins=ServingPins(precision="fp8")))
 
 
+def test_a_cpu_that_is_slow_at_bf16_reads_prompts_in_fp32_and_decodes_in_bf16() -> None:
+    """The rows, and the bytes of weights in fp32 at a time, are those of the engine."""
+    from meshwright.engine.products import WIDE_ROWS, WIDENED_BYTES
+
+    assert (OURS.widens_rows, OURS.widened_bytes) == (WIDE_ROWS, WIDENED_BYTES)
+    slow, fast = (
+        cluster(1, kind="cpu", flops={"fp32": 1e11, "bf16": bf16}, memory_bytes_per_second=3e10)
+        for bf16 in (1e10, 2e11)
+    )
+    model, wide, never = (
+        StepModel(LLAMA_8B, slow, server, DATASHEET, precision=precision)
+        for server, precision in ((OURS, "bf16"), (OURS, "fp32"), (replace(OURS, widens_rows=0), "bf16"))
+    )
+
+    def seconds(model: StepModel, rows: int) -> float:
+        return model.step(Step(rows=0, context=0, prompt=rows, prompt_context=rows / 2, sampled=0)).total
+
+    assert seconds(wide, 128) < seconds(model, 128) < 1.3 * seconds(wide, 128) < seconds(never, 128) / 3
+    assert seconds(model, WIDE_ROWS - 1) == seconds(never, WIDE_ROWS - 1)
+    one = Step(rows=1, context=100)
+    assert model.step(one).total == never.step(one).total
+
+    def activations(model: StepModel) -> int:
+        return serving_memory(model, 640, 8, 2048, 2048).activations
+
+    logits = 8 * 8 * LLAMA_8B.vocab
+    assert activations(model) - logits == pytest.approx(2 * (activations(never) - logits) + WIDENED_BYTES, abs=2)
+    plan = make_serving_plan(query_for(at=slow, server=OURS, longest=2048))
+    assert plan.chosen.precision == "bf16"
+    assert any(f"steps of {WIDE_ROWS} rows and more" in words for words in plan.assumed)
+    assert not any("rows and more" in words for words in make_serving_plan(query_for(at=fast, server=OURS)).assumed)
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     one = named_cluster("l4", 1)
     with pytest.raises(CannotWork, match=r"GiB a device.*nearest: cluster.devices=\d+"):

@@ -36,7 +36,7 @@ USABLE = {"cpu": 0.9, "cuda": 0.94}
 #: bytes. On GPUs from eleven public runs of Megatron-LM (0.11 to 0.45, and 0.03 to 0.08), on CPUs from the resident
 #: memory of twelve runs of bench/runs/resident.py.
 SLACK = {"cpu": (1.0, 0.3), "cuda": (0.3, 0.06)}
-#: A CPU process keeps what it frees where this many times its tensors' bytes fit; else it returns that, and has no slack.
+#: A CPU process keeps what it frees where this many times its tensors' bytes fit; else it returns it and has no slack.
 ROOM_TO_KEEP = 3
 MASTER_BYTES, MOMENT_BYTES = 4, 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from meshwright.plan.serving.time import StepModel
+from meshwright.plan.serving.time import WEIGHT_BYTES, StepModel
 
 #: The share of the memory beside the weights that slots may take (as in engine/engine.py).
 _SLOT_SHARE = 0.5
@@ -74,9 +74,11 @@ def serving_memory(
 
 
 def _activations(model: StepModel, batch: int) -> int:
-    """Bytes of a step's buffers: rows of a chunk and of the batch, and the logits of the batch."""
+    """Bytes of a step's buffers: rows of a chunk and of the batch, the logits of the batch, and what is widened."""
     shape = model.shape
     rows = model.server.chunk_tokens + batch / model.spread
     width = max(shape.ffn, shape.top_k * (shape.expert_ffn or shape.ffn) if shape.experts else 0)
     each = 6 * shape.hidden + (shape.q_width + 2 * shape.kv_width + 3 * width) / model.split
-    return math.ceil(rows * each * model.wide_bytes + 8 * batch * shape.vocab / model.split)
+    element = WEIGHT_BYTES["fp32"] if model.widens else model.wide_bytes
+    widened = model.server.widened_bytes if model.widens else 0
+    return math.ceil(rows * each * element + 8 * batch * shape.vocab / model.split + widened)

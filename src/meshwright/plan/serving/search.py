@@ -75,6 +75,9 @@ def _plan(query: ServingQuery, options: list[ServingOption], rejected: list[tupl
         assumed.append(words + "compare the answers before you rely on them")
     if chosen.split.model.cache_bytes < chosen.split.model.wide_bytes:
         assumed.append("keys and values in fp8, as the weights")
+    if chosen.split.model.widens:
+        rows = query.server.widens_rows
+        assumed.append(f"bf16 products are slow on this CPU: steps of {rows} rows and more, as of prompts, are in fp32")
     return ServingPlan(
         chosen=_choice(query, chosen, _why(query, chosen)),
         runners_up=tuple(_choice(query, one, _why_lost(query, one, chosen)) for one in ranked[1 : 1 + RUNNERS_UP]),

@@ -36,7 +36,8 @@ class Server:
     `precisions` are those of its weights; `chunk_tokens` the most prompt tokens of a step; `page_tokens` 0 means one
     contiguous slot per sequence, as long as the longest. A dense layer starts `kernels`, a mixture `expert_kernels`
     more; with `graphs` they are captured and replayed, so the host does not start them. `weight_copies` counts the
-    weights' copies in memory while they are loaded.
+    weights' copies in memory while they are loaded. On a CPU that is slow at bf16, steps of `widens_rows` rows and more
+    (0: none) are computed in fp32, from weights of which `widened_bytes` are in fp32 at a time.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Server:
     spreads_attention: bool  # ranks that share experts may split the sequences
     usable: float  # share of a device's memory
     weight_copies: float
+    widens_rows: int = 0
+    widened_bytes: int = 0
 
 
 _OURS = Server(
@@ -70,6 +73,8 @@ _OURS = Server(
     spreads_attention=False,
     usable=0.9,
     weight_copies=2.0,
+    widens_rows=8,
+    widened_bytes=4 << 20,
 )
 _PAGED = Server(
     "paged",
@@ -150,8 +155,11 @@ class StepModel:
         )
         self.group = self.network.group(tp, 1)
         self._direct = self._direct_bytes_per_second()
-        self._flops = self._rate(precision) * self._share("product")
-        self._attention = self._rate("fp32" if self.kind == "cpu" else "bf16") * self._share("attention")
+        #: Whether steps of many rows are computed in fp32.
+        self.widens = server.widens_rows > 0 and precision == "bf16" and cluster.device.slow_bf16
+        self._flops = self._rate(precision) * self._product_share(precision)
+        self._wide_flops = self._rate("fp32") * self._product_share("fp32")
+        self._attention = self._rate("fp32" if self.kind == "cpu" else "bf16") * self._c("attention.share")
         self._bandwidth, self._reading = self._memory_speeds()
         self._exponent = self._c("roofline")
 
@@ -177,10 +185,10 @@ class StepModel:
         real = device.real_flops.get(word) if self.kind == "cuda" else None
         return real or device.flops[word] * self._c("real.share")
 
-    def _share(self, name: str) -> float:
-        if name == "product" and self.kind == "cpu":
-            return self._c(f"product.{'fp32' if self.precision == 'fp32' else 'bf16'}.share")
-        return self._c(f"{name}.share")
+    def _product_share(self, precision: str) -> float:
+        if self.kind == "cpu":
+            return self._c(f"product.{'fp32' if precision == 'fp32' else 'bf16'}.share")
+        return self._c("product.share")
 
     @property
     def rank_weight_bytes(self) -> float:
@@ -271,8 +279,12 @@ class StepModel:
         if rows <= 0 or count <= 0:
             return
         element = self.wide_bytes if matrix.whole else self.weight_bytes
-        arithmetic = 2 * rows * matrix.elements / self._flops
-        read = matrix.elements * element + rows * (matrix.inner + matrix.columns) * self.wide_bytes
+        flops, moved = self._flops, self.wide_bytes
+        if self.widens and rows >= self.server.widens_rows:
+            flops, moved = self._wide_flops, WEIGHT_BYTES["fp32"]
+            element += 2 * moved  # written in fp32, and read again
+        arithmetic = 2 * rows * matrix.elements / flops
+        read = matrix.elements * element + rows * (matrix.inner + matrix.columns) * moved
         self._add(parts, count, arithmetic, read / self._reading, "weights")
 
     def _experts(self, parts: dict[str, float], work: LayerWork, rows: float, count: float) -> None:
