@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from meshwright.checkpoint import ModelFolder, Writer, latest, load, read_manifest
+from meshwright.checkpoint.rendezvous import Rendezvous
+from meshwright.checkpoint.writer import _give_up
 from meshwright.errors import RunFailed
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
@@ -234,6 +236,22 @@ def test_failure_of_one_rank_reaches_every_rank_by_name(tmp_path: Path, monkeypa
     assert str(errors[0]).startswith("rank 1, step 2:") and "No space left" in str(errors[0])
     assert "rank 1, saving step 2" in str(errors[1])
     assert latest(tmp_path) is None
+
+
+def test_a_file_made_while_rank_0_removes_a_failed_save_is_removed_too(tmp_path: Path) -> None:
+    first, second = (Rendezvous(tmp_path, 1, rank, 2, timeout_seconds=10) for rank in range(2))
+    first.begin()
+    second.nonce = first.nonce
+    for rendezvous in (first, second):
+        rendezvous.say_hello({})
+    first.gather_hellos()
+    _give_up(first, OSError(28, "No space left on device"))
+    assert not first.partial.exists()
+    (second.partial / "state").mkdir(parents=True)
+    (second.partial / "state" / "rank-1.safetensors").touch()
+    with pytest.raises(RunFailed, match="No space left"):
+        _give_up(second, OSError(28, "No space left on device"))
+    assert not second.partial.exists()
 
 
 def test_missing_rank_is_named(tmp_path: Path) -> None:

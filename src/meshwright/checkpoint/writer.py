@@ -198,8 +198,12 @@ def _give_up(rendezvous: Rendezvous, error: Exception) -> None:
     _tell_others(rendezvous, error)
     if rendezvous.rank == 0:
         shutil.rmtree(rendezvous.partial, ignore_errors=True)
-    else:
+        return
+    try:
         rendezvous.raise_if_failed()
+    except RunFailed:  # rank 0 removes the folder, which may fail where this rank made a file meanwhile
+        shutil.rmtree(rendezvous.partial, ignore_errors=True)
+        raise
 
 
 def _tell_others(rendezvous: Rendezvous, error: Exception) -> None:
