@@ -7,8 +7,9 @@
 No row is scored by a fit to it. "datasheet" is not fitted; "default" is one set of constants for all sources, where
 each row is predicted by a fit without its model, in whatever source; "own rows" is fitted to the other groups of a
 source (five folds), where there are enough. "Calibrated" is fitted to 72 of one machine's single-node runs and 20 of
-its multi-node runs and scored on the others ("rows"), and again with whole groups held out ("groups"). Everything is
-deterministic. Models are distinguished by their widths, GPTs by their depth too.
+its multi-node runs and scored on the others ("rows"), and again with whole groups held out ("groups"). "New groups"
+repeats that with random halves of the groups, and with rows of one group alone: what an interval promises for groups
+that were not seen. Everything is deterministic. Models are distinguished by their widths, GPTs by their depth too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +48,8 @@ Item, Scores = TypeVar("Item"), TypeVar("Scores")
 SINGLE, MULTI = "VIA-Research/vTrain single", "VIA-Research/vTrain multi"
 FITTED_ROWS = {SINGLE: 72, MULTI: 20}
 FEWEST_OWN_ROWS = 6
+#: Random choices of the groups that are fitted.
+DRAWS = 8
 #: Acceptable shares of rows in their 90 % interval.
 COVERED = (0.85, 0.95)
 #: The largest acceptable figure, and the best that others state (shared design, section 6).
@@ -101,7 +105,7 @@ def held_out_scores(rows: Sequence[Row], keys: Sequence[str], *, correct: bool =
     for fold in sorted(set(fold_of)):
         others = [one for one, place in zip(residuals, fold_of, strict=True) if place != fold]
         logs, widths = [one.corrected for one in others], [one.width for one in others]
-        intervals = conformal([one.row for one in others], logs, widths)
+        intervals = conformal([one.row for one in others], logs, widths, DATASHEET)
         profile = replace(DATASHEET, intervals={**DATASHEET.intervals, **intervals})
         for index, place in enumerate(fold_of):
             if place == fold:
@@ -149,6 +153,40 @@ def calibrated_scores(rows: Sequence[Row]) -> dict[str, list[RowScore]]:
         outside = [row for row, place in zip(single, fold_of, strict=True) if place == fold]
         unseen += predicted(outside, calibrate_rows(_pick(inside, FITTED_ROWS[SINGLE]), DATASHEET).profile)
     return {**scores, "single, groups": unseen}
+
+
+def new_group_scores(rows: Sequence[Row]) -> dict[str, list[list[RowScore]]]:
+    """vTrain's single-node rows of groups that were not seen, for each of DRAWS random choices of the groups seen: half
+    of them, 72 rows; a few, 36 rows; or one, 20 rows."""
+    single = [row for row in rows if row.source == SINGLE]
+    large = [name for name, own in grouped(single, lambda row: row.group).items() if len(own) >= FITTED_ROWS[MULTI]]
+    names = list(dict.fromkeys(row.group for row in single))
+    scores: dict[str, list[list[RowScore]]] = {}
+    for title, choices, count, fitted in (
+        ("half of the groups", names, len(names) // 2, FITTED_ROWS[SINGLE]),
+        ("16 groups", names, 16, 36),
+        ("4 groups", names, 4, 36),
+        ("1 group", large, 1, FITTED_ROWS[MULTI]),
+    ):
+        for draw in range(DRAWS):
+            source = random.Random(draw)
+            seen = set(source.sample(choices, count))
+            inside = [row for row in single if row.group in seen]
+            source.shuffle(inside)
+            profile = calibrate_rows(_pick(inside, fitted), DATASHEET).profile
+            outside = [row for row in single if row.group not in seen]
+            scores.setdefault(title, []).append(predicted(outside, profile))
+    return scores
+
+
+def spread_of_draws(draws: Sequence[Sequence[RowScore]]) -> dict[str, Any]:
+    """The mean error and share in the interval over all draws, and the least and largest share of one."""
+    summaries = [summary(scores) for scores in draws]
+    shares = [one["coverage"] for one in summaries]
+    means = {
+        name: sum(one[name] for one in summaries) / len(summaries) for name in ("mean", "p95", "coverage", "width")
+    }
+    return {**means, "least": min(shares), "most": max(shares)}
 
 
 def _pick(rows: Sequence[Row], count: int) -> list[Row]:
@@ -279,6 +317,7 @@ def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
     groups = timed("default by groups", held_out_scores(rows, [row.group for row in rows]))
     own = timed("own rows", own_scores(rows))
     calibrated = timed("calibrated", calibrated_scores(rows))
+    new_groups = timed("new groups", new_group_scores(rows))
     figures: dict[str, Any] = {
         "rows": len(rows),
         "not_read": [{"id": one.id, "error": one.error} for one in (*bad, *skipped)],
@@ -287,11 +326,13 @@ def score(data: Path, say: Callable[[str], None]) -> dict[str, Any]:
         "default_groups": {source: summary(scores) for source, scores in by_source(groups).items()},
         "own_rows": {source: summary(scores) for source, scores in own.items()},
         "calibrated": {name: summary(scores) for name, scores in calibrated.items()},
+        "new_groups": {name: spread_of_draws(draws) for name, draws in new_groups.items()},
         "coverage": {
             "datasheet": summary(datasheet)["coverage"],
             "default, models held out": summary(default)["coverage"],
             "default, groups held out": summary(groups)["coverage"],
             "calibrated": summary([one for scores in calibrated.values() for one in scores])["coverage"],
+            "calibrated, new groups": spread_of_draws(new_groups["half of the groups"])["coverage"],
         },
         "regret": {
             f"{name}, {source}": value
@@ -353,6 +394,10 @@ def table(figures: Mapping[str, Any]) -> Iterator[str]:
     yield "\nCALIBRATED            rows    mean    p95   in interval"
     for name, one in figures["calibrated"].items():
         yield f"{name:<20} {one['rows']:>5}  {one['mean']:>6.1%} {one['p95']:>6.1%}   {one['coverage']:>6.1%}"
+    yield f"\nNEW GROUPS, {DRAWS} draws       mean    p95   in interval (least, most of a draw)   high / low"
+    for name, one in figures["new_groups"].items():
+        shares = f"{one['coverage']:>6.1%} ({one['least']:.0%} to {one['most']:.0%})"
+        yield f"fitted to {name:<20} {one['mean']:>6.1%} {one['p95']:>6.1%}   {shares:<24} {one['width']:>16.2f}"
     yield "\nIN ITS 90 % INTERVAL  " + ", ".join(f"{name} {share:.1%}" for name, share in figures["coverage"].items())
     yield "\nLAYOUT REGRET                                                      groups    mean     max    rank"
     for name, one in figures["regret"].items():

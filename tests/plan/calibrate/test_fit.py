@@ -35,6 +35,19 @@ def test_known_constants_are_found_again() -> None:
     assert found.loss_after < 0.05 * found.loss_before
 
 
+def test_a_constant_that_starts_at_its_greatest_value_is_fitted() -> None:
+    """A share of a ceiling that is believed to be whole, and is a half; the model cuts what exceeds one."""
+    work, wires = power_law()
+
+    def model(values, rows):  # type: ignore[no-untyped-def]
+        return np.log(work[rows] / min(1.0, values["share"]) + wires[rows] / values["link"])
+
+    measured = model({"share": 0.5, "link": 0.7}, np.arange(len(work)))
+    found = fit(model, measured, np.ones(len(work)), [Prior("share", 1.0, 0.4, 1.0), Prior("link", 0.7, 0.4)])
+    assert found.values["share"] == pytest.approx(0.5, rel=0.02)
+    assert found.values["link"] == pytest.approx(0.7, rel=0.05)
+
+
 def test_an_odd_run_does_not_drag_the_rest() -> None:
     work, wires = power_law()
     model = model_of(work, wires)

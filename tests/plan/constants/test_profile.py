@@ -42,7 +42,7 @@ def test_what_is_written_is_read(
 
 def corrected() -> Profile:
     """A profile with changed constants, intervals and corrections."""
-    one = Correction('a "device"/x', 0.1, 0.02, ((1.0,) * len(SCALES),) * 3, (0.1, -0.1, 0.05))
+    one = Correction('a "device"/x', 0.1, 0.02, ((1.0,) * len(SCALES),) * 3, (0.1, -0.1, 0.05), 4)
     intervals = {**DATASHEET.intervals, "cuda.a": (3e-6, 1.0)}
     return replace(DATASHEET.changed({"cpu.host.share": 0.5}), intervals=intervals, corrections={one.regime: one})
 

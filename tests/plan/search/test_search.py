@@ -232,7 +232,7 @@ def test_what_a_profile_has_learnt_counts() -> None:
     cluster, request = cores(2), PlanRequest(16, "fp32")
     first = make_plan(SMALL, cluster, request).chosen
     run = Workload(SMALL, cluster, 16, "fp32"), first.layout
-    twice = Correction(correction_regime(*run), 1.0, 0.01, (features(*run),), (log(2),))
+    twice = Correction(correction_regime(*run), 1.0, 0.01, (features(*run),), (log(2),), 1)
     second = make_plan(SMALL, cluster, request, replace(default_profile(), corrections={twice.regime: twice})).chosen
     if second.layout == first.layout:
         assert second.predicted.step_seconds.mid == pytest.approx(2 * first.predicted.step_seconds.mid, rel=0.02)

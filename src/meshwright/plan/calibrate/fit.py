@@ -57,7 +57,9 @@ def slopes(model: Predictions, rows: int, priors: Sequence[Prior]) -> tuple[np.n
 
     every, start = np.arange(rows), {prior.name: prior.start for prior in priors}
     logs = model(start, every)
-    columns = [(model({**start, prior.name: prior.start * math.exp(STEP)}, every) - logs) / STEP for prior in priors]
+    steps = [_step(math.log(prior.start), math.log(prior.most)) for prior in priors]
+    moved = [{**start, prior.name: prior.start * math.exp(step)} for prior, step in zip(priors, steps, strict=True)]
+    columns = [(model(values, every) - logs) / step for values, step in zip(moved, steps, strict=True)]
     return logs, np.array(columns).T.reshape(rows, len(priors))
 
 
@@ -152,11 +154,17 @@ class _FitProblem:
         for column in range(len(theta)):
             rows = self.every[which[:, column]]
             if len(rows):
-                shifted = theta.copy()
-                shifted[column] += STEP
+                shifted, step = theta.copy(), _step(theta[column], self.most[column])
+                shifted[column] += step
                 logs = self.model(self.values(shifted), rows)
-                table[rows, column] = ((logs - self.measured[rows]) / NOISE - r[rows]) / STEP
+                table[rows, column] = ((logs - self.measured[rows]) / NOISE - r[rows]) / step
         return table
+
+
+def _step(log: float, most: float) -> float:
+    """The step of a difference at `log`: downwards where the greatest value, `most`, is near, since the model cuts
+    there, and a constant that starts at it would seem to affect nothing."""
+    return STEP if log + STEP <= most else -STEP
 
 
 def balanced_weights(sources: Sequence[str], groups: Sequence[str], *, most_of_a_row: float = 3.0) -> list[float]:

@@ -39,8 +39,8 @@ from meshwright.plan.constants.regime import correction_regime, features, interv
 if TYPE_CHECKING:
     import numpy as np
 
-#: Runs that a regime needs for a correction and for an interval of its own.
-FEWEST_TO_CORRECT, FEWEST_FOR_INTERVAL = 12, 18
+#: Runs that a regime needs for a correction, and pairs of runs for the interval of their ratio.
+FEWEST_TO_CORRECT, FEWEST_PAIRS = 12, 18
 #: Runs of one source that a fit, and that corrections, use: more take longer and add little.
 MOST_OF_A_SOURCE, MOST_POINTS_OF_A_SOURCE = 80, 200
 FOLDS = 5
@@ -164,7 +164,7 @@ def calibrate_rows(
     residuals = held_out(rows, start, keys, correct=correct, fitter=fitter)
     profile = _with_corrections(fitted, rows) if correct else fitted
     logs = [one.corrected for one in residuals]
-    intervals = {**start.intervals, **conformal(rows, logs, [one.width for one in residuals])}
+    intervals = {**start.intervals, **conformal(rows, logs, [one.width for one in residuals], start)}
     profile = replace(profile, intervals={**intervals, **pair_intervals(rows, logs)}, fitted_rows=len(rows))
     return Calibration(
         profile=profile,
@@ -253,6 +253,7 @@ def held_out(
     """The residual of each row, by constants fitted to the folds without its key, and by a correction learnt from the
     residuals of all rows of other keys."""
     fold_of, fitter = folds(keys, FOLDS), fitter or _fitter(rows, start, keys)
+    counts = _group_counts(rows)
     points = set(_thinned(rows, MOST_POINTS_OF_A_SOURCE))
     residuals: dict[int, Residual] = {}
     for fold in sorted(set(fold_of)):
@@ -263,7 +264,7 @@ def held_out(
         logs = dict(zip(predicted, residual_logs([rows[index] for index in predicted], profile), strict=True))
         for key in dict.fromkeys(keys[index] for index in outside):
             others = [index for index in logs if index in points and keys[index] != key]
-            learnt = _learn([rows[i] for i in others], [logs[i] for i in others]) if correct else {}
+            learnt = _learn([rows[i] for i in others], [logs[i] for i in others], counts) if correct else {}
             for index in (index for index in outside if keys[index] == key):
                 correction = learnt.get(rows[index].correction_regime)
                 residuals[index] = _residual(rows[index], logs[index], correction)
@@ -274,18 +275,28 @@ def _residual(row: Row, log: float, correction: Correction | None) -> Residual:
     width = row.run.width
     if correction is None:
         return Residual(row, log, log, width)
-    spread = correction.spread(row.features) / correction.noise
-    return Residual(row, log, log - math.log(correction.factor(row.features)), width * spread)
+    width *= correction.width(row.features)
+    return Residual(row, log, log - math.log(correction.factor(row.features)), width)
 
 
 def _with_corrections(profile: Profile, rows: Sequence[Row]) -> Profile:
     """The profile with a correction for each regime that has enough rows."""
     chosen = [rows[index] for index in _thinned(rows, MOST_POINTS_OF_A_SOURCE)]
-    return replace(profile, corrections=_learn(chosen, residual_logs(chosen, replace(profile, corrections={}))))
+    logs = residual_logs(chosen, replace(profile, corrections={}))
+    return replace(profile, corrections=_learn(chosen, logs, _group_counts(rows)))
 
 
-def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
-    """A correction for each regime that has enough rows."""
+def _group_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """The number of groups of runs in each correction's regime."""
+    groups: dict[str, set[str]] = {}
+    for row in rows:
+        groups.setdefault(row.correction_regime, set()).add(row.group)
+    return {regime: len(names) for regime, names in groups.items()}
+
+
+def _learn(rows: Sequence[Row], logs: Sequence[float], groups: Mapping[str, int]) -> dict[str, Correction]:
+    """A correction for each regime that has enough rows, with its number of `groups`: that of all rows, so that the
+    widths of residuals that are held out are those of the whole correction."""
     by_regime: dict[str, list[tuple[tuple[float, ...], float]]] = {}
     for row, log in zip(rows, logs, strict=True):
         by_regime.setdefault(row.correction_regime, []).append((row.features, log))
@@ -293,35 +304,42 @@ def _learn(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, Correction]:
     for regime, points in by_regime.items():
         few = points[:: -(-len(points) // MOST_POINTS)]
         if len(few) >= FEWEST_TO_CORRECT:
-            corrections[regime] = learn(regime, *zip(*few, strict=True))
+            places, logs_there = zip(*few, strict=True)
+            corrections[regime] = learn(regime, places, logs_there, groups[regime])
     return corrections
 
 
-def conformal(rows: Sequence[Row], logs: Sequence[float], widths: Sequence[float]) -> dict[str, tuple[float, float]]:
-    """Factors (low, high) by regime that 90 % of these runs lie between; a regime's name is its first words.
+def conformal(
+    rows: Sequence[Row], logs: Sequence[float], widths: Sequence[float], start: Profile
+) -> dict[str, tuple[float, float]]:
+    """Factors (low, high) by regime that 90 % of the runs of a new group lie between; a regime's name is its first
+    words.
 
-    Every source has the same weight (a row at most three), and within a source every run. With few runs the quantiles
-    lie further out, as in split conformal prediction: (n + 1) / n of the way. A regime has an interval of its own if it
-    has FEWEST_FOR_INTERVAL different layouts or models, and a wider regime only if its runs are of several narrower
-    ones.
+    Conformal prediction for runs in groups (Dunn, Wasserman, Ramdas 2022; Lee, Barber, Willett 2023): runs of a group
+    err alike, so groups are counted, not runs. Every source has the same weight, and every group within it (a row at
+    most three). The new group counts as one more that errs further than all others, and than the interval of the next
+    wider regime, or of the start, says: with fewer than FEWEST_GROUPS groups, that decides. Intervals are symmetric in
+    the logarithm, since the errors of few groups do not tell the sign of the next one's. A wider regime needs runs of
+    several narrower ones.
     """
-    by_regime: dict[str, list[int]] = {}
+    by_regime: dict[tuple[str, ...], list[int]] = {}
     for index, row in enumerate(rows):
         for stop in range(1, len(row.interval_regime) + 1):
-            by_regime.setdefault(".".join(row.interval_regime[:stop]), []).append(index)
-    intervals = {}
-    for regime, members in by_regime.items():
-        kinds = {
-            (rows[i].run.workload.card.name, rows[i].run.workload.card.units_per_sample, rows[i].run.layout)
-            for i in members
-        }
-        narrower = {rows[i].interval_regime[: regime.count(".") + 2] for i in members}
-        alone = len(narrower) == 1 and regime != ".".join(rows[members[0]].interval_regime)
-        if len(kinds) >= FEWEST_FOR_INTERVAL and not alone:
-            scores = [logs[index] / widths[index] for index in members]
-            weights = balanced_weights([rows[i].source for i in members], [str(i) for i in members])
-            intervals[regime] = _quantiles(scores, weights)
-    return intervals
+            by_regime.setdefault(row.interval_regime[:stop], []).append(index)
+    known, found = start, {}
+    for words, members in sorted(by_regime.items(), key=lambda item: len(item[0])):
+        narrower = {rows[i].interval_regime[: len(words) + 1] for i in members}
+        if len(narrower) > 1 or words == rows[members[0]].interval_regime:
+            groups = [rows[i].group for i in members]
+            weights = balanced_weights([rows[i].source for i in members], groups)
+            errors = [(abs(logs[i]) / widths[i], weight) for i, weight in zip(members, weights, strict=True)]
+            low, high = known.interval(*words)
+            furthest = max(-math.log(low), math.log(high), *(error for error, _ in errors))
+            errors.append((furthest, sum(weights) / len(set(groups))))
+            factor = math.exp(weighted_quantile(errors, COVERAGE))
+            found[".".join(words)] = 1 / factor, factor
+            known = replace(start, intervals={**start.intervals, **found})
+    return found
 
 
 def pair_intervals(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, tuple[float, float]]:
@@ -338,7 +356,7 @@ def pair_intervals(rows: Sequence[Row], logs: Sequence[float]) -> dict[str, tupl
     return {
         f"pairs.{kind}": (1 / apart, apart)
         for kind, errors in by_kind.items()
-        if len(errors) >= FEWEST_FOR_INTERVAL and (apart := math.exp(weighted_quantile(errors, COVERAGE)))
+        if len(errors) >= FEWEST_PAIRS and (apart := math.exp(weighted_quantile(errors, COVERAGE)))
     }
 
 
@@ -348,14 +366,6 @@ def weighted_quantile(values: Sequence[tuple[float, float]], share: float) -> fl
     passed = accumulate(weight for _, weight in ordered)
     reached = (value for (value, _), weight in zip(ordered, passed, strict=True) if weight >= share * total)
     return next(reached, ordered[-1][0])
-
-
-def _quantiles(scores: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    count = len(scores)
-    tail = max(0.0, 1 - (1 + COVERAGE) / 2 * (count + 1) / count)
-    low = weighted_quantile(list(zip(scores, weights, strict=True)), tail)
-    high = -weighted_quantile([(-score, weight) for score, weight in zip(scores, weights, strict=True)], tail)
-    return math.exp(min(low, 0.0)), math.exp(max(high, 0.0))
 
 
 def moves(start: Profile, profile: Profile) -> tuple[Mapping[str, Any], ...]:
@@ -371,10 +381,7 @@ def moves(start: Profile, profile: Profile) -> tuple[Mapping[str, Any], ...]:
 
 def held_out_keys(rows: Sequence[Row]) -> list[str]:
     """The key of each row, under which rows are held out together: its group, or itself in a regime of few groups."""
-    groups: dict[str, set[str]] = {}
-    for row in rows:
-        groups.setdefault(row.correction_regime, set()).add(row.group)
-    many = {regime for regime, names in groups.items() if len(names) >= FOLDS}
+    many = {regime for regime, count in _group_counts(rows).items() if count >= FOLDS}
     return [f"group {row.group}" if row.correction_regime in many else f"run {row.id}" for row in rows]
 
 

@@ -7,6 +7,7 @@ A case says what runs (model), on what (cluster) and how (train, layout, softwar
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ def parse_measured_case(line: Mapping[str, Any]) -> MeasuredCase | BadCase:
         float(seconds),
         **peaks,
         source=str(line.get("source", "")),
-        group=str(line.get("group", "")),
+        group=str(line.get("group") or json.dumps([case.model, case.cluster, case.train], sort_keys=True)),
         model_key="-".join(str(case.model.get(key)) for key in keys),
     )
 

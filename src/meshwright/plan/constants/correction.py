@@ -32,18 +32,22 @@ SCALES: Mapping[str, float] = {
     "layers": 8.0,
 }
 MOST_POINTS = 1000
+#: Groups of runs from which a 90 % interval follows: with a chance of one in ten, one more lies outside all nine.
+FEWEST_GROUPS = 9
 
 
 @dataclass(frozen=True)
 class Correction:
     """Residuals (log of measured over predicted) at the features (`centres`) of measured runs of one regime.
-    `amplitude` is the standard deviation of runs from the constants, `noise` that of equal runs from each other."""
+    `amplitude` is the standard deviation of runs from the constants, `noise` that of equal runs from each other;
+    `groups` is the number of groups of runs in the regime."""
 
     regime: str
     amplitude: float
     noise: float
     centres: tuple[tuple[float, ...], ...]
     residuals: tuple[float, ...]
+    groups: int
     _solved: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def factor(self, features: Sequence[float]) -> float:
@@ -56,6 +60,13 @@ class Correction:
         _, inverse = self._solution()
         near = _kernel([features], self.centres, self.amplitude)[0]
         return math.sqrt(max(0.0, self.amplitude**2 - float(near @ inverse @ near)) + self.noise**2)
+
+    def width(self, features: Sequence[float]) -> float:
+        """`spread` as a share of what it is far from the measured runs; 1 where too few groups were measured to tell
+        how near others come."""
+        if self.groups < FEWEST_GROUPS:
+            return 1.0
+        return self.spread(features) / math.hypot(self.amplitude, self.noise)
 
     def _solution(self) -> tuple[np.ndarray, np.ndarray]:
         if not self._solved:
@@ -72,6 +83,7 @@ class Correction:
             "regime": self.regime,
             "amplitude": self.amplitude,
             "noise": self.noise,
+            "groups": self.groups,
             "features": list(SCALES),
             "centres": [list(centre) for centre in self.centres],
             "residuals": list(self.residuals),
@@ -90,19 +102,19 @@ def _parse_correction(table: Mapping[str, Any], where: str) -> Correction:
         points = [tuple(float(x) for x in point) for point in table["points"]]
         centres, residuals = tuple(point[:-1] for point in points), tuple(point[-1] for point in points)
         amplitude, noise = float(table["amplitude"]), float(table["noise"])
-        regime, features = str(table["regime"]), list(table["features"])
+        regime, features, groups = str(table["regime"]), list(table["features"]), int(table["groups"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(Problem(where, f"a correction cannot be read ({error})", "calibrate again")) from error
     if features != list(SCALES):
         raise InputError(Problem(where, f"the correction of {regime} has other features", "calibrate again"))
     whole = 0 < len(points) <= MOST_POINTS and all(len(point) == len(SCALES) + 1 for point in points)
     finite = all(math.isfinite(x) for point in points for x in point)
-    if not whole or not finite or not 0 < amplitude < 10 or not 0 < noise < 10:
+    if not whole or not finite or not 0 < amplitude < 10 or not 0 < noise < 10 or groups < 1:
         raise InputError(Problem(where, f"the correction of {regime} is out of range", "calibrate again"))
-    return Correction(regime, amplitude, noise, centres, residuals)
+    return Correction(regime, amplitude, noise, centres, residuals, groups)
 
 
-def learn(regime: str, features: Sequence[Sequence[float]], residuals: Sequence[float]) -> Correction:
+def learn(regime: str, features: Sequence[Sequence[float]], residuals: Sequence[float], groups: int) -> Correction:
     """The correction with the amplitude and noise, out of a small table, that make the residuals likeliest."""
     import numpy as np
 
@@ -116,7 +128,7 @@ def learn(regime: str, features: Sequence[Sequence[float]], residuals: Sequence[
 
     amplitude, noise = min(product(_AMPLITUDES, _NOISES), key=lambda pair: unlikelihood(*pair))
     centres = tuple(tuple(float(x) for x in row) for row in features)
-    return Correction(regime, amplitude, noise, centres, tuple(float(x) for x in y))
+    return Correction(regime, amplitude, noise, centres, tuple(float(x) for x in y), groups)
 
 
 _AMPLITUDES = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2)

@@ -30,7 +30,7 @@ LARGEST_FILE_BYTES = 1 << 20
 #: A file's constant further from its data sheet's value than this factor, either way, is a mistake.
 FURTHEST = 1000.0
 #: Shares of another kernel's speed, not of a ceiling: they may exceed one.
-RATIOS = ("cuda.attention.share", "cuda.product.wide")
+RATIOS = ("cuda.attention.share",)
 _ROWS = (*CONSTANTS, *CPU_CONSTANTS, *SERVING_CONSTANTS)
 _BY_NAME = {constant.name: constant for constant in _ROWS}
 
@@ -125,7 +125,9 @@ def dump(profile: Profile) -> str:
     for correction in profile.corrections.values():
         lines += ["", "[[corrections]]  # log of measured over predicted at measured runs; fades away from them"]
         table = correction.as_dict()
-        lines += [f"{name} = {toml_value(table[name])}" for name in ("regime", "amplitude", "noise", "features")]
+        lines += [
+            f"{name} = {toml_value(table[name])}" for name in ("regime", "amplitude", "noise", "groups", "features")
+        ]
         rows = zip(table["centres"], table["residuals"], strict=True)
         lines += ["points = [", *(f"  {[round(x, 4) for x in centre] + [round(y, 5)]}," for centre, y in rows), "]"]
     return "\n".join([*lines, "", "[end]"]) + "\n"

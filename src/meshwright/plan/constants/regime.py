@@ -46,9 +46,9 @@ def correction_factor(profile: Profile, workload: Workload, layout: Layout) -> f
 
 
 def time_interval(profile: Profile, workload: Workload, layout: Layout, width: float = 1.0) -> tuple[float, float]:
-    """Factors of a predicted time that bound its 90 % interval, to the power `width`; they are wider far from the runs
+    """Factors of a predicted time that bound its 90 % interval, to the power `width`; they are narrower near the runs
     that a correction was learnt from."""
     low, high = profile.interval(*interval_regime(workload))
     correction = profile.corrections.get(correction_regime(workload, layout))
-    spread = 1.0 if correction is None else correction.spread(features(workload, layout)) / correction.noise
-    return low ** (width * spread), high ** (width * spread)
+    width *= 1.0 if correction is None else correction.width(features(workload, layout))
+    return low**width, high**width
