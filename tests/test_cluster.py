@@ -269,6 +269,20 @@ def test_cores_are_those_of_affinity_and_of_every_quota(
     assert cpu_cluster(2).device.units == cores // 2
 
 
+def test_memory_counts_control_groups_of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups(monkeypatch, tmp_path, "9:memory:/docker/4711", "0::/")
+    texts = {
+        "limit_in_bytes": "9000000",
+        "usage_in_bytes": "7000000",
+        "stat": "cache 1\ninactive_file 5\nactive_file 5\ntotal_inactive_file 2000000\ntotal_active_file 500000",
+    }
+    for name, text in texts.items():
+        write(tmp_path / "memory" / f"memory.{name}", text + "\n")
+    assert (cluster.memory_bytes(), cluster.available_memory_bytes()) == (9_000_000, 4_500_000)
+    write(tmp_path / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")  # no limit
+    assert cluster.memory_bytes() > 9_000_000
+
+
 def test_memory_counts_the_groups_above_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     control_groups(monkeypatch, tmp_path, "0::/a.slice/b.service")
     write(tmp_path / "a.slice/b.service/memory.max", "max\n")

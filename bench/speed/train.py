@@ -37,6 +37,7 @@ import numpy as np
 import psutil
 import torch
 
+from meshwright.cluster import available_cores
 from meshwright.data import Manifest, build_manifest
 from meshwright.job import Job, job_to_toml
 from meshwright.run import RunFolder
@@ -143,7 +144,7 @@ def run_peer(bench: TrainBench, compiled: bool, result: Result) -> None:
         "precision": bench.job.train.precision,
     }
     (work / "settings.json").write_text(json.dumps(settings))
-    threads = max(1, (os.cpu_count() or 1) // world)
+    threads = max(1, available_cores() // world)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),

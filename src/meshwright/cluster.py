@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -270,13 +271,30 @@ def available_cores() -> int:
 def memory_bytes() -> int:
     """Memory of this machine, or of a control group that holds this process where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *(limit for _, limit in _memory_limits())])
+    return min([total, *(one.limit for one in _memory_limits())])
 
 
-def _memory_limits() -> list[tuple[Path, int]]:
-    files = ((group, group / "memory.max") for group in control_groups("memory"))
-    words = ((group, path.read_text().strip()) for group, path in files if path.exists())
-    return [(group, int(word)) for group, word in words if word != "max"]
+#: Of both versions of control groups: the files of the limit and of what is used, and the beginning of the lines in
+#: memory.stat that count the groups below too.
+MEMORY_FILES = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
+
+
+@dataclass(frozen=True)
+class _MemoryLimit:
+    """The limit of a control group, and the bytes of it that are left where its cached files are dropped."""
+
+    limit: int
+    available: int
+
+
+def _memory_limits() -> Iterator[_MemoryLimit]:
+    for group, (most, used, prefix) in itertools.product(control_groups("memory"), MEMORY_FILES):
+        word = (group / most).read_text().strip() if (group / most).exists() else "max"
+        if word != "max":
+            stat = (group / "memory.stat").read_text()
+            cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
+            left = int(word) - int((group / used).read_text()) + sum(map(int, cached))
+            yield _MemoryLimit(int(word), max(0, left))
 
 
 def available_memory_bytes() -> int:
@@ -288,10 +306,7 @@ def available_memory_bytes() -> int:
     limits, system = [memory_bytes()], Path("/proc/meminfo")
     if system.exists():
         limits += [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+)", system.read_text())]
-    for group, limit in _memory_limits():
-        cached = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        limits.append(max(0, limit - int((group / "memory.current").read_text()) + sum(map(int, cached))))
-    return min(limits)
+    return min([*limits, *(one.available for one in _memory_limits())])
 
 
 @cache

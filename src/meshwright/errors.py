@@ -79,6 +79,8 @@ REFUSALS: dict[int, tuple[type[MeshwrightError], str]] = {
     errno.EFBIG: (RunFailed, "raise the limit on the size of a file (ulimit -f), or name a folder on another disk"),
     errno.EIO: (RunFailed, "check that disk, or name a folder on another"),
     errno.EMFILE: (RunFailed, "raise the limit on open files (ulimit -n)"),
+    errno.ENOMEM: (RunFailed, "free memory, or take a smaller model or batch"),
+    errno.EAGAIN: (RunFailed, "raise the limit on processes and threads (ulimit -u)"),
     errno.EROFS: (InputError, "name a folder that can be written, or copy this one to such a place"),
     errno.EACCES: (InputError, "name one that you may use, or change its permissions"),
     errno.EPERM: (InputError, "name one that you may use, or change its permissions"),

@@ -107,6 +107,27 @@ def test_refusals_say_what_helps(number: int, kind: type[Exception], nearest: st
     assert f"runs/a: {os.strerror(number)}; " in str(refused) and nearest in str(refused)
 
 
+@pytest.mark.parametrize(
+    ("error", "nearest"),
+    [
+        (MemoryError(), "take a smaller model or batch"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "take a smaller model or batch"),  # as mmap says it
+        (OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),  # as fork says it
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+    ],
+)
+def test_too_little_memory_and_too_few_processes_are_named(
+    error: Exception, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(commands.COMMANDS, "doctor", fail)
+    assert main(["doctor"]) == 4
+    said = capsys.readouterr().err
+    assert nearest in said and "not expected" not in said
+
+
 def test_an_error_that_names_nothing_is_not_the_systems() -> None:
     assert refused_by_system(OSError("words of ours")) is None
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import signal
 import sys
 import threading
@@ -109,6 +111,10 @@ def _refused(error: Exception) -> MeshwrightError | None:
     """A named problem, where the system or a text from outside is at fault rather than we."""
     if isinstance(error, UnicodeEncodeError):  # bytes of the command line or of a file's name that are not text
         return InputError(Problem("", f"{ascii(error.object)[:200]} is not UTF-8 text", "give it another name"))
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    elif isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python has no class for it
+        error = OSError(errno.EAGAIN, str(error))
     return refused_by_system(error) if isinstance(error, OSError) else None
 
 

@@ -114,13 +114,17 @@ class EngineLoop:
                 self._inbox.put(message)
         except channel.ChannelClosed:
             self._inbox.put({"op": "stop"})
+        except BaseException as error:  # without this thread no request would be answered: it is the end of the engine
+            self._inbox.put({"op": "failed", "error": error})
 
     def _tokenize(self, message: dict[str, Any]) -> dict[str, Any]:
         prompt = message["prompt"]
         try:
             if isinstance(prompt, str):
                 prompt = self._tokenizer.encode(prompt, add_special=message["add_special"])
-        except Exception as error:  # whatever hostile text does to a tokenizer concerns this request alone
+        except (
+            BaseException
+        ) as error:  # what hostile text does to a tokenizer, its panics too, concerns this request alone
             log.warning("a prompt could not be tokenized", exc_info=error)
             return {"op": "refuse", "id": message["id"]}
         return {**message, "prompt": tuple(prompt)}
@@ -133,6 +137,8 @@ class EngineLoop:
             message = self._inbox.get()
             if message["op"] == "stop":
                 return False
+            if message["op"] == "failed":
+                raise message["error"]
             if message["op"] == "submit":
                 self._submit(message)
             elif message["op"] == "refuse":
