@@ -248,7 +248,7 @@ def test_a_long_run_is_not_held_in_memory(tmp_path: Path) -> None:
     )
     folders = [str(steps_file(tmp_path / str(steps), steps)) for steps in (100, 100_000)]
     done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 60e6, "more than half a kilobyte a step"
+    assert int(done.stdout) < 50e6, "more than 500 bytes a step"
 
 
 def test_lines_are_parsed_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ train = { steps = 100, lr = 1e-3, global_batch = 8 }
         pytest.param("from_the_start", {"tp": 2}, 1, id="tensor"),
         pytest.param("from_step_3", {"pp": 2}, 3, id="pipeline"),
         pytest.param("from_step_3", {"dp": 2, "shard": 2}, 3, id="sharded", marks=pytest.mark.slow),
+        pytest.param("from_the_start", {"dp": 2}, 1, id="replicated", marks=pytest.mark.slow),
     ],
 )
 def test_a_gradient_that_is_wrong_by_a_thousandth_is_caught(
