@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from meshwright.errors import InputError, Problem
 
 #: A key that TOML accepts without quotes.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+_DIGEST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
 def open_regular(path: Path, *, follow_links: bool = False) -> int:
@@ -88,6 +91,20 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {repeated[:40]!r} is given twice")
     return record
+
+
+def with_digest(record: bytes) -> bytes:
+    """The JSON object `record`, of one key or more, with a first line that has the SHA-256 of all that follows it."""
+    rest = record.removeprefix(b"{").lstrip()
+    return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+
+def has_its_digest(data: bytes) -> bool | None:
+    """Whether the digest in the first line is that of all that follows it; None without such a line."""
+    line = _DIGEST_LINE.match(data)
+    if line is None:
+        return None
+    return hashlib.sha256(memoryview(data)[line.end() :]).hexdigest().encode() == line.group(1)
 
 
 def decode_text(data: bytes) -> str:
