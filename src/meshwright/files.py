@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from meshwright.errors import InputError, Problem
 #: A key that TOML accepts without quotes.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
+_MANIFEST_BYTES = 256 << 20  # largest manifest of a checkpoint that is read
 _DIGEST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
@@ -105,6 +106,26 @@ def has_its_digest(data: bytes) -> bool | None:
     if line is None:
         return None
     return hashlib.sha256(memoryview(data)[line.end() :]).hexdigest().encode() == line.group(1)
+
+
+def refuse_damaged(model: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Raises InputError naming a file of the folder `model` whose content in `contents` (None: it is missing) is other
+    than the manifest of the checkpoint that `model` is of says; it need not be of one."""
+    model = model.resolve()
+    path = model.parent / "manifest.json"
+    if model.name != "model" or not path.exists():
+        return
+    data = read_capped(path, _MANIFEST_BYTES)
+    if not has_its_digest(data):
+        raise InputError(Problem(str(path), "does not have its digest: it was changed", "use another checkpoint"))
+    listed = parse_json(data, str(path))["files"]
+    problems = [
+        Problem(str(model / name), "does not have the manifest's digest: it was changed", "use another checkpoint")
+        for name, content in contents.items()
+        if (file := listed.get(f"model/{name}")) and hashlib.sha256(content or b"").hexdigest() != file["sha256"]
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def decode_text(data: bytes) -> str:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.checkpoint import ModelFolder
 from meshwright.data.corpus import Scan, make_tokenizer
 from meshwright.data.sources import open_source
 from meshwright.data.tokenizer import (
@@ -21,8 +23,10 @@ from meshwright.data.tokenizer import (
 )
 from meshwright.errors import InputError
 from meshwright.job import Job
+from meshwright.layout import Layout
 from meshwright.serve.workers.chat import read_chat_template
 from meshwright.serve.workers.text import TextTokenizer
+from tests.checkpoint.simulate import save_world, shapes_of, world_pieces
 
 CORPUS = ["def read(path):\n    return open(path).read()\n", "def write(path, text):\n    open(path).write(text)\n"] * 5
 BPE = train_bpe(CORPUS, 280)
@@ -291,6 +295,30 @@ def test_a_broken_file_is_bad_input(tmp_path: Path, broken: bytes) -> None:
     write(tmp_path, {**BPE.side_files(), "tokenizer_config.json": broken})
     with pytest.raises(InputError, match=r"tokenizer_config\.json: is n"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_the_tokenizer_of_a_checkpoint_is_held_to_its_digests(tmp_path: Path, name: str) -> None:
+    tensors = {"w": torch.ones(3)}
+    model_files = ModelFolder({"w": "w"}, BPE.side_files())
+    save_world(tmp_path, 1, world_pieces(Layout(), shapes_of(tensors)), tensors, model_files=model_files)
+    folder = tmp_path / "step-1" / "model"
+    for path in (folder, folder / "tokenizer.json"):
+        assert Tokenizer.load(path).side_files() == BPE.side_files()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b"\n")
+    for path in (folder, folder / "tokenizer.json"):
+        with pytest.raises(InputError, match=rf"step-1/model/{name}: does not have the manifest's digest"):
+            Tokenizer.load(path)
+    if name != "tokenizer.json":
+        (folder / name).unlink()
+        with pytest.raises(InputError, match=rf"step-1/model/{name}: does not have the manifest's digest"):
+            Tokenizer.load(folder)
+    (folder / name).write_bytes(content)
+    manifest = folder.parent / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"world":', b'"word":'))
+    with pytest.raises(InputError, match=r"manifest\.json: does not have its digest"):
+        Tokenizer.load(folder)
 
 
 def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:

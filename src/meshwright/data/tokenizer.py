@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from meshwright.errors import InputError, Problem
-from meshwright.files import parse_json, read_capped
+from meshwright.files import parse_json, read_capped, refuse_damaged
 
 END_OF_TEXT = "<|endoftext|>"
 #: End tokens of other families' tokenizers, for a tokenizer.json without its configuration.
@@ -69,10 +69,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """From a tokenizer.json or the folder that holds one. Raises InputError."""
+        """From a tokenizer.json or the folder that holds one. Raises InputError, also where that is of a checkpoint and
+        a file of the tokenizer was changed since."""
         path = Path(path)
         near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
-        return cls(read_files(path, near), where=str(path / "tokenizer.json" if path.is_dir() else path))
+        files, where = read_files(path, near), path / "tokenizer.json" if path.is_dir() else path
+        names = SIDE_FILES if where.name == "tokenizer.json" else ()
+        refuse_damaged(where.parent, {name: files.get(name) for name in names})
+        return cls(files, where=str(where))
 
     def tokens_from(self, first: int) -> list[str]:
         """The tokens of the ids from `first` on, in their order."""
