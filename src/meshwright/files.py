@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from meshwright.errors import InputError, Problem
 
 #: A key that TOML accepts without quotes.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+_MANIFEST_BYTES = 256 << 20  # largest manifest of a checkpoint that is read
+_DIGEST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
 def open_regular(path: Path, *, follow_links: bool = False) -> int:
@@ -88,6 +92,40 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {repeated[:40]!r} is given twice")
     return record
+
+
+def with_digest(record: bytes) -> bytes:
+    """The JSON object `record`, of one key or more, with a first line that has the SHA-256 of all that follows it."""
+    rest = record.removeprefix(b"{").lstrip()
+    return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+
+def has_its_digest(data: bytes) -> bool | None:
+    """Whether the digest in the first line is that of all that follows it; None without such a line."""
+    line = _DIGEST_LINE.match(data)
+    if line is None:
+        return None
+    return hashlib.sha256(memoryview(data)[line.end() :]).hexdigest().encode() == line.group(1)
+
+
+def refuse_damaged(model: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Raises InputError naming a file of the folder `model` whose content in `contents` (None: it is missing) is other
+    than the manifest of the checkpoint that `model` is of says; it need not be of one."""
+    model = model.resolve()
+    path = model.parent / "manifest.json"
+    if model.name != "model" or not path.exists():
+        return
+    data = read_capped(path, _MANIFEST_BYTES)
+    if not has_its_digest(data):
+        raise InputError(Problem(str(path), "does not have its digest: it was changed", "use another checkpoint"))
+    listed = parse_json(data, str(path))["files"]
+    problems = [
+        Problem(str(model / name), "does not have the manifest's digest: it was changed", "use another checkpoint")
+        for name, content in contents.items()
+        if (file := listed.get(f"model/{name}")) and hashlib.sha256(content or b"").hexdigest() != file["sha256"]
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def decode_text(data: bytes) -> str:

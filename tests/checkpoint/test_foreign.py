@@ -236,3 +236,15 @@ def test_hostile_index_is_refused(tmp_path: Path, index: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError):
         read_model_folder(tmp_path, {"w": "w"}, wanted)
+
+
+def test_a_folder_with_its_weights_twice_is_refused_by_name(tmp_path: Path) -> None:
+    wanted = write(tmp_path, {"w": torch.ones(3)})
+    save_file({"w": torch.zeros(3)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}}))
+    with pytest.raises(InputError, match=r"twice: model\.safetensors, and .*index\.json with model-00001-of.*; remove"):
+        read_model_folder(tmp_path, {"w": "w"}, wanted)
+    index.write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    read_model_folder(tmp_path, {"w": "w"}, wanted)
+    assert wanted["w"][1].tolist() == [1, 1, 1]

@@ -187,9 +187,22 @@ def test_a_long_folder_for_temporary_files_is_named(tmp_path: Path) -> None:
 def test_a_prompt_that_is_not_text_is_bad_input(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     assert main(["generate", "no-such-run", "--prompt", "a\udcff"]) == 2
     assert "prompt: is not UTF-8 text: character 2" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
-    assert main(["generate", "no-such-run", "--prompt", "-"]) == 2
-    assert "--prompt: stdin is not UTF-8 text" in capsys.readouterr().err
+    for content, said in (
+        (b"a\xff", "--prompt: stdin is not UTF-8 text: byte 2"),
+        ("aé".encode("utf-16"), "--prompt: stdin is not UTF-8 text but UTF-16, by its byte order mark; convert it"),
+        ("a".encode("utf-16-le"), "--prompt: stdin holds NUL bytes, so it is UTF-16 or no text; convert it"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+        assert main(["generate", "no-such-run", "--prompt", "-"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_prompt_of_stdin_is_utf8_in_any_locale_without_a_byte_order_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = []
+    monkeypatch.setattr(verbs, "generate", lambda model, prompt, **options: prompts.append(prompt))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffaé\n".encode()), encoding="latin-1"))
+    assert main(["generate", "run", "--prompt", "-"]) == 0
+    assert prompts == ["aé\n"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_data_without_text_or_too_short_is_refused_with_what_works(tmp_path: Pat
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(
-        InputError, match=r"has 257 ids, but the model's embedding has 256 rows; nearest: model.vocab=257"
+        InputError, match=r"has 257 ids, but the model's embedding has 256 rows, none for .*; nearest: model.vocab=257"
     ):
         data.build_manifest(text_job(source, vocab=256, tokenizer="bytes"), tmp_path / "manifest")
     with pytest.raises(InputError, match=r"'bpe' has 257 ids, .*; nearest: model.vocab=257"):
@@ -210,6 +211,36 @@ def test_a_change_that_keeps_the_size_is_seen_too(tmp_path: Path, source: Path, 
     )
     with pytest.raises(InputError, match=words):
         data.build_manifest(text_job(source), folder)
+
+
+@pytest.mark.parametrize(
+    ("was", "edited"),
+    [
+        (r'"eos": \d+', '"eos": 5'),
+        ('"exact_bytes": true', '"exact_bytes": false'),
+        (r'"empty": \d+', '"empty": 9'),
+        (r'"bytes": \d+', '"bytes": 7'),
+    ],
+)
+def test_a_change_of_the_manifest_itself_is_refused_by_name(
+    tmp_path: Path, source: Path, was: str, edited: str
+) -> None:
+    folder = tmp_path / "manifest"
+    data.build_manifest(text_job(source), folder)
+    file = folder / "manifest.json"
+    text, count = re.subn(was, edited, file.read_text())
+    assert count and text != file.read_text()
+    file.write_text(text)
+    for read in (lambda: data.build_manifest(text_job(source), folder), lambda: data.Manifest.open(folder)):
+        with pytest.raises(InputError, match=r"manifest/manifest\.json: was changed since the run began; bring it"):
+            read()
+
+
+def test_a_manifest_without_its_own_digest_is_read(tmp_path: Path, source: Path) -> None:
+    folder = tmp_path / "manifest"
+    built = data.build_manifest(text_job(source), folder)
+    (folder / "manifest.json").write_text(json.dumps(built.content, indent=2) + "\n")  # as older runs have it
+    assert data.build_manifest(text_job(source), folder).content == built.content
 
 
 def test_a_run_goes_on_when_its_source_has_gone(tmp_path: Path, source: Path) -> None:

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.checkpoint import ModelFolder
+from meshwright.data.corpus import Scan, make_tokenizer
+from meshwright.data.sources import open_source
 from meshwright.data.tokenizer import (
     BYTES_VOCAB,
+    CLASS_TOKENS,
     END_OF_TEXT,
     Tokenizer,
     byte_characters,
@@ -18,8 +23,10 @@ from meshwright.data.tokenizer import (
 )
 from meshwright.errors import InputError
 from meshwright.job import Job
+from meshwright.layout import Layout
 from meshwright.serve.workers.chat import read_chat_template
 from meshwright.serve.workers.text import TextTokenizer
+from tests.checkpoint.simulate import save_world, shapes_of, world_pieces
 
 CORPUS = ["def read(path):\n    return open(path).read()\n", "def write(path, text):\n    open(path).write(text)\n"] * 5
 BPE = train_bpe(CORPUS, 280)
@@ -97,11 +104,11 @@ def test_loading_from_a_folder_or_its_file_is_the_same(tmp_path: Path) -> None:
 
 def test_the_configuration_names_the_end_token(tmp_path: Path) -> None:
     files = BPE.side_files()
-    for said, eos in [("Ġ", BPE.encode(" ")[0]), ({"content": END_OF_TEXT, "lstrip": False}, 0)]:
+    for said, eos in [("Ġ", BPE.encode(" ")[0]), ({"content": END_OF_TEXT, "lstrip": False}, 0), ("<new>", 280)]:
         write(tmp_path, {**files, "tokenizer_config.json": json.dumps({"eos_token": said}).encode()})
         assert Tokenizer.load(tmp_path).eos == eos
-    write(tmp_path, {"tokenizer_config.json": b'{"eos_token": "<none>"}'})
-    with pytest.raises(InputError, match="no token '<none>'"):
+    write(tmp_path, {"tokenizer_config.json": b'{"eos_token": ""}'})
+    with pytest.raises(InputError, match="does not say which token ends a text"):
         Tokenizer.load(tmp_path)
 
 
@@ -131,9 +138,84 @@ def test_special_tokens_come_from_every_file_as_in_transformers(tmp_path: Path) 
         assert ours.side_files().keys() >= files.keys()
 
 
+PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "files"),
+    [
+        ({}, {"additional_special_tokens": ["<x>"]}, {}),
+        ({}, {"extra_special_tokens": ["<x>", "<x>"]}, {}),
+        ({}, {"extra_special_tokens": {"image_token": "<x>"}}, {}),
+        ({}, {"image_token": "<x>"}, {"image_token": "<y>"}),
+        ({}, {"pad_token": "<x>", "sep_token": None}, {"pad_token": {"content": "<y>", "lstrip": True}}),
+        ({}, {"pad_token": "<x>"}, {"pad_token": None, "extra_special_tokens": ["<y>"]}),
+        ({}, {}, {"additional_special_tokens": ["<x>", "<y>"], "eos_token": "<y>"}),
+        ({}, {"added_tokens_decoder": {}, "pad_token": "<x>"}, {"eos_token": "<y>"}),
+        ({"model": ["<x>"]}, {"bos_token": "<x>"}, {}),
+        ({"added": ["<x>"]}, {"eos_token": "<x>"}, {}),
+        ({"added": ["<x>"]}, {"added_tokens_decoder": {"257": {"content": "<x>", "special": True}}}, {}),
+        ({"added": ["<x>"]}, {"added_tokens_decoder": {"257": {"content": "<x>"}}, "pad_token": "<x>"}, {}),
+    ],
+)
+def test_special_tokens_named_only_in_side_files_are_special_as_in_transformers(
+    tmp_path: Path, content: dict[str, list[str]], config: dict[str, object], files: dict[str, object]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    saved = json.loads(BYTES.side_files()["tokenizer.json"])
+    for token in content.get("model", []):
+        saved["model"]["vocab"][token] = 256
+        saved["added_tokens"][0]["id"] = 257
+    inner = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    inner.add_tokens(content.get("added", []))
+    others = {"tokenizer_config.json": {**PLAIN, **config}, "special_tokens_map.json": files}
+    write(tmp_path, {name: json.dumps(value).encode() for name, value in others.items()})
+    write(tmp_path, {"tokenizer.json": inner.to_str().encode()})
+    served, theirs = TextTokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a<x>b", "a <x> b<y> c", f"<x>{END_OF_TEXT}"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert served.encode(text, add_special=False) == ids
+        assert served.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert set(theirs.all_special_tokens) <= set(served.special.values())
+    assert read_chat_template(tmp_path).special == {k: str(v) for k, v in theirs.special_tokens_map.items()}
+    assert Tokenizer.load(tmp_path).vocab == len(theirs)
+
+
+@pytest.mark.parametrize("name", [*CLASS_TOKENS, "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_special_tokens_of_a_class_are_those_of_transformers(tmp_path: Path, name: str, byte_level: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    content = json.loads(BYTES.side_files()["tokenizer.json"])
+    if not byte_level:
+        content |= {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}}
+        content |= {"decoder": None}
+    write(tmp_path, {"tokenizer.json": json.dumps(content).encode()})
+    for said in ({}, {"unk_token": None, "eos_token": "<end>"}):
+        write(tmp_path, {"tokenizer_config.json": json.dumps({"tokenizer_class": name, **said}).encode()})
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert read_chat_template(tmp_path).special == {k: str(v) for k, v in theirs.special_tokens_map.items()}
+        assert Tokenizer.load(tmp_path).vocab == len(theirs)
+
+
+def test_a_special_token_beyond_the_models_vocabulary_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = {**PLAIN, "eos_token": END_OF_TEXT, "extra_special_tokens": [f"<{name}>" for name in "abcd"]}
+    write(tmp_path, {**BYTES.side_files(), "tokenizer_config.json": json.dumps(config).encode()})
+    job = Job(
+        model={"family": "llama", "vocab": BYTES_VOCAB, "layers": 1, "hidden": 8, "heads": 1, "ffn": 8},
+        data={"source": "stdlib", "seq_len": 4, "tokenizer": str(tmp_path)},
+        train={"steps": 1, "lr": 1e-3, "global_batch": 1},
+    )
+    with pytest.raises(InputError, match=r"261 ids, .* 257 rows, none for '<a>', '<b>', '<c>' and 1 more; nearest"):
+        make_tokenizer(str(tmp_path), job.model, open_source("stdlib", "text"), Scan(0, 0, 0, 0, 0, 0, (), 0))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("tokenizer_config.json", b'{"extra_special_tokens": "<x>"}', "extra_special_tokens is not a list of tokens"),
+        ("tokenizer_config.json", b'{"pad_token": 5}', r"tokenizer_config.json: pad_token is not a token: 5"),
+        ("special_tokens_map.json", b'{"pad_token": {}}', r"special_tokens_map.json: pad_token is not a token"),
+        ("added_tokens.json", b'{"<end>": 256}', "gives '<end>' the id 257, but the files beside it give it 256"),
         ("added_tokens.json", b'{"<end>": 300}', "gives '<end>' the id 257, but the files beside it give it 300"),
         ("added_tokens.json", b'{"<end>": "x"}', "are not tokens with ids"),
         ("added_tokens.json", b"[]", r"added_tokens.json: is not a JSON object"),
@@ -213,6 +295,30 @@ def test_a_broken_file_is_bad_input(tmp_path: Path, broken: bytes) -> None:
     write(tmp_path, {**BPE.side_files(), "tokenizer_config.json": broken})
     with pytest.raises(InputError, match=r"tokenizer_config\.json: is n"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_the_tokenizer_of_a_checkpoint_is_held_to_its_digests(tmp_path: Path, name: str) -> None:
+    tensors = {"w": torch.ones(3)}
+    model_files = ModelFolder({"w": "w"}, BPE.side_files())
+    save_world(tmp_path, 1, world_pieces(Layout(), shapes_of(tensors)), tensors, model_files=model_files)
+    folder = tmp_path / "step-1" / "model"
+    for path in (folder, folder / "tokenizer.json"):
+        assert Tokenizer.load(path).side_files() == BPE.side_files()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b"\n")
+    for path in (folder, folder / "tokenizer.json"):
+        with pytest.raises(InputError, match=rf"step-1/model/{name}: does not have the manifest's digest"):
+            Tokenizer.load(path)
+    if name != "tokenizer.json":
+        (folder / name).unlink()
+        with pytest.raises(InputError, match=rf"step-1/model/{name}: does not have the manifest's digest"):
+            Tokenizer.load(folder)
+    (folder / name).write_bytes(content)
+    manifest = folder.parent / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"world":', b'"word":'))
+    with pytest.raises(InputError, match=r"manifest\.json: does not have its digest"):
+        Tokenizer.load(folder)
 
 
 def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:

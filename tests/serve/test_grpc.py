@@ -45,6 +45,11 @@ def test_predictions_of_a_plain_prompt(stub):
     assert stub.Predictions(request("né ")).prediction.decode() == "né né né né "
 
 
+def test_a_byte_order_mark_is_no_part_of_the_data(stub):
+    for data in ("né ", '{"prompt": "né "}'):
+        assert stub.Predictions(request(b"\xef\xbb\xbf" + data.encode())).prediction.decode() == "né né né né "
+
+
 def test_predictions_of_a_json_object(stub):
     body = json.dumps({"prompt": "abc", "max_tokens": 5, "model": "echo"})
     response, call = stub.Predictions.with_call(request(body))
@@ -67,7 +72,9 @@ BAD = [
     (inference_pb2.PredictionsRequest(model_name="echo"), "INVALID_ARGUMENT", "'data'"),
     (inference_pb2.PredictionsRequest(model_name="echo", input={"dat": b"x"}), "INVALID_ARGUMENT", "mean 'data'"),
     (request(b""), "INVALID_ARGUMENT", "empty"),
-    (request(b"\xff\xfe"), "INVALID_ARGUMENT", "UTF-8"),
+    (request(b"\xff\xfe"), "INVALID_ARGUMENT", "'data' is not UTF-8 text but UTF-16"),
+    (request("a".encode("utf-16-le")), "INVALID_ARGUMENT", "'data' holds NUL bytes"),
+    (request(b"\x80"), "INVALID_ARGUMENT", "'data' is not UTF-8"),
     (request("{not json"), "INVALID_ARGUMENT", "begins with {"),
     (request('{"promt": "a"}'), "INVALID_ARGUMENT", "did you mean 'prompt'"),
     (request('{"prompt": "a", "n": 2}'), "INVALID_ARGUMENT", "n = 1"),

@@ -172,8 +172,9 @@ BAD_BODIES = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
     (b"[]", "not a JSON object"),
-    (b"\xff\xfe", "not UTF-8"),
-    (b"\x80\x04\x95\x10\x00\x00\x00.", "not UTF-8"),
+    (b"\xff\xfe", "not UTF-8 text but UTF-16"),
+    ('{"prompt": "a"}'.encode("utf-16-le"), "NUL bytes, so it is UTF-16"),
+    (b"\x80\x04\x95\x10\x00\x00\x00.", "no text"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN"),
     (b'{"prompt": "a", "temperature": Infinity}', "Infinity"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
@@ -192,6 +193,11 @@ def test_bodies_that_are_not_requests(server, body, words):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert words in error["message"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_body(server):
+    response = post(server, "/v1/completions", b'\xef\xbb\xbf{"prompt": "ab", "max_tokens": 2}')
+    assert response.json()["choices"][0]["text"] == "ab"
 
 
 BAD_FIELDS = [

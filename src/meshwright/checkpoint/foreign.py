@@ -50,9 +50,10 @@ def read_model_folder(
 ) -> None:
     """Fills `tensors` (by our names) from a Hugging Face folder. `names` maps our names of all tensors to the file's.
 
-    The folder has `model.safetensors`, or shards with `model.safetensors.index.json`. Floating-point tensors are cast
-    to the dtype of the local tensor. `ignored` has patterns (`*.inv_freq`) of tensors that the file may have and we do
-    not need. `names` leaves out aliases of tied weights; `tied` has their names in the file, and those of the weights.
+    The folder has `model.safetensors`, or shards with `model.safetensors.index.json`, not both. Floating-point tensors
+    are cast to the dtype of the local tensor. `ignored` has patterns (`*.inv_freq`) of tensors that the file may have
+    and we do not need. `names` leaves out aliases of tied weights; `tied` has their names in the file, and those of the
+    weights.
     Links are followed: the Hugging Face cache is made of them.
 
     For `step-N/model` of a checkpoint, the digests of all that is read and of the files beside the weights are checked
@@ -152,6 +153,10 @@ def _open_folder(folder: Path) -> dict[str, tuple[str, Slot, Any]]:
     index = folder / INDEX
     if index.exists():
         weight_map = _read_index(index)
+        others = sorted(set(weight_map.values()) - {SINGLE})
+        if others and (folder / SINGLE).exists():  # `transformers` reads the single file
+            what = f"has its weights twice: {SINGLE}, and {INDEX} with {others[0]}"
+            raise InputError(Problem(str(folder), what, f"remove {SINGLE}, or {INDEX} and its files"))
     elif (folder / SINGLE).exists():
         weight_map = None
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from meshwright.checkpoint.files import FILE_NAME, dump_json
 from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape, tile_count
 from meshwright.errors import InputError, Problem
-from meshwright.files import parse_json, read_capped
+from meshwright.files import has_its_digest, parse_json, read_capped, with_digest
 from meshwright.layout import Box
 
 VERSION = 2
@@ -22,8 +21,6 @@ VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
 
-#: The first line has the digest of all that follows, which is checked before anything is parsed.
-_FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _SEQUENCE = re.compile(rb'"sequence": ?([0-9]{1,15})[,}]')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -117,8 +114,7 @@ def encode_manifest(manifest: CheckpointManifest) -> bytes:
         },
         "files": {path: vars(file) for path, file in manifest.files.items()},
     }
-    rest = dump_json(record)[1:] + b"\n"
-    return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+    return with_digest(dump_json(record) + b"\n")
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -160,11 +156,10 @@ def stated_sequence(folder: Path) -> int | None:
 
 def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
     """The manifest in `data`, after checking digest and schema; `where` is its path for messages."""
-    line = _FIRST_LINE.match(data)
-    if line is None:
+    intact = has_its_digest(data)
+    if intact is None:
         raise InputError(Problem(where, "is not a manifest: its first line has no digest"))
-    rest = memoryview(data)[line.end() :]
-    if hashlib.sha256(rest).hexdigest().encode() != line.group(1):
+    if not intact:
         raise InputError(
             Problem(where, "its digest does not match: it was cut short or changed", "use an earlier checkpoint")
         )

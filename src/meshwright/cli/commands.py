@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright import verbs
 from meshwright.cli.output import say
 from meshwright.errors import InputError, Problem
+from meshwright.files import decode_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -246,11 +247,17 @@ def _train(options: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
 
 
-def _generate(options: argparse.Namespace) -> None:
+def _prompt_of_stdin() -> str:
     try:
-        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        return decode_text(sys.stdin.buffer.read())
     except UnicodeDecodeError as error:
-        raise InputError(Problem("--prompt", f"stdin is not {error.encoding.upper()} text")) from error
+        raise InputError(Problem("--prompt", f"stdin is not UTF-8 text: byte {error.start + 1}")) from error
+    except ValueError as error:
+        raise InputError(Problem("--prompt", f"stdin {error}", "convert it to UTF-8")) from error
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = _prompt_of_stdin() if options.prompt == "-" else options.prompt
 
     def emit(text: str) -> None:
         sys.stdout.write(text)

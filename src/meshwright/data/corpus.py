@@ -107,6 +107,8 @@ def make_tokenizer(name: str, model: ModelSection, source: TextSource, scan: Sca
         tokenizer = bytes_tokenizer() if name == "bytes" else Tokenizer.load(name)
     if vocab is not None and tokenizer.vocab > vocab:
         what = f"the tokenizer {name!r} has {tokenizer.vocab} ids, but the model's embedding has {vocab} rows"
+        beyond = [repr(token) for token in tokenizer.tokens_from(vocab)]
+        what += f", none for {', '.join(beyond[:3])}" + (f" and {len(beyond) - 3} more" if len(beyond) > 3 else "")
         near = f"nearest: {'model' if model.module is None else 'model.arguments'}.vocab={tokenizer.vocab}"
         if model.hf is not None:  # whose embedding is what it is
             near = f"give a tokenizer of at most {vocab} ids"

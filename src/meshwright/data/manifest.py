@@ -23,7 +23,7 @@ from meshwright.data.order import batch_samples
 from meshwright.data.sources import TextSource, file_digest, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
 from meshwright.errors import InputError, Problem
-from meshwright.files import named_in_errors, sync_folder, write_atomic
+from meshwright.files import has_its_digest, named_in_errors, sync_folder, with_digest, write_atomic
 
 if TYPE_CHECKING:
     from meshwright.job import Job
@@ -35,6 +35,7 @@ T = TypeVar("T")
 VERSION = 2
 SPLITS = ("train", "held_out")
 _MANIFEST_BYTES = 2**20
+_CHANGED, _NEAR_CHANGED = "was changed since the run began", "bring it back, or use another run folder"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _build(job: Job, folder: Path) -> None:
     for file in _files(folder):
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    write_atomic(folder / "manifest.json", text.encode())
+    write_atomic(folder / "manifest.json", with_digest(text.encode()))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -295,7 +296,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         if source is not None and source.fingerprint() != content["source"]:
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
     problems += [
-        Problem(str(folder / name), "was changed since the run began", "bring it back, or use another run folder")
+        Problem(str(folder / name), _CHANGED, _NEAR_CHANGED)
         for name, digest in content["files"].items()
         if file_digest(folder / name) != digest
     ]
@@ -325,7 +326,8 @@ def _read_content(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MANIFEST_BYTES:
             raise ValueError("too large")
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this program reads {VERSION}")
         if content["kind"] not in ("text", "rows") or set(content["splits"]) != set(SPLITS):
@@ -334,7 +336,9 @@ def _read_content(folder: Path) -> dict[str, Any]:
             raise ValueError("files are no table")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_manifest(folder, error) from error
-    return dict(content)
+    if has_its_digest(data) is False:  # the manifest of an older run has none
+        raise InputError(Problem(str(path), _CHANGED, _NEAR_CHANGED))
+    return {key: value for key, value in content.items() if key != "sha256"}
 
 
 def _no_manifest(folder: Path, error: Exception) -> InputError:

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from meshwright.errors import InputError, Problem
-from meshwright.files import parse_json, read_capped
+from meshwright.files import parse_json, read_capped, refuse_damaged
 
 END_OF_TEXT = "<|endoftext|>"
 #: End tokens of other families' tokenizers, for a tokenizer.json without its configuration.
@@ -29,6 +29,14 @@ SIDE_FILES = (
 )
 #: Keys of special tokens, as a chat template knows them.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+#: Tokenizer class of a tokenizer_config.json, without its suffix Fast -> the special tokens that it has where no file
+#: says other; a test holds them to `transformers`.
+CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+}
 BYTES_VOCAB = 257  # 256 bytes and the end of a text
 _FILE_BYTES = 256 * 2**20  # largest tokenizer file that is read
 
@@ -53,18 +61,26 @@ class Tokenizer:
 
     def _end_token(self, vocabulary: Mapping[str, int], where: str) -> str:
         eos = special_tokens(self._files, where).get("eos_token")
-        for name in [eos] if eos is not None else END_TOKENS:
+        for name in END_TOKENS if eos is None else [eos]:
             if name in vocabulary:
                 return name
-        what = f"has no token {eos!r}, its eos_token" if eos else "does not say which token ends a text"
+        what = "does not say which token ends a text"
         raise InputError(Problem(where, what, "name one as eos_token in tokenizer_config.json"))
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """From a tokenizer.json or the folder that holds one. Raises InputError."""
+        """From a tokenizer.json or the folder that holds one. Raises InputError, also where that is of a checkpoint and
+        a file of the tokenizer was changed since."""
         path = Path(path)
         near = 'nearest: "bpe", "bytes", or the path of a tokenizer.json or of a folder with one'
-        return cls(read_files(path, near), where=str(path / "tokenizer.json" if path.is_dir() else path))
+        files, where = read_files(path, near), path / "tokenizer.json" if path.is_dir() else path
+        names = SIDE_FILES if where.name == "tokenizer.json" else ()
+        refuse_damaged(where.parent, {name: files.get(name) for name in names})
+        return cls(files, where=str(where))
+
+    def tokens_from(self, first: int) -> list[str]:
+        """The tokens of the ids from `first` on, in their order."""
+        return [str(self._inner.id_to_token(id)) for id in sorted(self._inner.get_vocab().values()) if id >= first]
 
     def side_files(self) -> dict[str, bytes]:
         """Name -> content of the files from which `transformers` loads this tokenizer."""
@@ -164,24 +180,34 @@ def read_files(path: Path, hint: str) -> dict[str, bytes]:
 
     Raises InputError, with `hint`, if there is no tokenizer.json.
     """
+    files = present_files(path)
+    json_file = path / "tokenizer.json" if path.is_dir() else path
+    if "tokenizer.json" in files:
+        return files
+    others = [name for name in ("tokenizer.model", "vocab.json") if name in files]
+    if others:
+        what = f"is missing; beside it is {others[0]}, which is not read"
+        convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
+        raise InputError(Problem(str(json_file), what, convert))
+    raise InputError(Problem(str(json_file), "cannot be read: No such file or directory", hint))
+
+
+def present_files(path: Path) -> dict[str, bytes]:
+    """As `read_files`, of the files that are there."""
     json_file = path / "tokenizer.json" if path.is_dir() else path
     paths = {"tokenizer.json": json_file}
     if json_file.name == "tokenizer.json":  # files beside one of another name may belong to another tokenizer
         paths |= {name: json_file.parent / name for name in SIDE_FILES[1:]}
-    others = [name for name in ("tokenizer.model", "vocab.json") if paths.get(name, json_file).is_file()]
-    if not json_file.exists() and others:
-        what = f"is missing; beside it is {others[0]}, which is not read"
-        convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
-        raise InputError(Problem(str(json_file), what, convert))
-    if not json_file.exists():
-        raise InputError(Problem(str(json_file), "cannot be read: No such file or directory", hint))
-    present = {name: file for name, file in paths.items() if name == "tokenizer.json" or file.is_file()}
+    present = {name: file for name, file in paths.items() if file.is_file() or (file == json_file and file.exists())}
     return {name: read_capped(file, _FILE_BYTES, follow_links=True) for name, file in present.items()}
 
 
 def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
-    """The tokenizer of `files`, with the added tokens that its side files name. Raises InputError if tokenizer.json is
-    broken, or a side file gives a token another id."""
+    """The tokenizer of `files`, with the added and the special tokens that its side files name, as `transformers` has
+    it. A special token that no file gives an id has its id in the vocabulary or the next one.
+
+    Raises InputError if tokenizer.json is broken, or a side file gives a token another id.
+    """
     try:
         inner = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception for anything wrong with the JSON
@@ -191,14 +217,16 @@ def build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     inner.no_truncation()
     config = _object(files, "tokenizer_config.json", where)
     inner.encode_special_tokens = config.get("split_special_tokens") is True
-    for index, token in sorted(_added_tokens(files, where).items()):
-        known = inner.get_added_tokens_decoder().get(index)
-        if known is None or known.content != token.content:
-            inner.add_tokens([token])
+    named, extra = _special_tokens(files, where)
+    known, listed = inner.get_added_tokens_decoder(), _added_tokens(inner, files, where)
+    inner.add_tokens([token for index, token in listed if known.get(index) != token])
+    for index, token in listed:
         if inner.token_to_id(token.content) != index:
             other = inner.token_to_id(token.content)
             what = f"gives {token.content!r} the id {other}, but the files beside it give it {index}"
             raise InputError(Problem(where, what, "save the tokenizer again with transformers"))
+    added = {token.content for token in inner.get_added_tokens_decoder().values()}
+    inner.add_tokens([token for token in (*named.values(), *extra) if token.content not in added])
     return inner
 
 
@@ -216,37 +244,88 @@ def contradictions(inner: tokenizers.Tokenizer, files: Mapping[str, bytes], wher
     return [key for key, done in does.items() if isinstance(config.get(key), bool) and config[key] != done]
 
 
-def _added_tokens(files: Mapping[str, bytes], where: str) -> dict[int, tokenizers.AddedToken]:
-    """Id -> token of tokenizer_config.json's `added_tokens_decoder` or, without one, of added_tokens.json."""
-    named = set(special_tokens(files, where).values())
+def _added_tokens(
+    inner: tokenizers.Tokenizer, files: Mapping[str, bytes], where: str
+) -> list[tuple[int, tokenizers.AddedToken]]:
+    """Ids and tokens, by id, of tokenizer_config.json's `added_tokens_decoder` or, without one, of added_tokens.json
+    and of `inner`. Those with a key of a special token are special."""
+    named, extra = _special_tokens(files, where)
+    special, others = {token.content for token in named.values()}, {token.content for token in extra}
     listed = _object(files, "tokenizer_config.json", where).get("added_tokens_decoder")
-    if listed is None:
-        ids = _object(files, "added_tokens.json", where)
-        listed = {id: {"content": text, "special": text in named} for text, id in ids.items()}
     try:
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        return {
-            int(id): tokenizers.AddedToken(one["content"], **{flag: one[flag] for flag in flags if flag in one})
-            for id, one in listed.items()
-        }
+        if listed is not None:
+            pairs = list(listed.items())
+        else:
+            ids = _object(files, "added_tokens.json", where).items()
+            pairs = [(id, {"content": text, "special": text in others}) for text, id in ids]
+            pairs += [(id, token.__getstate__()) for id, token in inner.get_added_tokens_decoder().items()]
+        tokens = [
+            (int(id), _token({**one, "special": True} if one["content"] in special else one)) for id, one in pairs
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(Problem(where, f"the added tokens beside it are not tokens with ids: {error}")) from error
+    return sorted(tokens, key=lambda pair: pair[0])
+
+
+def _token(said: Mapping[str, Any]) -> tokenizers.AddedToken:
+    """A token of its attributes in JSON. Raises KeyError or TypeError."""
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return tokenizers.AddedToken(said["content"], **{flag: said[flag] for flag in flags if flag in said})
 
 
 def special_tokens(files: Mapping[str, bytes], where: str) -> dict[str, str]:
     """bos_token, eos_token, ... -> its text, as `transformers` reads them: of special_tokens_map.json before
-    tokenizer_config.json, unless the latter lists its added tokens. Raises InputError for a file that is no object."""
+    tokenizer_config.json, of the latter alone if it lists its added tokens, and last of the tokenizer's class.
+
+    Raises InputError for a file that is no object.
+    """
+    return {key: token.content for key, token in _special_tokens(files, where)[0].items()}
+
+
+def _special_tokens(
+    files: Mapping[str, bytes], where: str
+) -> tuple[dict[str, tokenizers.AddedToken], list[tokenizers.AddedToken]]:
+    """Special tokens by their keys, in the order in which new ones get ids, and those without a key."""
     config = _object(files, "tokenizer_config.json", where)
-    tables = [config, _object(files, "special_tokens_map.json", where)]
-    tokens = {}
-    for table in tables[::-1] if "added_tokens_decoder" in config else tables:
-        for name in SPECIAL_TOKENS:
-            value = table.get(name)
-            if isinstance(value, dict):  # the older form has the token's attributes
-                value = value.get("content")
-            if isinstance(value, str):
-                tokens[name] = value
-    return tokens
+    tables = {"tokenizer_config.json": config}
+    if "added_tokens_decoder" not in config:
+        tables["special_tokens_map.json"] = _object(files, "special_tokens_map.json", where)
+    named: dict[str, Any] = {**dict.fromkeys(SPECIAL_TOKENS), **_class_tokens(config, files)}
+    extra: list[tokenizers.AddedToken] = []
+    for name, table in tables.items():
+        path = str(Path(where).with_name(name))
+        more = table.get("extra_special_tokens") or []
+        by_key = more if isinstance(more, dict) else {}
+        for key, said in {**table, **by_key}.items():
+            own = key in by_key or (key.endswith("_token") and isinstance(said, str | dict))  # a key of this tokenizer
+            if key in SPECIAL_TOKENS or (own and key not in named):
+                named[key] = None if said is None else _special(said, path, key)
+        extra = [] if by_key else [*extra, *_specials(more, path, "extra_special_tokens")]
+        older = table.get("additional_special_tokens") or []
+        extra = extra or _specials(older, path, "additional_special_tokens")
+    return {key: token for key, token in named.items() if token is not None}, extra
+
+
+def _class_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, tokenizers.AddedToken]:
+    """The special tokens of the class that tokenizer_config.json names."""
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if name == "LlamaTokenizer" and b'"ByteLevel"' in files.get("tokenizer.json", b""):
+        return {}  # `transformers` reads such a folder without that class, which is not of byte-level tokenizers
+    return {key: tokenizers.AddedToken(text, special=True) for key, text in CLASS_TOKENS.get(name, {}).items()}
+
+
+def _specials(said: Any, path: str, key: str) -> list[tokenizers.AddedToken]:
+    if not isinstance(said, list):
+        raise InputError(Problem(path, f"{key} is not a list of tokens"))
+    return [_special(one, path, key) for one in said]
+
+
+def _special(said: Any, path: str, key: str) -> tokenizers.AddedToken:
+    """A special token as JSON says it: its text, or an object of its attributes."""
+    try:
+        return _token({**({"content": said} if isinstance(said, str) else said), "special": True})
+    except (KeyError, TypeError) as error:
+        raise InputError(Problem(path, f"{key} is not a token: {str(said)[:60]}")) from error
 
 
 def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from meshwright.errors import nearest_name
 from meshwright.serve.access import Access, TokenInterceptor
 from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.protocols import inference_pb2, inference_pb2_grpc
-from meshwright.serve.protocols.requests import CompletionRequest, parse_object, read_request
+from meshwright.serve.protocols.requests import CompletionRequest, parse_object, read_request, text_of
 from meshwright.serve.workers.served_model import Reply, ServedModel
 
 log = logging.getLogger(__name__)
@@ -148,15 +148,11 @@ def read_prediction(
 
 def _fields(data: bytes) -> dict[str, Any]:
     """The fields of `data`, a JSON object if it begins with {, else a prompt."""
-    if data.lstrip()[:1] == b"{":
-        try:
-            return parse_object(data)
-        except RequestError as error:
-            message = (
-                error.message.replace("the body", "'data'") + '; a prompt that begins with { goes as {"prompt": ...}'
-            )
-            raise bad_request(message, param="data", code=error.code) from None
+    text = text_of(data, "'data'", param="data")
+    if text.lstrip()[:1] != "{":
+        return {"prompt": text}
     try:
-        return {"prompt": data.decode("utf-8")}
-    except UnicodeDecodeError:
-        raise bad_request("'data' is not UTF-8", param="data") from None
+        return parse_object(data)
+    except RequestError as error:
+        message = error.message.replace("the body", "'data'") + '; a prompt that begins with { goes as {"prompt": ...}'
+        raise bad_request(message, param="data", code=error.code) from None

@@ -13,6 +13,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from meshwright.errors import nearest_name
+from meshwright.files import decode_text
 from meshwright.serve.errors import RequestError, bad_request
 from meshwright.serve.workers.request import GenerationRequest
 
@@ -65,9 +66,8 @@ UNSUPPORTED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscatio
 def parse_object(body: bytes) -> dict[str, Any]:
     """`body` as a JSON object. Raises RequestError (400) for anything else."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except UnicodeDecodeError:
-        raise bad_request("the body is not UTF-8", code="invalid_json") from None
+        text = text_of(body, "the body", code="invalid_json")
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except RecursionError:
         raise bad_request(f"the body is nested more than {MAX_JSON_DEPTH} deep", code="invalid_json") from None
     except json.JSONDecodeError as error:
@@ -79,6 +79,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise bad_request("the body is not a JSON object", code="invalid_json")
     _check_depth(value)
     return value
+
+
+def text_of(data: bytes, what: str, *, param: str | None = None, code: str = "invalid_value") -> str:
+    """`data`, which a client sent as `what`, as text. Raises RequestError (400) if it is not UTF-8."""
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError:
+        raise bad_request(f"{what} is not UTF-8", param=param, code=code) from None
+    except ValueError as error:
+        raise bad_request(f"{what} {error}", param=param, code=code) from None
 
 
 def _no_constant(name: str) -> float:

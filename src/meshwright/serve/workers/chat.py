@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from meshwright.data.tokenizer import special_tokens
+from meshwright.data.tokenizer import present_files, special_tokens
 from meshwright.errors import InputError, Problem
 from meshwright.files import decode_text, read_capped, read_object
 from meshwright.serve.errors import RequestError, bad_request
@@ -53,9 +53,7 @@ def read_chat_template(folder: Path) -> ChatTemplate:
     """
     path = folder / "tokenizer_config.json"
     config = read_object(path, MAX_CONFIG_BYTES) if path.is_file() else {}
-    paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    files = {one.name: read_capped(one, MAX_CONFIG_BYTES, follow_links=True) for one in paths if one.is_file()}
-    special = special_tokens(files, str(folder / "tokenizer.json"))
+    special = special_tokens(present_files(folder), str(folder / "tokenizer.json"))
     template_file = folder / "chat_template.jinja"
     if template_file.is_file():
         return ChatTemplate(_read_text(template_file), special, own=True)
