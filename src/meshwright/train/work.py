@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright import checkpoint, data, tasks
-from meshwright.errors import InputError, Problem
+from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
 from meshwright.job import Job, load_job
 from meshwright.launch import Context
 from meshwright.parallel import Mesh, apply, start
@@ -74,34 +75,44 @@ class Session:
                 signal.signal(kind, self._request_stop)
         done = self.first_step - 1
         self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
-        clock = Clock()
-        held_out: dict[str, float] = {}
-        result, saved_step = None, done
-        for step in range(self.first_step, self.job.train.steps + 1):
-            result = self.trainer.step(step)
-            seconds = clock.tick()
-            self._append_step_event(step, result, seconds)
-            last = step == self.job.train.steps
-            if self._is_due(self.checkpoint_steps, step) or last or result.stop_requested:
-                with self.trainer.spans("checkpoint", step):
-                    self._save(step)
-                saved_step = step
-            if result.stop_requested:
-                self.writer.wait()  # safe before anything else: whoever asked may not wait for long
-                if not last:
-                    break
-            if self._is_due(self.job.train.eval_every, step) or last:
-                with self.trainer.spans("evaluate", step):
-                    held_out = self.trainer.evaluate(self.manifest)
-                self._event("eval", step=step, **held_out)
-            clock.tick()
+        try:
+            step, loss, held_out = self._steps(done)
+        except RunFailed:
+            with contextlib.suppress(MeshwrightError):  # the step's error is the one to tell
+                self.writer.wait()
+            raise
         self.writer.wait()
         self.trainer.spans.write(self.run, self.mesh.rank)
         dist.barrier()
         if self.mesh.rank == 0:
             merge(self.run, self.mesh.layout.devices)
-        self._event("end", step=saved_step, finished=saved_step == self.job.train.steps, **held_out)
-        return {"step": saved_step, "loss": result.loss if result else None, **held_out}
+        self._event("end", step=step, finished=step == self.job.train.steps, **held_out)
+        return {"step": step, "loss": loss, **held_out}
+
+    def _steps(self, done: int) -> tuple[int, float | None, dict[str, float]]:
+        """Makes the steps after `done`; returns the last, its loss (None where there was none) and the last evaluation.
+        A checkpoint is saved after the evaluation of its step, which may find that the model is destroyed."""
+        clock = Clock()
+        held_out: dict[str, float] = {}
+        loss: float | None = None
+        for step in range(done + 1, self.job.train.steps + 1):
+            result = self.trainer.step(step)
+            seconds = clock.tick()
+            self._append_step_event(step, result, seconds)
+            done, loss, last = step, result.loss, step == self.job.train.steps
+            stop = result.stop_requested  # then it saves at once: whoever asked may not wait for long
+            if not stop and (self._is_due(self.job.train.eval_every, step) or last):
+                with self.trainer.spans("evaluate", step):
+                    held_out = self.trainer.evaluate(self.manifest, step)
+                self._event("eval", step=step, **held_out)
+            if self._is_due(self.checkpoint_steps, step) or last or stop:
+                with self.trainer.spans("checkpoint", step):
+                    self.trainer.require_finite(step)
+                    self._save(step)
+            if stop:
+                break
+            clock.tick()
+        return done, loss, held_out
 
     def _is_due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0
