@@ -103,6 +103,7 @@ def test_a_value_that_no_loss_shows_is_not_saved(value: float, tmp_path: Path, m
     assert checkpoints(run) == []
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_pipeline_agree(tmp_path: Path) -> None:
     """The first stage has no loss; its process must end with the other's error, and the command with exit code 4."""
     from meshwright.job import job_to_toml

@@ -369,3 +369,32 @@ def test_asked_to_end_saves_first_and_can_be_resumed(
     if asked is signal.SIGTERM:
         verbs.train(job, run=run, resume=True)
         assert losses(run) == losses(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [signal.SIGHUP, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],
+)
+def test_a_second_signal_does_not_cut_the_save_short(second: signal.Signals, tmp_path: Path) -> None:
+    """A worker is held still until the command has had both signals: it can save only if the command waits for it."""
+    job, run = new_job(tmp_path / "job"), tmp_path / "run"
+    one = ("cluster.devices=1", "layout.dp=1", "train.steps=100000", "checkpoint.every=0", "train.eval_every=0")
+    with command(job, run, *one) as process:
+        eventually(lambda: len(losses(run)) >= 1, process)
+        (worker,) = (p for p in psutil.Process(process.pid).children() if "meshwright.launch.worker" in p.cmdline())
+        worker.suspend()
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        while "stopping: saving" not in process.stderr.readline():
+            pass
+        for number in (second, signal.SIGTERM, second):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.poll() is None
+        worker.resume()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "resume with: meshwright train" in err and "Traceback" not in err
+    assert ("still stopping" in err) == (second is signal.SIGINT)
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None and newest.name == f"step-{last(run, 'end')['step']}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -229,7 +228,6 @@ def _train(options: argparse.Namespace) -> None:
     def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
         from meshwright.report import terminal
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # treated as Ctrl-C
         try:
             terminal.live(folder, plan, until=lambda: processes.poll() != "running")
         except KeyboardInterrupt:
