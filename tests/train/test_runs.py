@@ -362,7 +362,6 @@ def test_asked_to_end_saves_first_and_can_be_resumed(
     assert process.returncode == 130, err
     assert "resume with: meshwright train" in err and "Traceback" not in err
     end = last(run, "end")
-    assert last(run, "eval")["step"] < end["step"], "measuring must not come before the save"
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == f"step-{end['step']}"
     assert end["finished"] is False and 7 <= end["step"] < STEPS
@@ -398,3 +397,21 @@ def test_a_second_signal_does_not_cut_the_save_short(second: signal.Signals, tmp
     assert ("still stopping" in err) == (second is signal.SIGINT)
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == f"step-{last(run, 'end')['step']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], *OTHERS.values()], ids=["data", *OTHERS])
+def test_one_rank_that_is_asked_to_end_while_it_measures_ends_all(layout: list[str], tmp_path: Path) -> None:
+    job, run = new_job(tmp_path / "job"), tmp_path / "run"
+    long = ("data.seq_len=8", "train.eval_every=1", "train.eval_batches=100000", "checkpoint.every=0")
+    with command(job, run, *long, *layout) as process:
+        eventually(lambda: len(losses(run)) >= 1, process)
+        workers = [p for p in psutil.Process(process.pid).children() if "meshwright.launch.worker" in p.cmdline()]
+        time.sleep(0.2)  # the evaluation has begun
+        workers[-1].terminate()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    assert "asked to end: saved at step 1 of" in err and not any(
+        e["event"] == "eval" for e in RunFolder(run).read_events()
+    )
+    assert (run / "checkpoints" / "step-1" / "manifest.json").exists()

@@ -20,7 +20,7 @@ from meshwright.parallel import Mesh, apply, start
 from meshwright.placement import Placement
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
-from meshwright.train.loop import Clock, StepResult, Trainer
+from meshwright.train.loop import Clock, Evaluation, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
 from meshwright.train.same_model import refuse_other_model, source_changed
@@ -89,12 +89,14 @@ class Session:
         self._event("end", step=step, finished=step == self.job.train.steps, **held_out)
         return {"step": step, "loss": loss, **held_out}
 
-    def _steps(self, done: int) -> tuple[int, float | None, dict[str, float]]:
+    def _steps(self, done: int) -> tuple[int, float | None, Mapping[str, float]]:
         """Makes the steps after `done`; returns the last, its loss (None where there was none) and the last evaluation.
         A checkpoint is saved after the evaluation of its step, which may find that the model is destroyed."""
         clock = Clock()
-        held_out: dict[str, float] = {}
         loss: float | None = None
+        held_out: Mapping[str, float] = {}
+        if done == self.job.train.steps:  # as after a run that was asked to end during its last evaluation
+            held_out = self._evaluate(done).metrics
         for step in range(done + 1, self.job.train.steps + 1):
             result = self.trainer.step(step)
             seconds = clock.tick()
@@ -102,9 +104,8 @@ class Session:
             done, loss, last = step, result.loss, step == self.job.train.steps
             stop = result.stop_requested  # then it saves at once: whoever asked may not wait for long
             if not stop and (self._is_due(self.job.train.eval_every, step) or last):
-                with self.trainer.spans("evaluate", step):
-                    held_out = self.trainer.evaluate(self.manifest, step)
-                self._event("eval", step=step, **held_out)
+                evaluation = self._evaluate(step)
+                held_out, stop = evaluation.metrics, evaluation.stop_requested
             if self._is_due(self.checkpoint_steps, step) or last or stop:
                 with self.trainer.spans("checkpoint", step):
                     self.trainer.require_finite(step)
@@ -113,6 +114,13 @@ class Session:
                 break
             clock.tick()
         return done, loss, held_out
+
+    def _evaluate(self, step: int) -> Evaluation:
+        with self.trainer.spans("evaluate", step):
+            evaluation = self.trainer.evaluate(self.manifest, step)
+        if evaluation.metrics:
+            self._event("eval", step=step, **evaluation.metrics)
+        return evaluation
 
     def _is_due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0

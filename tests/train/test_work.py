@@ -1,4 +1,4 @@
-"""A model that an update has destroyed ends its run by name, and is in no checkpoint."""
+"""A model that an update has destroyed ends its run by name, and is in no checkpoint; an evaluation ends when asked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from meshwright.errors import RunFailed
 from meshwright.job import Job
 from meshwright.parallel import start
 from meshwright.run import RunFolder
+from meshwright.train.loop import BATCHES_UNTIL_ASKED
 from meshwright.train.work import Session
 
 #: AdamW's first update moves each weight by the rate: weights of this size are finite, their products are not.
@@ -118,3 +119,46 @@ def test_all_ranks_of_a_pipeline_agree(tmp_path: Path) -> None:
     assert done.returncode == 4, done.stderr
     assert "error: step 1: " in done.stderr and "resume with: " in done.stderr and "expected" not in done.stderr
     assert checkpoints(RunFolder(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize(
+    ("at_read", "last"), [(2, False), (2, True), (40, False)], ids=["early", "last step", "at its end"]
+)
+def test_a_signal_ends_an_evaluation_and_saves_the_step_that_was_reached(
+    at_read: int, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    held_out = data.Manifest.held_out
+
+    def read(self: data.Manifest, start: int, count: int) -> data.Batch:
+        nonlocal reads
+        reads += 1
+        if reads == at_read:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return held_out(self, start, count)
+
+    monkeypatch.setattr(data.Manifest, "held_out", read)
+    run = RunFolder(tmp_path / "run")
+    job = job_of(tmp_path, steps=1 if last else 4, lr=1e-3, train={"eval_every": 1, "eval_batches": 40})
+    assert session(job, run)["step"] == 1
+    assert at_read <= reads <= min(40, at_read + BATCHES_UNTIL_ASKED)
+    assert checkpoints(run) == ["step-1"]
+    kinds = [event["event"] for event in run.read_events()]
+    assert kinds == ["start", "step", *(["eval"] if at_read == 40 else []), "checkpoint", "end"]
+    assert run.read_events()[-1]["finished"] is last
+    assert "held_out_loss" in session(job, run, resume=True)
+
+
+def test_a_step_that_was_asked_to_be_the_last_is_saved_and_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = data.Manifest.batch
+
+    def read(self: data.Manifest, *arguments: Any, **named: Any) -> data.Batch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, *arguments, **named)
+
+    monkeypatch.setattr(data.Manifest, "batch", read)
+    run = RunFolder(tmp_path / "run")
+    assert session(job_of(tmp_path, steps=4, lr=1e-3, train={"eval_every": 1}), run)["step"] == 1
+    assert [event["event"] for event in run.read_events()] == ["start", "step", "checkpoint", "end"]
