@@ -33,7 +33,7 @@ def _console() -> Console:
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # handled in main.py, as for any other output
+            raise  # ReaderLeft, handled in main.py as for any other output
 
     screen = Screen(highlight=False)
     # rich prints nothing on a terminal of 0 columns (COLUMNS=0, some job queues).

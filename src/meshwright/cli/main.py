@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from meshwright import env
-from meshwright.cli.output import checked_output, drop_unwritten, say
+from meshwright.cli.output import ReaderLeft, checked_output, drop_unwritten, say
 from meshwright.cli.parser import build_parser
 from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name, refused_by_system
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
+    except ReaderLeft:
         return 0
     except Exception as error:  # a refusal of the system, or a bug of ours
         if env.debug():
