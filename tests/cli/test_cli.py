@@ -101,6 +101,7 @@ def test_what_cannot_work_ends_with_3(small: str, capsys: Output) -> None:
         (InputError("this"), 2, "error: this"),
         (KeyboardInterrupt(), 130, "stopped"),
         (ValueError("of ours"), 4, "MESHWRIGHT_DEBUG=1"),
+        (BrokenPipeError(32, "Broken pipe"), 4, "Broken pipe"),  # of another pipe than stdout's
     ],
 )
 def test_errors_become_exit_codes(

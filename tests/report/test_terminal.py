@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,26 @@ def test_without_a_terminal_lines_are_few_and_plain(tmp_path: Path) -> None:
     assert sum(line.startswith("step 1/40") for line in lines) == 1
     assert len(lines) == 3  # the first step, the measurement, the checkpoint
     assert "\x1b" not in text_of(screen)
+
+
+def test_a_run_is_followed_to_its_end_where_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    calls: list[bool] = []
+
+    def until() -> bool:
+        if not calls:
+            write_run(folder)
+        calls.append(True)
+        return len(calls) > 1
+
+    stream = open(writer, "w")  # noqa: SIM115 - closing it fails, as the pipe is broken
+    monkeypatch.setattr(sys, "stderr", stream)
+    terminal.live(folder, plan(), until)
+    assert len(calls) == 2
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
 
 
 def test_in_a_terminal_the_line_stays_in_place(tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ def test_client_that_leaves_frees_the_real_engine(tiny_folder, tmp_path, until):
         until(lambda: not active())
 
 
-def test_sigint_lets_running_requests_end_and_refuses_new_ones(tiny_folder, tmp_path, until):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_lets_running_requests_end_and_refuses_new_ones(number, tiny_folder, tmp_path, until):
     with serving(tiny_folder, tmp_path) as (process, at):
         texts: list[str] = []
 
@@ -192,7 +193,7 @@ def test_sigint_lets_running_requests_end_and_refuses_new_ones(tiny_folder, tmp_
         asking = threading.Thread(target=ask)
         asking.start()
         until(lambda: "meshwright_engine_active 1.0" in httpx.get(at["http"] + "/metrics").text)
-        status, _, _ = process.end(signal.SIGINT)
+        status, _, _ = process.end(number)
         asking.join(60)
         assert status == 0
         assert len(texts) == 1 and texts[0]
@@ -230,6 +231,20 @@ def test_sigterm_before_it_is_ready_is_a_clean_end(tiny_folder, tmp_path, until)
     finally:
         process.process.kill()
         process.process.wait()
+
+
+def test_addresses_that_nobody_can_read_end_it_in_order(tiny_folder, tmp_path, until):
+    process = Process(tiny_folder, tmp_path)
+    assert process.process.stdout is not None
+    process.process.stdout.close()
+    process.process.stdout = None
+    until(lambda: len(process.family()) > 1)
+    family = process.family()
+    _, err = process.process.communicate(timeout=60)
+    hint = "send it to a file, or to a reader that stays for one line"
+    assert err.splitlines()[0] == f"stdout: the addresses cannot be written: Broken pipe; {hint}"
+    assert process.process.returncode == 4 and "closed" not in err
+    until(lambda: gone(family))
 
 
 def test_bad_starts_are_bad_input(tiny_folder, tmp_path):

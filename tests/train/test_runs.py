@@ -362,7 +362,6 @@ def test_asked_to_end_saves_first_and_can_be_resumed(
     assert process.returncode == 130, err
     assert "resume with: meshwright train" in err and "Traceback" not in err
     end = last(run, "end")
-    assert last(run, "eval")["step"] < end["step"], "measuring must not come before the save"
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == f"step-{end['step']}"
     assert end["finished"] is False and 7 <= end["step"] < STEPS

@@ -69,9 +69,9 @@ def waits(layout: Layout, rank: int, store_path: Path) -> dict[str, list[str]]:
         trainer.step(1)  # the first one learns the shapes of a pipeline
         with Waits() as step:
             trainer.step(2)
-        trainer.evaluate(HeldOut(read))  # type: ignore[arg-type]
+        trainer.evaluate(HeldOut(read), 2)  # type: ignore[arg-type]
         with Waits() as evaluation:
-            trainer.evaluate(HeldOut(read))  # type: ignore[arg-type]
+            trainer.evaluate(HeldOut(read), 2)  # type: ignore[arg-type]
     return {"step": step.found, "evaluation": evaluation.found}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ def _console() -> Console:
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # handled in main.py, as for any other output
+            raise  # ReaderLeft, handled in main.py as for any other output
 
     screen = Screen(highlight=False)
     # rich prints nothing on a terminal of 0 columns (COLUMNS=0, some job queues).
@@ -230,7 +229,6 @@ def _train(options: argparse.Namespace) -> None:
     def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
         from meshwright.report import terminal
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # treated as Ctrl-C
         try:
             terminal.live(folder, plan, until=lambda: processes.poll() != "running")
         except KeyboardInterrupt:

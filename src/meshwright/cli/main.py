@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from meshwright import env
-from meshwright.cli.output import checked_output, drop_unwritten, say
+from meshwright.cli.output import ReaderLeft, checked_output, drop_unwritten, say
 from meshwright.cli.parser import build_parser
 from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed, nearest_name, refused_by_system
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.verb is not None:
                 from meshwright.cli import commands
 
-                with _terminated_as_interrupted():
+                with _ended_in_order():
                     commands.run(options)
         return 0
     except MeshwrightError as error:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
+    except ReaderLeft:
         return 0
     except Exception as error:  # a refusal of the system, or a bug of ours
         if env.debug():
@@ -84,16 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Makes SIGTERM, and SIGHUP unless nohup has it ignored, end a verb as Ctrl-C does, so that `train` saves a
-    checkpoint when a supervisor ends it or its terminal is closed."""
+def _ended_in_order() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP end a verb as Ctrl-C does, so that `train` saves a checkpoint when a supervisor ends it
+    or its terminal is closed. Once one of the three has come, others do not cut the end short. A signal that is ignored
+    from the start stays so: nohup and shells rely on it."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield
         return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if before[signal.SIGHUP] != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, _interrupt_once)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    heeded = [kind for kind, handler in before.items() if handler != signal.SIG_IGN]
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for kind in heeded:
+            signal.signal(kind, _say_that_it_ends)  # not SIG_IGN, which a process that is being started would inherit
+        raise KeyboardInterrupt
+
+    for kind in heeded:
+        signal.signal(kind, interrupt)
     try:
         yield
     finally:
@@ -101,10 +108,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def _interrupt_once(number: int, _frame: object) -> None:
-    """A terminal that is closed may send its signal more than once: the second must not cut the saving short."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _say_that_it_ends(number: int, _frame: object) -> None:
+    """Tells a person who presses Ctrl-C again what is waited for."""
+    if number == signal.SIGINT:
+        with contextlib.suppress(OSError):  # not by print, which may be what the signal has interrupted
+            os.write(2, b"still stopping, for a minute at most; Ctrl-\\ ends at once, without saving\n")
 
 
 def _refused(error: Exception) -> MeshwrightError | None:

@@ -37,8 +37,12 @@ class OutputFailed(RunFailed):
         super().__init__(Problem("stdout", what, "send it to a file on a disk with free space, or to /dev/null"))
 
 
+class ReaderLeft(BrokenPipeError):
+    """The reader of stdout has closed the pipe, as `| head` does."""
+
+
 class _Output:
-    """Stdout whose OSErrors become OutputFailed, so that they differ from other files'. BrokenPipeError stays."""
+    """Stdout whose OSErrors become OutputFailed or ReaderLeft, so that they differ from those of files and sockets."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -55,8 +59,8 @@ class _Output:
     def _failures(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError as error:
+            raise ReaderLeft(*error.args) from error
         except OSError as error:
             raise OutputFailed(error.strerror or str(error)) from error
 
@@ -84,15 +88,17 @@ def checked_output() -> Iterator[None]:
 
 
 def drop_unwritten() -> None:
-    """Discards output that cannot be written: Python would try again at exit, and print an error."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Discards output that cannot be written: Python would try again at exit, and print an error or end with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
-    """Prints a message on stderr."""
+    """Prints a message on stderr. One that nobody can read, as after `2>&1 | head`, is dropped: work goes on."""
     if sys.stderr is not None:  # print(file=None) would print on stdout
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

@@ -7,9 +7,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from meshwright.cluster import GIB
 from meshwright.plan import Plan
@@ -256,14 +256,36 @@ def _figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('held_out_', '').replace('_', ' ')} {value:.4g}" for name, value in values.items())
 
 
+class _Unfailing:
+    """A stream that drops what it cannot write."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def live(folder: RunFolder, plan: Plan, until: Callable[[], bool], console: Console | None = None) -> None:
     """Follow a run's events until `until()` is true: in a terminal as one line that is updated in place, elsewhere as
-    plain lines at intervals. Writes to stderr by default."""
+    plain lines at intervals. Writes to stderr by default, and goes on where it cannot be written: the reader of a pipe
+    may leave, and a terminal may be closed, while the run goes on."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    console = console or Console(file=sys.stderr, highlight=False)
+    if console is None:
+        file = None if sys.stderr is None else cast("IO[str]", _Unfailing(sys.stderr))
+        console = Console(file=file, highlight=False, quiet=file is None)  # for rich, no file is stdout
     progress = Progress()
     terminal = console.is_terminal
     printed_at = time.monotonic()

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,11 +190,12 @@ async def serve(
     access: Access,
     predicted: Mapping[str, float],
 ) -> None:
-    """Serves until SIGTERM or SIGINT. Raises RunFailed if the engine ends by itself."""
+    """Serves until SIGTERM, SIGINT or SIGHUP. Raises RunFailed if the engine ends by itself."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
         private = stack.enter_context(launch.scratch_folder("meshwright-"))
         renderer = await stack.enter_async_context(Renderer(template))
@@ -210,17 +210,28 @@ async def serve(
         model.metrics.predict(predicted)
         server = ModelServer(model, renderer, access, config.host)
         addresses = await server.start(config.http_port, config.grpc_port)
-        print(json.dumps(asdict(addresses)), flush=True)
         engine_lost = asyncio.create_task(model.engine_lost.wait())
-        await asyncio.wait({stopping, engine_lost}, return_when=asyncio.FIRST_COMPLETED)
-        failed = engine_lost.done()
-        await server.stop(GRACE_SECONDS)
-        engine_lost.cancel()
-        stopping.cancel()
+        try:
+            _announce(addresses)
+            await asyncio.wait({stopping, engine_lost}, return_when=asyncio.FIRST_COMPLETED)
+            failed = engine_lost.done()
+        finally:
+            await server.stop(GRACE_SECONDS)
+            engine_lost.cancel()
+            stopping.cancel()
         if failed and not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.to_thread(processes.wait, 10)  # raises the error of the rank that failed
             raise RunFailed(Problem("serve", "the engine ended by itself"))
+
+
+def _announce(addresses: Addresses) -> None:
+    """Prints the addresses. Raises RunFailed where nobody can read them: a server that nobody can find would stay."""
+    try:
+        print(json.dumps(asdict(addresses)), flush=True)
+    except OSError as error:
+        what = f"the addresses cannot be written: {error.strerror or error}"
+        raise RunFailed(Problem("stdout", what, "send it to a file, or to a reader that stays for one line")) from error
 
 
 def main(
@@ -230,11 +241,11 @@ def main(
     precision: str = "auto",
     predicted: Mapping[str, float] | None = None,
 ) -> None:
-    """Serve the model in `folder` until SIGTERM or SIGINT, and return when all its processes have ended.
+    """Serve the model in `folder` until SIGTERM, SIGINT or SIGHUP, and return when all its processes have ended.
 
     Prints one JSON line, `{"model", "http", "grpc", "pid"}`, when it is ready. /metrics shows `predicted` beside the
     measured figures. Raises InputError (address, token file, model folder), CannotWork (the model does not fit),
-    RunFailed (the engine died).
+    RunFailed (the engine died, or the line cannot be written).
     """
     folder = Path(folder)
     token = None if config.token_file is None else read_token(Path(config.token_file))
@@ -244,7 +255,4 @@ def main(
     template = read_chat_template(folder)
     for key in ("http_port", "grpc_port"):  # an error now, not after the model is loaded
         bind(config.host, getattr(config, key), f"serve.{key}").close()
-    try:
-        asyncio.run(serve(folder, config, precision, template, access, predicted or {}))
-    finally:
-        sys.stdout.flush()
+    asyncio.run(serve(folder, config, precision, template, access, predicted or {}))

@@ -31,6 +31,11 @@ BatchReader = Callable[[int, int, int], Mapping[str, Any]]
 Record = Callable[[int, Mapping[str, Tensor], float], None]
 
 
+#: An evaluation asks after so many batches whether to stop: going forward they take about as long as one step, which a
+#: stop request waits for too.
+BATCHES_UNTIL_ASKED = 3
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What all ranks agree on after a step. `loss` is per counted unit (nats); `peak_bytes` is the worst rank's."""
@@ -40,6 +45,15 @@ class StepResult:
     rate: float
     counted: int
     peak_bytes: int
+    stop_requested: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all ranks agree on after an evaluation. `metrics` is {} where nothing is held out, or where a stop request
+    cut the evaluation short."""
+
+    metrics: Mapping[str, float]
     stop_requested: bool
 
 
@@ -96,9 +110,7 @@ class Trainer:
         correction = self._units / counted
         norm = correction * math.sqrt(squared)
         loss = loss_sum / counted
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            what = f"loss {loss}, gradient norm {norm}"
-            raise RunFailed(Problem(f"step {step}", what, f"lower train.lr ({self.job.train.lr}) or check the data"))
+        self._refuse_not_finite(step, {"loss": loss, "gradient norm": norm})
         if record:
             record(step, self.optimizer.named_gradients(), correction)
         rate = learning_rate(step, self.job.train)
@@ -109,34 +121,75 @@ class Trainer:
         return StepResult(loss, norm, rate, round(counted), round(peak_bytes), stop_requested)
 
     @torch.no_grad()
-    def evaluate(self, manifest: Manifest) -> dict[str, float]:
-        """Loss per unit of at most `train.eval_batches` held-out batches, with the task's metrics: equal on every rank,
-        {} where nothing is held out."""
+    def evaluate(self, manifest: Manifest, step: int) -> Evaluation:
+        """Loss per unit of at most `train.eval_batches` held-out batches after update `step`, with the task's metrics.
+        A stop request ends it soon. Raises RunFailed when a metric is not finite."""
         self._reset()
         self._extras = {name: torch.zeros_like(self._loss_sum) for name in self.task.extra_names}
         self.model.module.eval()
         text_bytes = 0
         size, (start, stop) = self.job.train.global_batch, self._share()
         for index in range(min(self.job.train.eval_batches, -(-manifest.held_out_samples // size))):
+            if index and index % BATCHES_UNTIL_ASKED == 0 and self._any_asked_to_stop():
+                self._extras = None
+                return Evaluation({}, stop_requested=True)
             text_bytes += manifest.held_out_bytes(index * size, size)
-            batch = manifest.held_out(index * size + start, stop - start)
-            self._counted += self.task.count(batch)
-            x, inputs, targets = self._tensors(batch)
-            if self._pipeline:
-                self._add_losses(self._pipeline.evaluate(x, inputs, targets))
-            else:
-                for part in self._split_micro_batches(x, inputs, targets):
-                    self._add_losses([self._loss(self.model.module(part[0], **part[1]), part[2])])
+            self._forward(manifest.held_out(index * size + start, stop - start))
         extras, self._extras = self._extras, None
-        return self._held_out_metrics(text_bytes, extras)
+        evaluation = self._evaluation(text_bytes, extras)
+        self._refuse_not_finite(step, {name.replace("_", " "): value for name, value in evaluation.metrics.items()})
+        return evaluation
 
-    def _held_out_metrics(self, text_bytes: int, extras: Mapping[str, Tensor]) -> dict[str, float]:
+    @torch.no_grad()
+    def require_finite(self, step: int) -> None:
+        """Raises RunFailed, on every rank, where update `step` has destroyed the model: a value of it is not finite, or
+        its loss on a micro-batch of that step (in a pipeline, on all of them), which large values make infinite.
+
+        The forward pass is not compiled: compiling it for this may take longer than a run that is asked to end has.
+        """
+        self._reset()
+        self.model.module.eval()
+        start, stop = self._share()
+        with torch.compiler.set_stance("force_eager"):
+            self._forward(self.batch(step, start, stop if self._pipeline else start + self.layout.micro_batch))
+        loss_sum, largest = self._sums([self._share_of(self._loss_sum), self._largest()], [])
+        self._refuse_not_finite(step, {"loss after the update": loss_sum, "sum of the largest weights": largest})
+
+    def _largest(self) -> Tensor:
+        """The largest magnitude of this rank's weights and buffers, an fp64 scalar; NaN where one of them is NaN."""
+        local = (self.model.local(name).detach() for name in self.model.placements)
+        values = [value for value in local if value.is_floating_point() and value.numel()]
+        if not values:
+            return torch.zeros_like(self._loss_sum)
+        return torch.stack([norm.double() for norm in torch._foreach_norm(values, ord=math.inf)]).max()
+
+    def _refuse_not_finite(self, step: int, figures: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in figures.values()):
+            what = ", ".join(f"{name} {value}" for name, value in figures.items())
+            raise RunFailed(Problem(f"step {step}", what, f"lower train.lr ({self.job.train.lr}) or check the data"))
+
+    def _evaluation(self, text_bytes: int, extras: Mapping[str, Tensor]) -> Evaluation:
         mine = [self._share_of(value) for value in (self._loss_sum, *extras.values())]
-        loss_sum, *totals, counted = self._sums(mine, [self._counted * self._contributes])
-        if not counted:
-            return {}
-        sizes = Totals(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
-        return {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, sizes)}
+        loss_sum, *totals, counted, stop = self._sums(mine, [self._counted * self._contributes, self.stop_requested])
+        metrics: dict[str, float] = {}
+        if counted:
+            sizes = Totals(round(counted), text_bytes, dict(zip(extras, totals, strict=True)))
+            metrics = {"held_out_loss": loss_sum / counted, **self.task.metrics(loss_sum / counted, sizes)}
+        return Evaluation(metrics, stop > 0)
+
+    def _any_asked_to_stop(self) -> bool:
+        """Whether a stop was requested of any rank: equal on all of them. It waits for the device."""
+        return self._sums([torch.zeros_like(self._loss_sum)], [self.stop_requested])[1] > 0
+
+    def _forward(self, batch: Mapping[str, Any]) -> None:
+        """Adds the loss of a batch, or of the first micro-batches of one, to the sums."""
+        self._counted += self.task.count(batch)
+        x, inputs, targets = self._tensors(batch)
+        if self._pipeline:
+            self._add_losses(self._pipeline.evaluate(x, inputs, targets))
+            return
+        for part in self._split_micro_batches(x, inputs, targets):
+            self._add_losses([self._loss(self.model.module(part[0], **part[1]), part[2])])
 
     def _share(self) -> tuple[int, int]:
         """Start and stop, in a global batch, of this data-parallel rank's samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright import checkpoint, data, tasks
-from meshwright.errors import InputError, Problem
+from meshwright.errors import InputError, MeshwrightError, Problem, RunFailed
 from meshwright.job import Job, load_job
 from meshwright.launch import Context
 from meshwright.parallel import Mesh, apply, start
 from meshwright.placement import Placement
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
-from meshwright.train.loop import Clock, StepResult, Trainer
+from meshwright.train.loop import Clock, Evaluation, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
 from meshwright.train.same_model import refuse_other_model, source_changed
@@ -74,34 +75,52 @@ class Session:
                 signal.signal(kind, self._request_stop)
         done = self.first_step - 1
         self._event("start", step=done, layout=self.plan.chosen.layout.as_dict(), steps=self.job.train.steps)
-        clock = Clock()
-        held_out: dict[str, float] = {}
-        result, saved_step = None, done
-        for step in range(self.first_step, self.job.train.steps + 1):
-            result = self.trainer.step(step)
-            seconds = clock.tick()
-            self._append_step_event(step, result, seconds)
-            last = step == self.job.train.steps
-            if self._is_due(self.checkpoint_steps, step) or last or result.stop_requested:
-                with self.trainer.spans("checkpoint", step):
-                    self._save(step)
-                saved_step = step
-            if result.stop_requested:
-                self.writer.wait()  # safe before anything else: whoever asked may not wait for long
-                if not last:
-                    break
-            if self._is_due(self.job.train.eval_every, step) or last:
-                with self.trainer.spans("evaluate", step):
-                    held_out = self.trainer.evaluate(self.manifest)
-                self._event("eval", step=step, **held_out)
-            clock.tick()
+        try:
+            step, loss, held_out = self._steps(done)
+        except RunFailed:
+            with contextlib.suppress(MeshwrightError):  # the step's error is the one to tell
+                self.writer.wait()
+            raise
         self.writer.wait()
         self.trainer.spans.write(self.run, self.mesh.rank)
         dist.barrier()
         if self.mesh.rank == 0:
             merge(self.run, self.mesh.layout.devices)
-        self._event("end", step=saved_step, finished=saved_step == self.job.train.steps, **held_out)
-        return {"step": saved_step, "loss": result.loss if result else None, **held_out}
+        self._event("end", step=step, finished=step == self.job.train.steps, **held_out)
+        return {"step": step, "loss": loss, **held_out}
+
+    def _steps(self, done: int) -> tuple[int, float | None, Mapping[str, float]]:
+        """Makes the steps after `done`; returns the last, its loss (None where there was none) and the last evaluation.
+        A checkpoint is saved after the evaluation of its step, which may find that the model is destroyed."""
+        clock = Clock()
+        loss: float | None = None
+        held_out: Mapping[str, float] = {}
+        if done == self.job.train.steps:  # as after a run that was asked to end during its last evaluation
+            held_out = self._evaluate(done).metrics
+        for step in range(done + 1, self.job.train.steps + 1):
+            result = self.trainer.step(step)
+            seconds = clock.tick()
+            self._append_step_event(step, result, seconds)
+            done, loss, last = step, result.loss, step == self.job.train.steps
+            stop = result.stop_requested  # then it saves at once: whoever asked may not wait for long
+            if not stop and (self._is_due(self.job.train.eval_every, step) or last):
+                evaluation = self._evaluate(step)
+                held_out, stop = evaluation.metrics, evaluation.stop_requested
+            if self._is_due(self.checkpoint_steps, step) or last or stop:
+                with self.trainer.spans("checkpoint", step):
+                    self.trainer.require_finite(step)
+                    self._save(step)
+            if stop:
+                break
+            clock.tick()
+        return done, loss, held_out
+
+    def _evaluate(self, step: int) -> Evaluation:
+        with self.trainer.spans("evaluate", step):
+            evaluation = self.trainer.evaluate(self.manifest, step)
+        if evaluation.metrics:
+            self._event("eval", step=step, **evaluation.metrics)
+        return evaluation
 
     def _is_due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0

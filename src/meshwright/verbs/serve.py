@@ -1,4 +1,4 @@
-"""`serve`: serve a model until SIGINT or SIGTERM."""
+"""`serve`: serve a model until SIGINT, SIGTERM or SIGHUP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meshwright.verbs.serving import plan_settings
 
 
 def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
-    """Serves a model until SIGINT (Ctrl-C) or SIGTERM. Settings: the run's [serve] section, then overrides.
+    """Serves a model until SIGINT (Ctrl-C), SIGTERM or SIGHUP. Settings: the run's [serve] section, then overrides.
 
     Settings that are left open are planned for this machine; `say` gets a one-line summary of the plan. Raises
     CannotWork for a model that does not fit, before weights are read.
