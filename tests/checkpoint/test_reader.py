@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -21,7 +20,16 @@ from meshwright.engine.folder import find_model
 from meshwright.errors import InputError
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
-from tests.checkpoint.simulate import example_tensors, held, save_world, shapes_of, whole_pieces, world_pieces
+from tests.checkpoint.simulate import (
+    as_version_1,
+    example_tensors,
+    forge,
+    held,
+    save_world,
+    shapes_of,
+    whole_pieces,
+    world_pieces,
+)
 
 
 def grid(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
@@ -278,13 +286,6 @@ def test_a_rank_hashes_the_tiles_that_it_reads_and_no_others(
 
 
 def test_a_piece_of_version_1_is_one_tile(saved: Path) -> None:
-    def as_version_1(record: dict) -> None:
-        record["version"] = 1
-        for tensor in record["tensors"].values():
-            for piece in tensor["pieces"]:
-                assert piece.pop("tile") == piece["shape"], "these tensors are small"
-                (piece["sha256"],) = piece["sha256"]
-
     forge(saved, as_version_1)
     got = everything()
     load(saved, got)
@@ -305,16 +306,6 @@ def test_files_beside_the_weights_are_held_to_their_digests(saved: Path, damage:
         with pytest.raises(InputError, match=r"model/config\.json"):
             look()
     check_side_files(saved.parent)  # the folder of no checkpoint
-
-
-def forge(folder: Path, change: Callable[[dict], None]) -> None:
-    """Rewrites the manifest with a digest that fits, as an attacker would."""
-    path = folder / "manifest.json"
-    record = json.loads(path.read_bytes())
-    record.pop("sha256")
-    change(record)
-    rest = json.dumps(record).encode()[1:]
-    path.write_bytes(b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest)
 
 
 def _rename_file(record: dict, name: str) -> None:

@@ -21,6 +21,7 @@ from meshwright.parallel import start
 from meshwright.run import RunFolder
 from meshwright.train.model import model_of_job
 from meshwright.train.work import Session
+from tests.checkpoint.simulate import as_version_1, forge
 from tests.train import normed_model
 
 STEPS = 4
@@ -117,6 +118,33 @@ def test_a_buffer_of_another_shape_ends_the_run_by_its_name(folder: Path) -> Non
     replace_in_model(folder, "self.seen = self.seen + 1", "self.seen = x.detach().mean((1, 2))")
     with pytest.raises(RunFailed, match=r"step 1: the buffer 'blocks\.body\.seen' has shape \[16\], .* shape \[1\]"):
         train(RunFolder(folder / "run"), 1)
+
+
+def without_buffers(record: dict[str, Any]) -> None:
+    """As checkpoints were before buffers were saved."""
+    as_version_1(record)
+    for name in list(record["tensors"]):
+        if name.endswith(("seen", "running_mean", "running_var", "num_batches_tracked")):
+            del record["tensors"][name]
+
+
+def test_a_checkpoint_older_than_saved_buffers_goes_on_where_training_changes_none(folder: Path) -> None:
+    replace_in_model(folder, "nn.BatchNorm2d(width)", "nn.Identity()")
+    replace_in_model(folder, "self.seen = self.seen + 1", "x = x + self.seen")
+    replace_in_model(folder, "torch.zeros((), dtype=torch.int32)", "torch.ones(8)")
+    whole = train(RunFolder(folder / "whole"), STEPS)
+    halves = RunFolder(folder / "halves")
+    train(halves, STEPS // 2)
+    forge(halves.checkpoints / f"step-{STEPS // 2}", without_buffers)
+    assert_equal(train(halves, STEPS, resume=True), whole)
+
+
+def test_a_checkpoint_older_than_saved_buffers_is_refused_where_they_are_lost(folder: Path) -> None:
+    run = RunFolder(folder / "run")
+    train(run, 1)
+    forge(run.checkpoints / "step-1", without_buffers)
+    with pytest.raises(InputError, match=r"step-1: is older than saved buffers: .* blocks\.body\.norm\.running_mean, "):
+        train(run, 2, resume=True)
 
 
 def test_what_is_saved_is_the_state_dict(folder: Path) -> None:

@@ -17,7 +17,7 @@ from meshwright.files import parse_json, read_capped
 from meshwright.layout import Box
 
 VERSION = 2
-#: Versions that can be read. In version 1 a piece has one digest: the whole piece is one tile.
+#: Versions that can be read. In version 1 a piece has one digest: the whole piece is one tile. It has no buffers.
 VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
@@ -78,7 +78,8 @@ class CheckpointManifest:
     """A committed checkpoint. `sequence` counts commits of a run: after a rewind a lower step can be the newer one.
 
     `parent` is the step of the checkpoint from which training continued (None at the start of a run); `layout` and
-    `world` are of the run that saved it, and loading does not depend on them; `meta` is the trainer's own JSON.
+    `world` are of the run that saved it, and loading does not depend on them; `meta` is the trainer's own JSON;
+    `version` is of the file that was read.
     """
 
     step: int
@@ -89,13 +90,14 @@ class CheckpointManifest:
     meta: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
+    version: int = VERSION
 
 
 def encode_manifest(manifest: CheckpointManifest) -> bytes:
     """The bytes of manifest.json."""
     record = {
-        "version": VERSION,
         **vars(manifest),
+        "version": VERSION,
         "tensors": {
             name: {
                 "dtype": tensor.dtype,
@@ -194,6 +196,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
         meta=top.get(record, "meta", dict),
         tensors=tensors,
         files=files,
+        version=version,
     )
 
 
