@@ -53,9 +53,10 @@ def unsaved_buffers(model: Model, manifest: checkpoint.CheckpointManifest, folde
 def source_changed(model: Model, folder: Path) -> bool:
     """Whether the file of a module of the user's own is another than that which the checkpoint in `folder` names.
 
-    That is no error: a fault may be mended in the middle of a run, and tensors are compared by name and shape.
+    That is no error: a fault may be mended in the middle of a run, and tensors are compared by name and shape. A
+    checkpoint older than these digests does not tell.
     """
     if MODULE_NAME not in model.side_files:
         return False
     before, now = families.read_config(folder / "model" / MODULE_NAME), json.loads(model.side_files[MODULE_NAME])
-    return bool(before.get("sha256") != now["sha256"])
+    return before.get("sha256") not in (None, now["sha256"])
