@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -192,6 +193,22 @@ def test_a_tokenizer_is_known_by_its_files_and_not_by_its_path(tmp_path: Path, s
         data.build_manifest(text_job(source, tokenizer="bytes"), tmp_path / "manifest")
     shutil.rmtree(tmp_path / "here")
     data.build_manifest(here, tmp_path / "manifest")  # the manifest is enough to go on
+
+
+def test_the_name_of_a_single_file_does_not_count(tmp_path: Path, source: Path) -> None:
+    folder, renamed = tmp_path / "manifest", tmp_path / "renamed.jsonl"
+    data.build_manifest(text_job(source), folder)
+    shutil.copy(source, renamed)
+    data.build_manifest(text_job(renamed), folder)
+    other_reader = shutil.copy(source, tmp_path / "corpus.txt")
+    with pytest.raises(InputError, match=r"'corpus\.txt' is not what it was when the run began"):
+        data.build_manifest(text_job(other_reader), folder)
+    # As earlier manifests have it: the name counts, and the run that has kept it goes on.
+    named = json.dumps([[source.name, hashlib.sha256(source.read_bytes()).hexdigest()]])
+    rewrite(folder, lambda content: content["source"].update(digest=hashlib.sha256(named.encode()).hexdigest()))
+    data.build_manifest(text_job(source), folder)
+    with pytest.raises(InputError, match=r"'renamed\.jsonl' is not what it was when the run began"):
+        data.build_manifest(text_job(renamed), folder)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -291,7 +291,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
     ]
     if not problems and content["kind"] == "text":
         source = _if_there(lambda: open_source(job.data.source, job.data.text_key))
-        if source is not None and source.fingerprint() != content["source"]:
+        if source is not None and not source.has_fingerprint(content["source"]):
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
     problems += [
         Problem(str(folder / name), "was changed since the run began", "bring it back, or use another run folder")
