@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,3 +124,22 @@ def example_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
         "optimizer.exp_avg_sq.blocks.0.attn.q.weight": torch.randn(6, 6, generator=generator),
         "optimizer.step": torch.tensor(seed, dtype=torch.int64),
     }
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrites the manifest with a digest that fits, as an attacker would."""
+    path = folder / "manifest.json"
+    record = json.loads(path.read_bytes())
+    record.pop("sha256")
+    change(record)
+    rest = json.dumps(record).encode()[1:]
+    path.write_bytes(b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest)
+
+
+def as_version_1(record: dict[str, Any]) -> None:
+    """Makes of a manifest's record one of version 1. The tensors must be small: a piece has one tile."""
+    record["version"] = 1
+    for tensor in record["tensors"].values():
+        for piece in tensor["pieces"]:
+            assert piece.pop("tile") == piece["shape"], "a large tensor"
+            (piece["sha256"],) = piece["sha256"]

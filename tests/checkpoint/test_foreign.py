@@ -158,6 +158,17 @@ def test_a_stored_alias_is_equal_to_its_weight_or_refused(tmp_path: Path, dtype:
     read_model_folder(tmp_path, tensors=first, **more)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_a_stored_alias_of_whole_numbers_is_no_rounded_weight(tmp_path: Path, dtype: torch.dtype) -> None:
+    more = {"names": {"embed": "embed"}, "tied": {"head": "embed"}}
+    weight = torch.tensor([[0.25, 1.0], [0.0, 0.5]])
+    wanted = write(tmp_path, {"embed": weight, "head": weight.to(dtype)})
+    with pytest.raises(InputError, match="'head' is not equal to 'embed'"):
+        read_model_folder(tmp_path, tensors={"embed": wanted["embed"]}, **more)
+    wanted = write(tmp_path, {"embed": weight.round(), "head": weight.round().to(dtype)})
+    read_model_folder(tmp_path, tensors={"embed": wanted["embed"]}, **more)
+
+
 def test_a_folder_of_pickles_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"pytorch_model\.bin.*safetensors is needed"):

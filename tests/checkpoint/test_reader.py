@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -13,14 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.checkpoint import check, check_side_files, latest, load, read_manifest
+from meshwright.checkpoint import check, check_side_files, latest, load, read_manifest, read_model_folder
 from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES
 from meshwright.checkpoint.model_folder import ModelFolder
 from meshwright.checkpoint.tensors import digest_of
+from meshwright.engine.folder import find_model
 from meshwright.errors import InputError
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
-from tests.checkpoint.simulate import example_tensors, held, save_world, shapes_of, whole_pieces, world_pieces
+from tests.checkpoint.simulate import (
+    as_version_1,
+    example_tensors,
+    forge,
+    held,
+    save_world,
+    shapes_of,
+    whole_pieces,
+    world_pieces,
+)
 
 
 def grid(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
@@ -190,6 +199,50 @@ def test_a_damaged_checkpoint_of_a_lower_step_may_be_the_newest(saved: Path, dam
     assert latest(root) == root / "step-12"
 
 
+def _linked(path: Path) -> None:
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "cut weights": lambda step: os.truncate(step / "model" / "model.safetensors", 400),
+    "no state": lambda step: (step / "state" / "rank-0.safetensors").unlink(),
+    "no config": lambda step: (step / "model" / "config.json").unlink(),
+    "a link": lambda step: _linked(step / "model" / "model.safetensors"),
+    "cut manifest": lambda step: os.truncate(step / "manifest.json", 600),
+    "no first line": lambda step: os.truncate(step / "manifest.json", 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_whoever_meets_damage_hears_of_the_newest_intact_checkpoint(saved: Path, damage: str) -> None:
+    tensors, root = example_tensors(), saved.parent
+    names = {name: f"hf.{name}" for name in tensors if not name.startswith("optimizer.")}
+    files = ModelFolder(names, {"config.json": b'{"a": 1}'})
+    for step in (2, 3, 4):
+        save_world(root, step, [whole_pieces(shapes_of(tensors))], tensors, model_files=files, keep=9)
+    newest = root / "step-4"
+    DAMAGE[damage](newest)
+    changed = root / "step-3" / "model" / "model.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\xff")
+    readers: dict[str, Callable[[], object]] = {
+        "latest": lambda: latest(root),
+        "check": lambda: check(newest),
+        "load": lambda: load(newest, everything()),
+        "model": lambda: read_model_folder(newest / "model", names, everything()),
+        "engine": lambda: find_model(newest),
+    }
+    for name, read in readers.items():
+        with pytest.raises(InputError) as refused:
+            read()
+        assert [one.nearest for one in refused.value.problems] == [f"{root / 'step-2'} is intact"], name
+    DAMAGE["cut weights"](root / "step-2")
+    DAMAGE["cut weights"](saved)
+    with pytest.raises(InputError) as refused:
+        latest(root)
+    assert "is intact" not in str(refused.value)
+
+
 def test_tensors_that_nobody_reads_are_refused(saved: Path) -> None:
     tensors = everything()
     load(saved, tensors, complete=tensors.keys())
@@ -233,13 +286,6 @@ def test_a_rank_hashes_the_tiles_that_it_reads_and_no_others(
 
 
 def test_a_piece_of_version_1_is_one_tile(saved: Path) -> None:
-    def as_version_1(record: dict) -> None:
-        record["version"] = 1
-        for tensor in record["tensors"].values():
-            for piece in tensor["pieces"]:
-                assert piece.pop("tile") == piece["shape"], "these tensors are small"
-                (piece["sha256"],) = piece["sha256"]
-
     forge(saved, as_version_1)
     got = everything()
     load(saved, got)
@@ -260,16 +306,6 @@ def test_files_beside_the_weights_are_held_to_their_digests(saved: Path, damage:
         with pytest.raises(InputError, match=r"model/config\.json"):
             look()
     check_side_files(saved.parent)  # the folder of no checkpoint
-
-
-def forge(folder: Path, change: Callable[[dict], None]) -> None:
-    """Rewrites the manifest with a digest that fits, as an attacker would."""
-    path = folder / "manifest.json"
-    record = json.loads(path.read_bytes())
-    record.pop("sha256")
-    change(record)
-    rest = json.dumps(record).encode()[1:]
-    path.write_bytes(b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest)
 
 
 def _rename_file(record: dict, name: str) -> None:

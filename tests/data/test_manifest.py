@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,45 @@ def test_a_tokenizer_is_known_by_its_files_and_not_by_its_path(tmp_path: Path, s
         data.build_manifest(text_job(source, tokenizer="bytes"), tmp_path / "manifest")
     shutil.rmtree(tmp_path / "here")
     data.build_manifest(here, tmp_path / "manifest")  # the manifest is enough to go on
+
+
+def test_the_name_of_a_single_file_does_not_count(tmp_path: Path, source: Path) -> None:
+    folder, renamed = tmp_path / "manifest", tmp_path / "renamed.jsonl"
+    data.build_manifest(text_job(source), folder)
+    shutil.copy(source, renamed)
+    data.build_manifest(text_job(renamed), folder)
+    other_reader = shutil.copy(source, tmp_path / "corpus.txt")
+    with pytest.raises(InputError, match=r"'corpus\.txt' is not what it was when the run began"):
+        data.build_manifest(text_job(other_reader), folder)
+    # As earlier manifests have it: the name counts, and the run that has kept it goes on.
+    named = json.dumps([[source.name, hashlib.sha256(source.read_bytes()).hexdigest()]])
+    rewrite(folder, lambda content: content["source"].update(digest=hashlib.sha256(named.encode()).hexdigest()))
+    data.build_manifest(text_job(source), folder)
+    with pytest.raises(InputError, match=r"'renamed\.jsonl' is not what it was when the run began"):
+        data.build_manifest(text_job(renamed), folder)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_a_manifest_that_names_its_tokenizer_by_path_is_gone_on_with(tmp_path: Path, source: Path) -> None:
+    for place in ("here", "there", "other"):
+        (tmp_path / place).mkdir()
+        for name, content in data.tokenizer.bytes_tokenizer().side_files().items():
+            (tmp_path / place / name).write_bytes(content + b" " * (place == "other"))
+    here, there, other = (text_job(source, tokenizer=str(tmp_path / place)) for place in ("here", "there", "other"))
+    folder = tmp_path / "manifest"
+    data.build_manifest(here, folder)
+    rewrite(folder, lambda content: content["settings"].update(tokenizer=here.data.tokenizer))
+    for job in (here, there):
+        data.build_manifest(job, folder)
+    with pytest.raises(InputError, match=r"data\.tokenizer: is 'files of digest .*, but the run began with '/"):
+        data.build_manifest(other, folder)
+    with pytest.raises(InputError, match=r"data\.tokenizer: is 'bytes', but the run began with '/"):
+        data.build_manifest(text_job(source, tokenizer="bytes"), folder)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "llama, rope yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "llama, rope yarn, zeros": (
+        "LlamaConfig",
+        rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=0.0, beta_fast=0),
+    ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {}),
     "qwen2, tied": ("Qwen2Config", {"tie_word_embeddings": True}),
@@ -195,6 +199,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor", "high_freq_factor", "not there"]),
     ({"rope_scaling": {"rope_type": ["yarn"], "factor": 8}}, ["rope_type ['yarn'] is not supported; known: def"]),
     ({"rope_scaling": {"type": "yarn", "factor": 8, "mscale": "x"}}, ["rope_scaling: mscale must be a number"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 8, "mscale": False}}, ["rope_scaling: mscale must be a number"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 8, "attention_factor": 0.0}}, ["attention_factor must be a number"]),
     (
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "low_freq_factor": 1.0, "turn": 2}},
         ["rope_scaling: 'low_freq_factor' is not a key of rope_type 'yarn'", "'turn' is not a key"],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshwright.card import AttentionShape, Block, Buffer
+from meshwright.card import AttentionShape, Block, Buffer, Card
 from meshwright.errors import InputError
 from meshwright.trace import card_of
 
@@ -369,3 +369,38 @@ def test_a_forward_that_fails_on_a_shape_is_told_in_a_line(caplog: pytest.LogCap
     with pytest.raises(InputError, match=r"RuntimeError: .*\[1, 4\] X \[5, 7\]"):
         card_of(lambda: nn.Linear(5, 7), torch.zeros(1, 4), "it")
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("change", "became"),
+    [
+        (lambda it, x: setattr(it, "seen", torch.cat([it.seen, it.seen])), r"\[6\] float32"),
+        (lambda it, x: setattr(it, "seen", it.seen.double()), r"\[3\] float64"),
+        (lambda it, x: setattr(it, "seen", None), "nothing"),
+        (lambda it, x: it.seen.resize_(2), r"\[2\] float32"),
+        (lambda it, x: setattr(it, "count", it.count * 0.9 + 1), r"\[\] float32"),
+        (lambda it, x: setattr(it, "late", x.sum()), r"\[\] float32"),
+    ],
+)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_saved_buffer_that_training_makes_another_is_refused(change: Any, became: str, persistent: bool) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3), persistent=persistent)
+            self.register_buffer("count", torch.tensor(0), persistent=persistent)
+            self.register_buffer("late", None, persistent=persistent)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                change(self, x.detach())
+            return x * 2
+
+    def trace() -> Card:
+        return card_of(lambda: Chain(a=Changing()), torch.zeros(1, 5), "it")
+
+    if not persistent:
+        assert trace().persistent_buffers == ()
+        return
+    with pytest.raises(InputError, match=rf"'blocks\.a\.(seen|count|late)' is .* as built, and {became} after"):
+        trace()

@@ -64,3 +64,14 @@ def test_another_source_of_a_module_is_known_and_no_error(tmp_path: Path) -> Non
     (tmp_path / "net_of_this_test.py").write_text(NET + "# mended\n")
     assert source_changed(model_of_job(job, None), step)
     assert not source_changed(hf_model(tmp_path / "hf"), step)
+
+
+def test_a_checkpoint_that_names_no_digest_does_not_tell_of_a_change(tmp_path: Path) -> None:
+    (tmp_path / "undigested_net.py").write_text(NET)
+    sections = {"module": "undigested_net:build", "module_folder": str(tmp_path)}
+    model = model_of_job(Job(model=sections, data={"source": "digits"}, train=TRAIN), None)
+    step = checkpoint_of(tmp_path / "step-1", model)
+    record = json.loads(model.side_files["module.json"])
+    assert record.pop("sha256")
+    (step / "model" / "module.json").write_text(json.dumps(record))
+    assert not source_changed(model, step)

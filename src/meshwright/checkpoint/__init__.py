@@ -8,11 +8,10 @@ read_model_folder   fills local tensors from a Hugging Face folder that others w
 saves               whether tensors of a type can be saved
 """
 
-from meshwright.checkpoint.folder import latest
 from meshwright.checkpoint.foreign import read_model_folder
 from meshwright.checkpoint.manifest import CheckpointManifest, StoredFile, StoredPiece, StoredTensor, read_manifest
 from meshwright.checkpoint.model_folder import ModelFolder
-from meshwright.checkpoint.reader import check, check_side_files, load
+from meshwright.checkpoint.reader import check, check_side_files, latest, load
 from meshwright.checkpoint.tensors import saves
 from meshwright.checkpoint.writer import Writer
 

@@ -9,7 +9,6 @@ step-N.removed-<nonce>    being deleted
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from pathlib import Path
 from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.errors import InputError
 from meshwright.files import sync_folder
-
-log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0-9a-f]+)?")
 
@@ -56,22 +53,7 @@ def committed_folders(root: Path) -> tuple[list[tuple[Path, CheckpointManifest]]
     return sorted(sound, key=lambda entry: entry[1].sequence), damaged
 
 
-def latest(root: Path) -> Path | None:
-    """The newest committed checkpoint under `root` (a run's `checkpoints` folder), or None if there is none.
-
-    The newest is the last committed, which after a rewind is not the highest step. Folders left by dead writers do not
-    count. Raises InputError if a checkpoint that may be newer was changed after its commit: remove its folder to
-    continue from the one before. A changed older one only gives a warning.
-    """
-    sound, damaged = committed_folders(Path(root))
-    for one in damaged:
-        if not sound or _may_be_newer(one, *sound[-1]):
-            raise one.error
-        log.warning("ignored a damaged older checkpoint: %s", one.error)
-    return sound[-1][0] if sound else None
-
-
-def _may_be_newer(damaged: DamagedCheckpoint, folder: Path, manifest: CheckpointManifest) -> bool:
+def may_be_newer(damaged: DamagedCheckpoint, folder: Path, manifest: CheckpointManifest) -> bool:
     """Whether `damaged` may have been committed after the sound checkpoint in `folder`."""
     if damaged.sequence is not None:
         return damaged.sequence > manifest.sequence

@@ -115,19 +115,24 @@ def _untied(
 
 
 def _equal(one: tuple[str, Slot, Any], other: tuple[str, Slot, Any], box: Box) -> bool:
-    """Whether two stored tensors are equal in `box`; of two dtypes, as the first one's."""
+    """Whether two stored tensors are equal in `box`; of two dtypes, rounded to the first one's.
+
+    A first one of whole numbers is compared in fp64, so that the other is not rounded to whole numbers.
+    """
     (_, slot, data), (_, other_slot, other_data) = one, other
     if slot.shape != other_slot.shape:
         return False
     whole = Box.whole(slot.shape)
+    first = DTYPES[slot.dtype]
+    common = first if first.is_floating_point else torch.float64
     for tile in tiles(box, tile_of(box.shape, DTYPES[slot.dtype].itemsize)):
         mine = element_view(data, slot)[slices(tile, whole)]
         theirs = element_view(other_data, other_slot)[slices(tile, whole)]
         if slot.dtype == other_slot.dtype:
             equal = np.array_equal(mine, theirs)
         else:
-            cast = from_bytes(theirs, other_slot.dtype).to(DTYPES[slot.dtype])
-            equal = torch.equal(from_bytes(mine, slot.dtype), cast)
+            values = [from_bytes(one, kind) for one, kind in ((mine, slot.dtype), (theirs, other_slot.dtype))]
+            equal = torch.equal(*(one.to(common) for one in values))
         if not equal:
             return False
     return True

@@ -16,7 +16,7 @@ from meshwright.files import has_its_digest, parse_json, read_capped, with_diges
 from meshwright.layout import Box
 
 VERSION = 2
-#: Versions that can be read. In version 1 a piece has one digest: the whole piece is one tile.
+#: Versions that can be read. In version 1 a piece has one digest: the whole piece is one tile. It has no buffers.
 VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
@@ -75,7 +75,8 @@ class CheckpointManifest:
     """A committed checkpoint. `sequence` counts commits of a run: after a rewind a lower step can be the newer one.
 
     `parent` is the step of the checkpoint from which training continued (None at the start of a run); `layout` and
-    `world` are of the run that saved it, and loading does not depend on them; `meta` is the trainer's own JSON.
+    `world` are of the run that saved it, and loading does not depend on them; `meta` is the trainer's own JSON;
+    `version` is of the file that was read.
     """
 
     step: int
@@ -86,13 +87,14 @@ class CheckpointManifest:
     meta: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
+    version: int = VERSION
 
 
 def encode_manifest(manifest: CheckpointManifest) -> bytes:
     """The bytes of manifest.json."""
     record = {
-        "version": VERSION,
         **vars(manifest),
+        "version": VERSION,
         "tensors": {
             name: {
                 "dtype": tensor.dtype,
@@ -189,6 +191,7 @@ def decode_manifest(data: bytes, where: str) -> CheckpointManifest:
         meta=top.get(record, "meta", dict),
         tensors=tensors,
         files=files,
+        version=version,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 
 from meshwright.checkpoint.files import map_file
-from meshwright.checkpoint.folder import committed_folders
-from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest
+from meshwright.checkpoint.folder import committed_folders, may_be_newer
+from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.checkpoint.tensors import (
     CODES,
     DTYPES,
@@ -31,7 +32,25 @@ from meshwright.errors import InputError, Problem
 from meshwright.layout import Box
 from meshwright.placement import Placement
 
+log = logging.getLogger(__name__)
+
 DAMAGED = "the file was changed or damaged; use another checkpoint"
+
+
+def latest(root: Path) -> Path | None:
+    """The newest committed checkpoint under `root` (a run's `checkpoints` folder), or None if there is none.
+
+    The newest is the last committed, which after a rewind is not the highest step. Folders left by dead writers do not
+    count. Raises InputError if a checkpoint that may be newer was changed after its commit: remove its folder to
+    continue from the one before, which the error names. A changed older one only gives a warning.
+    """
+    sound, damaged = committed_folders(Path(root))
+    for one in damaged:
+        if not sound or may_be_newer(one, *sound[-1]):
+            with intact_named(one.folder):
+                raise one.error
+        log.warning("ignored a damaged older checkpoint: %s", one.error)
+    return sound[-1][0] if sound else None
 
 
 def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | None = None) -> None:
@@ -44,7 +63,8 @@ def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | Non
     others, which nothing would read. It lists all such tensors, and then nothing is filled.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    with intact_named(folder):
+        manifest = read_manifest(folder)
     problems = list(_mismatches(folder, manifest, tensors))
     if complete is not None:
         extra = sorted(set(manifest.tensors) - set(complete))
@@ -58,9 +78,8 @@ def load(folder: Path, tensors: LocalTensors, *, complete: Collection[str] | Non
 
 def check(folder: Path) -> None:
     """Checks every digest of the checkpoint `folder`. Raises InputError as `load`."""
-    files = CheckedFiles(folder, read_manifest(folder))
-    with files.intact_named():
-        files.check()
+    with intact_named(folder):
+        CheckedFiles(folder, read_manifest(folder)).check()
 
 
 def check_side_files(model: Path) -> None:
@@ -68,7 +87,7 @@ def check_side_files(model: Path) -> None:
     `model/` of a checkpoint. Raises InputError as `load`."""
     files = checkpoint_of(model)
     if files is not None:
-        with files.intact_named():
+        with intact_named(files.folder):
             files.check_side_files()
 
 
@@ -77,7 +96,8 @@ def checkpoint_of(model: Path) -> CheckedFiles | None:
     model = model.resolve()
     if model.name != "model" or not (model.parent / MANIFEST_NAME).exists():
         return None
-    return CheckedFiles(model.parent, read_manifest(model.parent))
+    with intact_named(model.parent):
+        return CheckedFiles(model.parent, read_manifest(model.parent))
 
 
 class CheckedFiles:
@@ -104,7 +124,7 @@ class CheckedFiles:
         """Copies the box of `placement` of tensor `name` into `local`, cast to its dtype. Reads only the tiles that
         overlap it. Raises InputError for damage, and names the newest older checkpoint that is intact."""
         dtype = self.manifest.tensors[name].dtype
-        with self.intact_named():
+        with intact_named(self.folder):
             for tile, elements in self.tiles(name, placement.box):
                 overlap = tile.intersect(placement.box)
                 assert overlap is not None
@@ -144,28 +164,30 @@ class CheckedFiles:
             if not path.endswith(".safetensors"):
                 self.open(path)
 
-    @contextmanager
-    def intact_named(self) -> Iterator[None]:
-        """Adds the newest older checkpoint that is intact to an error, if there is one."""
-        try:
-            yield
-        except InputError as error:
-            older = _intact_before(self.folder, self.manifest.sequence)
-            if older is None:
-                raise
-            problems = [replace(problem, nearest=f"{older} is intact") for problem in error.problems]
-            raise InputError(problems) from error
+
+@contextmanager
+def intact_named(folder: Path) -> Iterator[None]:
+    """Adds the newest older checkpoint that is intact, if there is one, to an error about the checkpoint `folder`."""
+    try:
+        yield
+    except InputError as error:
+        intact = _intact_before(folder)
+        if intact is None:
+            raise
+        raise InputError([replace(problem, nearest=f"{intact} is intact") for problem in error.problems]) from error
 
 
-def _intact_before(folder: Path, sequence: int) -> Path | None:
-    """The newest checkpoint beside `folder` that was committed before `sequence` and whose every byte is intact."""
-    for older, manifest in reversed(committed_folders(folder.parent)[0]):
-        if manifest.sequence < sequence:
+def _intact_before(folder: Path) -> Path | None:
+    """The newest checkpoint beside `folder` that was committed before it and whose every byte is intact; any other one
+    where its manifest no longer says when that was."""
+    sequence = stated_sequence(folder)
+    for other, manifest in reversed(committed_folders(folder.parent)[0]):
+        if other != folder and (sequence is None or manifest.sequence < sequence):
             try:
-                CheckedFiles(older, manifest).check()
+                CheckedFiles(other, manifest).check()
             except InputError:
                 continue
-            return older
+            return other
     return None
 
 

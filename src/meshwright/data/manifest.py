@@ -284,8 +284,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
     near = f"use another run folder, or remove {folder}"
     keys = {"tokenizer": "data.tokenizer", "vocab": "model.vocab"}
     before = content["settings"]
-    there = _if_there(lambda: corpus.tokenizer_identity(job.data.tokenizer))
-    now = _settings(job, before.get("tokenizer", "") if there is None else there)
+    now = _settings(job, _tokenizer_now(job, before.get("tokenizer", ""), folder))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     problems = [
         Problem(keys.get(key, f"data.{key}"), f"is {now.get(key)!r}, but the run began with {before.get(key)!r}", near)
@@ -293,7 +292,7 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
     ]
     if not problems and content["kind"] == "text":
         source = _if_there(lambda: open_source(job.data.source, job.data.text_key))
-        if source is not None and source.fingerprint() != content["source"]:
+        if source is not None and not source.has_fingerprint(content["source"]):
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
     problems += [
         Problem(str(folder / name), _CHANGED, _NEAR_CHANGED)
@@ -302,6 +301,19 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
     ]
     if problems:
         raise InputError(problems)
+
+
+def _tokenizer_now(job: Job, before: str, folder: Path) -> str:
+    """The identity of the job's tokenizer; `before`, which the manifest in `folder` has, where that is the same one.
+
+    Earlier manifests have the path in place of the digest; they keep the files, too, and these can be compared.
+    """
+    if before == job.data.tokenizer:
+        return before
+    now, kept = _if_there(lambda: corpus.tokenizer_identity(job.data.tokenizer)), folder / "tokenizer"
+    if now is None or (kept.is_dir() and now == corpus.tokenizer_identity(str(kept))):
+        return before
+    return now
 
 
 def _if_there(read: Callable[[], T]) -> T | None:

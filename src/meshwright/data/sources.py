@@ -46,10 +46,11 @@ DocumentReader = Callable[[BinaryIO, str], Documents]
 
 @dataclass(frozen=True)
 class TextSource:
-    """Files in a fixed order, each with its name for messages and its reader."""
+    """Files in a fixed order, each with its name for messages and its reader; `alone`: one file, and not a folder."""
 
     name: str
     files: tuple[tuple[str, Path, DocumentReader], ...]
+    alone: bool = False
 
     def documents(self) -> Documents:
         """Every document, and an Unreadable for all other data. Raises InputError if a file cannot be opened."""
@@ -70,10 +71,21 @@ class TextSource:
         return sum(path.stat().st_size for _, path, _ in self.files)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The identity of this source: files, their bytes, and a digest of names and contents. Reads all of it."""
-        digests = [(name, file_digest(path)) for name, path, _ in self.files]
-        digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        return {"files": len(digests), "bytes": self.total_bytes(), "digest": digest}
+        """The identity of this source: files, their bytes, and a digest of names and contents. Reads all of it.
+
+        Of the name of a file that is alone only the suffix counts, which decides how it is read.
+        """
+        return self._fingerprints()[0]
+
+    def has_fingerprint(self, known: dict[str, Any]) -> bool:
+        """Whether `known` is the fingerprint of this source; in earlier ones the whole name of a file alone counts."""
+        return known in self._fingerprints()
+
+    def _fingerprints(self) -> list[dict[str, Any]]:
+        named = [(name, file_digest(path)) for name, path, _ in self.files]
+        by_suffix = [[(Path(name).suffix, digest) for name, digest in named]] if self.alone else []
+        digests = [hashlib.sha256(json.dumps(one).encode()).hexdigest() for one in (*by_suffix, named)]
+        return [{"files": len(named), "bytes": self.total_bytes(), "digest": digest} for digest in digests]
 
 
 def file_digest(path: Path) -> str:
@@ -109,7 +121,7 @@ def open_source(source: str, text_key: str) -> TextSource:
         near = "nearest: a .txt file (documents divided by blank lines), a .jsonl file, or a folder of text files"
         raise InputError(Problem("data.source", f"no reader for {path.name!r}", near))
     reader = _records(text_key) if path.suffix == ".jsonl" else _paragraphs
-    return TextSource(path.name, ((path.name, path, reader),))
+    return TextSource(path.name, ((path.name, path, reader),), alone=True)
 
 
 def _not_indexable(source: str, what: str) -> InputError:

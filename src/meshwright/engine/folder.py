@@ -38,10 +38,10 @@ class EngineModel:
 def find_model(folder: Path) -> Path:
     """The Hugging Face folder for `folder`: itself, a checkpoint's `model/`, or that of a run's newest checkpoint.
 
-    Raises InputError if there is none, or if it is a checkpoint's and a file beside its weights was changed.
+    Raises InputError if there is none, or if it is a checkpoint's and a file beside its weights was changed or is gone.
     """
+    checkpoint.check_side_files(folder)
     if (folder / families.CONFIG_NAME).exists():
-        checkpoint.check_side_files(folder)
         return folder
     if (folder / "checkpoints").is_dir():
         newest = checkpoint.latest(folder / "checkpoints")

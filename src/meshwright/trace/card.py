@@ -58,8 +58,10 @@ def card_of(
             blocks = _declared_blocks(module)
             buffers = _buffers(module)
             tensors = {buffer.name: module.get_buffer(buffer.name) for buffer in buffers}
+            saved_kinds = _saved_kinds(module)
             recorder = Recorder(module, blocks, axes or {})
             calls, output = _run(module, blocks, recorder, x, inputs)
+            _refuse_other_kinds(saved_kinds, _saved_kinds(module))
             if blocks:
                 _check_fold(blocks, calls, x, output)
             parameters = [
@@ -214,6 +216,30 @@ def _buffers(module: nn.Module) -> list[Buffer]:
         for path, child in module.named_modules()
         for name, tensor in child.named_buffers(recurse=False)
     ]
+
+
+def _saved_kinds(module: nn.Module) -> dict[str, str]:
+    """Shape and type of every persistent buffer, in words."""
+    names = [one.name for one in _buffers(module) if one.persistent]
+    tensors = {name: module.get_buffer(name) for name in names}
+    return {name: f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for name, one in tensors.items()}
+
+
+def _refuse_other_kinds(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Raises InputError for a persistent buffer to which the pass gave another shape or type, or which it made or
+    removed: a checkpoint of it could not be read back into the module as it is built."""
+    problems = [
+        Problem(
+            KEY,
+            f"the buffer '{name}' is {before.get(name, 'nothing')} as built, and {after.get(name, 'nothing')} after a "
+            "forward pass in training",
+            "keep its shape and type, such as by self.NAME.copy_(value), or register it with persistent=False",
+        )
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def _tied(module: nn.Module) -> tuple[tuple[str, str], ...]:

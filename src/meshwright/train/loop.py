@@ -19,6 +19,7 @@ from meshwright.layout import Layout
 from meshwright.nn import to_device
 from meshwright.parallel import Mesh, ParallelModel, Pipeline
 from meshwright.tasks import Task, Totals
+from meshwright.train.buffers import BufferTypes
 from meshwright.train.optimizer import Optimizer, complete_gradients, learning_rate
 from meshwright.train.spans import Spans
 
@@ -77,6 +78,7 @@ class Trainer:
         self.job, self.card, self.model, self.mesh, self.task, self.batch = job, card, model, mesh, task, batch
         self.layout: Layout = mesh.layout
         self.optimizer = Optimizer(model, job.train, mesh.device)
+        self.buffer_types = BufferTypes(model)
         self.micro_batches = self.layout.micro_batches(job.train.global_batch)
         self.stop_requested = False
         self.spans = Spans()
@@ -100,6 +102,7 @@ class Trainer:
             batch = self.batch(step, *self._share())
         with self.spans("forward and backward", step):
             self._forward_backward(batch, step)
+        self.buffer_types.keep(step)
         with self.spans("complete gradients", step):
             self.optimizer.collect()
             complete_gradients(self.model, self.optimizer, self.mesh)

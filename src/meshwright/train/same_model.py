@@ -37,12 +37,26 @@ def _config(content: dict[str, Any], where: str) -> dict[str, Any]:
     return hf_config(shape_from_hf(content, where))
 
 
+def unsaved_buffers(model: Model, manifest: checkpoint.CheckpointManifest, folder: Path) -> set[str]:
+    """The buffers of `model` that the checkpoint in `folder` lacks because it is older than saved buffers: they keep
+    their values as built, which training did not change. Raises InputError where it did: those values are lost."""
+    if manifest.version > 1:
+        return set()
+    unsaved = {buffer.name for buffer in model.card.persistent_buffers} - set(manifest.tensors)
+    lost = [name for name in model.card.stateful_buffers if name in unsaved]
+    if lost:
+        what = f"is older than saved buffers: it lacks the values that training gave to {', '.join(lost)}"
+        raise InputError(Problem(str(folder), what, "train again in another run folder"))
+    return unsaved
+
+
 def source_changed(model: Model, folder: Path) -> bool:
     """Whether the file of a module of the user's own is another than that which the checkpoint in `folder` names.
 
-    That is no error: a fault may be mended in the middle of a run, and tensors are compared by name and shape.
+    That is no error: a fault may be mended in the middle of a run, and tensors are compared by name and shape. A
+    checkpoint older than these digests does not tell.
     """
     if MODULE_NAME not in model.side_files:
         return False
     before, now = families.read_config(folder / "model" / MODULE_NAME), json.loads(model.side_files[MODULE_NAME])
-    return bool(before.get("sha256") != now["sha256"])
+    return before.get("sha256") not in (None, now["sha256"])

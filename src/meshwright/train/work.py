@@ -23,7 +23,7 @@ from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, Evaluation, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
-from meshwright.train.same_model import refuse_other_model, source_changed
+from meshwright.train.same_model import refuse_other_model, source_changed, unsaved_buffers
 from meshwright.train.spans import merge
 
 
@@ -169,7 +169,9 @@ class Session:
         refuse_other_model(self.model, str(Path(hf) / "config.json") if hf else str(self.run.job), folder)
         parameters = [parameter.name for parameter in self.model.card.parameters]
         complete = {*self.model.names, *moment_names(parameters)}
-        checkpoint.load(folder, {**self._weights(), **self.trainer.optimizer.state()}, complete=complete)
+        unsaved = unsaved_buffers(self.model, manifest, folder)
+        weights = {name: entry for name, entry in self._weights().items() if name not in unsaved}
+        checkpoint.load(folder, {**weights, **self.trainer.optimizer.state()}, complete=complete)
         self.trainer.optimizer.set_step(manifest.step)
         before, now = manifest.meta["job"]["train"], self.job.as_dict()["train"]
         samples = manifest.meta.get("samples", manifest.step * before["global_batch"])

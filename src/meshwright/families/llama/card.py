@@ -38,6 +38,8 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
+#: Numbers of that table that `transformers` reads as not given where they are 0.
+ROPE_UNSET_AT_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 #: Numbers of a table of rotary scaling, with their usual values.
 ROPE_NUMBERS: Mapping[str, float] = {
     "factor": 8.0,
@@ -212,7 +214,8 @@ def _rope_scaling(rope: Mapping[str, Any] | None, where: str) -> Mapping[str, An
     """The scaling table with its kind under `rope_type`; None for plain rotary positions."""
     if not rope:
         return None
-    scaling = {key: value for key, value in rope.items() if key != "type"}
+    unset = {key for key in ROPE_UNSET_AT_ZERO if type(rope.get(key)) in (int, float) and rope[key] == 0}
+    scaling = {key: value for key, value in rope.items() if key != "type" and key not in unset}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         known = list(ROPE_TYPES)
