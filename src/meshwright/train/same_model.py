@@ -45,7 +45,8 @@ def unsaved_buffers(model: Model, manifest: checkpoint.CheckpointManifest, folde
     unsaved = {buffer.name for buffer in model.card.persistent_buffers} - set(manifest.tensors)
     lost = [name for name in model.card.stateful_buffers if name in unsaved]
     if lost:
-        what = f"is older than saved buffers: it lacks the values that training gave to {', '.join(lost)}"
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        what = f"is older than saved buffers: it lacks the values that training gave to {names}"
         raise InputError(Problem(str(folder), what, "train again in another run folder"))
     return unsaved
 
