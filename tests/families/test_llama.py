@@ -357,7 +357,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name: str) -> None:
-    shape_from_hf({**SMALL, **PUBLISHED[name]})
+    shape = shape_from_hf({**SMALL, **PUBLISHED[name]})
+    assert (shape.layers, shape.hidden, shape.vocab) == tuple(
+        SMALL[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])

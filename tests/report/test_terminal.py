@@ -90,17 +90,22 @@ def test_the_live_line_says_where_a_run_is() -> None:
     assert line.endswith("1 min 00 s left")
 
 
+class AfterOneLook:
+    """Says that a run has ended when it is asked a second time; the first time it writes the run."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self.calls = folder, 0
+
+    def __call__(self) -> bool:
+        if not self.calls:
+            write_run(self._folder)
+        self.calls += 1
+        return self.calls > 1
+
+
 def test_without_a_terminal_lines_are_few_and_plain(tmp_path: Path) -> None:
     folder, screen = RunFolder(tmp_path), console()
-    calls: list[bool] = []
-
-    def until() -> bool:
-        if not calls:
-            write_run(folder)
-        calls.append(True)
-        return len(calls) > 1
-
-    terminal.live(folder, plan(), until, screen)
+    terminal.live(folder, plan(), AfterOneLook(folder), screen)
     lines = text_of(screen).splitlines()
     assert sum(line.startswith("step 1/40") for line in lines) == 1
     assert len(lines) == 3  # the first step, the measurement, the checkpoint
@@ -111,18 +116,11 @@ def test_a_run_is_followed_to_its_end_where_nobody_reads(tmp_path: Path, monkeyp
     folder = RunFolder(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
-    calls: list[bool] = []
-
-    def until() -> bool:
-        if not calls:
-            write_run(folder)
-        calls.append(True)
-        return len(calls) > 1
-
     stream = open(writer, "w")  # noqa: SIM115 - closing it fails, as the pipe is broken
     monkeypatch.setattr(sys, "stderr", stream)
+    until = AfterOneLook(folder)
     terminal.live(folder, plan(), until)
-    assert len(calls) == 2
+    assert until.calls == 2
     with contextlib.suppress(BrokenPipeError):
         stream.close()
 
@@ -130,15 +128,7 @@ def test_a_run_is_followed_to_its_end_where_nobody_reads(tmp_path: Path, monkeyp
 def test_in_a_terminal_the_line_stays_in_place(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     screen = Console(file=io.StringIO(), width=100, force_terminal=True)
-    calls: list[bool] = []
-
-    def until() -> bool:
-        if not calls:
-            write_run(folder)
-        calls.append(True)
-        return len(calls) > 1
-
-    terminal.live(folder, plan(), until, screen)
+    terminal.live(folder, plan(), AfterOneLook(folder), screen)
     assert "step 10/40" in text_of(screen)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.errors import Problem, RunFailed
 
-#: What stands for a character that the terminal's encoding does not have; any other is shown as \\uXXXX.
+#: What stands for a character that the terminal's encoding does not have; any other is shown as a backslash escape.
 PLAIN = {ord(mark): plain for mark, plain in zip("█▓▒░·…–×", "#=+-..-x", strict=True)}
 
 
