@@ -1,4 +1,4 @@
-"""Careful reading of files (regular, up to a size, text, strict JSON), atomic writing, and TOML text."""
+"""Careful reading of files (regular, up to a size, text, strict JSON, digests), atomic writing, and TOML text."""
 
 from __future__ import annotations
 

@@ -173,7 +173,8 @@ def _verify(options: argparse.Namespace) -> None:
     if result["buffer"]["tensor"]:
         print(f"  {result['buffer']['tensor']}, which differs most of all buffers: {result['buffer']['relative']:.1e}")
     drift = result["drift"]
-    print(f"  left to themselves: {drift['relative']:.1e} (rounding alone may reach {drift['allowed']:.1e} here)")
+    allowed = f"rounding alone may reach {drift['allowed']:.1e} here"
+    print(f"  where each trains on from its own weights: {drift['relative']:.1e} ({allowed})")
     if result["without_dropout"]:
         print("  compared without dropout, whose masks depend on the layout")
     if result["twin"]:
