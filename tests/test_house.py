@@ -25,7 +25,20 @@ PACKAGE = "meshwright"
 FLOORS: dict[str, int] = {
     # words
     **dict.fromkeys(
-        ("errors", "env", "divisors", "files", "job", "cluster", "card", "layout", "placement", "run", "families.card"),
+        (
+            "errors",
+            "env",
+            "divisors",
+            "files",
+            "disk",
+            "job",
+            "cluster",
+            "card",
+            "layout",
+            "placement",
+            "run",
+            "families.card",
+        ),
         0,
     ),
     # thinking and starting

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from meshwright.errors import Problem, RunFailed
+from meshwright.launch.hub_disk import HubDisk
 from meshwright.launch.messages import Dial, RankPlace
 from meshwright.launch.service import connect
 from meshwright.launch.wire import hub_pb2 as wire
@@ -40,7 +41,8 @@ class Context:
     """A rank's place among the ranks of its role, and its connection to the hub, made on first use.
 
     rank, world: among the ranks of `role`; local_rank: among those of this node; device: the index of its device on the
-    node; generation: rises with every start of ranks; folder: that of the logs.
+    node; generation: rises with every start of ranks; folder: that of the logs; node: its name; copies: a folder of
+    the node's own for copies of what is in the run folder, None where the node sees the run folder's disk.
     """
 
     def __init__(self, place: RankPlace, secret: Callable[[], str] | None = None) -> None:
@@ -48,6 +50,7 @@ class Context:
         self.role, self.rank, self.world = place.role, place.rank, place.world
         self.local_rank, self.device = place.local_rank, place.device
         self.generation, self.folder = place.generation, place.folder
+        self.node, self.copies = place.node, Path(place.copies) if place.copies else None
         self._dial, self._read_secret = place.dial, secret
         self._told: _Told | None = None
         #: What must live as long as the rank.
@@ -69,6 +72,10 @@ class Context:
     def keys(self, prefix: str = "") -> Keys:
         """The keys that this generation's ranks share, all behind `prefix`."""
         return Keys(self._hub, prefix)
+
+    def hub_disk(self, root: Path) -> HubDisk | None:
+        """The run folder `root`, which is the driver's, through the hub; None where the node sees its disk."""
+        return None if self.copies is None else HubDisk(root, self._hub.read, self._hub.write)
 
     def tell(self, kind: str, body: Any = None, blob: bytes = b"") -> None:
         """Tells the driver, in the order of the calls and without waiting; body: JSON. What was told has arrived when
@@ -160,6 +167,14 @@ class _Client:
 
     def key(self, request: wire.KeyRequest) -> wire.KeyReply:
         reply: wire.KeyReply = self._call(self._stub.Key, request, HUB_SECONDS + request.wait_seconds)
+        return reply
+
+    def read(self, request: wire.ReadRequest) -> wire.ReadReply:
+        reply: wire.ReadReply = self._call(self._stub.Read, request, HUB_SECONDS)
+        return reply
+
+    def write(self, request: wire.WriteRequest) -> wire.WriteReply:
+        reply: wire.WriteReply = self._call(self._stub.Write, request, HUB_SECONDS)
         return reply
 
     def answer(self, answer: wire.CallAnswer) -> None:
