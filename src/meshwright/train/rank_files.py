@@ -63,9 +63,12 @@ class CopiedFiles(RankFiles):
         for path in (self._origin.job, self._origin.plan):
             count += self._hub.fetch(path, self.run.path / path.name)
         if not self._has_data():
-            shutil.rmtree(self.run.manifest, ignore_errors=True)
-            count += self._hub.fetch(self._origin.manifest, self.run.manifest)
-            data.check_manifest(self.run.manifest)
+            draft = self.run.path / ".manifest"
+            for path in (draft, self.run.manifest):
+                shutil.rmtree(path, ignore_errors=True)
+            count += self._hub.fetch(self._origin.manifest, draft)
+            data.check_manifest(draft)
+            draft.rename(self.run.manifest)
         mark.write_text(str(generation))
         self._say("job, plan and data", count, begin)
 
