@@ -1,0 +1,232 @@
+"""Runs over hosts of which some see neither the run folder nor the data: empty disks lie over both folders there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright import checkpoint, verbs
+from meshwright.run import RunFolder
+from tests.hosts import Host, hosts
+from tests.train.test_runs import losses, new_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+JOB = """
+[model]
+family = "llama"
+layers = 2
+hidden = 32
+heads = 2
+ffn = 64
+vocab = 257
+[data]
+source = "corpus"
+seq_len = 16
+tokenizer = "bytes"
+[train]
+steps = 20
+lr = 1e-3
+global_batch = 12
+precision = "fp32"
+decay = "constant"
+warmup_steps = 0
+compile = false
+[cluster]
+devices = 3
+[layout]
+micro_batch = 2
+shard = 1
+[checkpoint]
+every = 5
+"""
+
+
+#: Prints the nodes that attend the hub whose files are in a folder.
+ATTENDING = """
+import pathlib, sys
+from meshwright.launch.people import hub_status
+print(*(node.name for node in hub_status(pathlib.Path(sys.argv[1])).nodes))
+"""
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[tuple[Host, ...]]:
+    """Hosts of which the second and the third do not see `run` and `job`, two folders of `tmp_path`."""
+    new_job(tmp_path / "job", JOB)
+    (tmp_path / "run").mkdir()
+    with hosts(3) as made:
+        for host in made[1:]:
+            host.hide(tmp_path / "run")
+            host.hide(tmp_path / "job")
+        yield made
+
+
+class Over:
+    """A run over hosts: its driver on the first, agents where they are asked for."""
+
+    def __init__(self, driver_host: Host, folder: Path, *words: str) -> None:
+        self.driver_host, self.folder, self.run = driver_host, folder, RunFolder(folder / "run")
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        address = f"launch.address={driver_host.address}:0"
+        command = [sys.executable, "-m", "meshwright", "train", folder / "job" / "job.toml", "--run", self.run.path]
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": self.env}
+        self.driver = driver_host.start([*command, "launch.on=agents", address, *words], **options)
+        self.agents: list[Any] = []
+
+    def agent(self, host: Host) -> None:
+        """Starts an agent with one device, by a copy of the access file."""
+        given = self.run.hub / "agents.json"
+        eventually(given.exists, self.driver)
+        access = self.folder / "access.json"
+        if not self.agents:
+            access.touch(mode=0o600)
+            access.write_bytes(given.read_bytes())
+        own = self.temporary(host)
+        own.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "meshwright.launch.agent", "--access", access, "--devices", "1"]
+        self.agents.append(host.start(command, env={**self.env, "TMPDIR": str(own)}, stderr=subprocess.DEVNULL))
+
+    def temporary(self, host: Host) -> Path:
+        return self.folder / f"temporary-{host.name}"
+
+    def attending(self) -> list[str]:
+        done = self.driver_host.run([sys.executable, "-c", ATTENDING, self.run.hub])
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout).split()
+
+    def end(self) -> tuple[int, str]:
+        """Waits for the end; the driver's exit code and what it said."""
+        _, said = self.driver.communicate(timeout=200)
+        return self.driver.returncode, said
+
+
+@contextmanager
+def over(driver_host: Host, agents: Sequence[Host], folder: Path, *words: str) -> Iterator[Over]:
+    """Rank 0 is on the first of `agents`."""
+    run = Over(driver_host, folder, *words)
+    for number, host in enumerate(agents):
+        run.agent(host)
+        if number == 0:
+            eventually(lambda: run.attending() == [agents[0].name], run.driver)
+    yield run
+
+
+def eventually(true: Callable[[], object], driver: Any) -> None:
+    deadline = time.monotonic() + 100
+    while not true():
+        assert driver.poll() is None, f"ended before its time with {driver.returncode}: {driver.communicate()}"
+        assert time.monotonic() < deadline, "nothing happened for too long"
+        time.sleep(0.005)
+
+
+def reach(run: RunFolder, step: int) -> Callable[[], bool]:
+    return lambda: (run.checkpoints / f"step-{step}" / "manifest.json").exists()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_where_rank_0_does_not_see_the_disk_is_as_on_this_machine(
+    three: tuple[Host, ...], tmp_path: Path
+) -> None:
+    job = tmp_path / "job" / "job.toml"
+    verbs.train(job, run=tmp_path / "local")
+    first, second, third = three
+    with over(first, [second, third, first], tmp_path) as run:
+        code, said = run.end()
+    assert code == 0, said
+    words = "does not see the run folder's disk: its ranks copy job, data and checkpoint from the driver, and save"
+    assert f"node host-2 {words}" in said and f"node host-3 {words}" in said and f"node host-1 {words}" not in said
+    events = run.run.read_events()
+    kinds = [event["event"] for event in events]
+    assert sorted(event["node"] for event in events if event["event"] == "without-disk") == ["host-2", "host-3"]
+    assert max(at for at, kind in enumerate(kinds) if kind == "without-disk") < kinds.index("step")
+    places = json.loads(run.run.trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in places} == {0, 1, 2}
+    assert losses(run.run.path) == losses(tmp_path / "local")  # bit for bit
+    assert weights(run.run.checkpoints / "step-20") == weights(tmp_path / "local" / "checkpoints" / "step-20")
+    for step in (15, 20):
+        checkpoint.check(run.run.checkpoints / f"step-{step}")
+    copied = ["copied job, plan and data from" in (run.run.logs / f"rank-{rank}.log").read_text() for rank in range(3)]
+    assert copied[0] and sum(copied) == 2
+    for host in (second, third):
+        assert list(run.temporary(host).glob("meshwright-*")) == []  # nothing is left
+        assert host.run(["find", str(run.run.path), "-mindepth", "1"]).stdout == ""
+
+    verbs.train(job, ["train.steps=30"], run=tmp_path / "local", resume=True)
+    words_of_two = ["train.steps=30", "cluster.devices=2", "layout.dp=2", "--resume"]
+    with over(first, [third, second], tmp_path, *words_of_two) as again:  # no agent sees the disk
+        code, said = again.end()
+    assert code == 0, said
+    assert "copied checkpoint step-20 from the driver" in (run.run.logs / "rank-0.log").read_text()
+    expected = losses(tmp_path / "local")
+    assert losses(run.run.path) == pytest.approx(expected, rel=1e-5) and len(expected) == 30
+
+    alone = ["train.steps=32", "cluster.devices=1", "layout.dp=1"]
+    verbs.train(job, alone, run=run.run.path, resume=True)
+    verbs.train(job, alone, run=tmp_path / "local", resume=True)
+    assert losses(run.run.path) == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
+
+
+def test_a_host_that_is_killed_in_the_middle_of_a_save_costs_only_that(three: tuple[Host, ...], tmp_path: Path) -> None:
+    first, second, third = three
+    words = ["train.steps=30", "model.hidden=128", "model.ffn=256", "checkpoint.every=2"]
+    with over(first, [second, third, first], tmp_path, *words) as run:
+        checkpoints = run.run.checkpoints
+        eventually(reach(run.run, 4), run.driver)
+        for _ in range(100):
+            eventually(lambda: list(checkpoints.glob(".saving-*/step-*.partial-*/state")), run.driver)
+            third.stop()
+            time.sleep(0.5)  # a save that does not need this host any more is committed meanwhile
+            if saving := list(checkpoints.glob(".saving-*/step-*.partial-*/state")):
+                break
+            third.go_on()
+        before = checkpoint.latest(checkpoints)
+        assert before is not None
+        content = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+        third.kill()
+        unfinished = int(saving[0].parent.name.removeprefix("step-").partition(".")[0])
+        recovered = [event["step"] for event in _until_recovery(run)]
+        assert recovered == [checkpoint.read_manifest(before).step] and recovered[0] < unfinished
+        assert all(path.read_bytes() == data for path, data in content.items() if path.exists())
+        code, said = run.end()
+    assert code == 0, said
+    found = losses(run.run.path)
+    assert sorted(found) == list(range(1, 31)) and not list(checkpoints.glob("*/*.partial-*"))
+    verbs.train(tmp_path / "job" / "job.toml", words, run=tmp_path / "local")
+    assert found == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
+
+
+def _until_recovery(run: Over) -> list[dict[str, Any]]:
+    """Waits until the run has gone on; its recoveries."""
+
+    def recoveries() -> list[dict[str, Any]]:
+        return [event for event in run.run.read_events() if event["event"] == "recovery"]
+
+    eventually(recoveries, run.driver)
+    return recoveries()
+
+
+def test_a_module_that_a_node_lacks_is_named_with_the_node(three: tuple[Host, ...], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    shutil.copy(Path(__file__).with_name("normed_model.py"), tmp_path / "job")
+    (tmp_path / "job" / "job.toml").write_text(
+        '[model]\nmodule = "normed_model:build"\n[data]\nsource = "digits"\n'
+        '[train]\nsteps = 2\nlr = 1e-2\nglobal_batch = 16\nprecision = "fp32"\n[cluster]\ndevices = 2\n'
+    )
+    with over(three[0], three[:2], tmp_path) as run:
+        code, said = run.end()
+    assert code == 2
+    assert "on node host-2, which does not see the run folder's disk: " in said and "normed_model" in said
