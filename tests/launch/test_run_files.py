@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ HOSTILE = {
     f"{LEASE}//mine": "no path in the run folder",
     f"{LEASE}/mine/": "no path in the run folder",
     f"{LEASE}/a\0b": "no path in the run folder",
+    f"{LEASE}/{'a' * 300}": "no path in the run folder",
     "hub": "for the hub alone",
     "hub/access.json": "for the hub alone",
     f"{LEASE}/../../hub/access.json": "no path in the run folder",
@@ -161,6 +163,17 @@ def test_more_than_a_message_may_carry_is_refused(hub: Elsewhere) -> None:
         code, words = refusal(hub.files, request)
         assert code == grpc.StatusCode.PERMISSION_DENIED and str(MAX_BYTES) in words
     assert not (hub.run.lease(1) / "new").exists()
+
+
+def test_offsets_and_sizes_that_no_file_has_are_errors(hub: Elsewhere) -> None:
+    piece = wire.FilePiece(offset=2**64 - 1, data=b"x")
+    for request in (
+        Read(operation=Read.CONTENT, path="job.toml", offset=2**64 - 1, count=1),
+        Write(operation=Write.WRITE_AT, path=f"{LEASE}/mine", pieces=[piece]),
+        Write(operation=Write.RESIZE, path=f"{LEASE}/mine", size_bytes=2**64 - 1),
+    ):
+        assert ask(hub.files, request).fault.errno == errno.EINVAL
+    assert (hub.run.lease(1) / "mine").read_text() == "mine"
 
 
 def test_an_older_generation_is_refused_in_the_middle_of_a_write(

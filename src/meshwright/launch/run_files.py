@@ -21,6 +21,8 @@ from meshwright.launch.messages import error_to_dict
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.run import RunFolder
 
+#: The most bytes of a path: below the kernel's limit for the name of one file.
+MAX_PATH_BYTES = 240
 #: The most bytes of a file in one message.
 MAX_BYTES = 16 << 20
 #: Answers that are kept for requests that come twice.
@@ -93,7 +95,7 @@ class RunFiles:
         """The path in the run folder that `text` names."""
         path = self._folder().path
         parts = text.split("/")
-        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        if any(part in ("", ".", "..") or "\0" in part for part in parts) or len(text.encode()) > MAX_PATH_BYTES:
             raise Refused(f"{text[:200]!r} is no path in the run folder")
         if parts[0] == HUB_FOLDER:
             raise Refused(f"{HUB_FOLDER}/ is for the hub alone")
@@ -157,6 +159,8 @@ def _fault_of(act: Callable[[], None]) -> wire.Fault:
         act()
     except OSError as error:
         return wire.Fault(errno=error.errno or errno.EIO)
+    except (OverflowError, ValueError):  # an offset or a size that no file has
+        return wire.Fault(errno=errno.EINVAL)
     except MeshwrightError as error:
         return wire.Fault(error=json.dumps(error_to_dict(error)).encode())
     return wire.Fault()
