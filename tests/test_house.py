@@ -25,9 +25,10 @@ PACKAGE = "meshwright"
 FLOORS: dict[str, int] = {
     # words
     **dict.fromkeys(
-        ("errors", "env", "divisors", "files", "job", "cluster", "card", "layout", "placement", "run", "families.card"),
+        ("errors", "env", "divisors", "files", "job", "accelerators", "cluster", "card", "layout", "placement", "run"),
         0,
     ),
+    "families.card": 0,
     # thinking and starting
     **dict.fromkeys(("plan", "report", "launch"), 1),
     # matter
