@@ -137,7 +137,7 @@ ACTS: Mapping[str, Mapping[str, Act]] = {
     },
     "torchft": {
         "lists the replicas": lists_replicas,
-        "joins as a replica, and is given the weights": joins,
+        "joins as a replica": joins,
         "runs a command on the hosts of the run, by a pickle for their weights": runs_code_by_replica,
         "ends a replica": ends_replica,
     },
