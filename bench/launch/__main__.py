@@ -3,14 +3,15 @@
     python -m bench.launch [--systems torchelastic torchft ...] [--faults rank host ...] --out FOLDER
 
 Needs root, for the hosts are network namespaces (tests/hosts.py), and `pip install torchft-nightly` for torchft. Each
-trial adds a JSON line to FOLDER/outcomes.jsonl, and a folder with the logs of its hosts. Prints the table of all these
-lines.
+trial adds a JSON line to FOLDER/outcomes.jsonl, with the load of the machine, and a folder with the logs of its hosts.
+Prints the table of all these lines, the median where a fault was tried several times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def main() -> None:
         for fault in asked.faults:
             with trials(SYSTEMS[system], asked.out.resolve(), f"{system}-{fault}") as trial:
                 outcome = asdict(measure(trial, FAULTS[fault]))
-            line = json.dumps({"system": system, "fault": fault, "of": SYSTEMS[system].versions(), "outcome": outcome})
+            of, load = SYSTEMS[system].versions(), round(os.getloadavg()[0], 1)
+            line = json.dumps({"system": system, "fault": fault, "of": of, "load": load, "outcome": outcome})
             print(line, file=sys.stderr)
             with open(outcomes, "a") as lines:
                 lines.write(line + "\n")
