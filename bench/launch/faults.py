@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,25 +12,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bench.launch.measure import Trial
 
-TWO_FAULTS_SECONDS = 2.0
-#: For the others to find a coordinator that was started again.
-COORDINATOR_SECONDS = 5.0
+COORDINATOR = "host-4"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`words` say what happens; `mend`, if any, is done once steps go on after `strike`, and `before` hosts train from
-    the start."""
+    """`words` say what happens. `strikes` are done one after another, each so many seconds after the one before it; the
+    last counts. `mend`, if any, is done once steps go on, and `before` hosts train from the start."""
 
     words: str
-    strike: Callable[[Trial], None]
+    strikes: tuple[tuple[float, Callable[[Trial], None]], ...]
     mend: Callable[[Trial], None] | None = None
     before: int = 3
 
 
 def kill_rank(trial: Trial) -> None:
-    """kill -9 of the rank on host-2, whose agent lives."""
-    os.kill(trial.rank_pid("host-2"), signal.SIGKILL)
+    """kill -9 of the rank on host-2, whose agent lives; it may have died with a coordinator."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(trial.rank_pid("host-2"), signal.SIGKILL)
 
 
 def kill_host(trial: Trial) -> None:
@@ -62,28 +60,23 @@ def continue_saver(trial: Trial) -> None:
     trial.host(trial.stopped).go_on()
 
 
-def kill_rank_then_host(trial: Trial) -> None:
-    kill_rank(trial)
-    time.sleep(TWO_FAULTS_SECONDS)
-    kill_host(trial)
+def kill_coordinator(trial: Trial) -> None:
+    trial.host(COORDINATOR).kill()
 
 
-def restart_coordinator(trial: Trial) -> None:
-    """The coordinating process dies, another is started in its place, and then a rank dies."""
-    trial.host("host-4").kill()
-    time.sleep(TWO_FAULTS_SECONDS)
-    trial.start("host-4")
-    time.sleep(COORDINATOR_SECONDS)
-    with contextlib.suppress(ProcessLookupError):  # ranks may have died with the coordinator
-        kill_rank(trial)
+def start_coordinator(trial: Trial) -> None:
+    trial.start(COORDINATOR)
 
 
 FAULTS: Mapping[str, Fault] = {
-    "rank": Fault("a rank killed (-9)", kill_rank),
-    "host": Fault("every process of a host killed; started again", kill_host, start_host),
-    "cable": Fault("a host's cable cut; mended", cut_cable, mend_cable),
-    "stop": Fault("the host that saves stopped; continued", stop_saver, continue_saver),
-    "two": Fault("a rank killed, 2 s later another host; started again", kill_rank_then_host, start_host),
-    "grow": Fault("a third host joins two", start_host, before=2),
-    "coordinator": Fault("the coordinator killed and started again; then a rank killed", restart_coordinator),
+    "rank": Fault("a rank killed (-9)", ((0, kill_rank),)),
+    "host": Fault("every process of a host killed; started again", ((0, kill_host),), start_host),
+    "cable": Fault("a host's cable cut; mended", ((0, cut_cable),), mend_cable),
+    "stop": Fault("the host that saves stopped; continued", ((0, stop_saver),), continue_saver),
+    "two": Fault("a rank killed, 2 s later another host; started again", ((0, kill_rank), (2, kill_host)), start_host),
+    "grow": Fault("a third host joins two", ((0, start_host),), before=2),
+    "coordinator": Fault(
+        "the coordinator killed, started again after 2 s, and 5 s later a rank killed",
+        ((0, kill_coordinator), (2, start_coordinator), (5, kill_rank)),
+    ),
 }

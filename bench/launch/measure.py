@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.launch.faults import Fault
+from bench.launch.faults import COORDINATOR, Fault
 from bench.launch.steps import COMMITS, STEPS, Line, read_lines
 from bench.launch.systems import Command, System, environment
 from tests.hosts import hosts
@@ -22,7 +22,7 @@ STEPS_BEFORE, START_SECONDS = 10, 120.0
 LIMIT_SECONDS = 60.0
 #: What is mended is mended so long after the fault, and a host that comes back is watched for commits of its past.
 AWAY_SECONDS, WATCH_SECONDS = 15.0, 15.0
-COORDINATOR, STRANGER = "host-4", "host-5"
+STRANGER = "host-5"
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ class Trial:
 def measure(trial: Trial, fault: Fault) -> Outcome:
     """Runs until all hosts train, strikes, mends and watches. Raises RuntimeError if training never starts."""
     trial.begin(fault.before)
-    struck = time.time()
     last = trial.lines(COMMITS)[-1].step
-    fault.strike(trial)
+    for seconds, strike in fault.strikes:
+        time.sleep(seconds)
+        struck = time.time()
+        strike(trial)
     again = trial.first(lambda line: line.group > struck, LIMIT_SECONDS)
     mended = struck
     if fault.mend is not None:

@@ -19,7 +19,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench.launch.measure import COORDINATOR, STRANGER, Trial, trials, wait_for
+from bench.launch.faults import COORDINATOR
+from bench.launch.measure import STRANGER, Trial, trials, wait_for
 from bench.launch.systems import (
     HERE,
     HOSTS_LEAST,
