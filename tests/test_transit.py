@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ BYTES = 1_000_000  # so many that the text is found whole within a packet, where
 #: All hosts share the disk of this machine, but keys and the sockets of wireguard-go are each host's own.
 OWN_FOLDERS = ("/etc/wireguard", "/var/run/wireguard")
 SECONDS = 60.0
+WIREGUARD_PORT = 51820  # as the page sets it
 
 #: rank, folder, text, bytes: rank 0 broadcasts the text, time after time, then both sum it.
 RANK = """
@@ -40,7 +42,7 @@ assert torch.equal(got, planted)
 dist.destroy_process_group()
 """
 
-#: interface, file: writes every packet of the interface, after a line "ready", until it is ended.
+#: interface, file: writes every packet of the interface after its length, once "ready" is printed, until it is ended.
 CAPTURE = """
 import socket, sys
 with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire, open(sys.argv[2], "wb", 0) as out:
@@ -48,7 +50,30 @@ with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire, 
     wire.bind((sys.argv[1], 0))
     print("ready", flush=True)
     while True:
-        out.write(wire.recv(1 << 17))
+        packet = wire.recv(1 << 17)
+        out.write(len(packet).to_bytes(4, "big") + packet)
+"""
+
+JOB = """
+[model]
+family = "llama"
+layers = 2
+hidden = 64
+heads = 4
+kv_heads = 2
+ffn = 128
+vocab = 512
+
+[data]
+source = "texts.txt"
+seq_len = 32
+tokenizer = "bytes"
+
+[train]
+steps = 3
+lr = 1e-3
+global_batch = 8
+precision = "fp32"
 """
 
 #: address: listens there as gloo does, and prints its port.
@@ -78,7 +103,7 @@ def commands() -> tuple[str, str]:
 
 def interface() -> str:
     """The interface that the page tells a job to use."""
-    return re.findall(r'`launch.interface = "(\w+)"`', PAGE.read_text(encoding="utf-8"))[0]
+    return re.findall(r"`--interface (\w+)`", PAGE.read_text(encoding="utf-8"))[0]
 
 
 def tunnel(members: Sequence[Host], folder: Path) -> list[str]:
@@ -139,6 +164,32 @@ def test_what_ranks_pass_is_not_read_on_the_wire_with_it(tmp_path: Path) -> None
         packets = cross(pair, tmp_path / "run", interface())
         assert len(packets) > 2 * BYTES  # the broadcast and the sum crossed this wire
         assert PLANTED[:8].encode() not in packets
+
+
+def ports(packets: bytes) -> set[tuple[int, int]]:
+    """(protocol, port) of each end of the TCP and UDP packets of a capture."""
+    found, at = set(), 0
+    while at < len(packets):
+        size = int.from_bytes(packets[at : at + 4], "big")
+        frame, at = packets[at + 4 : at + 4 + size], at + 4 + size
+        if frame[12:14] == b"\x08\x00" and frame[23] in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
+            first = 14 + 4 * (frame[14] & 15)
+            found |= {(frame[23], int.from_bytes(frame[first + end : first + end + 2], "big")) for end in (0, 2)}
+    return found
+
+
+def test_a_run_whose_hub_is_in_the_tunnel_sends_nothing_past_it(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "texts.txt").write_text(PLANTED * 1000)
+    with hosts(2) as pair:
+        hub = f"launch.address={tunnel(pair, tmp_path)[0]}:7474"
+        train = [sys.executable, "-m", "meshwright", "train", "job.toml", "launch.on=agents", hub, "cluster.devices=2"]
+        agent = [sys.executable, "-m", "meshwright.launch.agent", "--run", "runs/job", "--devices", "1"]
+        with captured(pair[0], tmp_path / "packets"):
+            driver = pair[0].start(train, cwd=tmp_path)
+            agents = [host.start(agent, cwd=tmp_path) for host in pair]
+            assert [process.wait(2 * SECONDS) for process in (driver, *agents)] == [0, 0, 0]
+    assert ports((tmp_path / "packets").read_bytes()) == {(socket.IPPROTO_UDP, WIREGUARD_PORT)}
 
 
 def test_a_stranger_is_not_answered_at_the_addresses_of_the_tunnel(tmp_path: Path) -> None:
