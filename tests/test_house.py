@@ -25,7 +25,10 @@ PACKAGE = "meshwright"
 FLOORS: dict[str, int] = {
     # words
     **dict.fromkeys(
-        ("errors", "env", "divisors", "files", "job", "cluster", "card", "layout", "placement", "run", "families.card"),
+        (
+            *("errors", "env", "divisors", "files", "storage", "job", "cluster", "card", "layout", "placement", "run"),
+            "families.card",
+        ),
         0,
     ),
     # thinking and starting

@@ -21,7 +21,10 @@ from meshwright.files import named_in_errors, write_atomic
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
-EVENTS = ("start", "step", "eval", "checkpoint", "failure", "recovery", "end")
+EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "end")
+
+#: A file in a checkpoint's folder that keeps it from being deleted while it is copied elsewhere.
+HELD_NAME = ".held"
 
 #: Bytes of lines that are read and parsed at once.
 READ_BYTES = 1 << 18
@@ -37,6 +40,7 @@ class RunFolder:
         self.events = self.path / "events.jsonl"  # one JSON object per line
         self.manifest = self.path / "manifest"  # folder of the indexed data
         self.checkpoints = self.path / "checkpoints"  # folder of step-N
+        self.copy = self.path / "copy.json"  # which run of the store at checkpoint.url this is
         self.logs = self.path / "logs"  # folder with a text log per rank
         self.trace = self.path / "trace.json"  # Chrome trace of some steps
         self.report = self.path / "report.html"  # one self-contained page

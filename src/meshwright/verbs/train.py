@@ -53,7 +53,7 @@ def train(
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
     not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
-    from meshwright import data, families
+    from meshwright import data, families, storage
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -69,6 +69,8 @@ def train(
         raise CannotWork(Problem(location_of(job, "cluster.groups"), what, "leave it out to train on this machine"))
     with locate_problems(job):
         families.require_trainable(job)
+    if job.checkpoint.url is not None:
+        _bring_back(folder, job.checkpoint.url) if resume else storage.RunCopy(job.checkpoint.url).require_none()
     earlier_job = _earlier_job(folder, resume, resume_with)
     if earlier_job is not None:
         _check_same_run(earlier_job, job, folder)
@@ -79,9 +81,28 @@ def train(
             _earlier_job(folder, resume, resume_with)  # a run that began while this one was planned
         with locate_problems(job):
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
-        with _written_unless_refused(folder, job_to_toml(job), chosen):
-            results = _run(folder, chosen, job, resume, resume_with, watch)
+        url, keep = job.checkpoint.url, job.checkpoint.keep
+        try:
+            with (
+                _written_unless_refused(folder, job_to_toml(job), chosen),
+                storage.kept_in_store(url, folder, keep, new=earlier_job is None),
+            ):
+                results = _run(folder, chosen, job, resume, resume_with, watch)
+        except RunFailed as error:
+            raise RunFailed(error.problems, resume=resume_with) from error
     return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
+
+
+def _bring_back(folder: RunFolder, url: str) -> None:
+    """Fetches from the store what a resume needs and the folder lacks; job.toml last, which marks a run."""
+    from meshwright import storage
+    from meshwright.job import sections_to_toml
+
+    _create(folder)
+    with folder.lock():
+        meta = storage.bring_back(url, folder)
+        if meta is not None and not folder.job.exists():
+            folder.write_job(sections_to_toml(meta["job"]))
 
 
 def _run(
