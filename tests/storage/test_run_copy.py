@@ -216,6 +216,27 @@ def test_damage_in_the_store_does_not_keep_the_next_from_it(run: RunFolder, url:
     assert steps(url) == [2]
 
 
+def test_a_list_without_a_step_is_no_checkpoint(run: RunFolder, url: str, tmp_path: Path) -> None:
+    copy = RunCopy(url)
+    (tmp_path / "x").write_bytes(b"x")
+    folders.send(copy.store, "checkpoints/step-9-0", tmp_path, ["x"], {"step": "9"})
+    with pytest.raises(InputError, match="step-9-0: is no checkpoint: its list has no step and sequence; to go on"):
+        copy.checkpoints()
+
+
+def test_a_damaged_one_of_the_folder_comes_back_from_the_store(run: RunFolder, url: str) -> None:
+    save(run, 1)
+    with storage.kept_in_store(url, run, 2, new=True):
+        save(run, 2)
+    run.write_job("")
+    manifest = run.checkpoints / "step-2" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert storage.bring_back(url, run) == JOB
+    newest = checkpoint.latest(run.checkpoints)
+    assert newest is not None and newest.name == "step-2"
+    checkpoint.check(newest)
+
+
 def test_a_folder_with_other_data_is_refused(run: RunFolder, url: str, tmp_path: Path) -> None:
     with storage.kept_in_store(url, run, 2, new=True):
         save(run, 1)

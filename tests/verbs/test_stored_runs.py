@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from meshwright import checkpoint, verbs
 from meshwright.run import RunFolder
+from meshwright.storage import RunCopy
 from tests.stores import SECRET, S3Server, s3_server
-from tests.train.test_runs import command, eventually, kill_everything, losses, new_job
+from tests.train.test_runs import command, eventually, kill_everything, last, losses, new_job
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -44,7 +46,7 @@ def test_a_run_goes_on_from_the_store_on_a_fresh_machine(server: S3Server, tmp_p
     with command(job, second, *words) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "holds a run already" in err and "--resume" in err
-    shutil.rmtree(second)
+    assert not second.exists()
     with command(job, second, *words, "--resume") as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -58,6 +60,18 @@ def test_a_run_goes_on_from_the_store_on_a_fresh_machine(server: S3Server, tmp_p
     assert SECRET not in told
     here, there = (verbs.generate(model, "def ", max_tokens=8)["text"] for model in (second, "s3://bucket/runs/job"))
     assert here == there
+
+
+def test_a_run_that_is_asked_to_end_leaves_its_last_step_in_the_store(server: S3Server, tmp_path: Path) -> None:
+    job, run = new_job(tmp_path / "job"), tmp_path / "run"
+    words = ("checkpoint.url=s3://bucket/runs/job", "layout.dp=1", "cluster.devices=1", "train.steps=100000")
+    with command(job, run, *words, "checkpoint.every=0", "train.eval_every=0") as process:
+        eventually(lambda: len(losses(run)) >= 2, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert "resume with" in err, err
+    (held,) = RunCopy("s3://bucket/runs/job").checkpoints()
+    assert held.about["step"] == last(run, "end")["step"] == uploads(run)[-1]["step"]
 
 
 TEXTS = (".toml", ".json", ".jsonl", ".log", ".html")

@@ -65,12 +65,22 @@ class RunCopy:
     def checkpoints(self) -> list[StoredFolder]:
         """The committed checkpoints, oldest first. Raises InputError where one that may be newer than these is damaged,
         naming the object and the newest that is whole."""
-        found, _ = folders.committed(self.store, CHECKPOINTS)
-        sound = sorted((one for one in found if one.fault is None), key=_sequence)
-        for one in found:
-            if one.fault is not None and (not one.about or not sound or _sequence(one) > _sequence(sound[-1])):
+        sound, damaged, _ = self._committed()
+        for one in damaged:
+            if not one.about or not sound or _sequence(one) > _sequence(sound[-1]):
+                assert one.fault is not None
                 raise InputError(replace(one.fault, nearest=self._near(one, sound)))
         return sound
+
+    def _committed(self) -> tuple[list[StoredFolder], list[StoredFolder], list[str]]:
+        """The checkpoints that are whole, oldest first, those that are damaged, and the names of unfinished ones."""
+        found, unfinished = folders.committed(self.store, CHECKPOINTS)
+        for at, one in enumerate(found):
+            if one.about and not all(type(one.about.get(key)) is int for key in ("step", "sequence")):
+                fault = Problem(self.store.place(one.name), "is no checkpoint: its list has no step and sequence")
+                found[at] = replace(one, about={}, fault=fault)
+        sound = sorted((one for one in found if one.fault is None), key=_sequence)
+        return sound, [one for one in found if one.fault is not None], unfinished
 
     def require_none(self) -> list[StoredFolder]:
         """No checkpoints. Raises InputError where there are some."""
@@ -114,8 +124,7 @@ class RunCopy:
         except RunFailed:
             folders.remove(self.store, checkpoint.name)
             raise
-        found, unfinished = folders.committed(self.store, CHECKPOINTS)
-        sound = sorted((one for one in found if one.fault is None), key=_sequence)
+        sound, _, unfinished = self._committed()
         for name in [*(one.name for one in sound[:-keep]), *unfinished]:
             folders.remove(self.store, name)
         return sent
@@ -184,7 +193,7 @@ class RunCopy:
 
 def bring_back(url: str, folder: RunFolder) -> Mapping[str, Any] | None:
     """Fetches from the store at `url` what a resume of the run in `folder` needs: its data, and its newest checkpoint
-    where the folder has none that was committed later. The caller holds the folder's lock.
+    where the folder has none that was committed later and can be read. The caller holds the folder's lock.
 
     Returns the checkpoint's own JSON (`meta`) where one was fetched, else None. Raises InputError where the store has
     another run than the folder, or where what it has is damaged.
@@ -194,7 +203,7 @@ def bring_back(url: str, folder: RunFolder) -> Mapping[str, Any] | None:
     if not held:
         return None
     copy.fetch_run(folder)
-    local = newest_local(folder.checkpoints)
+    local = newest_local(folder.checkpoints, skip_damaged=True)
     if local is not None and local.sequence >= _sequence(held[-1]):
         return None
     folder.checkpoints.mkdir(exist_ok=True)
@@ -203,15 +212,17 @@ def bring_back(url: str, folder: RunFolder) -> Mapping[str, Any] | None:
     return fetched.meta
 
 
-def newest_local(root: Path) -> LocalCheckpoint | None:
-    """The last committed checkpoint under `root`, None if there is none. Raises InputError for a damaged manifest."""
+def newest_local(root: Path, *, skip_damaged: bool = False) -> LocalCheckpoint | None:
+    """The last committed checkpoint under `root`, None if there is none. Raises InputError for a damaged manifest,
+    unless these are to be skipped."""
     found = []
     for path in root.glob(f"step-*/{MANIFEST_NAME}"):
         try:
             found += [read_local(path.parent)] if path.parent.suffix == "" else []
-        except InputError:
-            if path.exists():  # otherwise the run deleted it while we looked
+        except InputError as error:
+            if path.exists() and not skip_damaged:  # otherwise the run deleted it while we looked
                 raise
+            logger.info("%s", error)
     return max(found, key=lambda one: one.sequence, default=None)
 
 

@@ -100,6 +100,7 @@ class Store:
     def upload(self, path: Path, name: str) -> None:
         """Uploads a file. The store's client sends large ones in parts, several at once: for S3, a file of 100 MiB or
         more in parts of 50 MiB; parts of an upload that fails are given up."""
+        path.stat()  # a file that is missing here is no fault of the store
         with _told(self.place(name)):
             self._system.put_file(str(path), self._path(name))
 

@@ -88,6 +88,8 @@ class _Uploads:
     def _attempt(self) -> None:
         """Sends data and newest checkpoint, as far as the store lacks them. An error is an event, and is kept."""
         newest: LocalCheckpoint | None = None
+        if self._ended.is_set() and not self._manifests():
+            return  # the run ended before its first checkpoint: data alone are of no use
         try:
             if not self._data_sent:
                 self._copy.send_data(self._folder.manifest)
@@ -104,8 +106,11 @@ class _Uploads:
             )
             self._error = words
             step = {} if newest is None else {"step": newest.step}
-            self._folder.append_event("upload", **step, error=str(words.problems[0]))
             logger.warning("not uploaded: %s", words.problems[0])
+            try:
+                self._folder.append_event("upload", **step, error=str(words.problems[0]))
+            except OSError as second:  # a full disk: the error is told at the end
+                logger.warning("%s", second)
 
     def _send(self, newest: LocalCheckpoint) -> None:
         if self._copy.has(newest):
