@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +57,27 @@ def test_a_folder_without_its_list_is_not_there(s3: S3Server, tmp_path: Path) ->
         folders.send(store, "here/one", written(tmp_path), FILES, {}, stop)
     assert len(store.entries()) == len(FILES)
     assert folders.committed(store, "here") == ([], ["here/one"])
+
+
+@pytest.mark.slow
+def test_a_sender_killed_amid_a_large_file_leaves_nothing_that_counts(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "large.bin").write_bytes(os.urandom(1 << 20) * 201)
+    script = (
+        "import sys; from pathlib import Path; from meshwright.storage import folders, open_store\n"
+        "folders.send(open_store('s3://bucket/killed'), 'here/one', Path(sys.argv[1]), ['large.bin'], {})\n"
+    )
+    sender = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    try:
+        while "Uploads" not in s3.files().call_s3("list_multipart_uploads", Bucket="bucket"):
+            assert sender.poll() is None, "it was over before it could be killed"
+    finally:
+        sender.kill()
+        sender.wait()
+    store = open_store("s3://bucket/killed")
+    assert store.entries() == {}
+    folders.send(store, "here/one", tmp_path, ["large.bin"], {})
+    ((found,), unfinished) = folders.committed(store, "here")
+    assert (found.fault, unfinished) == (None, [])
 
 
 def _cut(path: Path) -> None:

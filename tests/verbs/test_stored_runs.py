@@ -39,6 +39,9 @@ def test_a_run_goes_on_from_the_store_on_a_fresh_machine(server: S3Server, tmp_p
     shutil.rmtree(tmp_path / "job" / "corpus")
     words = ("data.source=s3://bucket/corpus", "checkpoint.url=s3://bucket/runs/job")
     first, second = tmp_path / "first", tmp_path / "second"
+    with command(job, first, *words, "--resume") as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "s3://bucket/runs/job: holds no committed checkpoint" in err
     with command(job, first, *words) as process:
         eventually(lambda: any("error" not in event for event in uploads(first)), process)
         kill_everything(process.pid)

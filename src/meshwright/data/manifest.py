@@ -321,7 +321,7 @@ def _if_there(read: Callable[[], T]) -> T | None:
     try:
         return read()
     except (InputError, RunFailed) as error:
-        logger.info("%s; going on with the data as indexed", error)
+        logger.warning("%s; going on with the data as indexed", error)
         return None
 
 

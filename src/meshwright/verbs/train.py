@@ -98,6 +98,9 @@ def _bring_back(folder: RunFolder, url: str) -> None:
     from meshwright import storage
     from meshwright.job import sections_to_toml
 
+    if not folder.job.exists() and not storage.RunCopy(url).checkpoints():
+        what = f"holds no committed checkpoint, and {folder.path} no run to resume"
+        raise InputError(Problem(url, what, "leave --resume out to start one"))
     _create(folder)
     with folder.lock():
         meta = storage.bring_back(url, folder)
