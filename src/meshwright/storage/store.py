@@ -22,13 +22,15 @@ READ_BYTES = 8 << 20
 _TAGS = ("ETag", "etag", "md5Hash")
 #: An error of this machine's disk, which is not the store's.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: Bytes of a part of an S3 object, a few of which are sent or fetched at the same time; S3 takes so many parts at most.
+PART_BYTES, _MOST_PARTS = 16 << 20, 10_000
 #: What the clients of some protocols are told: to make folders, where objects' names alone do not; how many parts of a
-#: file, of 50 MiB each, are in memory at the same time.
+#: file are in memory at the same time.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "file": {"auto_mkdir": True},
     "local": {"auto_mkdir": True},
-    "s3": {"max_concurrency": 4},
-    "s3a": {"max_concurrency": 4},
+    "s3": {"max_concurrency": 4, "default_block_size": PART_BYTES},
+    "s3a": {"max_concurrency": 4, "default_block_size": PART_BYTES},
 }
 _EXTRAS = {"s3": "meshwright[s3]", "s3a": "meshwright[s3]"}
 _NEAR_CREDENTIALS = "set the store's credentials, for S3 by AWS_PROFILE, or by AWS_ACCESS_KEY_ID and its secret"
@@ -52,6 +54,7 @@ class Store:
 
     def __init__(self, url: str, system: Any, base: str) -> None:
         self.url, self._system, self._base = url.rstrip("/"), system, base.rstrip("/")
+        self._in_parts = url.startswith(("s3://", "s3a://"))
 
     def place(self, name: str) -> str:
         """The URL of an object."""
@@ -98,11 +101,12 @@ class Store:
             raw.close()
 
     def upload(self, path: Path, name: str) -> None:
-        """Uploads a file. The store's client sends large ones in parts, several at once: for S3, a file of 100 MiB or
-        more in parts of 50 MiB; parts of an upload that fails are given up."""
-        path.stat()  # a file that is missing here is no fault of the store
+        """Uploads a file. To S3, one of two `PART_BYTES` or more goes in parts, several at once, which are given up
+        where one fails; to other stores as their client does it."""
+        size = path.stat().st_size  # a file that is missing here is no fault of the store
+        parts = {"chunksize": max(PART_BYTES, -(-size // _MOST_PARTS))} if self._in_parts else {}
         with _told(self.place(name)):
-            self._system.put_file(str(path), self._path(name))
+            self._system.put_file(str(path), self._path(name), **parts)
 
     def download(self, name: str, path: Path) -> None:
         """Downloads an object to a new file, and waits until it is on the disk."""
