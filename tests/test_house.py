@@ -34,7 +34,9 @@ FLOORS: dict[str, int] = {
     # thinking and starting
     **dict.fromkeys(("plan", "report", "launch"), 1),
     # matter
-    **dict.fromkeys(("nn", "tasks", "data", "parallel", "checkpoint", "trace", "probe", "families.module"), 2),
+    **dict.fromkeys(
+        ("nn", "process_group", "tasks", "data", "parallel", "checkpoint", "trace", "probe", "families.module"), 2
+    ),
     # work
     **dict.fromkeys(("train", "engine"), 3),
     # outer loops
@@ -63,6 +65,8 @@ SIBLINGS = {
     ("report", "plan"),
     ("parallel", "nn"),
     ("probe", "nn"),
+    ("parallel", "process_group"),
+    ("probe", "process_group"),
     ("tasks", "nn"),
     ("families.module", "nn"),
 }

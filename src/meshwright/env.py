@@ -8,29 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Set by `launch` for the processes that it starts, never by hand.
-WORKER_FOLDER = "MESHWRIGHT_WORKER_FOLDER"
+WORKER_SPEC = "MESHWRIGHT_WORKER_SPEC"
 WORKER_PARENT = "MESHWRIGHT_WORKER_PARENT"
 WORKER_ANSWER = "MESHWRIGHT_WORKER_ANSWER"
+#: Set for a driver that `--detach` has started.
+DETACHED = "MESHWRIGHT_DETACHED"
 #: Where Linux shows control groups, by which containers and services limit what they hold, and those of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
-class WorkerContext:
-    """The environment of a process that `launch` started. `folder` is the private folder, `parent` a process id,
-    `answer` the descriptor of the file for its result."""
+class WorkerFiles:
+    """The environment of a process that `launch` started: descriptors of the files that say what it does and that take
+    its result, and the process id of its `parent`."""
 
-    rank: int
-    world: int
-    folder: Path
-    parent: int
+    spec: int
     answer: int
+    parent: int
 
 
 def debug() -> bool:
     """MESHWRIGHT_DEBUG: show tracebacks and debug lines."""
     return os.environ.get("MESHWRIGHT_DEBUG", "") not in ("", "0")
+
+
+def detached() -> bool:
+    """MESHWRIGHT_DETACHED: this driver has been detached from the terminal that started it."""
+    return bool(os.environ.get(DETACHED))
 
 
 def instruction_level() -> str:
@@ -43,17 +48,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright"
 
 
-def worker_context() -> WorkerContext | None:
-    """The context of this process; None where `launch` did not start it."""
-    if WORKER_FOLDER not in os.environ:
+def worker_files() -> WorkerFiles | None:
+    """Those of this process; None where `launch` did not start it."""
+    if WORKER_SPEC not in os.environ:
         return None
-    return WorkerContext(
-        rank=int(os.environ["RANK"]),
-        world=int(os.environ["WORLD_SIZE"]),
-        folder=Path(os.environ[WORKER_FOLDER]),
-        parent=int(os.environ[WORKER_PARENT]),
-        answer=int(os.environ[WORKER_ANSWER]),
-    )
+    return WorkerFiles(*(int(os.environ[name]) for name in (WORKER_SPEC, WORKER_ANSWER, WORKER_PARENT)))
 
 
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:

@@ -59,6 +59,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_plan_verbs(add)
     _add_prediction_verbs(add)
     _add_train_verbs(add)
+    _add_access_verbs(add)
     _add_serve_verbs(add)
     _add_report_verbs(add)
     return parser, verbs
@@ -162,6 +163,23 @@ def _add_train_verbs(add: Adder) -> None:
     verb.add_argument(
         "--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: the shipped ones)"
     )
+    what = "return once it has started; it goes on without this terminal (see status, logs, stop)"
+    verb.add_argument("--detach", action="store_true", help=what)
+
+
+def _add_access_verbs(add: Adder) -> None:
+    verb = add("status", "show what runs are doing", "status", "status runs/job --json")
+    verb.add_argument("runs", metavar="RUN", nargs="*", help="run folders (default: those in runs/)")
+    _takes_json(verb)
+
+    verb = add("stop", "have a run save and end", "stop runs/job")
+    verb.add_argument("run", metavar="RUN", help="run folder")
+    _takes_json(verb)
+
+    verb = add("logs", "print what the ranks of a run have printed", "logs runs/job", "logs runs/job --rank 1 --follow")
+    verb.add_argument("run", metavar="RUN", help="run folder")
+    verb.add_argument("--rank", type=_at_least(0), metavar="K", help="of this rank alone")
+    verb.add_argument("--follow", action="store_true", help="go on as long as the run is at work")
 
 
 def _add_serve_verbs(add: Adder) -> None:

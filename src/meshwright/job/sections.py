@@ -166,8 +166,16 @@ class CheckpointSection(_Section):
 class LaunchSection(_Section):
     """How processes are started."""
 
-    backend: Literal["local"] = _key("local", "where the processes run")
-    interface: Text = _key("lo", "network interface that the processes talk over")
+    on: Literal["local", "ray", "agents"] = _key(
+        "local", "where the ranks run: this machine, a Ray cluster, or nodes whose agents somebody else starts"
+    )
+    address: Text | None = _key(
+        None, "agents: HOST:PORT that the hub listens on; ray: the cluster's address (default: one is started)"
+    )
+    devices_min: Count | None = _key(
+        None, "fewest devices to start with, and to go on with after a loss; default: all to start with, one to go on"
+    )
+    interface: Text = _key("lo", "network interface that the ranks talk over; with several nodes, lo: each node's own")
     timeout_seconds: Positive = _key(300.0, "longest wait for another process")
 
 
