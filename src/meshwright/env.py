@@ -60,6 +60,34 @@ def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[s
     return {**defaults, **os.environ, **changes}
 
 
+def set_ray_token(token: Path) -> None:
+    """Has Ray, in this process and those that it starts, ask for the token in a file, and report nothing to its makers.
+    Ray reads its environment when it is imported."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    quiet_ray()
+
+
+def ray_token() -> str:
+    """Where Ray finds its token: "RAY_AUTH_TOKEN", or a file; "" where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return str(path) if path.is_file() and path.stat().st_size else ""
+
+
+def use_ray_token() -> None:
+    """Has Ray show the token that `ray_token` finds."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    quiet_ray()
+
+
+def quiet_ray() -> None:
+    """No report to Ray's makers, no advice on the terminal."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+
+
 def control_groups(controller: str) -> tuple[Path, ...]:
     """Folders of the control groups that hold this process: its own, and those above, whose limits count as well.
 

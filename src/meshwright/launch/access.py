@@ -90,6 +90,12 @@ def _certificate() -> tuple[str, str]:
     return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
 
 
+def write_secret(path: Path) -> None:
+    """Writes a new secret into a file that only this user can read."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_atomic(path, secrets.token_hex(32).encode(), mode=0o600)
+
+
 def write_private(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON that only this user can read, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

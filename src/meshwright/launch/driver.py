@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
-from meshwright.launch.groups import Node, Place, RankGroup, nodes_in_words, place
+from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
 from meshwright.launch.hub_files import Before, HubFiles
 from meshwright.launch.messages import (
     CallResult,
@@ -52,8 +52,9 @@ class ClusterBackend(Protocol):
     def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
         """The nodes that there are now; the agents of `attending` run already."""
 
-    def agents(self, names: Sequence[str]) -> None:
-        """Has an agent run on each of these nodes. Called again with those that run. Raises CannotWork."""
+    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
+        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
+        Raises CannotWork."""
 
     def close(self) -> None:
         """Ends what `agents` started; the hub has told them that the job is over."""
@@ -262,7 +263,7 @@ class Launch:
         nodes = self._nodes()
         self._known = {node.name for node in nodes}
         places = place(groups, nodes)
-        self._await_agents(places)
+        self._await_agents(groups, places)
         generation = _Generation(groups, places)
         number = self._on_start(groups) if self._on_start is not None else self.hub.generation + 1
         self._files.begin(number, groups, places, self._folder)
@@ -331,10 +332,14 @@ class Launch:
         elif self._on_message is not None:
             self._on_message(message)
 
-    def _await_agents(self, places: Sequence[Place]) -> None:
+    def _await_agents(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
         """Has agents run on the nodes of `places`, and waits for their hello."""
-        names = list(dict.fromkeys(place.node for place in places))
-        self._backend.agents(names)
+        needs = {group.role: group.need for group in groups}
+        wanted: dict[str, list[Need]] = {}
+        for one in places:
+            wanted.setdefault(one.node, []).append(needs[one.role])
+        self._backend.agents(wanted)
+        names = list(wanted)
         deadline = time.monotonic() + self._start_seconds
         while missing := set(names) - {node.name for node in self.hub.nodes()}:
             event = self.hub.event(max(0.0, deadline - time.monotonic()))

@@ -135,14 +135,11 @@ def _kept_in_store(folder: RunFolder, job: Job, resume_with: str, *, new: bool) 
 def backend_of_job(job: Job) -> ClusterBackend:
     """Where the ranks of the job run."""
     from meshwright.launch import LocalBackend
+    from meshwright.launch.backends import remote_backend
 
     section = job.launch
-    if section.on == "agents":
-        from meshwright.launch.awaited import AwaitedBackend
-
-        if section.address is None:
-            raise InputError(Problem("launch.address", "is needed: agents dial it", "such as 0.0.0.0:7474"))
-        return AwaitedBackend(section.address)
+    if section.on != "local":
+        return remote_backend(section.on, section.address, job.cluster.devices)
     cluster = cluster_of_job(job)
     return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
