@@ -203,7 +203,7 @@ def _written_unless_refused(folder: RunFolder, job: str) -> Iterator[None]:
     except (InputError, CannotWork):
         if not any(event["event"] == "start" for event in events):
             for path, content in before.items():
-                path.unlink() if content is None else write_atomic(path, content)
+                path.unlink(missing_ok=True) if content is None else write_atomic(path, content)
         raise
 
 
