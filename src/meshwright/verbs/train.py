@@ -139,7 +139,8 @@ def backend_of_job(job: Job) -> ClusterBackend:
 
     section = job.launch
     if section.on != "local":
-        return remote_backend(section.on, section.address, job.cluster.devices)
+        interface = None if section.interface == "lo" else section.interface
+        return remote_backend(section.on, section.address, interface, job.cluster.devices)
     cluster = cluster_of_job(job)
     return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
