@@ -43,6 +43,11 @@ def instruction_level() -> str:
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
+def cache_folder() -> Path:
+    """Where what was downloaded is kept: XDG_CACHE_HOME/meshwright, by default ~/.cache/meshwright."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright"
+
+
 def worker_files() -> WorkerFiles | None:
     """Those of this process; None where `launch` did not start it."""
     if WORKER_SPEC not in os.environ:

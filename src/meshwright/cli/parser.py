@@ -189,7 +189,9 @@ def _add_serve_verbs(add: Adder) -> None:
         'generate runs/job --prompt "def main("',
         "generate ./qwen3-folder --prompt Hello --temperature 0.8 --top-p 0.95 --seed 1",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
     verb.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
     verb.add_argument("--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default)")
@@ -209,7 +211,9 @@ def _add_serve_verbs(add: Adder) -> None:
         "serve runs/job",
         "serve ./qwen3-folder serve.http_port=9000 serve.tp=2",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
 
 

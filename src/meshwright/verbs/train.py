@@ -58,7 +58,7 @@ def train(
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
     not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
-    from meshwright import data, families
+    from meshwright import data, families, storage
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -76,6 +76,8 @@ def train(
     with locate_problems(job):
         families.require_trainable(job)
         backend = backend_of_job(job)
+    if job.checkpoint.url is not None:
+        _bring_back(folder, job.checkpoint.url) if resume else storage.RunCopy(job.checkpoint.url).require_none()
     earlier_job = _earlier_job(folder, resume, resume_with)
     if earlier_job is not None:
         _check_same_run(earlier_job, job, folder)
@@ -97,9 +99,37 @@ def train(
             _earlier_job(folder, resume, resume_with)  # a run that began while this one was planned
         with locate_problems(job):
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
-        with _written_unless_refused(folder, job_to_toml(job)), locate_problems(job):
+        kept = _kept_in_store(folder, job, resume_with, new=earlier_job is None)
+        with _written_unless_refused(folder, job_to_toml(job)), locate_problems(job), kept:
             results = _run(folder, groups, backend, job, resume_with, watch)
     return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
+
+
+def _bring_back(folder: RunFolder, url: str) -> None:
+    """Fetches from the store what a resume needs and the folder lacks; job.toml last, which marks a run."""
+    from meshwright import storage
+    from meshwright.job import sections_to_toml
+
+    if not folder.job.exists() and not storage.RunCopy(url).checkpoints():
+        what = f"holds no committed checkpoint, and {folder.path} no run to resume"
+        raise InputError(Problem(url, what, "leave --resume out to start one"))
+    _create(folder)
+    with folder.lock():
+        meta = storage.bring_back(url, folder)
+        if meta is not None and not folder.job.exists():
+            folder.write_job(sections_to_toml(meta["job"]))
+
+
+@contextmanager
+def _kept_in_store(folder: RunFolder, job: Job, resume_with: str, *, new: bool) -> Iterator[None]:
+    """`storage.kept_in_store` as the job says; its RunFailed has the command that resumes."""
+    from meshwright import storage
+
+    try:
+        with storage.kept_in_store(job.checkpoint.url, folder, job.checkpoint.keep, new=new):
+            yield
+    except RunFailed as error:
+        raise RunFailed(error.problems, resume=resume_with) from error
 
 
 def backend_of_job(job: Job) -> ClusterBackend:
@@ -109,7 +139,8 @@ def backend_of_job(job: Job) -> ClusterBackend:
 
     section = job.launch
     if section.on != "local":
-        return remote_backend(section.on, section.address, job.cluster.devices)
+        interface = None if section.interface == "lo" else section.interface
+        return remote_backend(section.on, section.address, interface, job.cluster.devices)
     cluster = cluster_of_job(job)
     return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
@@ -173,7 +204,7 @@ def _written_unless_refused(folder: RunFolder, job: str) -> Iterator[None]:
     except (InputError, CannotWork):
         if not any(event["event"] == "start" for event in events):
             for path, content in before.items():
-                path.unlink() if content is None else write_atomic(path, content)
+                path.unlink(missing_ok=True) if content is None else write_atomic(path, content)
         raise
 
 
