@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 #: The run ends by itself far later than any measurement.
 LAST_STEP = 100_000
 HOSTS_LEAST, HOSTS_MOST = 2, 3
-STORE_PORT, LIGHTHOUSE_PORT, REPLICA_PORT = 29_400, 29_510, 29_600
+STORE_PORT, LIGHTHOUSE_PORT, REPLICA_PORT, HUB_PORT = 29_400, 29_510, 29_600, 29_700
 RUN = "bench"
 
 
@@ -116,6 +116,25 @@ class Torchft:
         return f"torchft-nightly {importlib.metadata.version('torchft-nightly')}"
 
 
+@dataclass(frozen=True)
+class Meshwright:
+    """Our launcher: a driver on the coordinating host, agents on the others. It has no settings for speed."""
+
+    def service(self, folder: Path, coordinator: str) -> Command | None:
+        words = [sys.executable, str(HERE / "meshwright_driver.py"), str(folder), str(LAST_STEP)]
+        return Command([*words, f"{coordinator}:{HUB_PORT}", str(HOSTS_LEAST)], self._environment())
+
+    def agent(self, folder: Path, host: str, address: str, coordinator: str) -> Command:
+        words = [sys.executable, "-m", "meshwright.launch.agent", "--run", str(folder), "--devices", "1"]
+        return Command(words, self._environment())
+
+    def versions(self) -> str:
+        return f"meshwright {importlib.metadata.version('meshwright')}"
+
+    def _environment(self) -> Mapping[str, str]:
+        return {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
+
+
 SYSTEMS: Mapping[str, System] = {
     "torchelastic": Elastic(),
     "torchelastic-tuned": Elastic(
@@ -125,6 +144,7 @@ SYSTEMS: Mapping[str, System] = {
     "torchft-tuned": Torchft(
         ("--heartbeat_timeout_ms=2000", "--join_timeout_ms=1000", "--quorum_tick_ms=50"), timeout_seconds=5
     ),
+    "meshwright": Meshwright(),
 }
 
 
