@@ -246,6 +246,26 @@ def _train(options: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
 
 
+def _launch(options: argparse.Namespace) -> None:
+    names = ("on", "write", "submit", "run", "image", "queue", "profile")
+    result = verbs.launch(options.job, options.overrides, **{name: getattr(options, name) for name in names})
+    if options.json:
+        return _print_json(result)
+    for one in result["omitted"]:
+        say(f"{options.on} is not told: {one}")
+    if result["folder"] is None:
+        for name, text in result["files"].items():
+            print(f"==> {name} <==\n{text}")
+        secret = f", {', '.join(result['private'])} with the job's secrets too" if result["private"] else ""
+        return say(f"nothing was written: --write DIR writes these files{secret}")
+    for name in (*result["files"], *result["private"]):
+        say(f"wrote {result['folder']}/{name}")
+    if result["answer"] is not None:
+        return print(result["answer"].rstrip())
+    for command in result["commands"]:
+        print(command)
+
+
 def _prompt_of_stdin() -> str:
     try:
         return decode_text(sys.stdin.buffer.read())
@@ -310,6 +330,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "calibrate": _calibrate,
     "verify": _verify,
     "train": _train,
+    "launch": _launch,
     "generate": _generate,
     "serve": _serve,
     "report": _report,
