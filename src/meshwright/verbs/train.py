@@ -94,6 +94,8 @@ def _run(
 ) -> list[Any]:
     """Trains in processes; returns their results. Raises RunFailed with the command that resumes."""
     from meshwright import launch
+    from meshwright.env import trainer_status
+    from meshwright.report.progress import StatusAddress, posted
 
     processes = launch.local(
         "meshwright.train:work",
@@ -105,9 +107,11 @@ def _run(
         keep_memory=chosen.chosen.keeps_freed_memory,
     )
     try:
-        if watch is not None:
-            watch(folder, chosen, processes)
-        results = processes.wait()
+        told = trainer_status()
+        with posted(folder, job.train.steps, None if told is None else StatusAddress(*told)):
+            if watch is not None:
+                watch(folder, chosen, processes)
+            results = processes.wait()
         if results[0]["step"] < job.train.steps:  # each ended in order, after a signal from outside
             what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
             raise RunFailed(Problem(str(folder.path), what))
