@@ -147,7 +147,6 @@ def scheduled(
         serve_at_once=serve.max_batch or SERVE_AT_ONCE,
         spot=job.cluster.spot,
         queue=queue,
-        interface=job.launch.interface if _given(job, "launch.interface") else None,
         paths=_paths(job),
     )
 
@@ -172,13 +171,13 @@ def new_access() -> Access:
         .not_valid_before(now - timedelta(hours=1))  # clocks of hosts differ
         .not_valid_after(now + timedelta(days=CERTIFICATE_DAYS))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("meshwright-hub")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return Access(
-        secrets.token_hex(32), certificate.public_bytes(pem).decode(), private.decode(), secrets.token_hex(32)
-    )
+    join, read, act, token = (secrets.token_hex(32) for _ in range(4))
+    return Access(join, read, act, certificate.public_bytes(pem).decode(), private.decode(), token)
 
 
 def _require_trainable(job: Job) -> None:
@@ -199,11 +198,11 @@ def _devices_min(job: Job) -> int | None:
 
 
 def _job_text(job: Job, devices: int, devices_per_node: int) -> str:
-    """The job file for over there: what this job says, on as many devices as were planned for. Where they are is the
-    scheduler's to say, so the device's name and the kind of launch stay here."""
+    """The job file for over there: what this job says, on as many devices as were planned for, but for the way of its
+    launch, which its command there says."""
     from meshwright.files import toml_text
 
-    left_out = ("cluster.named", "cluster.dollars_per_hour", "launch.backend", "launch.on", "launch.address")
+    left_out = ("launch.backend", "launch.on", "launch.address")
     sections = {
         section: {key: value for key, value in keys.items() if _given(job, f"{section}.{key}")}
         for section, keys in job.as_dict().items()

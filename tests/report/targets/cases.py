@@ -9,7 +9,9 @@ from meshwright.report.targets import TARGETS, Access, Handout, ScheduledJob
 GOLDEN = Path(__file__).with_name("golden")
 GIB = 1 << 30
 ACCESS = Access(
-    secret="5ec4e7" * 8,
+    join="7014" * 16,
+    read="4ead" * 16,
+    act="ac70" * 16,
     certificate="-----BEGIN CERTIFICATE-----\nMIIBfixed\n-----END CERTIFICATE-----\n",
     key="-----BEGIN PRIVATE KEY-----\nMC4fixed\n-----END PRIVATE KEY-----\n",
     token="70ce2a" * 8,

@@ -225,7 +225,7 @@ def test_secrets_are_only_in_private_files(target: str) -> None:
     holders = {
         name
         for name, text in handout.files.items()
-        if any(word in text for word in (GPUS.access.secret, GPUS.access.token, "PRIVATE KEY"))
+        if any(word in text for word in (GPUS.access.join, GPUS.access.act, GPUS.access.token, "PRIVATE KEY"))
     }
     assert holders == set(handout.private)
 
@@ -235,7 +235,7 @@ def test_agents_do_not_get_the_private_key_of_the_hub() -> None:
         for job in document["spec"]["replicatedJobs"]:
             volumes = job["template"]["spec"]["template"]["spec"]["volumes"]
             keys = [item["key"] for volume in volumes if "secret" in volume for item in volume["secret"]["items"]]
-            assert keys == {"driver": ["hub.json"], "agent": ["agents.json"]}[job["name"]]
+            assert keys == {"driver": ["access.json"], "agent": ["agents.json"]}[job["name"]]
 
 
 def test_the_hub_is_found_by_the_name_of_its_service() -> None:

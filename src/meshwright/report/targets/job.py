@@ -19,22 +19,25 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Access:
-    """What lets agents and their driver trust each other without a shared disk: the job's secret, and the certificate
-    of the hub with its private key, both as PEM. `token` is for clients of the model server."""
+    """What lets agents and their driver trust each other without a shared disk: the secrets of the driver's hub by
+    scope, and its certificate with the private key, both as PEM. `token` is for clients of the model server."""
 
-    secret: str
+    join: str
+    read: str
+    act: str
     certificate: str
     key: str
     token: str
 
     def for_agents(self, address: str) -> str:
-        """The access file of an agent, JSON: where the hub listens, by which certificate it is known, and the
-        secret."""
-        return json.dumps({"address": address, "certificate": self.certificate, "secret": self.secret}) + "\n"
+        """The access file of an agent, JSON: where the hub listens, by which certificate it is known, and the secret
+        of those that join it."""
+        return json.dumps({"address": address, "secret": self.join, "certificate": self.certificate}) + "\n"
 
-    def for_driver(self, address: str) -> str:
-        """The same for the driver, which needs the private key as well."""
-        return json.dumps({**json.loads(self.for_agents(address)), "key": self.key}) + "\n"
+    def for_hub(self) -> str:
+        """What the hub takes for its own, where it is RUN/hub/access.json before the driver starts."""
+        names = ("join", "read", "act", "certificate", "key")
+        return json.dumps({name: getattr(self, name) for name in names}) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,6 @@ class ScheduledJob:
     serve_at_once: int = 1
     spot: bool = False
     queue: str | None = None
-    interface: str | None = None
     paths: tuple[str, ...] = ()
 
     @property
@@ -86,8 +88,12 @@ class ScheduledJob:
 
     def driver(self, *, job_file: str, run: str, address: str, on: str = "agents") -> list[str]:
         """The words that start the driver. It resumes with --resume after them."""
-        words = ["train", job_file, f"launch.on={on}", f"launch.address={address}"]
-        return [*words, *([f"launch.interface={self.interface}"] if self.interface else []), "--run", run]
+        return ["train", job_file, f"launch.on={on}", f"launch.address={address}", "--run", run]
+
+    def agent(self, *where: str) -> list[str]:
+        """The words that start the agent of a node, which finds the hub by `where`."""
+        limits = ["--devices", str(self.devices), "--grace", str(self.grace_seconds)]
+        return ["-m", "meshwright.launch.agent", *where, *limits]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from meshwright.report.targets import kuberay, pods
@@ -17,15 +16,12 @@ DRIVER_RETRIES = 6
 AGENT_RETRIES = 100
 #: Longest that a request to the model server may take.
 REQUEST_SECONDS = 600
-#: The network interface of a pod.
-POD_INTERFACE = "eth0"
 COMMON, SECRET = "common.yaml", "secret.yaml"
 
 
 def handout(job: ScheduledJob) -> Handout:
     """common.yaml and secret.yaml, which every kind needs, and a file for each kind; one of these is to be applied."""
     omitted = _omitted(job)
-    job = replace(job, interface=job.interface or POD_INTERFACE)
     partial = bool(job.queue) and job.nodes_min < job.nodes
     chosen = "job.yaml" if partial else "jobset.yaml"
     head = [f"{job.name}: {job.summary}", f"apply after {COMMON} and {SECRET}, and apply only one kind of job"]

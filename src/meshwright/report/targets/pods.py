@@ -16,7 +16,7 @@ USER = 1000
 DRIVER, AGENT, SERVER = "driver", "agent", "server"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: Keys of the Secret.
-AGENTS_FILE, HUB_FILE, TOKEN_FILE = "agents.json", "hub.json", "token"
+AGENTS_FILE, HUB_FILE, TOKEN_FILE = "agents.json", "access.json", "token"
 
 Object = dict[str, Any]
 
@@ -51,7 +51,7 @@ def config_map(job: ScheduledJob) -> Object:
             job, **driver, address=f"0.0.0.0:{job.port}", on="agents", access=f"{ACCESS_FOLDER}/{HUB_FILE}"
         ),
         "ray-driver.sh": driver_script(job, **driver, address="auto", on="ray"),
-        "agent.sh": agent_script(f"{ACCESS_FOLDER}/{AGENTS_FILE}"),
+        "agent.sh": agent_script(job, f"{ACCESS_FOLDER}/{AGENTS_FILE}"),
         "serve.sh": serve_script(run_of(job), f"{ACCESS_FOLDER}/{TOKEN_FILE}"),
     }
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(job, "-job"), "data": files}
@@ -62,7 +62,7 @@ def secret(job: ScheduledJob) -> Object:
     address = hub_address(job)
     files = {
         AGENTS_FILE: job.access.for_agents(address),
-        HUB_FILE: job.access.for_driver(address),
+        HUB_FILE: job.access.for_hub(),
         TOKEN_FILE: job.access.token,
     }
     return {

@@ -69,9 +69,9 @@ def handout(job: ScheduledJob) -> Handout:
         "driver.sh": driver_script(
             job, job_file="job.toml", run=run, address=f"0.0.0.0:{job.port}", on="agents", access=HUB_FILE
         ),
-        "agent.sh": agent_script(AGENTS_FILE, named_hub=True),
+        "agent.sh": agent_script(job, AGENTS_FILE, named_hub=True),
         AGENTS_FILE: job.access.for_agents(hub),
-        HUB_FILE: job.access.for_driver(hub),
+        HUB_FILE: job.access.for_hub(),
     }
     submit = (("sky", "jobs", "launch", "--yes", "--name", job.short_name, TASK),)
     return Handout(files, tuple(omitted), submit, frozenset({AGENTS_FILE, HUB_FILE}))
@@ -115,6 +115,4 @@ def _omitted(job: ScheduledJob) -> list[str]:
         omitted.append(f"SkyPilot's name of {job.device}: see `sky gpus list`")
     if job.queue:
         omitted.append(f"the queue {job.queue}: SkyPilot has pools instead (`sky jobs pool`)")
-    if job.nodes > 1 and job.interface is None:
-        omitted.append("the network interface between nodes: launch.interface=NAME fixes it")
     return omitted

@@ -38,6 +38,7 @@ def handout(job: ScheduledJob) -> Handout:
         cores=job.cores,
         keep_going="--no-kill " if job.nodes_min < job.nodes else "",
         driver=shell_words(driver),
+        agent=shell_words(job.agent()),
         grace=job.grace_seconds,
     )
     files = {SCRIPT: script, "job.toml": job.job_toml}
@@ -79,8 +80,6 @@ def _omitted(job: ScheduledJob) -> list[str]:
         )
     if job.nodes > 1:
         omitted.append("how near the nodes lie: add --switches=1 where the network is a tree")
-        if job.interface is None:
-            omitted.append("the network interface between nodes: launch.interface=NAME fixes it")
     if job.nodes_min < job.nodes:
         omitted.append("new nodes in place of lost ones: the job goes on with the rest until it is requeued")
     return omitted

@@ -38,9 +38,9 @@ def handout(job: ScheduledJob) -> Handout:
     inputs = {
         "job.toml": job.job_toml,
         "driver.sh": driver,
-        "agent.sh": agent_script(f"{ACCESS_FOLDER}/{AGENTS_FILE}", named_hub=True),
+        "agent.sh": agent_script(job, f"{ACCESS_FOLDER}/{AGENTS_FILE}", named_hub=True),
         AGENTS_FILE: job.access.for_agents(hub),
-        HUB_FILE: job.access.for_driver(hub),
+        HUB_FILE: job.access.for_hub(),
     }
     folder = f"meshwright/{job.short_name}"  # in the user's home on HDFS
     submit = (
@@ -112,6 +112,4 @@ def _omitted(job: ScheduledJob) -> list[str]:
     ]
     if job.resource:
         omitted.append(f"the kind of device: any yarn.io/gpu is asked for, not {job.device}")
-    if job.nodes > 1 and job.interface is None:
-        omitted.append("the network interface between nodes: launch.interface=NAME fixes it")
     return omitted
