@@ -134,8 +134,8 @@ def job(steps: int = STEPS) -> Any:
     return SimpleNamespace(train=train)
 
 
-def train_one(case: Case, rank: int, store_path: Path, folder: Path, steps: int = STEPS) -> Trained:
-    """Trains `case` as rank `rank` of its layout; every rank of it calls this with a `store_path` that is not there."""
+def train_one(case: Case, context: Context, folder: Path, steps: int = STEPS) -> Trained:
+    """Trains `case` as one rank of its layout; every rank of it calls this."""
     import torch
 
     from meshwright import tasks
@@ -149,7 +149,7 @@ def train_one(case: Case, rank: int, store_path: Path, folder: Path, steps: int 
     torch.set_num_threads(1)
     shape = LlamaShape(**SHAPES[case.shape])
     paper = card(shape, SEQ_LEN)
-    with start(case.layout, rank, store_path, timeout_seconds=120) as mesh:
+    with start(case.layout, context, timeout_seconds=120, name=case.name) as mesh:
         with torch.device("meta"):
             module = build(shape)
         stages = even_stages([block.name for block in paper.blocks], case.layout.pp)
@@ -172,11 +172,10 @@ def even_stages(names: Sequence[str], stages: int) -> tuple[tuple[str, ...], ...
 def work(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any]]:
     """What a started process runs: its rank of every case, one after the other."""
     results = []
-    for index, case in enumerate(payload["cases"]):
+    for case in payload["cases"]:
         read = Case(**{**case, "layout": Layout(**case["layout"])})
-        store = context.store_path.with_name(f"store-{index}")
         folder = Path(payload["folder"]) / read.name.replace(" ", "_")
-        trained = train_one(read, context.rank, store, folder, payload["steps"])
+        trained = train_one(read, context, folder, payload["steps"])
         results.append({"losses": trained.losses, "norms": trained.norms, "folder": str(folder)})
     return results
 

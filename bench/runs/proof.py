@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from meshwright.launch import Context
 from meshwright.layout import RECOMPUTE, Layout
 from meshwright.plan.rules import FRAMEWORKS
 from tests.worlds import GLOBAL_BATCH, Case, Distance, compare, train_cases, train_one
@@ -56,8 +57,8 @@ def prove(cases: list[Case], folder: Path) -> dict[str, Distance | str]:
     """Case name -> its distance from one device, or the text of its error."""
     results: dict[str, Distance | str] = {}
     references = {
-        shape: train_one(Case(Layout(micro_batch=GLOBAL_BATCH), shape), 0, folder / f"store-{number}", folder / shape)
-        for number, shape in enumerate(sorted({case.shape for case in cases}))
+        shape: train_one(Case(Layout(micro_batch=GLOBAL_BATCH), shape), Context.alone(), folder / shape)
+        for shape in sorted({case.shape for case in cases})
     }
     try:
         trained = train_cases(cases, folder / "layouts", seconds=1800)

@@ -20,6 +20,7 @@ from meshwright.launch import Context
 from meshwright.layout import Execution, Layout, coordinates
 from meshwright.parallel import Mesh, apply
 from meshwright.parallel.mesh import _ends
+from meshwright.process_group import store_of
 from meshwright.train.loop import Clock, Trainer
 from meshwright.train.model import Model, model_of_job
 
@@ -65,7 +66,7 @@ class World:
         self.rank, self.size = context.rank, context.world
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(context.store_path), context.world),
+            store=store_of(context),
             rank=context.rank,
             world_size=context.world,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Set by `launch` for the processes that it starts, never by hand.
-WORKER_FOLDER = "MESHWRIGHT_WORKER_FOLDER"
+WORKER_SPEC = "MESHWRIGHT_WORKER_SPEC"
 WORKER_PARENT = "MESHWRIGHT_WORKER_PARENT"
 WORKER_ANSWER = "MESHWRIGHT_WORKER_ANSWER"
+#: Set for a driver that `--detach` has started.
+DETACHED = "MESHWRIGHT_DETACHED"
 #: Where Linux shows control groups, by which containers and services limit what they hold, and those of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
-class WorkerContext:
-    """The environment of a process that `launch` started. `folder` is the private folder, `parent` a process id,
-    `answer` the descriptor of the file for its result."""
+class WorkerFiles:
+    """The environment of a process that `launch` started: descriptors of the files that say what it does and that take
+    its result, and the process id of its `parent`."""
 
-    rank: int
-    world: int
-    folder: Path
-    parent: int
+    spec: int
     answer: int
+    parent: int
 
 
 def debug() -> bool:
@@ -33,22 +33,26 @@ def debug() -> bool:
     return os.environ.get("MESHWRIGHT_DEBUG", "") not in ("", "0")
 
 
+def detached() -> bool:
+    """MESHWRIGHT_DETACHED: this driver has been detached from the terminal that started it."""
+    return bool(os.environ.get(DETACHED))
+
+
 def instruction_level() -> str:
     """ONEDNN_MAX_CPU_ISA: the newest instructions of the CPU that oneDNN may use, such as AVX2; "" allows all."""
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
-def worker_context() -> WorkerContext | None:
-    """The context of this process; None where `launch` did not start it."""
-    if WORKER_FOLDER not in os.environ:
+def cache_folder() -> Path:
+    """Where what was downloaded is kept: XDG_CACHE_HOME/meshwright, by default ~/.cache/meshwright."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright"
+
+
+def worker_files() -> WorkerFiles | None:
+    """Those of this process; None where `launch` did not start it."""
+    if WORKER_SPEC not in os.environ:
         return None
-    return WorkerContext(
-        rank=int(os.environ["RANK"]),
-        world=int(os.environ["WORLD_SIZE"]),
-        folder=Path(os.environ[WORKER_FOLDER]),
-        parent=int(os.environ[WORKER_PARENT]),
-        answer=int(os.environ[WORKER_ANSWER]),
-    )
+    return WorkerFiles(*(int(os.environ[name]) for name in (WORKER_SPEC, WORKER_ANSWER, WORKER_PARENT)))
 
 
 def trainer_status() -> tuple[str, Path, Path] | None:
@@ -62,6 +66,34 @@ def trainer_status() -> tuple[str, Path, Path] | None:
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, overridden by `changes`, with `defaults` for variables that are not set."""
     return {**defaults, **os.environ, **changes}
+
+
+def set_ray_token(token: Path) -> None:
+    """Has Ray, in this process and those that it starts, ask for the token in a file, and report nothing to its makers.
+    Ray reads its environment when it is imported."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    quiet_ray()
+
+
+def ray_token() -> str:
+    """Where Ray finds its token: "RAY_AUTH_TOKEN", or a file; "" where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return str(path) if path.is_file() and path.stat().st_size else ""
+
+
+def use_ray_token() -> None:
+    """Has Ray show the token that `ray_token` finds."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    quiet_ray()
+
+
+def quiet_ray() -> None:
+    """No report to Ray's makers, no advice on the terminal."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
 
 
 def control_groups(controller: str) -> tuple[Path, ...]:

@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +23,13 @@ from meshwright.files import named_in_errors, write_atomic
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
-EVENTS = ("start", "step", "eval", "checkpoint", "failure", "recovery", "end")
+EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "end")
 
+#: A file in a checkpoint's folder that keeps it from being deleted while it is copied elsewhere.
+HELD_NAME = ".held"
+
+#: Name of a lease's folder, before its number.
+LEASE = ".saving-"
 #: Bytes of lines that are read and parsed at once.
 READ_BYTES = 1 << 18
 
@@ -37,7 +44,9 @@ class RunFolder:
         self.events = self.path / "events.jsonl"  # one JSON object per line
         self.manifest = self.path / "manifest"  # folder of the indexed data
         self.checkpoints = self.path / "checkpoints"  # folder of step-N
+        self.copy = self.path / "copy.json"  # which run of the store at checkpoint.url this is
         self.logs = self.path / "logs"  # folder with a text log per rank
+        self.hub = self.path / "hub"  # while the run is at work: how to reach it, for this user alone
         self.trace = self.path / "trace.json"  # Chrome trace of some steps
         self.report = self.path / "report.html"  # one self-contained page
 
@@ -67,6 +76,25 @@ class RunFolder:
             yield
         finally:
             os.close(handle)
+
+    def lease(self, generation: int) -> Path:
+        """The folder in which checkpoints of a generation of ranks are prepared. Without it none can be committed."""
+        return self.checkpoints / f"{LEASE}{generation}"
+
+    def grant_lease(self) -> int:
+        """Ends the leases of earlier generations and grants the next; returns its number.
+
+        A rank that is still at work for an earlier one, as on a machine that was cut off, can commit nothing more: a
+        commit renames a folder out of the lease, and the lease is gone.
+        """
+        earlier = [path for path in self.checkpoints.glob(f"{LEASE}*") if path.name.removeprefix(LEASE).isdecimal()]
+        number = 1 + max((int(path.name.removeprefix(LEASE)) for path in earlier), default=0)
+        self.lease(number).mkdir(parents=True)
+        for path in earlier:
+            ended = path.with_name(f".ended-{path.name}-{secrets.token_hex(4)}")
+            path.rename(ended)  # at once, though files may still be written there
+            shutil.rmtree(ended, ignore_errors=True)
+        return number
 
     def write_job(self, text: str) -> None:
         write_atomic(self.create().job, text.encode())

@@ -150,13 +150,47 @@ def test_keeps_the_newest_and_clears_what_dead_writers_left(tmp_path: Path) -> N
         save_single(writer, step, example_tensors())
     writer.wait()
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-3"]
-    (tmp_path / "step-4.partial-00ff" / "state").mkdir(parents=True)
+    (tmp_path / ".saving-0" / "step-4.partial-00ff" / "state").mkdir(parents=True)
     (tmp_path / "step-5" / "model").mkdir(parents=True)  # no manifest: it never was a checkpoint
     (tmp_path / "notes").mkdir()
     assert latest(tmp_path) == tmp_path / "step-3"
     save_single(writer, 5, example_tensors())
     writer.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".saving", "notes", "step-3", "step-5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".saving-0", "notes", "step-3", "step-5"]
+    assert not list(tmp_path.rglob("*.partial-*"))
+
+
+def test_nothing_is_committed_without_the_lease(tmp_path: Path) -> None:
+    """A machine that was cut off, or stopped, and goes on after other ranks have begun to train the run."""
+    lease = tmp_path / ".saving-1"
+    lease.mkdir()
+    writer = Writer(tmp_path, 0, 1, lease=lease)
+    save_single(writer, 1, example_tensors())
+    writer.wait()
+    lease.rename(tmp_path / ".ended")
+    save_single(writer, 2, example_tensors())
+    with pytest.raises(RunFailed, match="rank 0, step 2: is not committed: other ranks train this run now"):
+        writer.wait()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
+
+
+def test_the_lease_may_be_taken_away_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the commit itself, after all else has been written."""
+    lease = tmp_path / ".saving-1"
+    lease.mkdir()
+    rename = Path.rename
+
+    def taken_away_first(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            rename(lease, tmp_path / ".ended")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", taken_away_first)
+    writer = Writer(tmp_path, 0, 1, lease=lease)
+    save_single(writer, 1, example_tensors())
+    with pytest.raises(RunFailed, match="other ranks train this run now"):
+        writer.wait()
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_a_step_saved_again_takes_the_old_ones_place(tmp_path: Path) -> None:
@@ -211,7 +245,7 @@ def test_full_disk_fails_the_save_on_every_rank_and_keeps_the_last_checkpoint(
     monkeypatch.undo()
     save_world(tmp_path, 2, world, tensors)  # the next save clears what the failed one left
     assert latest(tmp_path) == tmp_path / "step-2"
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.rglob("*.partial-*"))
 
 
 def test_failure_of_one_rank_reaches_every_rank_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +310,8 @@ def test_files_of_a_dead_run_do_not_pass_for_living_ranks(tmp_path: Path) -> Non
     tensors = example_tensors()
     world = world_pieces(layout, shapes_of(tensors))
     save_world(tmp_path, 1, world, example_tensors(9))
-    nonce = json.loads((tmp_path / ".saving" / "begin.json").read_text())["nonce"]
-    (tmp_path / f"step-1.partial-{nonce}").mkdir()
+    nonce = json.loads((tmp_path / ".saving-0" / "begin.json").read_text())["nonce"]
+    (tmp_path / ".saving-0" / f"step-1.partial-{nonce}").mkdir()
     names = {name: name for name in tensors if not name.startswith("optimizer.")}
     first_is_waiting = threading.Event()
 
@@ -386,7 +420,7 @@ def test_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -
         assert_loads(folder, Layout(), example_tensors(read_manifest(folder).step))
         save_world(root, 3, whole, first)  # and the next run goes on in the same folder
         assert latest(root) == root / "step-3"
-        assert not list(root.glob("*.partial-*")) and not list(root.glob("*.removed-*"))
+        assert not list(root.rglob("*.partial-*")) and not list(root.glob("*.removed-*"))
     assert "step-1" in survivors
 
 

@@ -18,7 +18,6 @@ from meshwright.errors import CannotWork
 class Alone:
     rank: int
     world: int
-    store_path: Path
 
 
 @pytest.mark.parametrize("kind", ["llama_tied_biased", "qwen3"])
@@ -45,6 +44,6 @@ def test_tp2_equals_tp1(
     assert split == whole
 
 
-def test_heads_that_do_not_divide_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_heads_that_do_not_divide_are_refused(llama: Path) -> None:
     with pytest.raises(CannotWork, match="tp=4 does not divide kv_heads=2; nearest: tp=2"):
-        Engine.open(llama, context=Alone(0, 4, tmp_path / "store"))
+        Engine.open(llama, context=Alone(0, 4))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +47,6 @@ def test_results_come_back_by_rank_and_the_job_is_private(tmp_path: Path) -> Non
         assert result["payload"] == {"x": [1, "two"]}
         assert result["threads"] == "1"
         assert result["interface"] == "lo"
-        assert (result["folder_mode"], result["spec_mode"]) == ("0o700", "0o600")
         assert result["torch"] is False
     assert started.poll() == "done"
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(processes)}
@@ -89,7 +89,6 @@ def test_one_killed_rank_ends_all_and_is_named(tmp_path: Path, rank: int) -> Non
         started.wait(60)
     assert not any(alive(pid) for pid in started.pids)
     assert started.poll() == "failed"
-    assert not list(tmp_path.glob(".workers-*"))
 
 
 def test_an_exception_names_the_rank_the_words_and_the_log(tmp_path: Path) -> None:
@@ -107,7 +106,6 @@ def test_a_start_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
         launch.local("workers:describe", {}, 2, tmp_path, env={"NAME": "a\0b"})
     with pytest.raises(InputError, match=r"launch\.interface: there is no network interface 'l\\x00o'; known: "):
         launch.local("workers:describe", {}, 2, tmp_path, interface="l\0o")
-    assert not list(tmp_path.glob(".workers-*"))
 
 
 def test_the_log_that_an_error_names_outlives_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +192,7 @@ def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
 
 
 def test_workers_outlive_the_thread_that_started_them(tmp_path: Path) -> None:
-    made: list[launch.LocalProcesses] = []
+    made: list[launch.Launch] = []
     arguments = ("workers:stubborn", {"folder": str(tmp_path)}, 1, tmp_path)
     thread = threading.Thread(target=lambda: made.append(launch.local(*arguments, grace_seconds=0.1)))
     thread.start()
@@ -205,7 +203,9 @@ def test_workers_outlive_the_thread_that_started_them(tmp_path: Path) -> None:
     made[0].stop()
 
 
-def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
+def test_a_killed_parent_takes_its_workers_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets = Path(tempfile.mkdtemp(dir="/tmp"))  # the path of a socket is short
+    monkeypatch.setattr("tempfile.tempdir", str(sockets))
     script = (
         "import sys; from meshwright import launch; from pathlib import Path; folder = sys.argv[1]\n"
         "started = launch.local('workers:stubborn', {'folder': folder}, 2, folder)\n"
@@ -213,7 +213,9 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
         "started.wait()\n"
     )
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, **paths})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, **paths, "TMPDIR": str(sockets)}
+    )
     try:
         assert eventually(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
         assert eventually((tmp_path / "pids").exists)
@@ -224,6 +226,9 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
         parent.wait()
     assert eventually(lambda: not any(alive(pid) for pid in pids), seconds=20)
     # What the killed parent could not remove, the next start does.
-    assert list(tmp_path.glob(".workers-*"))
-    launch.local("workers:describe", {}, 1, tmp_path).wait(60)
-    assert not list(tmp_path.glob(".workers-*"))
+    assert list(sockets.glob("meshwright-hub-*"))
+    with launch.local("workers:describe", {}, 1, tmp_path) as later:
+        assert len(list(sockets.glob("meshwright-hub-*"))) == 1
+        later.wait(60)
+    assert not list(sockets.glob("meshwright-hub-*"))
+    sockets.rmdir()

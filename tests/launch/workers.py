@@ -21,8 +21,6 @@ def describe(payload: dict[str, Any], context: Context) -> dict[str, Any]:
         "payload": payload,
         "threads": os.environ["OMP_NUM_THREADS"],
         "interface": os.environ["GLOO_SOCKET_IFNAME"],
-        "folder_mode": oct(context.store_path.parent.stat().st_mode & 0o777),
-        "spec_mode": oct((context.store_path.parent / "spec.json").stat().st_mode & 0o777),
         "torch": "torch" in sys.modules,
     }
 
@@ -96,8 +94,9 @@ def all_reduce(payload: dict[str, Any], context: Context) -> float:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(str(context.store_path), context.world)
-    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.world)
+    from meshwright.process_group import store_of
+
+    dist.init_process_group("gloo", store=store_of(context), rank=context.rank, world_size=context.world)
     total = torch.tensor([float(context.rank + 1)])
     dist.all_reduce(total)
     dist.destroy_process_group()

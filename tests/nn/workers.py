@@ -14,9 +14,9 @@ def split_loss(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     import torch.distributed as dist
 
     from meshwright.nn import Split, cross_entropy_sum
+    from meshwright.process_group import store_of
 
-    store = dist.FileStore(str(context.store_path), context.world)
-    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.world)
+    dist.init_process_group("gloo", store=store_of(context), rank=context.rank, world_size=context.world)
     logits = torch.tensor(payload["logits"]).chunk(context.world, dim=-1)[context.rank].clone().requires_grad_()
     split = Split(dist.group.WORLD, context.rank, context.world)
     loss = cross_entropy_sum(logits, torch.tensor(payload["targets"]), split)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.launch import Context
 from meshwright.layout import Layout
 from tests.worlds import Case, Distance, Trained, compare, train_cases, train_one
 
@@ -80,7 +81,7 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """By shape: the reference, trained in this process."""
     root = tmp_path_factory.mktemp("one-device")
     shapes = {case.shape: case.alone for case in [*CASES, *EIGHT]}
-    return {shape: train_one(case, 0, root / f"store-{shape}", root / shape) for shape, case in shapes.items()}
+    return {shape: train_one(case, Context.alone(), root / shape) for shape, case in shapes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from meshwright.launch import Context
 from meshwright.layout import Layout
 from meshwright.parallel import Pipeline, start
 from tests.train.normed_model import Body
@@ -26,7 +27,7 @@ def test_only_real_batches_change_buffers(tmp_path: Path) -> None:
     passes: list[object] = []
     stage.register_forward_hook(lambda *_: passes.append(None))
     x, targets = torch.randn(3, 6, 8, 8), torch.zeros(6)
-    with start(Layout(), 0, tmp_path / "store") as mesh:
+    with start(Layout(), Context.alone()) as mesh:
         pipeline = Pipeline(SimpleNamespace(module=stage), mesh, 2, loss)  # type: ignore[arg-type]
         for batch in x:
             stage.train()

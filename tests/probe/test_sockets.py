@@ -21,8 +21,13 @@ def busy_port() -> int:
 def test_the_table_has_every_listener_and_says_which_ask_for_nothing() -> None:
     rows = sockets.listeners(ServeSection(http_port=0, grpc_port=0), LaunchSection())
     assert [row.opened_by for row in rows][:2] == ["serve", "serve"]
-    assert {row.address for row in rows} == {"127.0.0.1", "lo (127.0.0.1)", "a file, no socket"}
-    assert [bool(row.authenticated) for row in rows] == [False, False, False, True]
+    assert {row.address for row in rows} == {
+        "127.0.0.1",
+        "lo (127.0.0.1)",
+        "a Unix socket",
+        "set by launch.address",
+    }
+    assert [bool(row.authenticated) for row in rows] == [False, False, False, True, True]
     with_token = sockets.listeners(ServeSection(http_port=0, grpc_port=0, token_file="key"), LaunchSection())
     assert [row.authenticated for row in with_token][:2] == ["bearer token of key"] * 2
 

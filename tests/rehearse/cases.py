@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from meshwright import launch
 from meshwright.job import Job, job_to_toml
+from meshwright.launch import Context
 from meshwright.layout import Layout
 from meshwright.rehearse import Peak
 
@@ -70,8 +70,7 @@ def measure_here(case: Case, folder: Path) -> list[Peak]:
     """A case of one rank, run for real in this process."""
     from meshwright.rehearse.work import measured_peaks, tracked_run
 
-    with tempfile.TemporaryDirectory() as store:
-        peaks = measured_peaks(tracked_run(case.payload(folder)), 0, Path(store, "store"), steps=2)
+    peaks = measured_peaks(tracked_run(case.payload(folder)), Context.alone(), steps=2)
     return [min(peaks, key=lambda peak: peak.total)]
 
 

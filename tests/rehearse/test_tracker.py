@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meshwright.launch import Context
 from meshwright.layout import Layout
 from meshwright.rehearse import CATEGORIES
 from meshwright.rehearse.tracker import Tracker
@@ -24,7 +25,7 @@ def test_it_finds_what_the_allocator_gave_out(recompute: str, states: int, tmp_p
 
     case = Case(Layout(micro_batch=4, recompute=recompute))
     (tracked,) = measure_here(case, tmp_path)
-    by_allocator = allocated_bytes(tracked_run(case.payload(tmp_path)), 0, tmp_path / "store")
+    by_allocator = allocated_bytes(tracked_run(case.payload(tmp_path)), Context.alone())
     assert 0 <= by_allocator - tracked.total <= 64 + states * RNG_STATE_BYTES
 
 

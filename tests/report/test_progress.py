@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from kubeflow_trainer_api.models import TrainerV1alpha1UpdateTrainJobStatusRequest
 
+from meshwright import verbs
+from meshwright.job import Job
 from meshwright.report import progress
 from meshwright.report.progress import StatusAddress, posted, status_of
 from meshwright.run import RunFolder
@@ -141,6 +143,22 @@ def test_a_server_that_does_not_take_it_never_stops_the_run(
         step(run, 3)
     assert server.taken == []
     assert len(caplog.records) == 1 and "cannot be posted" in caplog.text
+
+
+@pytest.mark.slow
+def test_train_posts_its_progress_where_trainer_asks_for_it(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = address_of(server, tmp_path)
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", address.url)
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_CA_CERT", str(address.authority))
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(address.token))
+    (tmp_path / "texts.txt").write_text("word " * 4000)
+    model = {"family": "llama", "layers": 2, "hidden": 48, "heads": 6, "kv_heads": 2, "ffn": 96, "vocab": 300}
+    data = {"source": str(tmp_path / "texts.txt"), "seq_len": 16, "tokenizer": "bytes"}
+    train = {"steps": 3, "lr": 1e-3, "global_batch": 4}
+    verbs.train(Job(model=model, data=data, train=train, cluster={"devices": 1}), run=tmp_path / "run")
+    assert server.taken[-1]["trainerStatus"]["progressPercentage"] == 100
 
 
 def test_without_an_address_nothing_runs(tmp_path: Path) -> None:

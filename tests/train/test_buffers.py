@@ -17,6 +17,7 @@ from torch import Tensor
 from meshwright import data, verbs
 from meshwright.errors import CannotWork, InputError, RunFailed
 from meshwright.job import Job
+from meshwright.launch import Context
 from meshwright.parallel import start
 from meshwright.run import RunFolder
 from meshwright.train.model import model_of_job
@@ -64,7 +65,7 @@ def train(run: RunFolder, steps: int, *, resume: bool = False, precision: str = 
         data.build_manifest(job, run.create().manifest)
         run.logs.mkdir()
     plan = verbs.plan(job)
-    with start(plan.chosen.layout, 0, run.path / f"store-{steps}-{resume}") as mesh:
+    with start(plan.chosen.layout, Context.alone()) as mesh:
         Session(job, plan, run, mesh, resume=resume).train()
     return saved(run, steps)
 

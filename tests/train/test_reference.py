@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from meshwright.families.llama.card import LlamaShape, hf_config, hf_names
 from meshwright.families.llama.module import build
+from meshwright.launch import Context
 from meshwright.layout import Box, Layout
 from meshwright.train.model import initial_values
 from tests.worlds import CLIP, GLOBAL_BATCH, SHAPES, STEPS, Case, RandomTokens, train_one
@@ -51,7 +52,7 @@ def plain_loop(shape: LlamaShape) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_device_equals_a_plain_loop(shape: str, tmp_path: Path) -> None:
     losses, norms = plain_loop(LlamaShape(**SHAPES[shape]))
-    trained = train_one(Case(Layout(micro_batch=2), shape), 0, tmp_path / "store", tmp_path / "gradients")
+    trained = train_one(Case(Layout(micro_batch=2), shape), Context.alone(), tmp_path / "gradients")
     assert trained.losses == pytest.approx(losses, rel=1e-5)
     assert trained.norms == pytest.approx(norms, rel=1e-5)
     assert max(norms) > CLIP, "nothing was clipped, so clipping was not tested"

@@ -226,12 +226,14 @@ def killed_while_saving(job: Path, run: Path) -> tuple[int, int] | None:
     checkpoints = run / "checkpoints"
 
     def saving() -> bool:
-        return any(checkpoints.glob("step-*.partial-*")) and checkpoint.latest(checkpoints) is not None
+        return any(checkpoints.glob(".saving-*/step-*.partial-*")) and checkpoint.latest(checkpoints) is not None
 
     with command(job, run) as process:
         eventually(saving, process)
         kill_everything(process.pid)
-    half = [int(path.name.split(".")[0].removeprefix("step-")) for path in checkpoints.glob("step-*.partial-*")]
+    half = [
+        int(path.name.split(".")[0].removeprefix("step-")) for path in checkpoints.glob(".saving-*/step-*.partial-*")
+    ]
     newest = checkpoint.latest(checkpoints)
     assert newest is not None
     committed = checkpoint.read_manifest(newest).step

@@ -37,7 +37,7 @@ class HeldOut:
         return count
 
 
-def waits(layout: Layout, rank: int, store_path: Path) -> dict[str, list[str]]:
+def waits(layout: Layout, context: Context, name: str = "") -> dict[str, list[str]]:
     """Where the second step of a small language model waits, and its evaluation."""
     from meshwright import tasks
     from meshwright.families.llama.card import LlamaShape, card
@@ -58,7 +58,7 @@ def waits(layout: Layout, rank: int, store_path: Path) -> dict[str, list[str]]:
     def read(step: int, start: int, stop: int) -> dict[str, Any]:
         return {name: values[start:stop] for name, values in batches[step].items()}
 
-    with start(layout, rank, store_path, timeout_seconds=60) as mesh:
+    with start(layout, context, timeout_seconds=60, name=name) as mesh:
         with torch.device("meta"):
             module = build(shape)
         stages = even_stages([block.name for block in paper.blocks], layout.pp)
@@ -77,12 +77,11 @@ def waits(layout: Layout, rank: int, store_path: Path) -> dict[str, list[str]]:
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, dict[str, list[str]]]:
     """What a started process runs: its rank of every layout."""
-    stores = {name: context.store_path.with_name(f"store-{name}") for name in LAYOUTS}
-    return {name: waits(layout, context.rank, stores[name]) for name, layout in LAYOUTS.items()}
+    return {name: waits(layout, context, name) for name, layout in LAYOUTS.items()}
 
 
-def test_one_device_waits_once(tmp_path: Path) -> None:
-    assert waits(Layout(micro_batch=4), 0, tmp_path / "store") == {"step": ["tolist"], "evaluation": ["tolist"]}
+def test_one_device_waits_once() -> None:
+    assert waits(Layout(micro_batch=4), Context.alone()) == {"step": ["tolist"], "evaluation": ["tolist"]}
 
 
 def test_each_rank_of_a_layout_waits_once(tmp_path: Path) -> None:

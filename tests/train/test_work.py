@@ -17,6 +17,7 @@ import torch
 from meshwright import data, verbs
 from meshwright.errors import RunFailed
 from meshwright.job import Job
+from meshwright.launch import Context
 from meshwright.parallel import start
 from meshwright.run import RunFolder
 from meshwright.train.loop import BATCHES_UNTIL_ASKED
@@ -57,7 +58,7 @@ def session(job: Job, run: RunFolder, *, resume: bool = False) -> dict[str, Any]
         data.build_manifest(job, run.create().manifest)
         run.logs.mkdir()
     plan = verbs.plan(job)
-    with start(plan.chosen.layout, 0, run.path / f"store-{resume}") as mesh:
+    with start(plan.chosen.layout, Context.alone()) as mesh:
         return Session(job, plan, run, mesh, resume=resume).train()
 
 

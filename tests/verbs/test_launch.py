@@ -55,6 +55,14 @@ def test_counts_are_the_plans(small: Path) -> None:
     assert on_cores.checkpoint_bytes == 16 * plan.parameters
 
 
+def test_fewer_devices_that_are_enough_are_fewer_nodes(small: Path) -> None:
+    for least, nodes in ((1, 1), (2, 1), (3, 2), (6, 3), (60, 3)):
+        told, _ = values(small, (*CORES, f"launch.devices_min={least}"))
+        assert (told.nodes_min, told.nodes) == (nodes, 3)
+        assert f"devices_min = {least}" in told.job_toml
+        assert ("#SBATCH --nodes=2-3\n" in TARGETS["slurm"](told).files["job.sbatch"]) == (nodes == 2)
+
+
 def test_larger_models_get_more_memory_disk_and_time(small: Path) -> None:
     larger = ("model.hidden=4096", "model.layers=32", "model.heads=32", "model.kv_heads=8", "model.ffn=14336")
     little, much = values(small, GPUS)[0], values(small, (*GPUS, *larger))[0]

@@ -1,10 +1,10 @@
 """The folder of a run's checkpoints: which are committed, which is newest, and deleting the rest.
 
 step-N                    committed: got this name after all its files were on the disk
-step-N.partial-<nonce>    being written, or left by writers that died; never read
 step-N.replaced-<nonce>   an older committed step-N, read only if the new step-N was not committed
 step-N.removed-<nonce>    being deleted
-.saving                   messages between the ranks of a save
+.saving-G                 the lease of generation G of the ranks: their messages during a save, and
+    step-N.partial-<nonce>    being written, or left by writers that died; never read
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.errors import InputError
 from meshwright.files import sync_folder
+from meshwright.run import HELD_NAME
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0-9a-f]+)?")
 
@@ -61,8 +62,12 @@ def may_be_newer(damaged: DamagedCheckpoint, folder: Path, manifest: CheckpointM
     return later or damaged.step > manifest.step
 
 
-def clear_leftovers(root: Path) -> None:
-    """Deletes what dead writers left, and restores a committed folder whose replacement was not committed."""
+def clear_leftovers(root: Path, lease: Path) -> None:
+    """Deletes what dead writers left, and restores a committed folder whose replacement was not committed. Raises
+    FileNotFoundError, and does nothing, where `lease` has been taken away."""
+    lease.stat()
+    for _, _, folder in _scan(lease):
+        shutil.rmtree(folder)
     for step, state, folder in _scan(root):
         plain = step_folder(root, step)
         if state == "replaced" and not (plain / MANIFEST_NAME).exists() and (folder / MANIFEST_NAME).exists():
@@ -73,12 +78,14 @@ def clear_leftovers(root: Path) -> None:
             shutil.rmtree(folder)
 
 
-def commit_folder(root: Path, step: int, nonce: str) -> Path:
-    """Renames a finished partial folder to step-N, replacing an older step-N."""
+def commit_folder(root: Path, lease: Path, step: int, nonce: str) -> Path:
+    """Renames a finished partial folder of `lease` to step-N, replacing an older step-N. Raises FileNotFoundError where
+    the lease has been taken away."""
     target = step_folder(root, step)
+    lease.stat()
     if target.exists():
         target.rename(step_folder(root, step, "replaced", nonce))
-    step_folder(root, step, "partial", nonce).rename(target)
+    step_folder(lease, step, "partial", nonce).rename(target)
     sync_folder(root)
     replaced = step_folder(root, step, "replaced", nonce)
     if replaced.exists():
@@ -87,8 +94,11 @@ def commit_folder(root: Path, step: int, nonce: str) -> Path:
 
 
 def prune(root: Path, keep: int, nonce: str) -> None:
-    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to inspect."""
+    """Deletes all but the `keep` newest committed checkpoints, and those that are being copied elsewhere; damaged ones
+    are left for a person to inspect."""
     for folder, manifest in committed_folders(root)[0][:-keep]:
+        if (folder / HELD_NAME).exists():
+            continue
         # Renamed first: a kill during deletion must not leave a folder that looks committed.
         removed = step_folder(root, manifest.step, "removed", nonce)
         folder.rename(removed)

@@ -3,13 +3,14 @@
 A background thread must not use the training's process group, and a file of a killed run must not be taken for one of a
 living rank. So each rank repeats random words that were drawn for this save:
 
-    .saving/begin.json     rank 0: {nonce, step, world}          the nonce is new for every save
-    .saving/hello-K.json   rank K: {nonce, id, tensors}          repeats the nonce; the id is new for every save
+    LEASE/begin.json       rank 0: {nonce, step, world}          the nonce is new for every save
+    LEASE/hello-K.json     rank K: {nonce, id, tensors}          repeats the nonce; the id is new for every save
     PARTIAL/plan.json      rank 0: {ids, places}                 repeats all ids; the place of each tensor
     PARTIAL/state/rank-K.json  rank K: {id, pieces, files} or {id, error}    what it wrote, with digests
-    .saving/end.json       rank 0: {ids, error}                  committed, or why not
+    LEASE/end.json         rank 0: {ids, error}                  committed, or why not
 
-PARTIAL is the folder step-N.partial-<nonce>.
+PARTIAL is the folder step-N.partial-<nonce> in LEASE, the folder of this generation of ranks: when another generation
+begins, it is taken away, and nothing that is prepared there can be committed.
 """
 
 from __future__ import annotations
@@ -34,35 +35,34 @@ _LONGEST_WAIT_SECONDS = 0.1
 class Rendezvous:
     """One rank's side of one save. A wait of `timeout_seconds` raises RunFailed naming the missing ranks."""
 
-    def __init__(self, root: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
-        self.root, self.step, self.rank, self.world = root, step, rank, world
+    def __init__(self, lease: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
+        self.lease, self.step, self.rank, self.world = lease, step, rank, world
         self.timeout_seconds = timeout_seconds
         self.id = secrets.token_hex(8)
         self.nonce = ""
         self._ids: dict[int, str] = {}
-        self._saving = root / ".saving"
-        self._saving.mkdir(parents=True, exist_ok=True)
 
     @property
     def partial(self) -> Path:
         """The folder of this save before its commit."""
-        return step_folder(self.root, self.step, "partial", self.nonce)
+        return step_folder(self.lease, self.step, "partial", self.nonce)
 
     # Rank 0
 
     def begin(self) -> None:
         """Rank 0: announces the save and makes its folder."""
         self.nonce = secrets.token_hex(8)
+        self.partial.mkdir()
         for part in ("model", "state"):
-            (self.partial / part).mkdir(parents=True)
+            (self.partial / part).mkdir()
         record = {"nonce": self.nonce, "step": self.step, "world": self.world}
-        write_atomic(self._saving / "begin.json", dump_json(record), durable=False)
+        write_atomic(self.lease / "begin.json", dump_json(record), durable=False)
 
     def gather_hellos(self) -> list[Any]:
         """Rank 0: the tensors of each rank's `say_hello`, by rank, once all have repeated this save's nonce."""
 
         def hello_of(rank: int) -> Any:
-            hello = self._read(self._saving / f"hello-{rank}.json")
+            hello = self._read(self.lease / f"hello-{rank}.json")
             return hello if hello is not None and hello["nonce"] == self.nonce else None
 
         hellos = self._gather(hello_of, "no word from")
@@ -94,14 +94,14 @@ class Rendezvous:
     def end(self, error: str = "") -> None:
         """Rank 0: publishes that the checkpoint is committed, or why it is not."""
         ids = {str(rank): word for rank, word in self._ids.items()}
-        write_atomic(self._saving / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
+        write_atomic(self.lease / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
 
     # Every rank
 
     def say_hello(self, tensors: Any) -> None:
         """Answers rank 0's announcement. Rank 0 calls this too, after `begin`."""
         record = {"nonce": self.nonce, "id": self.id, "tensors": tensors}
-        write_atomic(self._saving / f"hello-{self.rank}.json", dump_json(record), durable=False)
+        write_atomic(self.lease / f"hello-{self.rank}.json", dump_json(record), durable=False)
 
     def await_plan(self, tensors: Any) -> dict[str, Any]:
         """Answers announcements of this step until rank 0 publishes a plan; returns where the tensors go.
@@ -110,7 +110,7 @@ class Rendezvous:
         """
 
         def planned() -> dict[str, Any] | None:
-            begin = self._read(self._saving / "begin.json")
+            begin = self._read(self.lease / "begin.json")
             if begin is None or begin["step"] != self.step or begin["world"] != self.world:
                 return None
             if begin["nonce"] != self.nonce:
@@ -139,7 +139,7 @@ class Rendezvous:
 
     def raise_if_failed(self) -> bool:
         """Whether rank 0 has committed this save. Raises RunFailed if it failed."""
-        end = self._read(self._saving / "end.json")
+        end = self._read(self.lease / "end.json")
         if end is None or end["ids"].get(str(self.rank)) != self.id:
             return False
         if end["error"]:

@@ -50,6 +50,9 @@ from meshwright.placement import Placement
 
 log = logging.getLogger(__name__)
 
+#: Where checkpoints are prepared when no lease is given.
+OWN_LEASE = ".saving-0"
+
 
 @dataclass(frozen=True)
 class _HostBox:
@@ -76,9 +79,10 @@ class Writer:
     """Saves checkpoints under `root`. Every rank of the world has a Writer, and all call `save` for the same steps.
 
     The ranks share only the folder: nothing is gathered, and no collective runs. The newest `keep` committed
-    checkpoints stay. `parent` is the step that this run was resumed from. A missing rank fails the save after
-    `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed. Rank 0 calls
-    `committed(step, seconds)` after each commit, with how long `save` kept its caller.
+    checkpoints stay. `parent` is the step that this run was resumed from. Checkpoints are prepared in the folder
+    `lease`; once it has been taken away, none is committed (default: one that nobody takes away). A missing rank fails
+    the save after `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed. Rank 0
+    calls `committed(step, seconds)` after each commit, with how long `save` kept its caller.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Writer:
         keep: int = 2,
         layout: Layout | None = None,
         parent: int | None = None,
+        lease: Path | None = None,
         timeout_seconds: float = 600.0,
         committed: Callable[[int, float], None] | None = None,
     ) -> None:
@@ -102,6 +107,7 @@ class Writer:
         self.asynchronous, self.keep, self.timeout_seconds = asynchronous, keep, timeout_seconds
         self.layout = layout.as_dict() if layout else {}
         self._parent, self._committed = parent, committed
+        self._lease, self._owns_lease = lease or self.root / OWN_LEASE, lease is None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -168,11 +174,14 @@ class Writer:
     def _run(self, save: _Save, begin: float, staged_seconds: float) -> None:
         """The background thread: reports an error to the other ranks and keeps it for the next call."""
         try:
-            rendezvous = Rendezvous(self.root, save.step, self.rank, self.world, self.timeout_seconds)
+            if self._owns_lease:
+                self._lease.mkdir(parents=True, exist_ok=True)
+            rendezvous = Rendezvous(self._lease, save.step, self.rank, self.world, self.timeout_seconds)
             try:
                 with named_in_errors(step_folder(self.root, save.step)):
-                    _write(save, rendezvous, self.keep, self.layout)
+                    _write(save, self.root, rendezvous, self.keep, self.layout)
             except Exception as error:
+                self._refuse_without_lease(save.step)
                 _give_up(rendezvous, error)
                 raise
             if self.rank == 0 and self._committed is not None:
@@ -185,6 +194,12 @@ class Writer:
             failed = RunFailed(Problem(f"rank {self.rank}, saving step {save.step}", _words(error)))
             failed.__cause__ = error
             self._error = failed
+
+    def _refuse_without_lease(self, step: int) -> None:
+        """Raises RunFailed where this generation of ranks is over."""
+        if not self._lease.is_dir():
+            what = "is not committed: other ranks train this run now"
+            raise RunFailed(Problem(f"rank {self.rank}, step {step}", what))
 
 
 def _give_up(rendezvous: Rendezvous, error: Exception) -> None:
@@ -221,12 +236,12 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, MeshwrightError | OSError) else f"{type(error).__name__}: {error}"
 
 
-def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, Any]) -> None:
+def _write(save: _Save, root: Path, rendezvous: Rendezvous, keep: int, layout: Mapping[str, Any]) -> None:
     """One rank's part of a save, from the first message to the commit."""
     tensors = {name: [staged.dtype, list(staged.box.global_shape)] for name, staged in save.model.items()}
     files: dict[str, StoredFile] = {}
     if rendezvous.rank == 0:
-        clear_leftovers(rendezvous.root)
+        clear_leftovers(root, rendezvous.lease)
         rendezvous.begin()
         rendezvous.say_hello(tensors)
         places, files = _prepare_model(save, rendezvous)
@@ -242,8 +257,8 @@ def _write(save: _Save, rendezvous: Rendezvous, keep: int, layout: Mapping[str, 
     rendezvous.report({"pieces": record, "files": {path: vars(file) for path, file in state_files.items()}})
     if rendezvous.rank == 0:
         parts = rendezvous.gather_parts()
-        _commit(save, rendezvous, parts, files, layout)
-        prune(rendezvous.root, keep, rendezvous.nonce)
+        _commit(save, root, rendezvous, parts, files, layout)
+        prune(root, keep, rendezvous.nonce)
         rendezvous.end()
     else:
         rendezvous.await_end()
@@ -317,7 +332,12 @@ def _write_state(
 
 
 def _commit(
-    save: _Save, rendezvous: Rendezvous, parts: list[Any], files: dict[str, StoredFile], layout: Mapping[str, Any]
+    save: _Save,
+    root: Path,
+    rendezvous: Rendezvous,
+    parts: list[Any],
+    files: dict[str, StoredFile],
+    layout: Mapping[str, Any],
 ) -> None:
     """Rank 0: joins the parts into the manifest, writes it last and renames the folder."""
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredPiece]]] = {}
@@ -336,7 +356,7 @@ def _commit(
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
-    sound, damaged = committed_folders(rendezvous.root)
+    sound, damaged = committed_folders(root)
     earlier = [*(manifest.sequence for _, manifest in sound), *(one.sequence for one in damaged)]
     sequence = max((number for number in earlier if number is not None), default=-1) + 1
     manifest = CheckpointManifest(
@@ -352,7 +372,7 @@ def _commit(
     for part in ("model", "state"):
         sync_folder(rendezvous.partial / part)
     write_atomic(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest))
-    commit_folder(rendezvous.root, save.step, rendezvous.nonce)
+    commit_folder(root, rendezvous.lease, save.step, rendezvous.nonce)
 
 
 def _stored_file(digested: bytes, total_bytes: int) -> StoredFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from meshwright.files import decode_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshwright.launch import LocalProcesses
+    from meshwright.launch import Launch
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
@@ -225,9 +226,11 @@ def _show_measured(result: Mapping[str, Any]) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.detach:
+        return _detach(options)
     resume_with = verbs.resume_command(options.job, options.overrides, options.run)
 
-    def watch(folder: RunFolder, plan: Plan, processes: LocalProcesses) -> None:
+    def watch(folder: RunFolder, plan: Plan, processes: Launch) -> None:
         from meshwright.report import terminal
 
         try:
@@ -244,6 +247,40 @@ def _train(options: argparse.Namespace) -> None:
         return _print_json(result)
     for name, value in result.items():
         print(f"{name.replace('_', ' '):<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+def _detach(options: argparse.Namespace) -> None:
+    words = ["train", options.job, *options.overrides]
+    words += [word for name in ("run", "profile") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+    folder = verbs.run_folder_of(options.job, options.run).path
+    result = verbs.detach([*words, *(["--resume"] if options.resume else [])], folder)
+    if options.json:
+        return _print_json(result)
+    print(f"{result['run']} is at work, process {result['pid']}")
+    for verb in ("status", "logs", "stop"):
+        print(f"  meshwright {verb} {shlex.quote(result['run'])}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    runs = verbs.status(options.runs)
+    if options.json:
+        return _print_json(runs)
+    from meshwright.report.lines import status_lines
+
+    for line in status_lines(runs):
+        print(line)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    result = verbs.stop(options.run)
+    if options.json:
+        return _print_json(result)
+    print(f"{result['run']}: {result['state']} at step {result['step']} of {result['steps']}")
+
+
+def _logs(options: argparse.Namespace) -> None:
+    for name, line in verbs.logs(options.run, rank=options.rank, follow=options.follow):
+        print(line if options.rank is not None else f"{name}: {line}", flush=options.follow)
 
 
 def _launch(options: argparse.Namespace) -> None:
@@ -329,6 +366,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "predict": _predict,
     "calibrate": _calibrate,
     "verify": _verify,
+    "status": _status,
+    "stop": _stop,
+    "logs": _logs,
     "train": _train,
     "launch": _launch,
     "generate": _generate,

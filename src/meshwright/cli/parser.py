@@ -59,6 +59,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_plan_verbs(add)
     _add_prediction_verbs(add)
     _add_train_verbs(add)
+    _add_access_verbs(add)
     _add_launch_verbs(add)
     _add_serve_verbs(add)
     _add_report_verbs(add)
@@ -163,6 +164,23 @@ def _add_train_verbs(add: Adder) -> None:
     verb.add_argument(
         "--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: the shipped ones)"
     )
+    what = "return once it has started; it goes on without this terminal (see status, logs, stop)"
+    verb.add_argument("--detach", action="store_true", help=what)
+
+
+def _add_access_verbs(add: Adder) -> None:
+    verb = add("status", "show what runs are doing", "status", "status runs/job --json")
+    verb.add_argument("runs", metavar="RUN", nargs="*", help="run folders (default: those in runs/)")
+    _takes_json(verb)
+
+    verb = add("stop", "have a run save and end", "stop runs/job")
+    verb.add_argument("run", metavar="RUN", help="run folder")
+    _takes_json(verb)
+
+    verb = add("logs", "print what the ranks of a run have printed", "logs runs/job", "logs runs/job --rank 1 --follow")
+    verb.add_argument("run", metavar="RUN", help="run folder")
+    verb.add_argument("--rank", type=_at_least(0), metavar="K", help="of this rank alone")
+    verb.add_argument("--follow", action="store_true", help="go on as long as the run is at work")
 
 
 def _add_launch_verbs(add: Adder) -> None:
@@ -194,7 +212,9 @@ def _add_serve_verbs(add: Adder) -> None:
         'generate runs/job --prompt "def main("',
         "generate ./qwen3-folder --prompt Hello --temperature 0.8 --top-p 0.95 --seed 1",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
     verb.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
     verb.add_argument("--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default)")
@@ -214,7 +234,9 @@ def _add_serve_verbs(add: Adder) -> None:
         "serve runs/job",
         "serve ./qwen3-folder serve.http_port=9000 serve.tp=2",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
 
 

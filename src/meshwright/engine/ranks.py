@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meshwright.engine.scheduler import Work
 from meshwright.launch import Context
+from meshwright.process_group import store_of
 
 #: Integers in the first broadcast of a step: enough for decoding; a step that reads prompts sends the rest after it.
 _FIRST_MESSAGE = 128
@@ -77,13 +78,12 @@ class Ranks:
 
 
 def join(context: Context | None) -> Ranks:
-    """The ranks of `context`, connected through the file store in its private folder; one rank without a context."""
+    """The ranks of `context`, connected; one rank without a context. Ended by `leave`."""
     if context is None or context.world == 1:
         return Ranks()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = dist.FileStore(str(context.store_path), context.world)
     dist.init_process_group(
-        backend, store=store, rank=context.rank, world_size=context.world, timeout=_COLLECTIVE_TIMEOUT
+        backend, store=store_of(context), rank=context.rank, world_size=context.world, timeout=_COLLECTIVE_TIMEOUT
     )
     return Ranks(context.rank, context.world)
 

@@ -65,7 +65,7 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """What it is trained on."""
 
-    source: Text = _key("stdlib", '"stdlib", "digits", or the path of a .txt or .jsonl file or of a folder')
+    source: Text = _key("stdlib", '"stdlib", "digits", or path or URL of a .txt or .jsonl file or of a folder')
     seq_len: Annotated[int, Field(ge=1, le=2**27)] | None = _key(None, "tokens per sequence (language models)")
     tokenizer: Text = _key(
         "bpe", '"bpe" (trained on the source), "bytes", or the path of a tokenizer.json or its folder'
@@ -160,13 +160,22 @@ class CheckpointSection(_Section):
     )
     keep: Count = _key(2, "newest checkpoints kept")
     asynchronous: bool = _key(True, "write while training goes on")
+    url: Text | None = _key(None, "place in an object store, such as s3://bucket/runs/job, where copies are kept too")
 
 
 class LaunchSection(_Section):
     """How processes are started."""
 
-    backend: Literal["local"] = _key("local", "where the processes run")
-    interface: Text = _key("lo", "network interface that the processes talk over")
+    on: Literal["local", "ray", "agents"] = _key(
+        "local", "where the ranks run: this machine, a Ray cluster, or nodes whose agents somebody else starts"
+    )
+    address: Text | None = _key(
+        None, "agents: HOST:PORT that the hub listens on; ray: the cluster's address (default: one is started)"
+    )
+    devices_min: Count | None = _key(
+        None, "fewest devices to start with, and to go on with after a loss; default: all to start with, one to go on"
+    )
+    interface: Text = _key("lo", "network interface that the ranks talk over; with several nodes, lo: each node's own")
     timeout_seconds: Positive = _key(300.0, "longest wait for another process")
 
 

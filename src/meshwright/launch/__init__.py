@@ -1,6 +1,25 @@
-"""Start a function by name in processes of its own: `launch.local("package.module:function", {...}, processes=4)`."""
+"""Start functions by name as ranks, on this machine or on many: `launch.local("package.module:function", {...}, 4)`."""
 
-from meshwright.launch.local import LocalProcesses, interface_problem, local, scratch_folder
-from meshwright.launch.messages import Context
+from meshwright.launch.driver import ClusterBackend, Finished, Launch, Wait, Waited, keep, start
+from meshwright.launch.groups import Need, Node, RankGroup
+from meshwright.launch.hub_files import rotate
+from meshwright.launch.local import LocalBackend, local, scratch_folder
+from meshwright.launch.rank import Context
 
-__all__ = ["Context", "LocalProcesses", "interface_problem", "local", "scratch_folder"]
+__all__ = [
+    "ClusterBackend",
+    "Context",
+    "Finished",
+    "Launch",
+    "LocalBackend",
+    "Need",
+    "Node",
+    "RankGroup",
+    "Wait",
+    "Waited",
+    "keep",
+    "local",
+    "rotate",
+    "scratch_folder",
+    "start",
+]

@@ -1,7 +1,7 @@
 """The main program of a worker: `python -m meshwright.launch.worker`, configured by its environment.
 
-It reads the function's name and payload from the private folder, calls `function(payload, context)`, and writes the
-result or the error as JSON into a file that its parent has open. It ends when its parent does.
+It reads the function's name and payload from a file in memory that its parent has open, calls
+`function(payload, context)`, and writes the result or the error as JSON into another. It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 from meshwright import env
 from meshwright.errors import InputError, MeshwrightError, Problem
-from meshwright.launch.messages import Context, error_to_dict
+from meshwright.launch.messages import error_to_dict
+from meshwright.launch.rank import Context, place_of
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -50,17 +51,20 @@ def end_with_parent(parent: int) -> None:
 
 def main() -> int:
     """Run the function. Returns the exit status: 0, or the code of the error that was written."""
-    me = env.worker_context()
+    me = env.worker_files()
     if me is None:
         print("meshwright.launch.worker is started by `meshwright`, not by hand", file=sys.stderr)
         return 2
     end_with_parent(me.parent)
-    spec = json.loads((me.folder / "spec.json").read_bytes())
-    context = Context(rank=me.rank, world=me.world, store_path=me.folder / "store")
+    spec = _read_spec(me.spec)
+    context = Context(place_of(spec["place"]), lambda: str(_read_spec(me.spec)["place"]["dial"]["secret"]))
     status = 0
     answer: dict[str, Any]
     try:
-        result = resolve(spec["function"])(spec["payload"], context)
+        try:
+            result = resolve(spec["function"])(spec["payload"], context)
+        finally:
+            context.close()
         answer = {"result": json.dumps(result, allow_nan=True)}
     except MeshwrightError as error:
         _print_traceback()
@@ -72,6 +76,11 @@ def main() -> int:
     with os.fdopen(me.answer, "wb") as file:
         file.write(json.dumps(answer).encode())
     return status
+
+
+def _read_spec(descriptor: int) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    return spec
 
 
 def _print_traceback() -> None:

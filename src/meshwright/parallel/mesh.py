@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshwright.launch import Context
 from meshwright.layout import Coordinates, Layout, coordinates
+from meshwright.process_group import USUAL_TIMEOUT_SECONDS, process_group
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,21 @@ class Mesh:
 
 
 @contextmanager
-def start(layout: Layout, rank: int, store_path: Path, *, timeout_seconds: float = 300.0) -> Iterator[Mesh]:
-    """Joins the job's processes through the private file `store_path` and yields this rank's Mesh.
+def start(
+    layout: Layout, context: Context, *, timeout_seconds: float = USUAL_TIMEOUT_SECONDS, name: str = ""
+) -> Iterator[Mesh]:
+    """Joins the ranks of `context`, of which there are as many as `layout` has devices, and yields this rank's Mesh.
 
     NCCL where there are GPUs, gloo otherwise. The group is destroyed on exit. A missing rank or a stalled collective
-    raises after `timeout_seconds`.
+    raises after `timeout_seconds`. `name` tells apart the meshes that the same ranks start one after another.
     """
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    device = torch.device("cuda", context.device % torch.cuda.device_count()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=dist.FileStore(str(store_path), layout.devices),
-        rank=rank,
-        world_size=layout.devices,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-    try:
-        yield _mesh(layout, rank, device)
-    finally:
-        dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    with process_group(context, backend, timeout_seconds=timeout_seconds, name=name):
+        yield _mesh(layout, context.rank, device)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from meshwright import launch
+from meshwright.process_group import process_group
 
 MIB = 1024**2
 MESSAGE_BYTES = 16 * MIB
@@ -53,17 +53,10 @@ def measure_links(processes: int, interface: str) -> tuple[LinkSpeed, ...]:
 def work(payload: dict[str, Any], context: launch.Context) -> list[dict[str, Any]]:
     """The function of each process. payload: {backend}. Returns the fields of a LinkSpeed per collective."""
     backend = payload["backend"]
-    device = torch.device("cuda", context.rank) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", context.device) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(str(context.store_path), context.world),
-        rank=context.rank,
-        world_size=context.world,
-        timeout=timedelta(seconds=TIMEOUT_SECONDS),
-    )
-    try:
+    with process_group(context, backend, timeout_seconds=TIMEOUT_SECONDS):
         rows = []
         for collective in COLLECTIVES:
             small = _times(collective, 2 * context.world, context.world, device, repeats=20)
@@ -80,8 +73,6 @@ def work(payload: dict[str, Any], context: launch.Context) -> list[dict[str, Any
             )
             rows.append(row.__dict__)
         return rows
-    finally:
-        dist.destroy_process_group()
 
 
 def _times(collective: str, elements: int, world: int, device: torch.device, repeats: int) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from meshwright.errors import CannotWork, Problem
 from meshwright.plan.calibrate.from_machine import QUIET
 from meshwright.probe import parts
 from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
+from meshwright.process_group import process_group
 
 #: All parts are measured in each round, and the best figure of each counts.
 ROUNDS = 2
@@ -113,17 +113,11 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
     budget = _time_budget(payload)
     device = torch.device("cpu")
     if payload["kind"] == "cuda":
-        device = torch.device("cuda", context.rank)
+        device = torch.device("cuda", context.device)
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if payload["kind"] == "cuda" else "gloo",
-        store=dist.FileStore(str(context.store_path), context.world),
-        rank=context.rank,
-        world_size=context.world,
-        timeout=timedelta(seconds=MOST_SECONDS),
-    )
-    try:
+    backend = "cpu:gloo,cuda:nccl" if payload["kind"] == "cuda" else "gloo"
+    with process_group(context, backend, timeout_seconds=MOST_SECONDS):
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if own_time else time.perf_counter
         typical = statistics.median if payload["whole"] else min  # one thread without a core delays all threads
@@ -137,8 +131,6 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
                 break
             figures = _best_figures(figures, _measure_parts(bench, payload))
         return {"parts": figures, "links": links, "processors": bench.processors()}
-    finally:
-        dist.destroy_process_group()
 
 
 def _measure_parts(bench: parts.Bench, payload: dict[str, Any]) -> dict[str, Any]:

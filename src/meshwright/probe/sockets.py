@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from meshwright.errors import Problem
 from meshwright.job.sections import LaunchSection, ServeSection
-from meshwright.launch import interface_problem
+from meshwright.launch.network import interface_address, interface_problem, is_public
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,22 @@ def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...
             "unauthenticated by design of gloo and NCCL; open while the job runs; keep the interface private",
         ),
         Listener(
-            "rendezvous of the processes of a job",
-            "train, verify, serve with tp > 1",
-            "a file, no socket",
+            "hub: the processes of a job meet, and say how they are",
+            "train, verify, serve; launch.on = local",
+            "a Unix socket",
             "none",
-            "this user only: folder of mode 0700 with a name that cannot be guessed",
+            "the job's secret, and this user: folder of mode 0700 with a name that cannot be guessed",
             "",
-            "only who can read the folder can join the job",
+            "read by `status` and `logs`, and by `stop`, with secrets of their own",
+        ),
+        Listener(
+            "hub: agents of other machines attend it",
+            "train; launch.on = ray or agents",
+            launch.address or "set by launch.address",
+            "of launch.address",
+            "the job's secret; TLS with the job's own certificate",
+            "",
+            "the secrets are in files of mode 0600 in the run folder",
         ),
     )
 
@@ -86,25 +95,10 @@ def socket_problems(serve: ServeSection, launch: LaunchSection) -> list[Problem]
         problems.append(problem)
     else:
         address = interface_address(launch.interface)
-        if address and ipaddress.ip_address(address).is_global:
+        if address and is_public(address):
             what = f"'{launch.interface}' has the public address {address}, and gloo and NCCL do not authenticate"
             problems.append(Problem("launch.interface", what, "use a private interface, or lo on one machine"))
     return problems
-
-
-def interface_address(name: str) -> str | None:
-    """The IPv4 address of a network interface, or None."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = name.encode()[:15].ljust(256, b"\0")
-        try:
-            answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of linux/sockios.h
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _port(port: int) -> str:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright import tasks
 from meshwright.job import Job
+from meshwright.launch import Context
 from meshwright.layout import Box, Execution, Layout
 from meshwright.parallel import Mesh, apply, fake_mesh, start
 from meshwright.rehearse import device
@@ -89,10 +89,10 @@ def _steady_micro_batches(run: TrackedRun) -> int:
     return max(3, 2 * pp - 1 if run.kind == "cpu" else pp + 1)
 
 
-def measured_peaks(run: TrackedRun, rank: int, store_path: Path, steps: int) -> list[Peak]:
+def measured_peaks(run: TrackedRun, context: Context, steps: int, *, name: str = "") -> list[Peak]:
     """The peak of each of `steps` real steps of this rank, in which all ranks of the layout take part."""
     tracker = Tracker(rounding=device.rounding(run.kind))
-    with start(run.layout, rank, store_path) as mesh:
+    with start(run.layout, context, name=name) as mesh:
         trainer = _trainer(run, mesh, lambda: tracker, fake=False)
         _track(tracker, trainer)
         peaks = []
@@ -104,7 +104,7 @@ def measured_peaks(run: TrackedRun, rank: int, store_path: Path, steps: int) -> 
     return peaks
 
 
-def allocated_bytes(run: TrackedRun, rank: int, store_path: Path, steps: int = 2) -> int:
+def allocated_bytes(run: TrackedRun, context: Context, steps: int = 2, *, name: str = "") -> int:
     """The most bytes that the allocator has given out in a real run of `steps` steps, without a tracker: torch.cuda's
     figure on a GPU, on a CPU the highest sum of the profiler's allocations and frees in this thread."""
     gc.collect()  # garbage of an earlier run would be freed within this one
@@ -112,7 +112,7 @@ def allocated_bytes(run: TrackedRun, rank: int, store_path: Path, steps: int = 2
         torch.cuda.reset_peak_memory_stats()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        with start(run.layout, rank, store_path) as mesh:
+        with start(run.layout, context, name=name) as mesh:
             trainer = _trainer(run, mesh, nullcontext, fake=False)
             for step in range(1, steps + 1):
                 trainer.step(step)

@@ -40,12 +40,11 @@ def measure(payload: Mapping[str, Any], context: Context) -> list[dict[str, Any]
     torch.set_flush_denormal(True)
     answers = []
     for number, case in enumerate(payload["cases"]):
-        run, store = tracked_run(case), context.store_path.with_name(f"store-{number}")
-        peaks = measured_peaks(run, context.rank, store, payload["steps"])
+        run = tracked_run(case)
+        peaks = measured_peaks(run, context, payload["steps"], name=f"case-{number}")
         answer = min(peaks, key=lambda peak: peak.total).as_dict()
         if payload.get("allocator"):
-            store = store.with_name(f"{store.name}-allocator")
-            answer["allocator_bytes"] = allocated_bytes(run, context.rank, store)
+            answer["allocator_bytes"] = allocated_bytes(run, context, name=f"case-{number}-allocator")
         answers.append(answer)
     return answers
 

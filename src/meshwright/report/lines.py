@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshwright.cluster import GIB
@@ -117,4 +117,28 @@ def exact_lines(exact: Mapping[str, Any]) -> list[str]:
     verdict = "fits" if exact["fits"] else "does not fit"
     need, room = exact["device_bytes"] / GIB, exact["room_bytes"] / GIB
     lines.append(f"        {verdict}: {need:.2f} GiB with allocator and process, of {room:.2f} GiB usable")
+    return lines
+
+
+def status_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The result of `verbs.status`: a line for each run, then its nodes with their ranks, and its last failures."""
+    if not runs:
+        return ["no runs here"]
+    lines = []
+    width = max(len(run["run"]) for run in runs)
+    for run in runs:
+        step = "-" if run["step"] is None else f"{run['step']}/{run['steps'] or '?'}"
+        figures = [f"step {step}"]
+        if run["loss"] is not None:
+            figures.append(f"loss {run['loss']:.4f}")
+        if run["tokens_per_second"] is not None:
+            figures.append(f"{run['tokens_per_second']:,.0f} tokens/s")
+        if run["ranks"]:
+            figures.append(f"{len(run['ranks'])} ranks on {len(run['nodes'])} nodes, generation {run['generation']}")
+        lines.append(f"{run['run']:<{width}}  {run['state']:<11}  {'  '.join(figures)}")
+        for node in run["nodes"]:
+            here = [one for one in run["ranks"] if one["node"] == node["name"]]
+            ranks = ", ".join(f"{one['role']} {one['rank']} {one['state']}" for one in here) or "no ranks"
+            lines.append(f"  {node['name']} ({node['address']}, {node['devices']} {node['kind']} devices): {ranks}")
+        lines += [f"  failed: {reason.splitlines()[0]}" for reason in run["failures"][-3:]]
     return lines

@@ -122,7 +122,7 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 @contextlib.asynccontextmanager
 async def engine_processes(
     folder: Path, config: ServeSection, precision: str, private: Path
-) -> AsyncIterator[tuple[ServedModel, launch.LocalProcesses]]:
+) -> AsyncIterator[tuple[ServedModel, launch.Launch]]:
     """Starts and connects the engine's ranks, and ends them at exit. Raises the errors of opening the model."""
     connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
 
@@ -177,7 +177,7 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
-async def _wait_for_end(processes: launch.LocalProcesses) -> None:
+async def _wait_for_end(processes: launch.Launch) -> None:
     while processes.poll() == "running":
         await asyncio.sleep(0.02)
 

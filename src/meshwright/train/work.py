@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from meshwright.train.spans import merge
 
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 writes the events.
+    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 tells the events.
 
     `payload["resume"]`: continue from the newest committed checkpoint. Returns {"step", "loss", ...} of the last step.
     """
@@ -37,16 +37,34 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     plan = Plan.read(run.plan)
     layout = plan.chosen.layout
     torch.set_flush_denormal(True)
-    with start(layout, context.rank, context.store_path, timeout_seconds=job.launch.timeout_seconds) as mesh:
-        session = Session(job, plan, run, mesh, resume=bool(payload.get("resume")))
+
+    def event(kind: str, **fields: Any) -> None:
+        context.tell("event", {"kind": kind, **fields})
+
+    with start(layout, context, timeout_seconds=job.launch.timeout_seconds) as mesh:
+        lease = run.lease(context.generation)
+        session = Session(job, plan, run, mesh, resume=bool(payload.get("resume")), lease=lease, event=event)
         return session.train()
 
 
 class Session:
     """A run in one process: the trainer with its data, events and checkpoints."""
 
-    def __init__(self, job: Job, plan: Plan, run: RunFolder, mesh: Mesh, *, resume: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        run: RunFolder,
+        mesh: Mesh,
+        *,
+        resume: bool,
+        lease: Path | None = None,
+        event: Callable[..., None] | None = None,
+    ) -> None:
+        """lease: the folder that this generation of ranks prepares its checkpoints in; event(kind, **fields): takes
+        the run's events (default: the run's own log)."""
         self.job, self.plan, self.run, self.mesh = job, plan, run, mesh
+        self._write_event = event or run.append_event
         self.manifest = data.Manifest.open(run.manifest)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
         chosen = plan.chosen
@@ -65,6 +83,7 @@ class Session:
             keep=job.checkpoint.keep,
             layout=chosen.layout,
             parent=self.first_step - 1 or None,
+            lease=lease,
             committed=lambda step, seconds: self._event("checkpoint", step=step, seconds=seconds),
         )
 
@@ -140,7 +159,7 @@ class Session:
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self.mesh.rank == 0:
-            self.run.append_event(kind, **fields)
+            self._write_event(kind, **fields)
 
     def _request_stop(self, *_: Any) -> None:
         self.trainer.stop_requested = True

@@ -4,9 +4,11 @@ A function takes a Job, or the path of a job file and overrides, and returns its
 Packages are imported inside the functions, so that a verb loads only what it needs: `plan` of a family has no torch.
 """
 
+from meshwright.verbs.access import logs, status, stop
 from meshwright.verbs.advice import advice
 from meshwright.verbs.calibrate import calibrate
 from meshwright.verbs.check import check
+from meshwright.verbs.detach import detach
 from meshwright.verbs.doctor import doctor
 from meshwright.verbs.exact import plan_exact
 from meshwright.verbs.explain import explain, resolved_toml
@@ -29,11 +31,13 @@ __all__ = [
     "card_of_job",
     "check",
     "cluster_of_job",
+    "detach",
     "doctor",
     "explain",
     "generate",
     "launch",
     "layout_table",
+    "logs",
     "new",
     "plan",
     "plan_exact",
@@ -45,6 +49,8 @@ __all__ = [
     "run_folder_of",
     "serve",
     "serving_plan",
+    "status",
+    "stop",
     "train",
     "verify",
     "write_plan",

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +36,6 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 GRACE_SECONDS, GRACE_FACTOR = 60, 2.0
 #: Requests that a server is given at once where the job does not say.
 SERVE_AT_ONCE = 8
-#: How long the certificate of a hub is good for.
-CERTIFICATE_DAYS = 3650
 #: Begin of a generation of devices -> Kubernetes' name of the device; no other is one that torch runs on here.
 RESOURCES = {"sm": "nvidia.com/gpu", "cdna": "amd.com/gpu"}
 RECORD = "launched.json"
@@ -119,7 +116,7 @@ def scheduled(
     layout, serve = planned.chosen.layout, job.serve
     devices = min(cluster.devices_per_node, layout.devices)
     nodes = -(-layout.devices // devices)
-    least = _devices_min(job)
+    least = job.launch.devices_min
     on_gpu = cluster.device.kind != "cpu"
     host_cores = max(1, cluster.device.units) * cluster.devices_per_node
     return ScheduledJob(
@@ -152,32 +149,12 @@ def scheduled(
 
 
 def new_access() -> Access:
-    """Secrets that no other job has, and a certificate of the job's hub, signed by itself: agents know it by heart."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
+    """Secrets that no other job has, and a certificate of the job's hub."""
+    from meshwright.launch.access import new_access as of_hub
     from meshwright.report.targets import Access
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "meshwright-hub")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))  # clocks of hosts differ
-        .not_valid_after(now + timedelta(days=CERTIFICATE_DAYS))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("meshwright-hub")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    join, read, act, token = (secrets.token_hex(32) for _ in range(4))
-    return Access(join, read, act, certificate.public_bytes(pem).decode(), private.decode(), token)
+    hub = of_hub(network=True)
+    return Access(hub.join, hub.read, hub.act, hub.certificate, hub.key, token=secrets.token_hex(32))
 
 
 def _require_trainable(job: Job) -> None:
@@ -192,17 +169,12 @@ def _given(job: Job, key: str) -> bool:
     return job.origins.get(key, "default") != "default"
 
 
-def _devices_min(job: Job) -> int | None:
-    """The fewest devices that the run can go on with; None: all."""
-    return job.as_dict()["launch"].get("devices_min")
-
-
 def _job_text(job: Job, devices: int, devices_per_node: int) -> str:
     """The job file for over there: what this job says, on as many devices as were planned for, but for the way of its
     launch, which its command there says."""
     from meshwright.files import toml_text
 
-    left_out = ("launch.backend", "launch.on", "launch.address")
+    left_out = ("launch.on", "launch.address")
     sections = {
         section: {key: value for key, value in keys.items() if _given(job, f"{section}.{key}")}
         for section, keys in job.as_dict().items()

@@ -10,6 +10,7 @@ from meshwright.errors import InputError, Problem
 from meshwright.verbs.start import card_of_job, cluster_of_job, gather, groups_of_job, read_job
 
 if TYPE_CHECKING:
+    from meshwright.cluster import Cluster
     from meshwright.job import Job
     from meshwright.plan import Plan, PlanRequest
     from meshwright.plan.constants import Profile
@@ -22,11 +23,12 @@ def plan(
     framework: str = "meshwright",
     objective: str = "time",
     profile: str | Path | None = None,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """The layout for a job, with its predicted time, memory and cost, and why. Needs no data.
 
-    `framework` will run it, `objective` is "time" or "money", `profile` is a file of constants. Raises CannotWork where
-    no layout fits.
+    `framework` will run it, `objective` is "time" or "money", `profile` is a file of constants, `cluster` replaces the
+    job's. Raises CannotWork where no layout fits.
     """
     from meshwright.plan import make_plan
 
@@ -38,8 +40,8 @@ def plan(
 
         card, mixed = gather(lambda: card_of_job(valid_job, style), lambda: groups_of_job(valid_job))
         return make_mixed_plan(card, mixed, request, constants)
-    card, cluster = gather(lambda: card_of_job(valid_job, style), lambda: cluster_of_job(valid_job))
-    return make_plan(card, cluster, request, constants)
+    card, there = gather(lambda: card_of_job(valid_job, style), lambda: cluster or cluster_of_job(valid_job))
+    return make_plan(card, there, request, constants)
 
 
 def style_of(framework: str, precision: str) -> str:

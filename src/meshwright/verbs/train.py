@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshwright.env import detached, trainer_status
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
 from meshwright.verbs.report import write_page
 from meshwright.verbs.start import cluster_of_job, locate_problems, location_of, read_job
+from meshwright.verbs.training_groups import OneStart, TrainingGroups, cluster_of_share
 
 if TYPE_CHECKING:
     from meshwright.job import Job
-    from meshwright.launch import LocalProcesses
+    from meshwright.launch import ClusterBackend, Launch, RankGroup
+    from meshwright.launch.messages import Message
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
@@ -27,6 +30,8 @@ PLACES = ("model.hf", "model.module_folder", "data.source", "data.tokenizer")
 #: Another key that it may not change: the order of the samples follows from it.
 FIXED_KEYS = ("train.seed",)
 
+#: How long the ranks of a detached run go on without their driver, which may be started again meanwhile.
+DETACHED_PATIENCE_SECONDS = 600.0
 #: Sections that decide the plan: where they have not changed, a resumed run keeps its plan.
 PLANNED_SECTIONS = ("model", "data", "cluster", "layout")
 
@@ -45,7 +50,7 @@ def train(
     run: str | Path | None = None,
     resume: bool = False,
     profile: str | Path | None = None,
-    watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None = None,
+    watch: Callable[[RunFolder, Plan, Launch], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a job into its run folder and writes its report. Returns {"run", "step", "loss", ..., "report"}.
 
@@ -53,7 +58,7 @@ def train(
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
     not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
-    from meshwright import data, families
+    from meshwright import data, families, storage
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -61,75 +66,141 @@ def train(
     folder = run_folder_of(job if not isinstance(job, Job) else "", run)
     resume_with = resume_command(job, overrides, run)
     job = read_job(job, overrides, further_check=plan)
-    if job.cluster.named is not None:
+    on_this_machine = job.launch.on == "local"
+    if job.cluster.named is not None and on_this_machine:
         what = f"'{job.cluster.named}' can only be planned for: `train` runs on this machine"
         raise CannotWork(Problem(location_of(job, "cluster.named"), what, "leave it out to train on this machine"))
     if job.cluster.groups:
-        what = "devices of several kinds can only be planned for: `train` runs on this machine"
+        what = "devices of several kinds can only be planned for: `train` runs on equal ones"
         raise CannotWork(Problem(location_of(job, "cluster.groups"), what, "leave it out to train on this machine"))
     with locate_problems(job):
         families.require_trainable(job)
+        backend = backend_of_job(job)
+    if job.checkpoint.url is not None:
+        _bring_back(folder, job.checkpoint.url) if resume else storage.RunCopy(job.checkpoint.url).require_none()
     earlier_job = _earlier_job(folder, resume, resume_with)
     if earlier_job is not None:
         _check_same_run(earlier_job, job, folder)
-    chosen = _reusable_plan(folder, earlier_job, job) or plan(job, profile=profile)
+    groups: OneStart | TrainingGroups
+    if on_this_machine:
+        chosen = _reusable_plan(folder, earlier_job, job) or plan(job, profile=profile)
+        groups = OneStart(folder, chosen, cluster_of_job(job).device.kind, resume=resume)
+    else:
+        groups = TrainingGroups(
+            job,
+            folder,
+            lambda share: plan(job, profile=profile, cluster=cluster_of_share(job, share)),
+            resume=resume,
+            may_grow=job.launch.on == "agents",
+        )
     _create(folder)
     with folder.lock():
         if earlier_job is None:
             _earlier_job(folder, resume, resume_with)  # a run that began while this one was planned
         with locate_problems(job):
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
-        with _written_unless_refused(folder, job_to_toml(job), chosen):
-            results = _run(folder, chosen, job, resume, resume_with, watch)
+        kept = _kept_in_store(folder, job, resume_with, new=earlier_job is None)
+        with _written_unless_refused(folder, job_to_toml(job)), locate_problems(job), kept:
+            results = _run(folder, groups, backend, job, resume_with, watch)
     return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
+
+
+def _bring_back(folder: RunFolder, url: str) -> None:
+    """Fetches from the store what a resume needs and the folder lacks; job.toml last, which marks a run."""
+    from meshwright import storage
+    from meshwright.job import sections_to_toml
+
+    if not folder.job.exists() and not storage.RunCopy(url).checkpoints():
+        what = f"holds no committed checkpoint, and {folder.path} no run to resume"
+        raise InputError(Problem(url, what, "leave --resume out to start one"))
+    _create(folder)
+    with folder.lock():
+        meta = storage.bring_back(url, folder)
+        if meta is not None and not folder.job.exists():
+            folder.write_job(sections_to_toml(meta["job"]))
+
+
+@contextmanager
+def _kept_in_store(folder: RunFolder, job: Job, resume_with: str, *, new: bool) -> Iterator[None]:
+    """`storage.kept_in_store` as the job says; its RunFailed has the command that resumes."""
+    from meshwright import storage
+
+    try:
+        with storage.kept_in_store(job.checkpoint.url, folder, job.checkpoint.keep, new=new):
+            yield
+    except RunFailed as error:
+        raise RunFailed(error.problems, resume=resume_with) from error
+
+
+def backend_of_job(job: Job) -> ClusterBackend:
+    """Where the ranks of the job run."""
+    from meshwright.launch import LocalBackend
+    from meshwright.launch.backends import remote_backend
+
+    section = job.launch
+    if section.on != "local":
+        return remote_backend(section.on, section.address, job.cluster.devices)
+    cluster = cluster_of_job(job)
+    return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
 
 def _run(
     folder: RunFolder,
-    chosen: Plan,
+    groups: OneStart | TrainingGroups,
+    backend: ClusterBackend,
     job: Job,
-    resume: bool,
     resume_with: str,
-    watch: Callable[[RunFolder, Plan, LocalProcesses], None] | None,
+    watch: Callable[[RunFolder, Plan, Launch], None] | None,
 ) -> list[Any]:
     """Trains in processes; returns their results. Raises RunFailed with the command that resumes."""
     from meshwright import launch
-    from meshwright.env import trainer_status
     from meshwright.report.progress import StatusAddress, posted
 
-    processes = launch.local(
-        "meshwright.train:work",
-        {"run": str(folder.path.resolve()), "resume": resume},
-        chosen.chosen.layout.devices,
-        folder.logs,
-        interface=job.launch.interface,
-        grace_seconds=60.0,  # time to save a checkpoint
-        keep_memory=chosen.chosen.keeps_freed_memory,
-    )
+    def begin(_: Sequence[RankGroup]) -> int:
+        assert groups.planned is not None
+        folder.write_plan(groups.planned.as_dict())
+        groups.begin()
+        return folder.grant_lease()
+
+    def take(message: Message) -> None:
+        kind = message.body.pop("kind")
+        folder.append_event(kind, **message.body)
+
     try:
+        processes = launch.keep(
+            backend,
+            groups,
+            folder.logs,
+            hub_folder=folder.hub,
+            grace_seconds=60.0,  # time to save a checkpoint
+            start_seconds=job.launch.timeout_seconds,
+            on_message=take,
+            on_start=begin,
+            on_adopt=groups.adopt,
+            patience_seconds=DETACHED_PATIENCE_SECONDS if detached() else 0.0,
+        )
         told = trainer_status()
-        with posted(folder, job.train.steps, None if told is None else StatusAddress(*told)):
+        address = None if told is None else StatusAddress(*told)
+        with processes, posted(folder, job.train.steps, address):
+            assert groups.planned is not None
             if watch is not None:
-                watch(folder, chosen, processes)
+                watch(folder, groups.planned, processes)
             results = processes.wait()
-        if results[0]["step"] < job.train.steps:  # each ended in order, after a signal from outside
-            what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
-            raise RunFailed(Problem(str(folder.path), what))
-        return results
     except RunFailed as error:
         folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=resume_with) from error
-    finally:
-        processes.stop()
+    if results[0]["step"] < job.train.steps:  # each ended in order: after `stop`, or a signal from outside
+        what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
+        raise RunFailed(Problem(str(folder.path), what), resume=resume_with)
+    return results
 
 
 @contextmanager
-def _written_unless_refused(folder: RunFolder, job: str, plan: Plan) -> Iterator[None]:
-    """Writes job.toml and plan.json; puts back what was there if the processes refuse the job before they train."""
+def _written_unless_refused(folder: RunFolder, job: str) -> Iterator[None]:
+    """Writes job.toml; puts it and plan.json back as they were if the processes refuse the job before they train."""
     before = {path: path.read_bytes() if path.exists() else None for path in (folder.job, folder.plan)}
     events = folder.tail(lambda: True, from_end=True)
     folder.write_job(job)
-    folder.write_plan(plan.as_dict())
     try:
         yield
     except (InputError, CannotWork):

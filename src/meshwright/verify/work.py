@@ -37,9 +37,7 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     losses: list[list[float]] = []
     dropout = False
-    with start(
-        plan.chosen.layout, context.rank, context.store_path, timeout_seconds=job.launch.timeout_seconds
-    ) as mesh:
+    with start(plan.chosen.layout, context, timeout_seconds=job.launch.timeout_seconds) as mesh:
         for one in payload["passes"]:
             trainer = Session(job, plan, run, mesh, resume=False).trainer
             dropout = _without_dropout(trainer.model.module)

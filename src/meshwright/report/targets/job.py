@@ -86,9 +86,11 @@ class ScheduledJob:
         """What the run folder needs: the checkpoints that are kept, one that is being written, and 2 GiB."""
         return self.checkpoint_bytes * (self.checkpoints_kept + 1) + 2 * GIB
 
-    def driver(self, *, job_file: str, run: str, address: str, on: str = "agents") -> list[str]:
-        """The words that start the driver. It resumes with --resume after them."""
-        return ["train", job_file, f"launch.on={on}", f"launch.address={address}", "--run", run]
+    def driver(self, *, job_file: str, run: str, address: str | None) -> list[str]:
+        """The words that start the driver: its hub listens on `address`, or Ray runs it (None), which knows where it is
+        itself. It resumes with --resume after them."""
+        on = ["launch.on=ray"] if address is None else ["launch.on=agents", f"launch.address={address}"]
+        return ["train", job_file, *on, "--run", run]
 
     def agent(self, *where: str) -> list[str]:
         """The words that start the agent of a node, which finds the hub by `where`."""

@@ -47,10 +47,8 @@ def config_map(job: ScheduledJob) -> Object:
     driver = {"job_file": f"{JOB_FOLDER}/job.toml", "run": run_of(job)}
     files = {
         "job.toml": job.job_toml,
-        "driver.sh": driver_script(
-            job, **driver, address=f"0.0.0.0:{job.port}", on="agents", access=f"{ACCESS_FOLDER}/{HUB_FILE}"
-        ),
-        "ray-driver.sh": driver_script(job, **driver, address="auto", on="ray"),
+        "driver.sh": driver_script(job, **driver, address=f"0.0.0.0:{job.port}", access=f"{ACCESS_FOLDER}/{HUB_FILE}"),
+        "ray-driver.sh": driver_script(job, **driver, address=None),
         "agent.sh": agent_script(job, f"{ACCESS_FOLDER}/{AGENTS_FILE}"),
         "serve.sh": serve_script(run_of(job), f"{ACCESS_FOLDER}/{TOKEN_FILE}"),
     }

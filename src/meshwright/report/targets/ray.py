@@ -43,6 +43,6 @@ def handout(job: ScheduledJob) -> Handout:
             "",
         ]
     )
-    driver = driver_script(job, job_file="job.toml", run=job.run, address="auto", on="ray")
+    driver = driver_script(job, job_file="job.toml", run=job.run, address=None)
     files = {SCRIPT: script, DRIVER: driver, "job.toml": job.job_toml}
     return Handout(files, tuple(omitted), (("sh", SCRIPT),))

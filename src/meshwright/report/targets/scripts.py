@@ -10,16 +10,16 @@ from meshwright.report.targets.text import shell_words
 SERVE_PORT = 8080
 
 
-def driver_script(
-    job: ScheduledJob, *, job_file: str, run: str, address: str, on: str, access: str | None = None
-) -> str:
-    """Starts the driver, and resumes where the run folder holds a run. `access` is a file with the hub's secrets."""
-    command = shell_words(["meshwright", *job.driver(job_file=job_file, run=run, address=address, on=on)])
+def driver_script(job: ScheduledJob, *, job_file: str, run: str, address: str | None, access: str | None = None) -> str:
+    """Starts the driver, whose hub listens on `address`, or on the Ray cluster that starts this script (None). It
+    resumes where the run folder holds a run. `access` is a file with the hub's secrets."""
+    command = shell_words(["meshwright", *job.driver(job_file=job_file, run=run, address=address)])
     return _script(
         *([] if access is None else _secrets_of_hub(access, run)),
         "resume=",
         f"if [ -f {shlex.quote(f'{run}/job.toml')} ]; then resume=--resume; fi",
-        f"exec {command}" + ' ${resume:+"$resume"}',
+        # Ray sets RAY_ADDRESS, HOST:PORT, for what it starts.
+        f"exec {command}" + (' launch.address="$RAY_ADDRESS"' if address is None else "") + ' ${resume:+"$resume"}',
     )
 
 

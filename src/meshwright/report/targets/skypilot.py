@@ -66,9 +66,7 @@ def handout(job: ScheduledJob) -> Handout:
     files = {
         TASK: yaml_text([(about, _task(job))]),
         "job.toml": job.job_toml,
-        "driver.sh": driver_script(
-            job, job_file="job.toml", run=run, address=f"0.0.0.0:{job.port}", on="agents", access=HUB_FILE
-        ),
+        "driver.sh": driver_script(job, job_file="job.toml", run=run, address=f"0.0.0.0:{job.port}", access=HUB_FILE),
         "agent.sh": agent_script(job, AGENTS_FILE, named_hub=True),
         AGENTS_FILE: job.access.for_agents(hub),
         HUB_FILE: job.access.for_hub(),

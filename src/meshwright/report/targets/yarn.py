@@ -31,7 +31,6 @@ def handout(job: ScheduledJob) -> Handout:
         job_file=f"{JOB_FOLDER}/job.toml",
         run=run,
         address=f"0.0.0.0:{job.port}",
-        on="agents",
         access=f"{ACCESS_FOLDER}/{HUB_FILE}",
     )
     hub = f"driver-0:{job.port}"  # agents are told the whole name, which only YARN knows

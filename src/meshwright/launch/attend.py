@@ -1,0 +1,272 @@
+"""One node's side of the hub: attends it, starts ranks as it says, and tells how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from meshwright.launch.groups import Node
+from meshwright.launch.hub import BEAT_SECONDS, wire_node
+from meshwright.launch.messages import Dial, RankPlace
+from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart
+from meshwright.launch.service import connect
+from meshwright.launch.versions import Versions
+from meshwright.launch.wire import hub_pb2 as wire
+from meshwright.launch.wire.hub_pb2_grpc import HubStub
+
+#: How long an agent goes on without a word of the hub. With the grace below, ranks have ended 10 s after the hub has.
+PATIENCE_SECONDS = 6.0
+LOST_GRACE_SECONDS = 2.0
+RETRY_SECONDS = 0.5
+#: Time for the last words of an agent that leaves to arrive.
+TOLD_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why an agent has ended: "done", "refused" (by the hub, see `words`), "given up" (by the hub, after its silence),
+    "lost" (the hub is silent), "left" (the node ends)."""
+
+    kind: str
+    words: str = ""
+
+
+class Agent:
+    """One node's side of the hub that `dial` names. `run` belongs to one thread, which starts the ranks."""
+
+    def __init__(
+        self, dial: Dial, node: Node, versions: Versions, *, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        self._dial, self._node, self._versions = dial, node, versions
+        self._patience_seconds = patience_seconds
+        self._ticket = secrets.token_hex(16)
+        self._inbox: queue.SimpleQueue[wire.HubMessage | Callable[[], None]] = queue.SimpleQueue()
+        self._connection: _Connection | None = None
+        self._ranks: RankProcesses | None = None
+        self._generation = 0
+        self._reports: list[wire.AgentMessage] = []  # of this generation, told again after a reconnection
+        self._heard = self._beat = self._tried = self._told = time.monotonic()
+        self._leave_at = float("inf")
+        self._outcome: Outcome | None = None
+        #: Whether a hub has welcomed it.
+        self.attended = False
+        self._sent_logs: dict[tuple[str, int], int] | None = None  # bytes of each log sent; None: the disk is shared
+        self._shared_folder = True
+
+    def run(self) -> Outcome:
+        """Attends until the job is over, the hub is silent or refuses this node, or `leave` was called."""
+        try:
+            while self._outcome is None:
+                with contextlib.suppress(queue.Empty):
+                    self._obey(self._inbox.get(timeout=POLL_SECONDS))
+                self._report_ends()
+                self._leave_in_time()
+                self._stay_in_touch()
+            return self._outcome
+        finally:
+            if self._ranks is not None:
+                self._end_ranks()
+            if self._connection is not None:
+                self._connection.close()
+
+    def leave(self, seconds: float) -> None:
+        """Tells the hub that the node ends in `seconds`, and asks the ranks to save. From any thread or a signal."""
+        self._inbox.put(lambda: self._leave(seconds))
+
+    def _leave(self, seconds: float) -> None:
+        self._send(wire.AgentMessage(leaving_seconds=seconds))
+        self._leave_at = time.monotonic() + seconds
+        if self._ranks is not None:
+            self._ranks.ask_to_save()
+
+    def _leave_in_time(self) -> None:
+        """Ends this agent once its ranks have, or when the node's time is up."""
+        now = time.monotonic()
+        running = self._ranks is not None and bool(self._ranks.running)
+        if now > self._leave_at or (self._leave_at < float("inf") and not running and now - self._told > TOLD_SECONDS):
+            self._outcome = Outcome("left")
+
+    def _end_ranks(self) -> None:
+        """SIGTERM, a short grace, SIGKILL."""
+        assert self._ranks is not None
+        self._ranks.end("", LOST_GRACE_SECONDS if self._outcome and self._outcome.kind == "lost" else 0.0)
+        while self._ranks.running:
+            self._ranks.poll()
+            time.sleep(POLL_SECONDS)
+        self._ranks.kill()
+
+    def _stay_in_touch(self) -> None:
+        now = time.monotonic()
+        connection = self._connection
+        if connection is not None:
+            self._heard = max(self._heard, connection.heard)
+            if now - self._beat >= BEAT_SECONDS:
+                self._beat = now
+                self._send_logs()
+                self._send(wire.AgentMessage(beat=wire.Received()))
+        if now - self._heard > self._patience_seconds:
+            self._outcome = Outcome("lost", f"the hub has been silent for {self._patience_seconds:g} s")
+        elif (connection is None or connection.ended) and now - self._tried >= RETRY_SECONDS * (connection is not None):
+            if connection is not None:
+                connection.close()
+                if connection.refused:
+                    self._outcome = Outcome("refused", connection.refused)
+                    return
+            self._tried = now
+            self._connection = _Connection(self._dial, self._hello(), self._inbox.put)
+            for report in self._reports:
+                self._connection.send(report)
+
+    def _hello(self) -> wire.AgentMessage:
+        running = self._ranks.running if self._ranks is not None else []
+        versions = self._versions
+        hello = wire.Hello(
+            node=wire_node(self._node),
+            code_digest=versions.code_digest,
+            torch_version=versions.torch,
+            python_version=versions.python,
+            ticket=self._ticket,
+            generation=self._generation if self._reports else 0,
+            ranks=[wire.RankName(role=place.role, rank=place.rank) for place in running],
+        )
+        return wire.AgentMessage(hello=hello)
+
+    def _send(self, message: wire.AgentMessage) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def _obey(self, message: wire.HubMessage | Callable[[], None]) -> None:
+        if not isinstance(message, wire.HubMessage):
+            message()
+            return
+        kind = message.WhichOneof("what")
+        if kind == "start":
+            self._start(message.start)
+        elif kind == "stop" and self._ranks is not None and message.stop.generation == self._generation:
+            self._ranks.end(message.stop.role, message.stop.grace_seconds)
+        elif kind == "welcome":
+            self.attended = True
+            self._patience_seconds = message.welcome.patience_seconds or self._patience_seconds
+            self._shared_folder = _holds(message.welcome.folder_mark_path, message.welcome.folder_mark)
+        elif kind == "secret":
+            self._dial = replace(self._dial, secret=message.secret)
+            if self._ranks is not None:
+                self._ranks.hand(message.secret)
+        elif kind == "refused":
+            self._outcome = Outcome("refused", message.refused)
+        elif kind == "given_up":
+            self._outcome = Outcome("given up", message.given_up)
+        elif kind == "done":
+            self._outcome = Outcome("done")
+
+    def _start(self, start: wire.Start) -> None:
+        if start.generation <= self._generation:
+            return  # told again after a reconnection
+        if self._ranks is not None:
+            self._ranks.kill()  # of an older generation: whoever is left of it cannot be of use
+        self._generation, self._reports = start.generation, []
+        folder = Path(start.folder)
+        starts = [self._rank_start(role, rank, start.generation, folder) for role in start.roles for rank in role.ranks]
+        try:
+            self._ranks = RankProcesses(starts, folder, self._node.interface)
+        except (OSError, ValueError) as error:
+            self._ranks = None
+            for one in starts:
+                self._report(one.place, kind="cannot-start", message=f"cannot start a process: {error}")
+            return
+        self._sent_logs = None if self._shared_folder else {}
+        started = wire.Started(generation=start.generation, pids=self._ranks.pids)
+        self._reports.append(wire.AgentMessage(started=started))
+        self._send(self._reports[-1])
+
+    def _rank_start(self, role: wire.RoleSpec, rank: wire.RankSpec, generation: int, folder: Path) -> RankStart:
+        place = RankPlace(
+            role.role, rank.name.rank, rank.world, rank.local_rank, rank.device, generation, folder, self._dial
+        )
+        return RankStart(place, role.function, json.loads(role.payload), dict(role.environment), role.keep_memory)
+
+    def _report_ends(self) -> None:
+        for end in self._ranks.poll() if self._ranks is not None else ():
+            self._send_logs()
+            self._report_end(end)
+
+    def _report_end(self, end: RankEnd) -> None:
+        fields: dict[str, Any] = {"kind": end.kind, "message": end.message, "log_tail": end.log_tail}
+        if not end.kind:
+            fields["result"] = end.answer["result"].encode()
+        elif "error" in end.answer:
+            fields["error"] = json.dumps(end.answer["error"]).encode()
+        if "at" in end.answer:
+            fields["seconds_ago"] = max(0.0, time.time() - end.answer["at"])
+        self._report(end.place, **fields)
+
+    def _report(self, place: RankPlace, **fields: Any) -> None:
+        name = wire.RankName(role=place.role, rank=place.rank)
+        ended = wire.RankEnded(name=name, generation=self._generation, **fields)
+        self._told = time.monotonic()
+        self._reports.append(wire.AgentMessage(ended=ended))
+        self._send(self._reports[-1])
+
+    def _send_logs(self) -> None:
+        """Sends what ranks have written since the last time, where the driver cannot read it."""
+        if self._sent_logs is None or self._ranks is None:
+            return
+        for place in self._ranks.places:
+            key = (place.role, place.rank)
+            with open(self._ranks.log(place), "rb") as log:
+                log.seek(self._sent_logs.get(key, 0))
+                while text := log.read(1 << 20):
+                    name = wire.RankName(role=place.role, rank=place.rank)
+                    self._send(wire.AgentMessage(log=wire.Log(name=name, text=text)))
+                self._sent_logs[key] = log.tell()
+
+
+class _Connection:
+    """One stream to the hub. What arrives goes to `receive`; `ended` once it is over, `refused` with why if so."""
+
+    def __init__(self, dial: Dial, hello: wire.AgentMessage, receive: Callable[[wire.HubMessage], None]) -> None:
+        self.heard, self.ended, self.refused = 0.0, False, ""
+        self._outbox: queue.SimpleQueue[wire.AgentMessage | None] = queue.SimpleQueue()
+        self._outbox.put(hello)
+        self._receive = receive
+        self._channel = connect(dial.address, dial.certificate)
+        messages = iter(self._outbox.get, None)
+        self._call = HubStub(self._channel).Attend(messages, metadata=[("secret", dial.secret)])
+        threading.Thread(target=self._listen, name="meshwright-agent-hear", daemon=True).start()
+
+    def send(self, message: wire.AgentMessage) -> None:
+        self._outbox.put(message)
+
+    def _listen(self) -> None:
+        try:
+            for message in self._call:
+                self.heard = time.monotonic()
+                self._receive(message)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                self.refused = error.details()
+        finally:
+            self.ended = True
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+
+def _holds(path: str, content: str) -> bool:
+    """Whether the file at `path` is there and holds `content`; True where no file is named."""
+    try:
+        return not path or Path(path).read_text() == content
+    except OSError:
+        return False

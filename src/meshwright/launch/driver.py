@@ -1,0 +1,437 @@
+"""The driver of a job: generations of ranks behind one hub, until one returns or its caller gives up."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
+from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
+from meshwright.launch.hub_files import Before, HubFiles
+from meshwright.launch.messages import (
+    CallResult,
+    Event,
+    Failure,
+    Message,
+    NodeJoined,
+    NodeLeaving,
+    NodeLost,
+    NodeRefused,
+    RanksBegun,
+    RankStopped,
+    Returned,
+    StopAsked,
+    first,
+)
+from meshwright.launch.processes import log_name
+
+#: How long the other ranks of a group have for their own words after one has failed.
+SETTLE_SECONDS = 0.2
+#: The longest grace of ranks whose group has failed: they cannot go on.
+FAILED_GRACE_SECONDS = 1.0
+#: A lost node is left out for so long, unless its agent attends again.
+LOST_SECONDS = 60.0
+#: How often the cluster is asked for nodes that are new, and whose agents do not come by themselves.
+LOOK_SECONDS = 2.0
+
+
+class ClusterBackend(Protocol):
+    """All that a cluster must do. What starts agents limits them, and starts others for those that end."""
+
+    def open(self, files: HubFiles) -> None:
+        """Called once, before all else: `files` says how agents reach the hub."""
+
+    def listen(self) -> Sequence[str]:
+        """The addresses that the hub listens on, for gRPC: a network's "HOST:PORT", or none."""
+
+    def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
+        """The nodes that there are now; the agents of `attending` run already."""
+
+    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
+        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
+        Raises CannotWork."""
+
+    def close(self) -> None:
+        """Ends what `agents` started; the hub has told them that the job is over."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All ranks have returned: `results`, group by group and by rank."""
+
+    results: list[Any]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """No groups yet: ask again when nodes join or leave, with the event Waited after `seconds` in all."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Waited:
+    """The time of a Wait is over."""
+
+
+#: What happened (None at the start), and the nodes there are -> the groups wanted now. None: for Finished that the job
+#: is done, for a failure that the caller gives up, for all else the same groups as before.
+Ask = Callable[["Event | Finished | Waited | None", Sequence[Node]], Sequence[RankGroup] | Wait | None]
+
+
+class Launch:
+    """Keeps the groups that `ask` wants at work on the nodes of `backend`. As a context manager it ends them at exit.
+
+    `ask` is called in a thread of its own: at the start, when nodes join, leave or are lost, when a group fails, and
+    when all ranks have returned. Where it then wants other groups, the ranks are asked to end (they save), and a new
+    generation starts. `folder` gets the ranks' logs, `hub_folder` the files by which agents and people find the hub.
+    `on_message` takes what ranks tell. `on_start` is called before ranks are started, with their groups, and returns
+    the number of the generation, above that of all before (default: the next number).
+
+    Where `hub_folder` is that of a driver which was killed and whose agents live on, their ranks are taken over, and
+    `on_adopt` is told; agents wait for that for `patience_seconds` (0: as they were told at their start). Raises
+    CannotWork where the first groups cannot be placed, RunFailed where a rank cannot be started, InputError where the
+    hub cannot listen.
+    """
+
+    def __init__(
+        self,
+        backend: ClusterBackend,
+        ask: Ask,
+        folder: Path,
+        *,
+        hub_folder: Path | None = None,
+        grace_seconds: float = 5.0,
+        start_seconds: float = 60.0,
+        on_message: Callable[[Message], None] | None = None,
+        on_start: Callable[[Sequence[RankGroup]], int] | None = None,
+        on_adopt: Callable[[Before], None] | None = None,
+        patience_seconds: float = 0.0,
+    ) -> None:
+        self._backend, self._ask, self._folder = backend, ask, folder
+        self._grace_seconds, self._start_seconds = grace_seconds, start_seconds
+        self._on_message, self._on_start, self._on_adopt = on_message, on_start, on_adopt
+        self._begun = threading.Event()
+        self._stop_asked = False
+        self._lost: dict[str, float] = {}  # node -> when it was lost
+        self._wait_until: float | None = None
+        self._looked = time.monotonic()
+        self._known: set[str] = set()  # nodes that were there when groups were last asked for
+        self._call_results: queue.SimpleQueue[CallResult] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._results: list[Any] | None = None
+        self._groups: Sequence[RankGroup] = ()
+        self._files = HubFiles(hub_folder, backend.listen(), patience_seconds)
+        try:
+            self.hub = self._files.hub
+            backend.open(self._files)
+        except BaseException:
+            self._files.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="meshwright-launch", daemon=True)
+        self._thread.start()
+        try:
+            self._begun.wait()
+        except BaseException:  # Ctrl-C
+            self.stop()
+            raise
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    def poll(self) -> str:
+        """ "running", "done", "failed" or "stopped"."""
+        if self._thread.is_alive():
+            return "running"
+        return "failed" if self._error else "stopped" if self._results is None else "done"
+
+    def wait(self, timeout_seconds: float | None = None) -> list[Any]:
+        """Results, group by group and by rank, once the job is done. Raises the error of the rank that failed first.
+
+        A MeshwrightError keeps its class; any other end (an exception, a signal, an exit without a result) is RunFailed
+        and names the rank. Raises TimeoutError after `timeout_seconds` with the ranks still running, and RunFailed
+        if `stop` ended one before it returned.
+        """
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self._functions()} still runs after {timeout_seconds} s")
+        if self._error:
+            raise self._error
+        if self._results is None:
+            raise RunFailed(Problem("launch", f"{self._functions()} was stopped before it ended"))
+        return self._results
+
+    def stop(self) -> None:
+        """Send SIGTERM to every rank, and SIGKILL after the grace time. Returns when all have ended."""
+        self.hub.ask_stop()
+        self._thread.join()
+
+    def call(self, role: str, rank: int, name: str, body: Any = None, blob: bytes = b"") -> int:
+        """Calls `name` in a rank (`Context.calls`). The CallResult with the id returned comes from `call_result`."""
+        return self.hub.call(role, rank, name, body, blob)
+
+    def call_result(self, timeout_seconds: float | None = None) -> CallResult:
+        """The next answer of a rank; a rank that ends answers by an error. Raises TimeoutError."""
+        try:
+            return self._call_results.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise TimeoutError(f"no rank has answered within {timeout_seconds} s") from None
+
+    def log(self, rank: int, role: str = "rank") -> Path:
+        """The file with stdout and stderr of a rank."""
+        return self._folder / log_name(role, rank)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the ranks on their nodes, group by group and by rank."""
+        return tuple(self.hub.pids().values())
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # The thread
+
+    def _functions(self) -> str:
+        return ", ".join(group.function for group in self._groups) or "the job"
+
+    def _run(self) -> None:
+        try:
+            self._results = self._generations()
+        except BaseException as error:  # raised by the caller's thread, which waits for an answer
+            self._error = error
+        finally:
+            self._files.close()
+            self._backend.close()
+            self._begun.set()
+
+    def _generations(self) -> list[Any] | None:
+        """Starts generations until one returns; None where the job was stopped before."""
+        event: Event | Finished | Waited | None = None
+        if self._files.before is not None:
+            event = self._adopt(self._files.before)
+        while not self._stop_asked:
+            groups = self._ask(event, self._nodes())
+            if isinstance(groups, Wait):
+                event = self._wait(groups)
+                continue
+            if groups is None:
+                if isinstance(event, Finished):
+                    return event.results
+                raise self._error_of(event)
+            self._groups = groups
+            event = self._one_generation(groups)
+        return event.results if isinstance(event, Finished) else None
+
+    def _wait(self, wait: Wait) -> Event | Waited:
+        """The next event that concerns nodes, or Waited once `wait` is over."""
+        if self._wait_until is None:
+            self._wait_until = time.monotonic() + wait.seconds
+        before = {node.name for node in self._nodes()}
+        while (left := self._wait_until - time.monotonic()) > 0:
+            event = self.hub.event(min(left, LOOK_SECONDS))
+            if isinstance(event, StopAsked):
+                raise RunFailed(Problem("launch", "the job was stopped while it waited for nodes"))
+            if isinstance(event, NodeRefused):
+                raise CannotWork(Problem("launch", event.reason))
+            if isinstance(event, NodeLost):
+                self._lost[event.node.name] = time.monotonic()
+            if isinstance(event, NodeJoined | NodeLeaving | NodeLost):
+                return event
+            if new := [node for node in self._nodes() if node.name not in before]:
+                return NodeJoined(new[0])
+        return Waited()
+
+    def _nodes(self) -> Sequence[Node]:
+        """The nodes there are, less those that were lost a moment ago: their cluster may not know yet."""
+        attending = self.hub.nodes()
+        names, recently = {node.name for node in attending}, time.monotonic() - LOST_SECONDS
+        lost = {name for name, when in self._lost.items() if when > recently and name not in names}
+        return [node for node in self._backend.nodes(attending) if node.name not in lost]
+
+    def _one_generation(self, groups: Sequence[RankGroup]) -> Event | Finished:
+        """Starts `groups` and follows them to their end. Returns why: Finished, StopAsked, the first Failure, or what
+        happened to the nodes for which `ask` wants other groups."""
+        self._wait_until = None
+        nodes = self._nodes()
+        self._known = {node.name for node in nodes}
+        places = place(groups, nodes)
+        self._await_agents(groups, places)
+        generation = _Generation(groups, places)
+        number = self._on_start(groups) if self._on_start is not None else self.hub.generation + 1
+        self._files.begin(number, groups, places, self._folder)
+        return self._follow(generation)
+
+    def _adopt(self, before: Before) -> Event | Finished:
+        """Follows the ranks of a hub that was killed: their agents come back, or are lost."""
+        self._groups = before.groups
+        self._known = {place.node for place in before.places}
+        if self._on_adopt is not None:
+            self._on_adopt(before)
+        generation = _Generation(before.groups, before.places)
+        self._files.adopt(before)
+        return self._follow(generation)
+
+    def _follow(self, generation: _Generation) -> Event | Finished:
+        """Handles events until the last rank of `generation` has ended; returns why, as `_one_generation`."""
+        cause: Event | None = None
+        while not generation.over:
+            for role in generation.roles_to_end():
+                self.hub.end_ranks(role, min(FAILED_GRACE_SECONDS, self._grace_seconds))
+            event = self.hub.event(generation.patience_seconds()) or self._new_node()
+            if event is not None:
+                cause = self._take(event, generation, cause)
+            if generation.begun:
+                self._begun.set()
+        if generation.returned:
+            return cause if cause is not None and not self._stop_asked else Finished(generation.results())
+        return first(generation.failures) if generation.failures else cause or StopAsked()
+
+    def _new_node(self) -> NodeJoined | None:
+        """A node that the cluster has now, and whose agent has not been asked for. Looked for every LOOK_SECONDS."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return None
+        self._looked = time.monotonic()
+        new = [node for node in self._nodes() if node.name not in self._known]
+        self._known.update(node.name for node in new)
+        return NodeJoined(new[0]) if new else None
+
+    def _take(self, event: Event, generation: _Generation, cause: Event | None) -> Event | None:
+        """Handles an event; returns why the generation ends, None while it goes on."""
+        generation.take(event)
+        if isinstance(event, NodeLost):
+            self._lost[event.node.name] = time.monotonic()
+        if isinstance(event, Message):
+            self._receive(event)
+        elif isinstance(event, CallResult):
+            self._call_results.put(event)
+        elif isinstance(event, StopAsked):
+            self._stop_asked = True
+            self.hub.end_ranks("", self._grace_seconds)
+        elif isinstance(event, NodeJoined | NodeLeaving | NodeLost) and cause is None and not generation.failures:
+            if isinstance(event, NodeLost) and event.node.name in generation.nodes:
+                return cause  # the failures of its ranks follow
+            wanted = self._ask(event, self._nodes())
+            if wanted is not None and wanted != list(generation.groups):
+                self.hub.end_ranks("", self._grace_seconds)
+                return event
+        return cause
+
+    def _receive(self, message: Message) -> None:
+        if message.kind == "log":  # of a node that does not share the disk
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self.log(message.rank, message.role), "ab") as log:
+                log.write(message.blob)
+        elif self._on_message is not None:
+            self._on_message(message)
+
+    def _await_agents(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
+        """Has agents run on the nodes of `places`, and waits for their hello."""
+        needs = {group.role: group.need for group in groups}
+        wanted: dict[str, list[Need]] = {}
+        for one in places:
+            wanted.setdefault(one.node, []).append(needs[one.role])
+        self._backend.agents(wanted)
+        names = list(wanted)
+        deadline = time.monotonic() + self._start_seconds
+        while missing := set(names) - {node.name for node in self.hub.nodes()}:
+            event = self.hub.event(max(0.0, deadline - time.monotonic()))
+            if isinstance(event, NodeRefused) and event.node.name in missing:
+                raise CannotWork(Problem("launch", event.reason))
+            if isinstance(event, StopAsked):
+                raise RunFailed(Problem("launch", "the job was stopped before its ranks were started"))
+            if event is None:
+                what = f"no word from {', '.join(sorted(missing))} within {self._start_seconds:g} s"
+                raise CannotWork(Problem("launch", what, f"there are {nodes_in_words(self.hub.nodes())}"))
+
+    def _error_of(self, event: Event | Finished | Waited | None) -> MeshwrightError:
+        """The error for an event after which the caller gives up."""
+        if isinstance(event, Failure):
+            return event.error or RunFailed(self._problem(event))
+        reason = "no groups of ranks to start"
+        if isinstance(event, NodeLost):
+            reason = event.reason
+        elif isinstance(event, NodeLeaving):
+            reason = f"node {event.node.name} ends, and no other is left"
+        return RunFailed(Problem("launch", reason))
+
+    def _problem(self, failure: Failure) -> Problem:
+        group = next(group for group in self._groups if group.role == failure.role)
+        what = failure.message
+        if failure.log_tail:
+            what += "; the end of its log:\n    " + failure.log_tail.replace("\n", "\n    ") + "\n"
+        where = f"{failure.role} {failure.rank} of {group.ranks}"
+        if len({place.node for place in self._files.places}) > 1:
+            where += f" on {failure.node}"
+        return Problem(where, what, f"whole log: {self.log(failure.rank, failure.role)}")
+
+
+class _Generation:
+    """What is known of the ranks of one generation."""
+
+    def __init__(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
+        self.groups = groups
+        self._waiting = {(place.role, place.rank) for place in places}
+        self.nodes = {place.node for place in places}
+        self._silent_nodes = set(self.nodes)
+        self._results: dict[tuple[str, int], Any] = {}
+        self._end_at: dict[str, float] = {}  # role that failed -> when its other ranks are ended
+        self.failures: list[Failure] = []
+
+    @property
+    def over(self) -> bool:
+        return not self._waiting
+
+    @property
+    def begun(self) -> bool:
+        """Whether every node has said that its ranks run."""
+        return not self._silent_nodes
+
+    @property
+    def returned(self) -> bool:
+        """Whether every rank has returned a result."""
+        return len(self._results) == sum(group.ranks for group in self.groups)
+
+    def results(self) -> list[Any]:
+        return [self._results[group.role, rank] for group in self.groups for rank in range(group.ranks)]
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, RanksBegun):
+            self._silent_nodes.discard(event.node)
+        if isinstance(event, Returned | Failure | RankStopped):
+            self._waiting.discard((event.role, event.rank))
+        if isinstance(event, Returned):
+            self._results[event.role, event.rank] = event.result
+        if isinstance(event, Failure):
+            self.failures.append(event)
+            self._end_at.setdefault(event.role, time.monotonic() + SETTLE_SECONDS)
+
+    def roles_to_end(self) -> list[str]:
+        """Roles that have failed, once each, after their ranks had time for words of their own."""
+        now = time.monotonic()
+        due = [role for role, at in self._end_at.items() if at <= now]
+        for role in due:
+            self._end_at[role] = float("inf")
+        return due
+
+    def patience_seconds(self) -> float:
+        """How long to wait for the next event."""
+        nearest = min((at - time.monotonic() for at in self._end_at.values()), default=1.0)
+        return max(0.0, min(nearest, 1.0))
+
+
+def keep(backend: ClusterBackend, ask: Ask, folder: Path | str, **options: Any) -> Launch:
+    """A Launch that asks `ask` on every event which groups it wants; `options` are those of Launch."""
+    return Launch(backend, ask, Path(folder), **options)
+
+
+def start(backend: ClusterBackend, groups: Sequence[RankGroup], folder: Path | str, **options: Any) -> Launch:
+    """A Launch of `groups` that gives up at the first failure."""
+    return Launch(backend, lambda event, _: groups if event is None else None, Path(folder), **options)

@@ -1,0 +1,84 @@
+"""The keys by which the ranks of one generation meet, in the hub's memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from meshwright.launch.wire import hub_pb2 as wire
+
+#: The longest wait of one request. Who waits longer asks again, so that a dead rank's request does not stay.
+LONGEST_WAIT_SECONDS = 10.0
+MAX_KEY_BYTES = 4096
+MAX_TABLE_BYTES = 256 << 20
+
+
+class KeyTable:
+    """Bytes by key, with torch.distributed.Store's operations. A generation begins with none."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._generation = 0
+        self._values: dict[str, bytes] = {}
+        self._bytes = 0
+
+    def clear(self, generation: int) -> None:
+        """Empties the table for `generation`; who waits for a key of an older one gets no answer."""
+        with self._changed:
+            self._generation, self._values, self._bytes = generation, {}, 0
+            self._changed.notify_all()
+
+    def answer(self, request: wire.KeyRequest, generation: int) -> wire.KeyReply | None:
+        """The reply; `found` is False where a wait was too short. None once `generation` is over."""
+        operations = wire.KeyRequest
+        keys = list(request.keys)
+        with self._changed:
+            if generation != self._generation:
+                return None
+            if request.operation in (operations.GET, operations.WAIT):
+                return self._wait(keys, request.wait_seconds, generation)
+            if request.operation == operations.CHECK:
+                return wire.KeyReply(found=self._has(keys))
+            if request.operation == operations.COUNT:
+                return wire.KeyReply(found=True, number=len(self._values))
+            if request.operation == operations.DELETE:
+                return wire.KeyReply(found=self._drop(keys[0]))
+            return self._write(request, keys[0])
+
+    def _write(self, request: wire.KeyRequest, key: str) -> wire.KeyReply:
+        before = self._values.get(key)
+        if request.operation == wire.KeyRequest.SET:
+            self._put(key, request.value)
+            return wire.KeyReply(found=True)
+        if request.operation == wire.KeyRequest.ADD:
+            total = int(before or b"0") + request.amount
+            self._put(key, str(total).encode())
+            return wire.KeyReply(found=True, number=total)
+        if before == request.expected or (before is None and not request.expected):
+            self._put(key, request.value)
+        return wire.KeyReply(found=key in self._values, value=self._values.get(key, request.expected))
+
+    def _put(self, key: str, value: bytes) -> None:
+        size = len(key) + len(value) - len(self._values.get(key, b""))
+        if len(key) > MAX_KEY_BYTES or self._bytes + size > MAX_TABLE_BYTES:
+            raise ValueError(f"keys may have {MAX_KEY_BYTES} bytes, and all of them {MAX_TABLE_BYTES}")
+        self._bytes += size
+        self._values[key] = value
+        self._changed.notify_all()
+
+    def _drop(self, key: str) -> bool:
+        value = self._values.pop(key, None)
+        self._bytes -= len(key) + len(value) if value is not None else 0
+        return value is not None
+
+    def _has(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def _wait(self, keys: list[str], wait_seconds: float, generation: int) -> wire.KeyReply | None:
+        deadline = time.monotonic() + min(wait_seconds, LONGEST_WAIT_SECONDS)
+        over: Callable[[], bool] = lambda: self._has(keys) or generation != self._generation  # noqa: E731
+        found = self._changed.wait_for(over, max(0.0, deadline - time.monotonic()))
+        if generation != self._generation:
+            return None
+        return wire.KeyReply(found=found, value=self._values[keys[0]] if found else b"")

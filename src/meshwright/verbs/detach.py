@@ -1,0 +1,42 @@
+"""`--detach`: the driver of a run as a process of its own, which outlives the terminal that started it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meshwright import env
+from meshwright.errors import Problem, RunFailed
+from meshwright.launch.access import PEOPLE
+
+POLL_SECONDS = 0.1
+LOG_LINES = 12
+
+
+def detach(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Starts `meshwright ARGUMENTS` as a driver of its own, whose run folder is `folder`; returns {"run", "pid", "log"}
+    once its ranks have begun to start. Raises RunFailed with the end of its log where it ends before."""
+    log = folder / "logs" / "driver.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "meshwright", *arguments],
+            env=env.for_child({env.DETACHED: "1"}, {}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # no signal of this terminal reaches it
+        )
+    while not (folder / "hub" / PEOPLE).exists():
+        if process.poll() is not None:
+            if process.returncode == 0:  # a run that had nothing left to do
+                break
+            tail = "\n    ".join(log.read_bytes()[-20_000:].decode(errors="replace").splitlines()[-LOG_LINES:])
+            what = f"ended with exit code {process.returncode}; the end of its log:\n    {tail}\n"
+            raise RunFailed(Problem("the driver", what, f"whole log: {log}"))
+        time.sleep(POLL_SECONDS)
+    return {"run": str(folder), "pid": process.pid, "log": str(log)}
