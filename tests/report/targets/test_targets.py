@@ -105,7 +105,7 @@ MUTATIONS = [
     ("task.yaml", "max_restarts_on_errors: 6", "max_restarts_on_errors: -1"),
     ("task.yaml", "mode: MOUNT_CACHED", "mode: CACHED"),
     ("task.yaml", "accelerators:", "accelerator:"),
-    ("job.sbatch", "--ntasks-per-node", "--ntask-per-node"),
+    ("job.sbatch", "#SBATCH --cpus-per-task", "#SBATCH --cpu-per-task"),
     ("job.sbatch", "--nodes=2-4", "--nodes=two"),
     ("job.sbatch", "--signal=B:USR1@95", "--signal=B@95"),
     ("job.sbatch", "#SBATCH --requeue", "echo\n#SBATCH --requeue"),

@@ -50,7 +50,8 @@ def _options(job: ScheduledJob) -> list[str]:
     return [
         f"--job-name={job.short_name}",
         f"--nodes={job.nodes_min}-{job.nodes}" if elastic else f"--nodes={job.nodes}",
-        "--ntasks-per-node=1",
+        # With a range and a number of tasks, Slurm gives the fewest nodes, however many are free.
+        *([] if elastic else ["--ntasks-per-node=1"]),
         f"--cpus-per-task={job.cores}",
         f"--mem={mebibytes(job.memory_bytes)}M",
         *([f"--gres=gpu:{job.devices}"] if job.resource else []),
