@@ -27,7 +27,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("errors", "env", "divisors", "files", "storage", "job", "cluster", "card", "layout", "placement", "run"),
-            "families.card",
+            *("accelerators", "families.card"),
         ),
         0,
     ),

@@ -2,8 +2,8 @@
 
 RUN/hub/access.json    {join, read, act, certificate, key}     for the hub alone
 RUN/hub/agents.json    {address, secret, certificate}          for agents: scope join
-RUN/hub/people.json    {address, secret, certificate, ...}     for `status`, `logs` and `stop`: scope act
-RUN/hub/readers.json   {address, secret, certificate, ...}     for `status` and `logs` alone: scope read
+RUN/hub/people.json    {address, secret, certificate, socket}  for `stop`: scope act
+RUN/hub/readers.json   {address, secret, certificate, socket}  for `status`: scope read
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def backend_of_job(job: Job) -> ClusterBackend:
 
     section = job.launch
     if section.on != "local":
-        return remote_backend(section.on, section.address, job.cluster.devices)
+        interface = None if section.interface == "lo" else section.interface
+        return remote_backend(section.on, section.address, interface, job.cluster.devices)
     cluster = cluster_of_job(job)
     return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
@@ -206,7 +207,7 @@ def _written_unless_refused(folder: RunFolder, job: str) -> Iterator[None]:
     except (InputError, CannotWork):
         if not any(event["event"] == "start" for event in events):
             for path, content in before.items():
-                path.unlink() if content is None else write_atomic(path, content)
+                path.unlink(missing_ok=True) if content is None else write_atomic(path, content)
         raise
 
 
