@@ -55,6 +55,14 @@ def worker_files() -> WorkerFiles | None:
     return WorkerFiles(*(int(os.environ[name]) for name in (WORKER_SPEC, WORKER_ANSWER, WORKER_PARENT)))
 
 
+def trainer_status() -> tuple[str, Path, Path] | None:
+    """KUBEFLOW_TRAINER_SERVER_URL, _CA_CERT and _TOKEN, which Kubeflow Trainer sets for the step that posts its
+    progress: the address, the file of the authority, the file of the token. None where it does not run us."""
+    names = ("KUBEFLOW_TRAINER_SERVER_URL", "KUBEFLOW_TRAINER_SERVER_CA_CERT", "KUBEFLOW_TRAINER_SERVER_TOKEN")
+    url, authority, token = (os.environ.get(name, "") for name in names)
+    return (url, Path(authority), Path(token)) if url and authority and token else None
+
+
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, overridden by `changes`, with `defaults` for variables that are not set."""
     return {**defaults, **os.environ, **changes}

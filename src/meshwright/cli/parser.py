@@ -60,6 +60,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_prediction_verbs(add)
     _add_train_verbs(add)
     _add_access_verbs(add)
+    _add_launch_verbs(add)
     _add_serve_verbs(add)
     _add_report_verbs(add)
     return parser, verbs
@@ -180,6 +181,28 @@ def _add_access_verbs(add: Adder) -> None:
     verb.add_argument("run", metavar="RUN", help="run folder")
     verb.add_argument("--rank", type=_at_least(0), metavar="K", help="of this rank alone")
     verb.add_argument("--follow", action="store_true", help="go on as long as the run is at work")
+
+
+def _add_launch_verbs(add: Adder) -> None:
+    verb = add(
+        "launch",
+        "hand the planned job to a scheduler, in its own words",
+        "launch job.toml --on slurm",
+        "launch job.toml --on slurm --submit cluster.devices=6 cluster.devices_per_node=2",
+        "launch job.toml --on kubernetes --write manifests --queue team cluster.named=h100-sxm-80gb cluster.devices=16",
+    )
+    _takes_job(verb)
+    targets = ("slurm", "kubernetes", "ray", "yarn", "skypilot")
+    verb.add_argument("--on", required=True, choices=targets, help=", ".join(targets))
+    verb.add_argument("--write", metavar="DIR", help="write the files to DIR (default: show them)")
+    what = "write them, by default to RUN/launch, and give them to the scheduler"
+    verb.add_argument("--submit", action="store_true", help=what)
+    verb.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
+    verb.add_argument("--image", metavar="IMAGE", help="container image (default: meshwright:VERSION)")
+    verb.add_argument("--queue", metavar="NAME", help="Slurm's partition, Kueue's or YARN's queue")
+    verb.add_argument(
+        "--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: the shipped ones)"
+    )
 
 
 def _add_serve_verbs(add: Adder) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshwright.env import detached
+from meshwright.env import detached, trainer_status
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
@@ -155,6 +155,7 @@ def _run(
 ) -> list[Any]:
     """Trains in processes; returns their results. Raises RunFailed with the command that resumes."""
     from meshwright import launch
+    from meshwright.report.progress import StatusAddress, posted
 
     def begin(_: Sequence[RankGroup]) -> int:
         assert groups.planned is not None
@@ -179,7 +180,9 @@ def _run(
             on_adopt=groups.adopt,
             patience_seconds=DETACHED_PATIENCE_SECONDS if detached() else 0.0,
         )
-        with processes:
+        told = trainer_status()
+        address = None if told is None else StatusAddress(*told)
+        with processes, posted(folder, job.train.steps, address):
             assert groups.planned is not None
             if watch is not None:
                 watch(folder, groups.planned, processes)
