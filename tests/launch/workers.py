@@ -114,3 +114,41 @@ def resident_after_freeing(payload: dict[str, Any], _: Context) -> int:
     assert resident() - before > 60 << 20
     del pieces
     return resident() - before
+
+
+def meshes(payload: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Sums of rank + 1 over process groups of several kinds."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from meshwright.process_group import process_group
+
+    torch.set_num_threads(1)
+
+    def total(amount: float, group: Any = None) -> float:
+        value = torch.tensor([amount])
+        dist.all_reduce(value, group=group)
+        return float(value)
+
+    answer: dict[str, Any] = {}
+    with process_group(context, "gloo", timeout_seconds=60):
+        answer["all"] = total(context.rank + 1)
+        mesh = init_device_mesh("cpu", (context.world // 2, 2), mesh_dim_names=("rows", "columns"))
+        answer["row"] = total(context.rank + 1, mesh["columns"].get_group())
+        even = dist.new_group(list(range(0, context.world, 2)))
+        answer["even"] = total(context.rank + 1, even) if context.rank % 2 == 0 else None
+        dist.barrier()
+    with process_group(context, "gloo", timeout_seconds=60, name="again"):
+        answer["again"] = total(2 * (context.rank + 1))
+    return answer
+
+
+def meet_without_the_last(payload: dict[str, Any], context: Context) -> None:
+    """The last rank never comes."""
+    from meshwright.process_group import process_group
+
+    if context.rank == context.world - 1:
+        time.sleep(600)
+    with process_group(context, "gloo", timeout_seconds=payload["timeout_seconds"]):
+        pass

@@ -60,7 +60,7 @@ def equal_share(nodes: Sequence[Node], wanted: int | None) -> Share | None:
     """The most devices that equal parts of nodes of one kind make, at most `wanted`; None without any."""
     shares = [
         Share(tuple(chosen[:count]), per_node)
-        for kind in {node.kind for node in nodes}
+        for kind in dict.fromkeys(node.kind for node in nodes)
         for per_node in range(1, max(node.devices for node in nodes) + 1)
         for chosen in [[node for node in nodes if node.kind == kind and node.devices >= per_node]]
         for count in range(1, len(chosen) + 1)
@@ -107,6 +107,7 @@ class TrainingGroups:
         self._found: Share | None = None  # named last
         self._starts, self._starts_in_vain, self._progress = 0, 0, 0
         self.planned: Plan | None = None
+        self._planned_at_work: Plan | None = None
 
     def __call__(self, event: Event | Finished | Waited | None, nodes: Sequence[Node]) -> list[RankGroup] | Wait | None:
         """The groups wanted now; see launch.keep."""
@@ -127,6 +128,7 @@ class TrainingGroups:
             names = {node.name for node in staying}
             untouched = all(node.name in names for node in at_work.nodes)
             if untouched and share.devices <= at_work.devices:
+                self._found, self.planned = at_work, self._planned_at_work
                 return None
         self.planned, self._found = self._plan_for(share), share
         resume = self._resume or self._starts > 0
@@ -136,12 +138,14 @@ class TrainingGroups:
     def begin(self) -> None:
         """The groups that were named last are about to be started."""
         self._share, self._starts = self._found, self._starts + 1
+        self._planned_at_work = self.planned
 
     def adopt(self, before: Before) -> None:
         """Ranks of a driver that was killed go on."""
         names = list(dict.fromkeys(place.node for place in before.places))
         self._share = Share(tuple(Node(name) for name in names), len(before.places) // len(names))
         self._starts, self.planned = 1, Plan.read(self._folder.plan)
+        self._found, self._planned_at_work = self._share, self.planned
 
     def _least(self) -> int:
         section = self._job.launch
