@@ -3,6 +3,8 @@ over TCP and TLS, as those of many machines do."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -54,6 +56,9 @@ class AgentProcesses:
     def close(self) -> None:
         for process in self.processes.values():
             try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
+                process.terminate()  # one that has not reached the hub would look for it
                 process.wait(10)
             finally:
                 process.kill()
@@ -93,3 +98,26 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def drive(folder: str, patience_seconds: float) -> None:
+    """A driver as a process of its own: two ranks on nodes a and b; leaves the pids of agents and ranks, then the
+    results. Started again in the same folder after it was killed, it takes over what lives."""
+    from meshwright import launch
+
+    path = Path(folder)
+    cluster = AgentProcesses(path, {"a": 1, "b": 1}, "--wait", "1")
+    group = launch.RankGroup("rank", "tests.launch.workers:until_asked", {"folder": folder}, 2)
+    adopted: list[Any] = []
+    run = launch.start(
+        cluster,
+        [group],
+        path / "logs",
+        hub_folder=path / "hub",
+        patience_seconds=patience_seconds,
+        on_adopt=adopted.append,
+    )
+    (path / "agents").write_text(" ".join(str(process.pid) for process in cluster.processes.values()))
+    (path / "ranks").write_text(" ".join(map(str, run.pids)))
+    (path / ("adopted" if adopted else "started")).touch()
+    print(json.dumps(run.wait()))

@@ -126,9 +126,9 @@ def test_who_waits_in_vain_is_told_which_keys_lack(files: HubFiles) -> None:
     store = new_store(files)
     store.set_timeout(timedelta(seconds=SHORT_SECONDS))
     assert store.timeout == timedelta(seconds=SHORT_SECONDS)
-    with pytest.raises(TimeoutError, match="no rank has set missing within 0.05 s"):
+    with pytest.raises(TimeoutError, match=r"no rank has set missing within 0\.05 s"):
         store.get("missing")
-    with pytest.raises(TimeoutError, match="no rank has set x, y within 0.01 s"):
+    with pytest.raises(TimeoutError, match=r"no rank has set x, y within 0\.01 s"):
         store.wait(["x", "y"], timedelta(seconds=0.01))
 
 

@@ -51,7 +51,14 @@ def attend(
         if dial is None:
             time.sleep(RETRY_SECONDS)
             continue
-        agent = Agent(dial, node(dial), own_versions(), patience_seconds=patience_seconds, find=find)
+        agent = Agent(
+            dial,
+            node(dial),
+            own_versions(),
+            patience_seconds=patience_seconds,
+            find=find,
+            reach_seconds=min(patience_seconds, until - time.monotonic()),
+        )
         leaving.concerns(agent)
         outcome = agent.run()
         if outcome.kind not in ("lost", "given up"):

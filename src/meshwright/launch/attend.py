@@ -56,10 +56,13 @@ class Agent:
         *,
         patience_seconds: float = PATIENCE_SECONDS,
         find: Callable[[], Dial | None] | None = None,
+        reach_seconds: float | None = None,
     ) -> None:
+        """reach_seconds: how long it tries to reach the hub first (default: `patience_seconds`)."""
         self._dial, self._node, self._versions = dial, node, versions
         self._find = find or (lambda: dial)
-        self._patience_seconds = self._own_patience_seconds = patience_seconds
+        self._own_patience_seconds = patience_seconds
+        self._patience_seconds = patience_seconds if reach_seconds is None else reach_seconds
         self._ticket = secrets.token_hex(16)
         self._inbox: queue.SimpleQueue[wire.HubMessage | Callable[[], None]] = queue.SimpleQueue()
         self._connection: _Connection | None = None

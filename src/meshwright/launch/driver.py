@@ -205,9 +205,13 @@ class Launch:
             self._error = error
             self._end_ranks()
         finally:
-            self._files.close()
-            self._backend.close()
-            self._begun.set()
+            try:
+                self._files.close()
+                self._backend.close()
+            except BaseException as error:
+                self._error = self._error or error
+            finally:
+                self._begun.set()
 
     def _generations(self) -> list[Any] | None:
         """Starts generations until one returns; None where the job was stopped before."""
