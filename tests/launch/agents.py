@@ -32,6 +32,7 @@ class AgentProcesses:
         self.devices = dict(devices)
         self.paths: dict[str, str] = {}  # node -> its PYTHONPATH, where it is another
         self.address = ""  # "": the hub's own, else that of a proxy before it
+        self.access = folder / "agents.json"  # by which agents find the hub
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def open(self, files: HubFiles) -> None:
@@ -39,7 +40,8 @@ class AgentProcesses:
         assert dial is not None
         self.hub_address = dial.address
         record = {"address": dial.address, "secret": dial.secret, "certificate": dial.certificate}
-        write_private(self._folder / "agents.json", record)
+        if not self.access.exists():
+            write_private(self.access, record)
 
     def listen(self) -> Sequence[str]:
         return (self._listen,)
@@ -68,7 +70,7 @@ class AgentProcesses:
     def start(self, name: str, devices: int | None = None) -> None:
         """Starts the agent of a node, as its cluster would, or a person."""
         self.devices.setdefault(name, devices or 1)
-        command = [sys.executable, "-m", "meshwright.launch.agent", "--access", str(self._folder / "agents.json")]
+        command = [sys.executable, "-m", "meshwright.launch.agent", "--access", str(self.access)]
         command += ["--node", name, "--devices", str(self.devices[name]), *self._options]
         command += ["--hub", self.address] if self.address else []
         environment = {**os.environ, "PYTHONPATH": self.paths.get(name, PATHS), "OMP_NUM_THREADS": "1"}

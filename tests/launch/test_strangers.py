@@ -20,12 +20,14 @@ from meshwright.launch import RankGroup
 from meshwright.launch.access import AGENTS, PEOPLE, READERS, read_dial
 from meshwright.launch.attend import Agent
 from meshwright.launch.groups import Node
+from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Dial, Message
 from meshwright.launch.service import connect
 from meshwright.launch.versions import own_versions
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.launch.wire.hub_pb2_grpc import HubStub
 from tests.launch.agents import AgentProcesses, eventually
+from tests.launch.proxy import Proxy
 
 NAME = wire.RankName(role="rank", rank=0)
 METHODS = {
@@ -44,8 +46,18 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.said: list[Message] = []
+        self.proxies: list[Proxy] = []
         group = RankGroup("rank", "tests.launch.workers:tell_while_called", {}, 1)
-        self.cluster = AgentProcesses(folder, {"a": 1})
+        proxies = self.proxies
+
+        class BehindAProxy(AgentProcesses):
+            def open(self, files: HubFiles) -> None:
+                self.access = folder / "hub" / AGENTS
+                super().open(files)
+                proxies.append(Proxy(self.hub_address))
+                self.address = proxies[0].address
+
+        self.cluster = BehindAProxy(folder, {"a": 1})
         self.launch = launch.start(
             self.cluster, [group], folder / "logs", hub_folder=folder / "hub", on_message=self.said.append
         )
@@ -268,3 +280,33 @@ def test_the_files_of_a_hub_are_its_owners(run: Run, tmp_path: Path) -> None:
     os.chmod(copy, 0o640)
     with pytest.raises(InputError, match=r"others can read it \(mode 0640\)"):
         read_dial(copy)
+
+
+def test_new_secrets_are_taken_and_the_old_ones_open_nothing(run: Run) -> None:
+    """While the rank tells, adds to keys and listens for calls; the second time while its node is out of reach."""
+    folder = run.launch._files.folder
+    assert folder is not None
+    before = {"Key": run.join.secret, "Status": run.read.secret, "Stop": run.act.secret}
+    for out_of_reach in (False, True):
+        if out_of_reach:
+            run.proxies[0].cut()
+        launch.rotate(folder.parent)
+        old = before["Status"]
+        assert eventually(lambda old=old: answer(run.join, "Status", old) == grpc.StatusCode.UNAUTHENTICATED, 10)
+        assert eventually(lambda old=old: read_dial(folder / READERS).secret != old, 10)
+        run.proxies[0].mend()
+        for method, secret in before.items():
+            assert answer(run.join, method, secret) == grpc.StatusCode.UNAUTHENTICATED
+        names = {"Key": AGENTS, "Status": READERS, "Stop": PEOPLE}
+        before = {method: read_dial(folder / name).secret for method, name in names.items()}
+        for method in ("Key", "Status"):
+            assert answer(run.join, method, before[method]) == grpc.StatusCode.OK
+        call = run.launch.call("rank", 0, "give back", "still here")
+        assert (run.launch.call_result(20).id, run.launch.hub.generation) == (call, 1)
+        run.goes_on()
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.name != "mark"} == {0o600}
+
+
+def test_no_run_no_new_secrets(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not at work"):
+        launch.rotate(tmp_path)

@@ -392,7 +392,7 @@ class Launch:
         while self.hub.running() and time.monotonic() < deadline:
             event = self.hub.event(FAILED_GRACE_SECONDS)
             if isinstance(event, Message):
-                with contextlib.suppress(OSError):  # as where the disk is full, which is the error that is raised
+                with contextlib.suppress(OSError, MeshwrightError):  # as of a full disk, which is raised already
                     self._receive(event)
 
     def _error_of(self, event: Event | Finished | Waited | None) -> MeshwrightError:
