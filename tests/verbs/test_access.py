@@ -203,8 +203,9 @@ def test_a_full_disk_ends_the_run_with_its_name_and_no_rank_is_left(tmp_path: Pa
             while True:
                 filler.write(bytes(1 << 12))
         _, said = driver.communicate(timeout=60)
+        said = "\n".join(line for line in said.splitlines() if "/1000000" not in line)
         assert driver.returncode == 4, said
-        assert "events.jsonl" in said and "No space left" in said
+        assert "events.jsonl: cannot be written: " in said, said
         assert "not expected" not in said and "Traceback" not in said
         assert "--resume" in said
         assert eventually(lambda: not alive(rank))
