@@ -17,6 +17,9 @@ DETACHED = "MESHWRIGHT_DETACHED"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
+# gRPC reads it when it is imported. By itself it writes a line to stderr for every stranger who connects.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 @dataclass(frozen=True)
 class WorkerFiles:

@@ -1,5 +1,6 @@
 """Start functions by name as ranks, on this machine or on many: `launch.local("package.module:function", {...}, 4)`."""
 
+from meshwright import env  # noqa: F401  # before gRPC, which it keeps quiet
 from meshwright.launch.driver import ClusterBackend, Finished, Launch, Wait, Waited, keep, start
 from meshwright.launch.groups import Need, Node, RankGroup
 from meshwright.launch.hub_files import rotate

@@ -47,7 +47,7 @@ class Access:
 
     def opens(self, scope: str, secret: str) -> bool:
         """Whether `secret` opens `scope`. Takes equally long for every wrong secret."""
-        matches = [hmac.compare_digest(getattr(self, name), secret) for name in OPENED_BY[scope]]
+        matches = [hmac.compare_digest(getattr(self, name).encode(), secret.encode()) for name in OPENED_BY[scope]]
         return any(matches)
 
     def rotated(self) -> Access:

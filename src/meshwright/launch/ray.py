@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from meshwright import env
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.launch.agent import attend, describe_node
+from meshwright.launch.agent import Leaving, attend, describe_node
 from meshwright.launch.groups import Need, Node
 from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Dial
@@ -195,6 +195,7 @@ class _Actor:
             lambda: dial,
             lambda dial: describe_node(dial, name, devices, interface),
             lambda words: print(f"meshwright agent: {words}", file=sys.stderr, flush=True),
+            leaving=Leaving(0.0),  # Ray tells the driver of a node that is drained, and nobody here
         )
         return outcome.kind, outcome.words
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,10 @@ def _run(
 
     def take(message: Message) -> None:
         kind = message.body.pop("kind")
-        folder.append_event(kind, **message.body)
+        try:
+            folder.append_event(kind, **message.body)
+        except OSError as error:
+            raise RunFailed(Problem(str(folder.events), f"cannot be written: {error.strerror}")) from error
 
     try:
         processes = launch.keep(
@@ -188,7 +191,8 @@ def _run(
                 watch(folder, groups.planned, processes)
             results = processes.wait()
     except RunFailed as error:
-        folder.append_event("failure", reason=str(error.problems[0]))
+        with suppress(OSError):  # as where a full disk is the failure
+            folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=resume_with) from error
     if results[0]["step"] < job.train.steps:  # each ended in order: after `stop`, or a signal from outside
         what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
