@@ -6,25 +6,29 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
+from meshwright.launch.cluster_backend import ClusterBackend
 from meshwright.launch.generation import Generation
 from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
 from meshwright.launch.hub_files import Before, HubFiles
 from meshwright.launch.messages import (
+    Ask,
     CallResult,
     Event,
     Failure,
+    Finished,
     Message,
     NodeJoined,
     NodeLeaving,
     NodeLost,
     NodeRefused,
     StopAsked,
+    Wait,
+    Waited,
     first,
 )
 from meshwright.launch.processes import log_name
@@ -35,50 +39,6 @@ FAILED_GRACE_SECONDS = 1.0
 LOST_SECONDS = 60.0
 #: How often the cluster is asked for nodes that are new, and whose agents do not come by themselves.
 LOOK_SECONDS = 2.0
-
-
-class ClusterBackend(Protocol):
-    """All that a cluster must do. What starts agents limits them, and starts others for those that end."""
-
-    def open(self, files: HubFiles) -> None:
-        """Called once, before all else: `files` says how agents reach the hub."""
-
-    def listen(self) -> Sequence[str]:
-        """The addresses that the hub listens on, for gRPC: a network's "HOST:PORT", or none."""
-
-    def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
-        """The nodes that there are now; the agents of `attending` run already."""
-
-    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
-        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
-        Raises CannotWork."""
-
-    def close(self) -> None:
-        """Ends what `agents` started; the hub has told them that the job is over."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All ranks have returned: `results`, group by group and by rank."""
-
-    results: list[Any]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """No groups yet: ask again when nodes join or leave, with the event Waited after `seconds` in all."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Waited:
-    """The time of a Wait is over."""
-
-
-#: What happened (None at the start), and the nodes there are -> the groups wanted now. None: for Finished that the job
-#: is done, for a failure that the caller gives up, for all else the same groups as before.
-Ask = Callable[["Event | Finished | Waited | None", Sequence[Node]], Sequence[RankGroup] | Wait | None]
 
 
 class Launch:
