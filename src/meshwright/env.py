@@ -17,6 +17,9 @@ DETACHED = "MESHWRIGHT_DETACHED"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
+# gRPC reads it when it is imported. By itself it writes a line to stderr for every stranger who connects.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 @dataclass(frozen=True)
 class WorkerFiles:
@@ -43,11 +46,24 @@ def instruction_level() -> str:
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
+def cache_folder() -> Path:
+    """Where what was downloaded is kept: XDG_CACHE_HOME/meshwright, by default ~/.cache/meshwright."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright"
+
+
 def worker_files() -> WorkerFiles | None:
     """Those of this process; None where `launch` did not start it."""
     if WORKER_SPEC not in os.environ:
         return None
     return WorkerFiles(*(int(os.environ[name]) for name in (WORKER_SPEC, WORKER_ANSWER, WORKER_PARENT)))
+
+
+def trainer_status() -> tuple[str, Path, Path] | None:
+    """KUBEFLOW_TRAINER_SERVER_URL, _CA_CERT and _TOKEN, which Kubeflow Trainer sets for the step that posts its
+    progress: the address, the file of the authority, the file of the token. None where it does not run us."""
+    names = ("KUBEFLOW_TRAINER_SERVER_URL", "KUBEFLOW_TRAINER_SERVER_CA_CERT", "KUBEFLOW_TRAINER_SERVER_TOKEN")
+    url, authority, token = (os.environ.get(name, "") for name in names)
+    return (url, Path(authority), Path(token)) if url and authority and token else None
 
 
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:

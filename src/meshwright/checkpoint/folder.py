@@ -16,6 +16,7 @@ from pathlib import Path
 from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.disk import OWN_DISK, Disk, require
 from meshwright.errors import InputError
+from meshwright.run import HELD_NAME
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0-9a-f]+)?")
 
@@ -94,8 +95,11 @@ def commit_folder(root: Path, lease: Path, step: int, nonce: str, disk: Disk) ->
 
 
 def prune(root: Path, keep: int, nonce: str, disk: Disk) -> None:
-    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to inspect."""
+    """Deletes all but the `keep` newest committed checkpoints, and those that are being copied elsewhere; damaged ones
+    are left for a person to inspect."""
     for folder, manifest in committed_folders(root, disk)[0][:-keep]:
+        if disk.entry(folder / HELD_NAME) is not None:
+            continue
         # Renamed first: a kill during deletion must not leave a folder that looks committed.
         removed = step_folder(root, manifest.step, "removed", nonce)
         disk.rename(folder, removed)

@@ -2,8 +2,8 @@
 
 RUN/hub/access.json    {join, read, act, certificate, key}     for the hub alone
 RUN/hub/agents.json    {address, secret, certificate}          for agents: scope join
-RUN/hub/people.json    {address, secret, certificate, ...}     for `status`, `logs` and `stop`: scope act
-RUN/hub/readers.json   {address, secret, certificate, ...}     for `status` and `logs` alone: scope read
+RUN/hub/people.json    {address, secret, certificate, socket}  for `stop`: scope act
+RUN/hub/readers.json   {address, secret, certificate, socket}  for `status`: scope read
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Access:
 
     def opens(self, scope: str, secret: str) -> bool:
         """Whether `secret` opens `scope`. Takes equally long for every wrong secret."""
-        matches = [hmac.compare_digest(getattr(self, name), secret) for name in OPENED_BY[scope]]
+        matches = [hmac.compare_digest(getattr(self, name).encode(), secret.encode()) for name in OPENED_BY[scope]]
         return any(matches)
 
     def rotated(self) -> Access:

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cluster import available_cores, memory_bytes, this_machine
@@ -36,22 +36,30 @@ def attend(
     *,
     patience_seconds: float = PATIENCE_SECONDS,
     wait_seconds: float = WAIT_SECONDS,
-    leaving: Leaving | None = None,
+    leaving: Leaving,
 ) -> Outcome:
     """Attends the hub that `find` finds, as the node that `node` describes, until its job is over.
 
     Ranks end when the hub has been silent for `patience_seconds`; the agent itself looks for a hub for `wait_seconds`
-    more, and then attends as a new one: nothing of its old ranks is left.
+    more, and then attends as a new one: nothing of its old ranks is left. When `leaving` is called it ends.
     """
     until, outcome = time.monotonic() + wait_seconds, Outcome("lost", "no hub was found")
     while time.monotonic() < until:
+        if leaving.called:
+            return Outcome("left")
         dial = find()
         if dial is None:
             time.sleep(RETRY_SECONDS)
             continue
-        agent = Agent(dial, node(dial), own_versions(), patience_seconds=patience_seconds)
-        if leaving is not None:
-            leaving.agent = agent
+        agent = Agent(
+            dial,
+            node(dial),
+            own_versions(),
+            patience_seconds=patience_seconds,
+            find=find,
+            reach_seconds=min(patience_seconds, until - time.monotonic()),
+        )
+        leaving.concerns(agent)
         outcome = agent.run()
         if outcome.kind not in ("lost", "given up"):
             return outcome
@@ -62,16 +70,24 @@ def attend(
     return outcome
 
 
-@dataclass
 class Leaving:
-    """Tells the agent at work that its node ends, once."""
+    """Called when the node ends, as by a signal: tells the agent at work that `seconds` are left."""
 
-    seconds: float
-    agent: Agent | None = None
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._agent: Agent | None = None
+        self.called = False
+
+    def concerns(self, agent: Agent) -> None:
+        """From now on `agent` is the one at work."""
+        self._agent = agent
+        if self.called:
+            agent.leave(self._seconds)
 
     def __call__(self, *_: object) -> None:
-        if self.agent is not None:
-            self.agent.leave(self.seconds)
+        if self._agent is not None and not self.called:
+            self._agent.leave(self._seconds)
+        self.called = True
 
 
 def describe_node(dial: Dial, name: str | None, devices: int | None, interface: str | None) -> Node:

@@ -48,13 +48,27 @@ class Outcome:
 
 
 class Agent:
-    """One node's side of the hub that `dial` names. `run` belongs to one thread, which starts the ranks."""
+    """One node's side of the hub that `dial` names. `run` belongs to one thread, which starts the ranks.
+
+    `find` reads the secret and address again where the hub refuses the secret, which may have been replaced while this
+    agent was out of reach (default: `dial` is all there is).
+    """
 
     def __init__(
-        self, dial: Dial, node: Node, versions: Versions, *, patience_seconds: float = PATIENCE_SECONDS
+        self,
+        dial: Dial,
+        node: Node,
+        versions: Versions,
+        *,
+        patience_seconds: float = PATIENCE_SECONDS,
+        find: Callable[[], Dial | None] | None = None,
+        reach_seconds: float | None = None,
     ) -> None:
+        """reach_seconds: how long it tries to reach the hub first (default: `patience_seconds`)."""
         self._dial, self._node, self._versions = dial, node, versions
-        self._patience_seconds = patience_seconds
+        self._find = find or (lambda: dial)
+        self._own_patience_seconds = patience_seconds
+        self._patience_seconds = patience_seconds if reach_seconds is None else reach_seconds
         self._ticket = secrets.token_hex(16)
         self._inbox: queue.SimpleQueue[wire.HubMessage | Callable[[], None]] = queue.SimpleQueue()
         self._connection: _Connection | None = None
@@ -92,6 +106,7 @@ class Agent:
         self._inbox.put(lambda: self._leave(seconds))
 
     def _leave(self, seconds: float) -> None:
+        self._told = time.monotonic()
         self._send(wire.AgentMessage(leaving_seconds=seconds))
         self._leave_at = time.monotonic() + seconds
         if self._ranks is not None:
@@ -127,9 +142,11 @@ class Agent:
         elif (connection is None or connection.ended) and now - self._tried >= RETRY_SECONDS * (connection is not None):
             if connection is not None:
                 connection.close()
-                if connection.refused:
+                found = self._find() if connection.refused else None
+                if connection.refused and (found is None or found.secret == connection.secret):
                     self._outcome = Outcome("refused", connection.refused)
                     return
+                self._take_dial(found or self._dial)
             self._tried = now
             self._connection = _Connection(self._dial, self._hello(), self._inbox.put)
             for report in self._reports:
@@ -164,18 +181,21 @@ class Agent:
             self._ranks.end(message.stop.role, message.stop.grace_seconds)
         elif kind == "welcome":
             self.attended = True
-            self._patience_seconds = message.welcome.patience_seconds or self._patience_seconds
+            self._patience_seconds = message.welcome.patience_seconds or self._own_patience_seconds
             self._shared_folder = _holds(message.welcome.folder_mark_path, message.welcome.folder_mark)
         elif kind == "secret":
-            self._dial = replace(self._dial, secret=message.secret)
-            if self._ranks is not None:
-                self._ranks.hand(message.secret)
+            self._take_dial(replace(self._dial, secret=message.secret))
         elif kind == "refused":
             self._outcome = Outcome("refused", message.refused)
         elif kind == "given_up":
             self._outcome = Outcome("given up", message.given_up)
         elif kind == "done":
             self._outcome = Outcome("done")
+
+    def _take_dial(self, dial: Dial) -> None:
+        if dial.secret != self._dial.secret and self._ranks is not None:
+            self._ranks.hand(dial.secret)
+        self._dial = dial
 
     def _start(self, start: wire.Start) -> None:
         if start.generation <= self._generation:
@@ -260,7 +280,7 @@ class _Connection:
     """One stream to the hub. What arrives goes to `receive`; `ended` once it is over, `refused` with why if so."""
 
     def __init__(self, dial: Dial, hello: wire.AgentMessage, receive: Callable[[wire.HubMessage], None]) -> None:
-        self.heard, self.ended, self.refused = 0.0, False, ""
+        self.heard, self.ended, self.refused, self.secret = 0.0, False, "", dial.secret
         self._outbox: queue.SimpleQueue[wire.AgentMessage | None] = queue.SimpleQueue()
         self._outbox.put(hello)
         self._receive = receive

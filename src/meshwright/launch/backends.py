@@ -10,14 +10,15 @@ from meshwright import env
 from meshwright.errors import InputError, Problem
 from meshwright.launch.access import write_secret
 from meshwright.launch.awaited import AwaitedBackend
-from meshwright.launch.driver import ClusterBackend
+from meshwright.launch.cluster_backend import ClusterBackend
 
 
-def remote_backend(on: str, address: str | None, devices: int | None) -> ClusterBackend:
+def remote_backend(on: str, address: str | None, interface: str | None, devices: int | None) -> ClusterBackend:
     """The nodes of a Ray cluster ("ray") or those whose agents come by themselves ("agents").
 
-    address: what `launch.address` says; devices: of a Ray cluster that is started for the job. Raises InputError for an
-    address that is missing or wrong, and what `launch.ray.RayBackend` raises.
+    address: what `launch.address` says; interface: that ranks on Ray's nodes talk over (None: the one that leads to the
+    hub); devices: of a Ray cluster that is started for the job. Raises InputError for an address that is missing or
+    wrong, and what `launch.ray.RayBackend` raises.
     """
     if on == "agents":
         if address is None:
@@ -40,4 +41,4 @@ def remote_backend(on: str, address: str | None, devices: int | None) -> Cluster
         raise InputError(Problem("launch.address", what, near))
     from meshwright.launch.ray import RayBackend
 
-    return RayBackend(address, own, devices)
+    return RayBackend(address, own, interface, devices)

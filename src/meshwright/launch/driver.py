@@ -2,86 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
+from meshwright.launch.cluster_backend import ClusterBackend
+from meshwright.launch.generation import Generation
 from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
 from meshwright.launch.hub_files import Before, HubFiles
 from meshwright.launch.messages import (
+    Ask,
     CallResult,
     Event,
     Failure,
+    Finished,
     Message,
     NodeJoined,
     NodeLeaving,
     NodeLost,
     NodeRefused,
-    RanksBegun,
-    RankStopped,
-    Returned,
     StopAsked,
+    Wait,
+    Waited,
     first,
 )
 from meshwright.launch.processes import log_name
 
-#: How long the other ranks of a group have for their own words after one has failed.
-SETTLE_SECONDS = 0.2
 #: The longest grace of ranks whose group has failed: they cannot go on.
 FAILED_GRACE_SECONDS = 1.0
 #: A lost node is left out for so long, unless its agent attends again.
 LOST_SECONDS = 60.0
 #: How often the cluster is asked for nodes that are new, and whose agents do not come by themselves.
 LOOK_SECONDS = 2.0
-
-
-class ClusterBackend(Protocol):
-    """All that a cluster must do. What starts agents limits them, and starts others for those that end."""
-
-    def open(self, files: HubFiles) -> None:
-        """Called once, before all else: `files` says how agents reach the hub."""
-
-    def listen(self) -> Sequence[str]:
-        """The addresses that the hub listens on, for gRPC: a network's "HOST:PORT", or none."""
-
-    def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
-        """The nodes that there are now; the agents of `attending` run already."""
-
-    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
-        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
-        Raises CannotWork."""
-
-    def close(self) -> None:
-        """Ends what `agents` started; the hub has told them that the job is over."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All ranks have returned: `results`, group by group and by rank."""
-
-    results: list[Any]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """No groups yet: ask again when nodes join or leave, with the event Waited after `seconds` in all."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Waited:
-    """The time of a Wait is over."""
-
-
-#: What happened (None at the start), and the nodes there are -> the groups wanted now. None: for Finished that the job
-#: is done, for a failure that the caller gives up, for all else the same groups as before.
-Ask = Callable[["Event | Finished | Waited | None", Sequence[Node]], Sequence[RankGroup] | Wait | None]
 
 
 class Launch:
@@ -121,6 +78,7 @@ class Launch:
         self._lost: dict[str, float] = {}  # node -> when it was lost
         self._wait_until: float | None = None
         self._looked = time.monotonic()
+        self._leaving: set[str] = set()  # nodes that the cluster said will end
         self._known: set[str] = set()  # nodes that were there when groups were last asked for
         self._call_results: queue.SimpleQueue[CallResult] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -207,10 +165,15 @@ class Launch:
             self._results = self._generations()
         except BaseException as error:  # raised by the caller's thread, which waits for an answer
             self._error = error
+            self._end_ranks()
         finally:
-            self._files.close()
-            self._backend.close()
-            self._begun.set()
+            try:
+                self._files.close()
+                self._backend.close()
+            except BaseException as error:
+                self._error = self._error or error
+            finally:
+                self._begun.set()
 
     def _generations(self) -> list[Any] | None:
         """Starts generations until one returns; None where the job was stopped before."""
@@ -218,17 +181,38 @@ class Launch:
         if self._files.before is not None:
             event = self._adopt(self._files.before)
         while not self._stop_asked:
-            groups = self._ask(event, self._nodes())
+            nodes = self._nodes()
+            groups = self._wanted(event, nodes)
             if isinstance(groups, Wait):
                 event = self._wait(groups)
                 continue
+            if groups is None and self._groups and isinstance(event, NodeJoined | NodeLeaving | NodeLost):
+                groups = self._groups
             if groups is None:
                 if isinstance(event, Finished):
                     return event.results
                 raise self._error_of(event)
             self._groups = groups
-            event = self._one_generation(groups)
+            with self._run_failed_once_begun():
+                places = self._places(groups, nodes)
+            event = places if isinstance(places, NodeLost) else self._one_generation(groups, places)
         return event.results if isinstance(event, Finished) else None
+
+    def _wanted(
+        self, event: Event | Finished | Waited | None, nodes: Sequence[Node]
+    ) -> Sequence[RankGroup] | Wait | None:
+        with self._run_failed_once_begun():
+            return self._ask(event, nodes)
+
+    @contextlib.contextmanager
+    def _run_failed_once_begun(self) -> Iterator[None]:
+        """Makes a CannotWork of a job that has been at work RunFailed: what it can be resumed from is there."""
+        try:
+            yield
+        except CannotWork as error:
+            if not self._begun.is_set():
+                raise
+            raise RunFailed(error.problems) from error
 
     def _wait(self, wait: Wait) -> Event | Waited:
         """The next event that concerns nodes, or Waited once `wait` is over."""
@@ -256,15 +240,27 @@ class Launch:
         lost = {name for name, when in self._lost.items() if when > recently and name not in names}
         return [node for node in self._backend.nodes(attending) if node.name not in lost]
 
-    def _one_generation(self, groups: Sequence[RankGroup]) -> Event | Finished:
-        """Starts `groups` and follows them to their end. Returns why: Finished, StopAsked, the first Failure, or what
-        happened to the nodes for which `ask` wants other groups."""
+    def _places(self, groups: Sequence[RankGroup], asked: Sequence[Node]) -> Sequence[Place] | NodeLost:
+        """The places of all ranks, on nodes whose agents attend. Where that fails because a node is gone since the
+        nodes `asked`, for which the groups were wanted: that node."""
         self._wait_until = None
         nodes = self._nodes()
+        try:
+            places = place(groups, nodes)
+            self._await_agents(groups, places)
+        except CannotWork:
+            staying = {node.name for node in self._nodes() if node.leaving_seconds is None}
+            gone = [node for node in asked if node.leaving_seconds is None and node.name not in staying]
+            if not gone:
+                raise
+            return NodeLost(gone[0], "unreachable", f"node {gone[0].name} went before its ranks were started")
         self._known = {node.name for node in nodes}
-        places = place(groups, nodes)
-        self._await_agents(groups, places)
-        generation = _Generation(groups, places)
+        return places
+
+    def _one_generation(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> Event | Finished:
+        """Starts `groups` and follows them to their end. Returns why: Finished, StopAsked, the first Failure, or what
+        happened to the nodes for which `ask` wants other groups."""
+        generation = Generation(groups, places)
         number = self._on_start(groups) if self._on_start is not None else self.hub.generation + 1
         self._files.begin(number, groups, places, self._folder)
         return self._follow(generation)
@@ -275,17 +271,17 @@ class Launch:
         self._known = {place.node for place in before.places}
         if self._on_adopt is not None:
             self._on_adopt(before)
-        generation = _Generation(before.groups, before.places)
+        generation = Generation(before.groups, before.places)
         self._files.adopt(before)
         return self._follow(generation)
 
-    def _follow(self, generation: _Generation) -> Event | Finished:
+    def _follow(self, generation: Generation) -> Event | Finished:
         """Handles events until the last rank of `generation` has ended; returns why, as `_one_generation`."""
         cause: Event | None = None
         while not generation.over:
             for role in generation.roles_to_end():
                 self.hub.end_ranks(role, min(FAILED_GRACE_SECONDS, self._grace_seconds))
-            event = self.hub.event(generation.patience_seconds()) or self._new_node()
+            event = self.hub.event(generation.patience_seconds()) or self._change()
             if event is not None:
                 cause = self._take(event, generation, cause)
             if generation.begun:
@@ -294,16 +290,23 @@ class Launch:
             return cause if cause is not None and not self._stop_asked else Finished(generation.results())
         return first(generation.failures) if generation.failures else cause or StopAsked()
 
-    def _new_node(self) -> NodeJoined | None:
-        """A node that the cluster has now, and whose agent has not been asked for. Looked for every LOOK_SECONDS."""
+    def _change(self) -> NodeJoined | NodeLeaving | None:
+        """A node that the cluster has now, or that it says will end, of which no agent has told. Looked for every
+        LOOK_SECONDS."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return None
         self._looked = time.monotonic()
-        new = [node for node in self._nodes() if node.name not in self._known]
+        nodes = self._nodes()
+        self._leaving &= {node.name for node in nodes if node.leaving_seconds is not None}
+        for node in nodes:
+            if node.leaving_seconds is not None and node.name not in self._leaving:
+                self._leaving.add(node.name)
+                return NodeLeaving(node)
+        new = [node for node in nodes if node.name not in self._known]
         self._known.update(node.name for node in new)
         return NodeJoined(new[0]) if new else None
 
-    def _take(self, event: Event, generation: _Generation, cause: Event | None) -> Event | None:
+    def _take(self, event: Event, generation: Generation, cause: Event | None) -> Event | None:
         """Handles an event; returns why the generation ends, None while it goes on."""
         generation.take(event)
         if isinstance(event, NodeLost):
@@ -318,10 +321,12 @@ class Launch:
         elif isinstance(event, NodeJoined | NodeLeaving | NodeLost) and cause is None and not generation.failures:
             if isinstance(event, NodeLost) and event.node.name in generation.nodes:
                 return cause  # the failures of its ranks follow
-            wanted = self._ask(event, self._nodes())
+            wanted = self._wanted(event, self._nodes())
             if wanted is not None and wanted != list(generation.groups):
                 self.hub.end_ranks("", self._grace_seconds)
                 return event
+            if isinstance(event, NodeLeaving) and event.node.name in generation.nodes:
+                self.hub.end_ranks("", self._grace_seconds)  # all save and return while the node lasts
         return cause
 
     def _receive(self, message: Message) -> None:
@@ -345,11 +350,25 @@ class Launch:
             event = self.hub.event(max(0.0, deadline - time.monotonic()))
             if isinstance(event, NodeRefused) and event.node.name in missing:
                 raise CannotWork(Problem("launch", event.reason))
+            if isinstance(event, NodeLost):
+                self._lost[event.node.name] = time.monotonic()
+                if event.node.name in names:
+                    raise CannotWork(Problem("launch", event.reason))
             if isinstance(event, StopAsked):
                 raise RunFailed(Problem("launch", "the job was stopped before its ranks were started"))
             if event is None:
                 what = f"no word from {', '.join(sorted(missing))} within {self._start_seconds:g} s"
                 raise CannotWork(Problem("launch", what, f"there are {nodes_in_words(self.hub.nodes())}"))
+
+    def _end_ranks(self) -> None:
+        """Has the ranks that run end in order, after an error of the driver's own."""
+        self.hub.end_ranks("", self._grace_seconds)
+        deadline = time.monotonic() + self._grace_seconds + FAILED_GRACE_SECONDS
+        while self.hub.running() and time.monotonic() < deadline:
+            event = self.hub.event(FAILED_GRACE_SECONDS)
+            if isinstance(event, Message):
+                with contextlib.suppress(OSError, MeshwrightError):  # as of a full disk, which is raised already
+                    self._receive(event)
 
     def _error_of(self, event: Event | Finished | Waited | None) -> MeshwrightError:
         """The error for an event after which the caller gives up."""
@@ -371,60 +390,6 @@ class Launch:
         if len({place.node for place in self._files.places}) > 1:
             where += f" on {failure.node}"
         return Problem(where, what, f"whole log: {self.log(failure.rank, failure.role)}")
-
-
-class _Generation:
-    """What is known of the ranks of one generation."""
-
-    def __init__(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
-        self.groups = groups
-        self._waiting = {(place.role, place.rank) for place in places}
-        self.nodes = {place.node for place in places}
-        self._silent_nodes = set(self.nodes)
-        self._results: dict[tuple[str, int], Any] = {}
-        self._end_at: dict[str, float] = {}  # role that failed -> when its other ranks are ended
-        self.failures: list[Failure] = []
-
-    @property
-    def over(self) -> bool:
-        return not self._waiting
-
-    @property
-    def begun(self) -> bool:
-        """Whether every node has said that its ranks run."""
-        return not self._silent_nodes
-
-    @property
-    def returned(self) -> bool:
-        """Whether every rank has returned a result."""
-        return len(self._results) == sum(group.ranks for group in self.groups)
-
-    def results(self) -> list[Any]:
-        return [self._results[group.role, rank] for group in self.groups for rank in range(group.ranks)]
-
-    def take(self, event: Event) -> None:
-        if isinstance(event, RanksBegun):
-            self._silent_nodes.discard(event.node)
-        if isinstance(event, Returned | Failure | RankStopped):
-            self._waiting.discard((event.role, event.rank))
-        if isinstance(event, Returned):
-            self._results[event.role, event.rank] = event.result
-        if isinstance(event, Failure):
-            self.failures.append(event)
-            self._end_at.setdefault(event.role, time.monotonic() + SETTLE_SECONDS)
-
-    def roles_to_end(self) -> list[str]:
-        """Roles that have failed, once each, after their ranks had time for words of their own."""
-        now = time.monotonic()
-        due = [role for role, at in self._end_at.items() if at <= now]
-        for role in due:
-            self._end_at[role] = float("inf")
-        return due
-
-    def patience_seconds(self) -> float:
-        """How long to wait for the next event."""
-        nearest = min((at - time.monotonic() for at in self._end_at.values()), default=1.0)
-        return max(0.0, min(nearest, 1.0))
 
 
 def keep(backend: ClusterBackend, ask: Ask, folder: Path | str, **options: Any) -> Launch:

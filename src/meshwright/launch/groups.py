@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshwright.errors import CannotWork, Problem
+from meshwright.errors import CannotWork, InputError, Problem
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,11 @@ class Place:
 def place(groups: Sequence[RankGroup], nodes: Sequence[Node]) -> tuple[Place, ...]:
     """The place of every rank: nodes are filled in their order, and ranks that must be near share a node.
 
-    Raises CannotWork naming what lacks, and the most that could be placed.
+    Raises CannotWork naming what lacks, and the most that could be placed; InputError for two groups of one role.
     """
+    roles = [group.role for group in groups]
+    if len(set(roles)) < len(roles):
+        raise InputError(Problem("launch", f"two groups have one role: {', '.join(roles)}"))
     free = {node.name: _Free(node) for node in nodes if node.leaving_seconds is None}
     places: list[Place] = []
     for group in groups:
@@ -137,6 +140,8 @@ def _lack(group: RankGroup, placed: int, nodes: Sequence[Node]) -> Problem:
         asked.append(f"{need.memory_bytes / 2**30:.3g} GiB each")
     if group.near > 1:
         asked.append(f"{group.near} on one node")
+    if group.most_per_node:
+        asked.append(f"at most {group.most_per_node} on a node")
     what = f"asks for {', '.join(asked)}; there are {nodes_in_words(nodes)}"
     return Problem(f"role {group.role}", what, f"nearest: {placed} ranks")
 

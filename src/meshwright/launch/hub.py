@@ -41,6 +41,8 @@ BEAT_SECONDS = 1.0
 #: A node that has not been heard of for so long is lost. A beat is a thread's that does nothing else.
 SILENT_SECONDS = 5.0
 CHECK_SECONDS = 0.25
+#: The most that a call to a rank may take with its name: what gRPC lets pass is the hub's and the ranks' limit.
+MAX_CALL_BYTES = (64 << 20) - 1024
 #: Fields of a Node that its agent states.
 NODE_FIELDS = ("name", "address", "interface", "kind", "devices", "cores", "memory_bytes", "link_bytes_per_second")
 RankKey = tuple[str, int]
@@ -61,6 +63,10 @@ class Member:
     def order(self, order: wire.HubMessage) -> None:
         self.orders.append(order)
         self.outbox.put(order)
+
+
+#: A member, the number of its connection, and what is to be sent there.
+Admitted = tuple[Member, int, "queue.SimpleQueue[wire.HubMessage | None]"]
 
 
 @dataclass
@@ -95,9 +101,10 @@ class Hub:
         self._ranks: dict[RankKey, _Rank] = {}
         self._failures: list[str] = []
         self._keys = KeyTable()
-        self._calls: dict[RankKey, queue.SimpleQueue[wire.Call]] = {}
-        self._open_calls: dict[int, RankKey] = {}
-        self._call_ids = itertools.count(1)
+        self._told: dict[RankKey, int] = {}  # the number of what each rank told last
+        self._calls: dict[RankKey, queue.SimpleQueue[wire.Call | None]] = {}  # to ranks that listen
+        self._open_calls: dict[int, tuple[RankKey, wire.Call]] = {}
+        self._call_ids = itertools.count(time.time_ns())  # above those of a hub that was killed
         self._connections = itertools.count(1)
         self._began = time.monotonic()
         self._over = threading.Event()
@@ -124,11 +131,7 @@ class Hub:
         """Starts the ranks of `generation`, a number above the last, on nodes that attend. Keys, calls and ranks of the
         one before are over."""
         with self._lock:
-            self.generation = generation
-            self._keys.clear(self.generation)
-            self._ranks = {(place.role, place.rank): _Rank(place) for place in places}
-            self._calls = {key: queue.SimpleQueue() for key in self._ranks}
-            self._open_calls.clear()
+            self._take_generation(generation, places)
             for node, member in self._members.items():
                 member.orders.clear()
                 here = [place for place in places if place.node == node]
@@ -138,18 +141,27 @@ class Hub:
                         generation=self.generation, roles=[role for role in roles if role.ranks], folder=folder
                     )
                     member.order(wire.HubMessage(start=message))
+            for place in places:
+                if place.node not in self._members:
+                    self._fail((place.role, place.rank), place.node, "unreachable", f"its node {place.node} is gone")
 
     def adopt(self, generation: int, places: Sequence[Place], tickets: Mapping[str, str]) -> None:
         """Takes `generation`, which an earlier hub began, as the current one: its agents, known by their tickets, come
         back by themselves, or are lost after SILENT_SECONDS."""
         with self._lock:
-            self.generation = generation
-            self._keys.clear(generation)
-            self._ranks = {(place.role, place.rank): _Rank(place) for place in places}
-            self._calls = {key: queue.SimpleQueue() for key in self._ranks}
+            self._take_generation(generation, places)
             now = time.monotonic()
-            for node in {place.node for place in places}:
+            for node in dict.fromkeys(place.node for place in places):
                 self._members[node] = Member(Node(node), tickets.get(node, ""), now, connected=False)
+
+    def _take_generation(self, generation: int, places: Sequence[Place]) -> None:
+        self.generation = generation
+        self._keys.clear(generation)
+        self._ranks = {(place.role, place.rank): _Rank(place) for place in places}
+        for calls in self._calls.values():
+            calls.put(None)
+        self._calls, self._told = {}, {}
+        self._open_calls.clear()
 
     def end_ranks(self, role: str, grace_seconds: float) -> None:
         """Has agents end the ranks of `role` ("": all) of this generation: SIGTERM, after the grace SIGKILL."""
@@ -179,15 +191,19 @@ class Hub:
 
     def call(self, role: str, rank: int, name: str, body: Any = None, blob: bytes = b"") -> int:
         """Calls `name` in a rank; the CallResult with the id returned is an event. A rank that ends answers by an
-        error. `blob` is at most MAX_MESSAGE_BYTES less a KiB."""
+        error. Raises ValueError where body and blob have more than MAX_CALL_BYTES."""
+        call = wire.Call(name=name, body=json.dumps(body).encode(), blob=blob)
+        if call.ByteSize() > MAX_CALL_BYTES:
+            raise ValueError(f"the call {name!r} has {call.ByteSize()} bytes, more than the {MAX_CALL_BYTES} allowed")
         with self._lock:
-            call_id = next(self._call_ids)
+            call.id = next(self._call_ids)
             if (role, rank) not in self.running():
-                self._events.put(CallResult(call_id, role, rank, None, b"", "the rank does not run"))
-                return call_id
-            self._open_calls[call_id] = (role, rank)
-            self._calls[role, rank].put(wire.Call(id=call_id, name=name, body=json.dumps(body).encode(), blob=blob))
-            return call_id
+                self._events.put(CallResult(call.id, role, rank, None, b"", "the rank does not run"))
+                return call.id
+            self._open_calls[call.id] = ((role, rank), call)
+            if (role, rank) in self._calls:
+                self._calls[role, rank].put(call)
+            return call.id
 
     def renew(self, access: Access) -> None:
         """Takes new secrets: agents that attend are told theirs, the old ones are refused from now on."""
@@ -206,8 +222,8 @@ class Hub:
 
     # What the service calls
 
-    def admit(self, hello: wire.Hello) -> Member | wire.HubMessage:
-        """The member that `hello` is of, or the refusal."""
+    def admit(self, hello: wire.Hello) -> Admitted | wire.HubMessage:
+        """The member that `hello` is of, with its new connection, or the refusal."""
         node = node_of(hello.node)
         if words := difference(self._versions, Versions(hello.code_digest, hello.torch_version, hello.python_version)):
             reason = f"node {node.name}: {words}"
@@ -224,14 +240,17 @@ class Hub:
                 return wire.HubMessage(given_up=f"the ranks are of generation {hello.generation}, which is over")
             member = known or Member(node, hello.ticket, now)
             if known is not None:
-                known.connected, known.heard, known.ticket, known.node = True, now, hello.ticket, node
+                leaving = known.node.leaving_seconds
+                known.connected, known.heard, known.node = True, now, replace(node, leaving_seconds=leaving)
+                known.outbox.put(None)
+                known.outbox = queue.SimpleQueue()
                 for order in known.orders:  # what was sent while the connection broke may be lost
                     known.outbox.put(order)
             member.connection = next(self._connections)
             self._members[node.name] = member
             if known is None:
                 self._events.put(NodeJoined(node))
-        return member
+            return member, member.connection, member.outbox
 
     def _may_come_back(self, known: Member, hello: wire.Hello, now: float) -> bool:
         return known.ticket == hello.ticket and (not known.connected or now - known.heard > 2 * BEAT_SECONDS)
@@ -240,6 +259,8 @@ class Hub:
         """What an agent says after its hello."""
         kind = message.WhichOneof("what")
         with self._lock:
+            if self._members.get(member.node.name) is not member:
+                return  # it was given up
             member.heard = time.monotonic()
             if kind == "ended" and message.ended.generation == self.generation:
                 self._end_rank(message.ended, member.node)
@@ -260,7 +281,7 @@ class Hub:
     def _end_rank(self, ended: wire.RankEnded, node: Node) -> None:
         key = (ended.name.role, ended.name.rank)
         rank = self._ranks.get(key)
-        if rank is None or rank.state != "running":
+        if rank is None or rank.state != "running" or rank.place.node != node.name:
             return
         if not ended.kind:
             rank.state = "done"
@@ -286,7 +307,7 @@ class Hub:
         self._events.put(failure)
 
     def _answer_open_calls(self, key: RankKey, words: str) -> None:
-        for call_id in [number for number, of in self._open_calls.items() if of == key]:
+        for call_id in [number for number, (of, _) in self._open_calls.items() if of == key]:
             del self._open_calls[call_id]
             self._events.put(CallResult(call_id, *key, None, b"", words))
 
@@ -297,10 +318,14 @@ class Hub:
                 member.connected = False
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._over.wait(CHECK_SECONDS):
             now = time.monotonic()
+            held, looked = now - looked - CHECK_SECONDS, now
             with self._lock:
                 for name, member in list(self._members.items()):
+                    if held > BEAT_SECONDS:  # this process was held itself: what was said meanwhile is still to be read
+                        member.heard += held
                     if now - member.heard > SILENT_SECONDS:
                         self._lose(name, member)
 
@@ -324,19 +349,36 @@ class Hub:
         return f"generation {stated} is over: the hub is at generation {self.generation}"
 
     def told(self, told: wire.Told) -> None:
-        name = told.name
-        self._events.put(Message(name.role, name.rank, told.kind, json.loads(told.body or b"null"), told.blob))
+        """Takes what a rank tells, once. Raises ValueError where it is not JSON."""
+        key, body = (told.name.role, told.name.rank), json.loads(told.body or b"null")
+        with self._lock:
+            if told.number > self._told.get(key, 0):
+                self._told[key] = told.number
+                self._events.put(Message(*key, told.kind, body, told.blob))
 
     def answered(self, answer: wire.CallAnswer) -> None:
+        """Takes a rank's answer, once. Raises ValueError where it is not JSON."""
+        key, body = (answer.name.role, answer.name.rank), json.loads(answer.body or b"null")
         with self._lock:
-            if self._open_calls.pop(answer.id, None) == (answer.name.role, answer.name.rank):
-                body = json.loads(answer.body or b"null")
-                key = (answer.name.role, answer.name.rank)
+            if self._open_calls.get(answer.id, (None,))[0] == key:
+                del self._open_calls[answer.id]
                 self._events.put(CallResult(answer.id, *key, body, answer.blob, answer.error))
 
-    def calls_of(self, name: wire.RankName) -> queue.SimpleQueue[wire.Call] | None:
+    def calls_of(self, name: wire.RankName, after: int) -> queue.SimpleQueue[wire.Call | None] | None:
+        """The calls to a rank beginning with the open ones after the id `after`, then as they come, None at the end of
+        the generation, or where the rank listens anew. None where there is no such rank."""
+        key = (name.role, name.rank)
         with self._lock:
-            return self._calls.get((name.role, name.rank))
+            if key not in self._ranks:
+                return None
+            if key in self._calls:
+                self._calls[key].put(None)
+            calls: queue.SimpleQueue[wire.Call | None] = queue.SimpleQueue()
+            self._calls[key] = calls
+            for call_id, (of, call) in self._open_calls.items():
+                if of == key and call_id > after:
+                    calls.put(call)
+            return calls
 
     def key(self, request: wire.KeyRequest, generation: int) -> wire.KeyReply | None:
         """The reply; None where the generation ended meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 from meshwright.launch.wire import hub_pb2 as wire
@@ -12,6 +13,8 @@ from meshwright.launch.wire import hub_pb2 as wire
 LONGEST_WAIT_SECONDS = 10.0
 MAX_KEY_BYTES = 4096
 MAX_TABLE_BYTES = 256 << 20
+#: Replies that are kept for requests that come again because their answer was lost with its connection.
+KEPT_REPLIES = 4096
 
 
 class KeyTable:
@@ -22,17 +25,24 @@ class KeyTable:
         self._generation = 0
         self._values: dict[str, bytes] = {}
         self._bytes = 0
+        self._replies: OrderedDict[int, wire.KeyReply] = OrderedDict()  # to requests that would not act twice alike
 
     def clear(self, generation: int) -> None:
         """Empties the table for `generation`; who waits for a key of an older one gets no answer."""
         with self._changed:
             self._generation, self._values, self._bytes = generation, {}, 0
+            self._replies.clear()
             self._changed.notify_all()
 
     def answer(self, request: wire.KeyRequest, generation: int) -> wire.KeyReply | None:
-        """The reply; `found` is False where a wait was too short. None once `generation` is over."""
+        """The reply; `found` is False where a wait was too short. None once `generation` is over.
+
+        Raises ValueError for a request that cannot be answered.
+        """
         operations = wire.KeyRequest
         keys = list(request.keys)
+        if not keys and request.operation not in (operations.WAIT, operations.CHECK, operations.COUNT):
+            raise ValueError("no key is named")
         with self._changed:
             if generation != self._generation:
                 return None
@@ -42,25 +52,30 @@ class KeyTable:
                 return wire.KeyReply(found=self._has(keys))
             if request.operation == operations.COUNT:
                 return wire.KeyReply(found=True, number=len(self._values))
-            if request.operation == operations.DELETE:
-                return wire.KeyReply(found=self._drop(keys[0]))
-            return self._write(request, keys[0])
+            if (reply := self._replies.get(request.id)) is None:
+                reply = self._write(request, keys[0])
+                self._replies[request.id] = reply
+                if len(self._replies) > KEPT_REPLIES:
+                    self._replies.popitem(last=False)
+            return reply
 
     def _write(self, request: wire.KeyRequest, key: str) -> wire.KeyReply:
+        if request.operation == wire.KeyRequest.DELETE:
+            return wire.KeyReply(found=self._drop(key))
         before = self._values.get(key)
         if request.operation == wire.KeyRequest.SET:
             self._put(key, request.value)
             return wire.KeyReply(found=True)
         if request.operation == wire.KeyRequest.ADD:
-            total = int(before or b"0") + request.amount
-            self._put(key, str(total).encode())
-            return wire.KeyReply(found=True, number=total)
+            reply = wire.KeyReply(found=True, number=int(before or b"0") + request.amount)
+            self._put(key, str(reply.number).encode())
+            return reply
         if before == request.expected or (before is None and not request.expected):
             self._put(key, request.value)
         return wire.KeyReply(found=key in self._values, value=self._values.get(key, request.expected))
 
     def _put(self, key: str, value: bytes) -> None:
-        size = len(key) + len(value) - len(self._values.get(key, b""))
+        size = len(value) - len(self._values[key]) if key in self._values else len(key) + len(value)
         if len(key) > MAX_KEY_BYTES or self._bytes + size > MAX_TABLE_BYTES:
             raise ValueError(f"keys may have {MAX_KEY_BYTES} bytes, and all of them {MAX_TABLE_BYTES}")
         self._bytes += size
@@ -81,4 +96,4 @@ class KeyTable:
         found = self._changed.wait_for(over, max(0.0, deadline - time.monotonic()))
         if generation != self._generation:
             return None
-        return wire.KeyReply(found=found, value=self._values[keys[0]] if found else b"")
+        return wire.KeyReply(found=found, value=self._values[keys[0]] if found and keys else b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,16 @@ import grpc
 from meshwright.errors import Problem, RunFailed
 from meshwright.launch.hub_disk import HubDisk
 from meshwright.launch.messages import Dial, RankPlace
-from meshwright.launch.service import connect
+from meshwright.launch.service import MAX_MESSAGE_BYTES, connect
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.launch.wire.hub_pb2_grpc import HubStub
 
-#: How long a call waits for a hub that cannot be reached: one that is started again is back by then.
+#: How long keys and answers wait for a hub that cannot be reached: one that is started again is back by then.
 HUB_SECONDS = 60.0
-#: Of what has been told, the most that may wait to be sent when the function returns.
-FLUSH_SECONDS = 30.0
+#: Pause before what could not be sent is sent again.
+RETRY_SECONDS = 0.2
+#: How long after a secret was replaced ranks have the new one.
+SECRET_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,12 @@ class Context:
     """
 
     def __init__(self, place: RankPlace, secret: Callable[[], str] | None = None) -> None:
-        """secret: reads the hub's secret again, after the one of `place` was refused."""
+        """secret: reads the hub's secret, which may be replaced (default: that of `place`)."""
         self.role, self.rank, self.world = place.role, place.rank, place.world
         self.local_rank, self.device = place.local_rank, place.device
         self.generation, self.folder = place.generation, place.folder
         self.node, self.copies = place.node, Path(place.copies) if place.copies else None
-        self._dial, self._read_secret = place.dial, secret
+        self._dial, self._secret = place.dial, secret or (lambda: place.dial.secret)
         self._told: _Told | None = None
         #: What must live as long as the rank.
         self.held: list[object] = []
@@ -63,7 +66,7 @@ class Context:
 
     @cached_property
     def _hub(self) -> _Client:
-        return _Client(self._dial, self.generation, self._read_secret or (lambda: self._dial.secret))
+        return _Client(self._dial, self.generation, self._secret)
 
     @property
     def _name(self) -> wire.RankName:
@@ -79,10 +82,14 @@ class Context:
 
     def tell(self, kind: str, body: Any = None, blob: bytes = b"") -> None:
         """Tells the driver, in the order of the calls and without waiting; body: JSON. What was told has arrived when
-        the function of this rank has returned. Raises RunFailed where the hub refuses this rank."""
+        the function of this rank has returned: while the hub is away it waits, for as long as the agent lets it live.
+        Raises RunFailed where the hub refuses this rank, ValueError for more than MAX_MESSAGE_BYTES."""
+        told = wire.Told(name=self._name, kind=kind, body=json.dumps(body).encode(), blob=blob)
+        if told.ByteSize() > MAX_MESSAGE_BYTES - 1024:
+            raise ValueError(f"what is told has {told.ByteSize()} bytes, more than the {MAX_MESSAGE_BYTES} allowed")
         if self._told is None:
             self._told = _Told(self._hub)
-        self._told.put(wire.Told(name=self._name, kind=kind, body=json.dumps(body).encode(), blob=blob))
+        self._told.put(told)
 
     def calls(self) -> Iterator[Call]:
         """What the driver asks of this rank, as it comes, until the generation is over."""
@@ -145,7 +152,8 @@ class Keys:
 
     def _ask(self, operation: Any, keys: Sequence[str], **fields: Any) -> wire.KeyReply:
         full = [self._prefix + key for key in keys]
-        return self._hub.key(wire.KeyRequest(operation=operation, keys=full, **fields))
+        number = 1 + secrets.randbelow(2**64 - 1)
+        return self._hub.key(wire.KeyRequest(operation=operation, keys=full, id=number, **fields))
 
     def _wait(self, operation: Any, keys: Sequence[str], timeout_seconds: float) -> wire.KeyReply:
         deadline = time.monotonic() + timeout_seconds
@@ -159,11 +167,12 @@ class Keys:
 
 
 class _Client:
-    """The hub's methods for a rank. A refused secret is read again once: it may have been replaced."""
+    """The hub's methods for a rank. Where the hub cannot be reached they are tried again: a request that arrives twice
+    acts once."""
 
     def __init__(self, dial: Dial, generation: int, read_secret: Callable[[], str]) -> None:
         self._stub = HubStub(connect(dial.address, dial.certificate))
-        self._generation, self._secret, self._read_secret = generation, dial.secret, read_secret
+        self._generation, self._read_secret = generation, read_secret
 
     def key(self, request: wire.KeyRequest) -> wire.KeyReply:
         reply: wire.KeyReply = self._call(self._stub.Key, request, HUB_SECONDS + request.wait_seconds)
@@ -180,39 +189,59 @@ class _Client:
     def answer(self, answer: wire.CallAnswer) -> None:
         self._call(self._stub.Answer, answer, HUB_SECONDS)
 
-    def tell(self, told: Iterator[wire.Told]) -> None:
-        """Sends until the iterator ends."""
-        try:
-            self._stub.Tell(told, metadata=self._metadata(), wait_for_ready=True)
-        except grpc.RpcError as error:
-            raise _in_words(error) from error
+    def tell(self, told: wire.Told) -> None:
+        self._call(self._stub.Tell, told, None)
 
     def calls(self, name: wire.RankName) -> Iterator[wire.Call]:
-        try:
-            yield from self._stub.Calls(name, metadata=self._metadata(), wait_for_ready=True)
-        except grpc.RpcError as error:
-            raise _in_words(error) from error
+        """Each call once, until the generation is over."""
+        request, tries = wire.CallsRequest(name=name), _Tries(None)
+        while True:
+            try:
+                for call in self._stub.Calls(request, metadata=self._metadata(), wait_for_ready=True):
+                    request.after = call.id
+                    yield call
+                return
+            except grpc.RpcError as error:
+                tries.again(error)
 
-    def _call(self, method: Any, request: Any, timeout_seconds: float) -> Any:
-        options = {"timeout": timeout_seconds, "wait_for_ready": True}
-        try:
-            return method(request, metadata=self._metadata(), **options)
-        except grpc.RpcError as error:
-            secret = self._read_secret()
-            if error.code() != grpc.StatusCode.UNAUTHENTICATED or secret == self._secret:
-                raise _in_words(error) from error
-            self._secret = secret
-        try:
-            return method(request, metadata=self._metadata(), **options)
-        except grpc.RpcError as error:
-            raise _in_words(error) from error
+    def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
+        tries = _Tries(timeout_seconds)
+        while True:
+            try:
+                return method(request, metadata=self._metadata(), timeout=tries.left_seconds(), wait_for_ready=True)
+            except grpc.RpcError as error:
+                tries.again(error)
 
     def _metadata(self) -> list[tuple[str, str]]:
-        return [("secret", self._secret), ("generation", str(self._generation))]
+        return [("secret", self._read_secret()), ("generation", str(self._generation))]
+
+
+class _Tries:
+    """How long what has failed is tried again: for `timeout_seconds` (None: no limit) where the hub cannot be reached,
+    for SECRET_SECONDS where it refuses the secret, which may have been replaced a moment ago."""
+
+    def __init__(self, timeout_seconds: float | None) -> None:
+        self._until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._refused_until: float | None = None
+
+    def left_seconds(self) -> float | None:
+        return None if self._until is None else max(0.0, self._until - time.monotonic())
+
+    def again(self, error: grpc.RpcError) -> None:
+        """Waits a moment. Raises RunFailed where another try is of no use."""
+        now = time.monotonic()
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            self._refused_until = self._refused_until or now + SECRET_SECONDS
+            hopeless = now > self._refused_until
+        else:
+            hopeless = error.code() != grpc.StatusCode.UNAVAILABLE or (self._until is not None and now > self._until)
+        if hopeless:
+            raise _in_words(error) from error
+        time.sleep(RETRY_SECONDS)
 
 
 class _Told:
-    """What a rank tells the driver, sent by a thread in one stream."""
+    """What a rank tells the driver, sent by a thread, one after the other."""
 
     def __init__(self, hub: _Client) -> None:
         self._queue: queue.SimpleQueue[wire.Told | None] = queue.SimpleQueue()
@@ -228,13 +257,15 @@ class _Told:
 
     def close(self) -> None:
         self._queue.put(None)
-        self._thread.join(FLUSH_SECONDS)
+        self._thread.join()
         if self._error is not None:
             raise self._error
 
     def _send(self) -> None:
         try:
-            self._hub.tell(iter(self._queue.get, None))
+            for number, told in enumerate(iter(self._queue.get, None), 1):
+                told.number = number
+                self._hub.tell(told)
         except RunFailed as error:
             self._error = error
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from meshwright import env
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.launch.agent import attend, describe_node
+from meshwright.launch.agent import Leaving, attend, describe_node
 from meshwright.launch.groups import Need, Node
 from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Dial
@@ -57,13 +57,17 @@ class RayBackend:
     """
 
     def __init__(
-        self, address: str | None, own: tempfile.TemporaryDirectory[str] | None, devices: int | None = None
+        self,
+        address: str | None,
+        own: tempfile.TemporaryDirectory[str] | None,
+        interface: str | None = None,
+        devices: int | None = None,
     ) -> None:
         """own, devices: the folder of a cluster that is started for the job, and how many devices it has: more than
-        there are share cores."""
+        there are share cores; interface: that ranks talk over (None: the one that leads to the hub)."""
         self._files: HubFiles | None = None
         self._agents: dict[str, _Agent] = {}
-        self._own = own
+        self._own, self._interface = own, interface
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if own is not None:
             options |= {"include_dashboard": False, "_temp_dir": own.name, "num_cpus": devices}
@@ -144,7 +148,7 @@ class RayBackend:
         devices = int(resources.get("GPU", 0) or resources.get("CPU", 0))
         running = actor.remote()
         outcome = running.attend.remote(  # type: ignore[attr-defined]
-            dial.address, dial.secret, dial.certificate, name, address, devices
+            dial.address, dial.secret, dial.certificate, name, self._interface, devices
         )
         return _Agent(running, group, resources, outcome)
 
@@ -184,13 +188,14 @@ class _Actor:
     """An agent inside Ray: its one method runs as long as the agent attends."""
 
     def attend(
-        self, address: str, secret: str, certificate: str, name: str, node_address: str, devices: int
+        self, address: str, secret: str, certificate: str, name: str, interface: str | None, devices: int
     ) -> tuple[str, str]:
         dial = Dial(address, secret, certificate)
         outcome = attend(
             lambda: dial,
-            lambda dial: describe_node(dial, name, devices, None),
+            lambda dial: describe_node(dial, name, devices, interface),
             lambda words: print(f"meshwright agent: {words}", file=sys.stderr, flush=True),
+            leaving=Leaving(0.0),  # Ray tells the driver of a node that is drained, and nobody here
         )
         return outcome.kind, outcome.words
 

@@ -33,6 +33,13 @@ SCOPE_OF: Mapping[str, str] = {
 }
 #: For channel and server: beats go through idle connections, and a dead one is noticed by them, not by TCP.
 OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES))
+#: Connections that say nothing are closed: a stranger's half-open ones after the first, a rank's, which are made again
+#: when it calls, after the second.
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),
+)
 
 
 class HubServer:
@@ -44,7 +51,7 @@ class HubServer:
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="meshwright-hub"),
             interceptors=[_Guard(lambda: hub.access)],
-            options=[*OPTIONS, ("grpc.so_reuseport", 0)],
+            options=[*OPTIONS, *SERVER_OPTIONS],
         )
         add_HubServicer_to_server(_Service(hub, files), self._server)
         #: The addresses, with the ports that were free.
@@ -77,11 +84,14 @@ class _Service(HubServicer):
         self._hub, self._files = hub, files
 
     def Attend(self, requests: Iterator[wire.AgentMessage], context: Any) -> Iterator[wire.HubMessage]:
-        member = self._hub.admit(next(requests).hello)
-        if isinstance(member, wire.HubMessage):
-            yield member
+        first = next(requests, None)
+        if first is None or first.WhichOneof("what") != "hello":
             return
-        connection, outbox = member.connection, member.outbox
+        admitted = self._hub.admit(first.hello)
+        if isinstance(admitted, wire.HubMessage):
+            yield admitted
+            return
+        member, connection, outbox = admitted
         context.add_callback(lambda: self._hub.leave(member, connection))
         reader = threading.Thread(target=self._listen, args=(member, requests), name="meshwright-hub-hear", daemon=True)
         reader.start()
@@ -102,26 +112,36 @@ class _Service(HubServicer):
 
     def Key(self, request: wire.KeyRequest, context: Any) -> wire.KeyReply:
         generation = self._require_current(context)
-        while (reply := self._hub.key(request, generation)) is None:
+        while True:
+            try:
+                reply = self._hub.key(request, generation)
+            except ValueError as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            if reply is not None:
+                return reply
             self._require_current(context)  # another generation has begun: this ends the call
-        return reply
 
-    def Tell(self, requests: Iterator[wire.Told], context: Any) -> wire.Received:
-        for told in requests:
-            self._require_current(context)
-            self._hub.told(told)
-        return wire.Received()
+    def Tell(self, request: wire.Told, context: Any) -> wire.Received:
+        return self._take(self._hub.told, request, context)
 
-    def Calls(self, request: wire.RankName, context: Any) -> Iterator[wire.Call]:
+    def Calls(self, request: wire.CallsRequest, context: Any) -> Iterator[wire.Call]:
         self._require_current(context)
-        calls = self._hub.calls_of(request)
-        while calls is not None and context.is_active() and calls is self._hub.calls_of(request):
+        calls = self._hub.calls_of(request.name, request.after)
+        while calls is not None and context.is_active():
             with contextlib.suppress(queue.Empty):
-                yield calls.get(timeout=BEAT_SECONDS)
+                if (call := calls.get(timeout=BEAT_SECONDS)) is None:
+                    return
+                yield call
 
     def Answer(self, request: wire.CallAnswer, context: Any) -> wire.Received:
+        return self._take(self._hub.answered, request, context)
+
+    def _take(self, take: Callable[[Any], None], request: Any, context: Any) -> wire.Received:
         self._require_current(context)
-        self._hub.answered(request)
+        try:
+            take(request)
+        except ValueError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not JSON: {error}")
         return wire.Received()
 
     def Read(self, request: wire.ReadRequest, context: Any) -> wire.ReadReply:

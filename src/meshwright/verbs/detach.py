@@ -11,7 +11,8 @@ from typing import Any
 
 from meshwright import env
 from meshwright.errors import Problem, RunFailed
-from meshwright.launch.access import PEOPLE
+from meshwright.launch.access import HUB_FOLDER, PEOPLE, read_private
+from meshwright.launch.hub_files import FACTS
 
 POLL_SECONDS = 0.1
 LOG_LINES = 12
@@ -31,7 +32,7 @@ def detach(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # no signal of this terminal reaches it
         )
-    while not (folder / "hub" / PEOPLE).exists():
+    while not _is_at_work(folder / HUB_FOLDER, process.pid):
         if process.poll() is not None:
             if process.returncode == 0:  # a run that had nothing left to do
                 break
@@ -40,3 +41,9 @@ def detach(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
             raise RunFailed(Problem("the driver", what, f"whole log: {log}"))
         time.sleep(POLL_SECONDS)
     return {"run": str(folder), "pid": process.pid, "log": str(log)}
+
+
+def _is_at_work(hub: Path, driver: int) -> bool:
+    """Whether the files in `hub` are complete and of the process `driver`: one that was killed may have left some."""
+    facts = hub / FACTS
+    return facts.exists() and (hub / PEOPLE).exists() and read_private(facts)["pid"] == driver

@@ -197,7 +197,7 @@ class Welcome(_message.Message):
     def __init__(self, folder_mark: _Optional[str] = ..., folder_mark_path: _Optional[str] = ..., patience_seconds: _Optional[float] = ...) -> None: ...
 
 class KeyRequest(_message.Message):
-    __slots__ = ("operation", "keys", "value", "expected", "amount", "wait_seconds")
+    __slots__ = ("operation", "keys", "value", "expected", "amount", "wait_seconds", "id")
     class Operation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SET: _ClassVar[KeyRequest.Operation]
@@ -222,13 +222,15 @@ class KeyRequest(_message.Message):
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     AMOUNT_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
     operation: KeyRequest.Operation
     keys: _containers.RepeatedScalarFieldContainer[str]
     value: bytes
     expected: bytes
     amount: int
     wait_seconds: float
-    def __init__(self, operation: _Optional[_Union[KeyRequest.Operation, str]] = ..., keys: _Optional[_Iterable[str]] = ..., value: _Optional[bytes] = ..., expected: _Optional[bytes] = ..., amount: _Optional[int] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+    id: int
+    def __init__(self, operation: _Optional[_Union[KeyRequest.Operation, str]] = ..., keys: _Optional[_Iterable[str]] = ..., value: _Optional[bytes] = ..., expected: _Optional[bytes] = ..., amount: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., id: _Optional[int] = ...) -> None: ...
 
 class KeyReply(_message.Message):
     __slots__ = ("found", "value", "number")
@@ -241,16 +243,26 @@ class KeyReply(_message.Message):
     def __init__(self, found: bool = ..., value: _Optional[bytes] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Told(_message.Message):
-    __slots__ = ("name", "kind", "body", "blob")
+    __slots__ = ("name", "kind", "body", "blob", "number")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     BODY_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     name: RankName
     kind: str
     body: bytes
     blob: bytes
-    def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., kind: _Optional[str] = ..., body: _Optional[bytes] = ..., blob: _Optional[bytes] = ...) -> None: ...
+    number: int
+    def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., kind: _Optional[str] = ..., body: _Optional[bytes] = ..., blob: _Optional[bytes] = ..., number: _Optional[int] = ...) -> None: ...
+
+class CallsRequest(_message.Message):
+    __slots__ = ("name", "after")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    name: RankName
+    after: int
+    def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., after: _Optional[int] = ...) -> None: ...
 
 class Call(_message.Message):
     __slots__ = ("id", "name", "body", "blob")

@@ -44,14 +44,14 @@ class HubStub(object):
                 request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.KeyRequest.SerializeToString,
                 response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.KeyReply.FromString,
                 _registered_method=True)
-        self.Tell = channel.stream_unary(
+        self.Tell = channel.unary_unary(
                 '/meshwright.launch.Hub/Tell',
                 request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.SerializeToString,
                 response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.FromString,
                 _registered_method=True)
         self.Calls = channel.unary_stream(
                 '/meshwright.launch.Hub/Calls',
-                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.RankName.SerializeToString,
+                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.CallsRequest.SerializeToString,
                 response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Call.FromString,
                 _registered_method=True)
         self.Answer = channel.unary_unary(
@@ -98,7 +98,7 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Tell(self, request_iterator, context):
+    def Tell(self, request, context):
         """scope join: what a rank tells the driver, in order
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -158,14 +158,14 @@ def add_HubServicer_to_server(servicer, server):
                     request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.KeyRequest.FromString,
                     response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.KeyReply.SerializeToString,
             ),
-            'Tell': grpc.stream_unary_rpc_method_handler(
+            'Tell': grpc.unary_unary_rpc_method_handler(
                     servicer.Tell,
                     request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.FromString,
                     response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.SerializeToString,
             ),
             'Calls': grpc.unary_stream_rpc_method_handler(
                     servicer.Calls,
-                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.RankName.FromString,
+                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.CallsRequest.FromString,
                     response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Call.SerializeToString,
             ),
             'Answer': grpc.unary_unary_rpc_method_handler(
@@ -259,7 +259,7 @@ class Hub(object):
             _registered_method=True)
 
     @staticmethod
-    def Tell(request_iterator,
+    def Tell(request,
             target,
             options=(),
             channel_credentials=None,
@@ -269,8 +269,8 @@ class Hub(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/meshwright.launch.Hub/Tell',
             meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.SerializeToString,
@@ -300,7 +300,7 @@ class Hub(object):
             request,
             target,
             '/meshwright.launch.Hub/Calls',
-            meshwright_dot_launch_dot_wire_dot_hub__pb2.RankName.SerializeToString,
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.CallsRequest.SerializeToString,
             meshwright_dot_launch_dot_wire_dot_hub__pb2.Call.FromString,
             options,
             channel_credentials,
