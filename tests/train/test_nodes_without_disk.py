@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,14 +75,29 @@ def three(tmp_path: Path) -> Iterator[tuple[Host, ...]]:
 class Over:
     """A run over hosts: its driver on the first, agents where they are asked for."""
 
-    def __init__(self, driver_host: Host, folder: Path, *words: str) -> None:
+    def __init__(self, driver_host: Host, folder: Path) -> None:
         self.driver_host, self.folder, self.run = driver_host, folder, RunFolder(folder / "run")
         self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        address = f"launch.address={driver_host.address}:0"
-        command = [sys.executable, "-m", "meshwright", "train", folder / "job" / "job.toml", "--run", self.run.path]
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": self.env}
-        self.driver = driver_host.start([*command, "launch.on=agents", address, *words], **options)
+        self.driver: Any = None
         self.agents: list[Any] = []
+
+    def drive(self, *words: str) -> None:
+        """Starts `meshwright train`."""
+        host, job = self.driver_host, self.folder / "job" / "job.toml"
+        address = f"launch.address={host.address}:0"
+        command = [
+            sys.executable,
+            "-m",
+            "meshwright",
+            "train",
+            job,
+            "--run",
+            self.run.path,
+            "launch.on=agents",
+            address,
+        ]
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": self.env}
+        self.driver = host.start([*command, *words], **options)
 
     def agent(self, host: Host) -> None:
         """Starts an agent with one device, by a copy of the access file."""
@@ -114,7 +129,8 @@ class Over:
 @contextmanager
 def over(driver_host: Host, agents: Sequence[Host], folder: Path, *words: str) -> Iterator[Over]:
     """Rank 0 is on the first of `agents`."""
-    run = Over(driver_host, folder, *words)
+    run = Over(driver_host, folder)
+    run.drive(*words)
     for number, host in enumerate(agents):
         run.agent(host)
         if number == 0:
@@ -125,7 +141,7 @@ def over(driver_host: Host, agents: Sequence[Host], folder: Path, *words: str) -
 def eventually(true: Callable[[], object], driver: Any) -> None:
     deadline = time.monotonic() + 100
     while not true():
-        assert driver.poll() is None, f"ended before its time with {driver.returncode}: {driver.communicate()}"
+        assert not driver.poll(), f"ended before its time with {driver.returncode}: {driver.communicate()}"
         assert time.monotonic() < deadline, "nothing happened for too long"
         time.sleep(0.005)
 
@@ -219,14 +235,18 @@ def _until_recovery(run: Over) -> list[dict[str, Any]]:
     return recoveries()
 
 
-def test_a_module_that_a_node_lacks_is_named_with_the_node(three: tuple[Host, ...], tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    shutil.copy(Path(__file__).with_name("normed_model.py"), tmp_path / "job")
-    (tmp_path / "job" / "job.toml").write_text(
-        '[model]\nmodule = "normed_model:build"\n[data]\nsource = "digits"\n'
-        '[train]\nsteps = 2\nlr = 1e-2\nglobal_batch = 16\nprecision = "fp32"\n[cluster]\ndevices = 2\n'
-    )
-    with over(three[0], three[:2], tmp_path) as run:
+def test_a_driver_that_is_killed_is_awaited_in_the_middle_of_saves(three: tuple[Host, ...], tmp_path: Path) -> None:
+    """Ranks of a detached run go on, and what they read and write at the driver waits for the next one."""
+    first, second, third = three
+    words = ["train.steps=60", "cluster.devices=2", "checkpoint.every=1"]
+    with over(first, [second, third], tmp_path, *words, "--detach") as run:
+        eventually(reach(run.run, 3), run.driver)
+        facts = json.loads((run.run.hub / "hub.json").read_text())
+        os.kill(facts["pid"], signal.SIGKILL)
+        time.sleep(3)  # several steps, each of which would be saved
+        run.drive("--resume", *words)
         code, said = run.end()
-    assert code == 2
-    assert "on node host-2, which does not see the run folder's disk: " in said and "normed_model" in said
+    assert code == 0, said
+    kinds = [event["event"] for event in run.run.read_events()]
+    assert kinds.count("start") == 1 and "recovery" not in kinds and "failure" not in kinds
+    assert sorted(losses(run.run.path)) == list(range(1, 61))

@@ -16,6 +16,7 @@ from meshwright.launch.hub_disk import HubDisk
 from meshwright.launch.rank import Context
 from meshwright.run import RunFolder
 from meshwright.train.rank_files import RankFiles, files_of
+from meshwright.train.work import work
 from tests.checkpoint.simulate import example_tensors, in_threads, save_world, shapes_of, whole_pieces
 from tests.launch.elsewhere import Elsewhere, elsewhere
 
@@ -173,3 +174,10 @@ def test_problems_with_files_that_a_node_lacks_name_it(hub: Elsewhere, tmp_path:
     words = r"^on node node-1, which does not see the run folder's disk: model\.hf: is missing$"
     with pytest.raises(InputError, match=words), files.located():
         raise InputError(Problem("model.hf", "is missing"))
+    hub.run.write_job(
+        f'[model]\nhf = "{tmp_path}/gone"\n[data]\nsource = "{tmp_path}/gone.txt"\nseq_len = 16\n'
+        "[train]\nsteps = 1\nlr = 1e-3\nglobal_batch = 2\n"
+    )
+    hub.begin()
+    with pytest.raises(InputError, match=rf"^on node node-0, .* disk: {hub.run.job}:2: model\.hf: no folder"):
+        work({"run": str(hub.run.path)}, hub.context(copies(tmp_path)))

@@ -77,7 +77,8 @@ class Context:
         return Keys(self._hub, prefix)
 
     def hub_disk(self, root: Path) -> HubDisk | None:
-        """The run folder `root`, which is the driver's, through the hub; None where the node sees its disk."""
+        """The run folder `root`, which is the driver's, through the hub, which it waits for as `tell` does; None where
+        the node sees its disk."""
         return None if self.copies is None else HubDisk(root, self._hub.read, self._hub.write)
 
     def tell(self, kind: str, body: Any = None, blob: bytes = b"") -> None:
@@ -179,11 +180,11 @@ class _Client:
         return reply
 
     def read(self, request: wire.ReadRequest) -> wire.ReadReply:
-        reply: wire.ReadReply = self._call(self._stub.Read, request, HUB_SECONDS)
+        reply: wire.ReadReply = self._call(self._stub.Read, request, None)
         return reply
 
     def write(self, request: wire.WriteRequest) -> wire.WriteReply:
-        reply: wire.WriteReply = self._call(self._stub.Write, request, HUB_SECONDS)
+        reply: wire.WriteReply = self._call(self._stub.Write, request, None)
         return reply
 
     def answer(self, answer: wire.CallAnswer) -> None:

@@ -113,7 +113,8 @@ class CopiedFiles(RankFiles):
             yield
         except InputError as error:
             place = f"on node {self._node}, which does not see the run folder's disk"
-            problems = [replace(one, where=f"{place}: {one.where}") for one in error.problems]
+            copy, origin = str(self.run.path), str(self._origin.path)
+            problems = [replace(one, where=f"{place}: {one.where.replace(copy, origin)}") for one in error.problems]
             raise InputError(problems) from error
 
 
