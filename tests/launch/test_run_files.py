@@ -30,7 +30,7 @@ def hub(tmp_path: Path) -> Iterator[Elsewhere]:
         (tmp_path / "secret").write_text("not of the run")
         (one.run.path / "job.toml").write_text("the job")
         (one.run.path / "link").symlink_to(tmp_path / "secret")
-        (one.run.path / "folder-link").symlink_to(tmp_path)
+        one.run.manifest.symlink_to(tmp_path)
         (one.run.lease(1) / "link").symlink_to(tmp_path / "secret")
         (one.run.lease(1) / "folder-link").symlink_to(tmp_path)
         (one.run.lease(1) / "mine").write_text("mine")
@@ -64,12 +64,17 @@ HOSTILE = {
     f"{LEASE}/mine/": "no path in the run folder",
     f"{LEASE}/a\0b": "no path in the run folder",
     f"{LEASE}/{'a' * 300}": "no path in the run folder",
-    "hub": "for the hub alone",
-    "hub/access.json": "for the hub alone",
+    "hub": "not for ranks",
+    "hub/access.json": "not for ranks",
+    "launch/secret.yaml": "not for ranks",
+    "logs/rank-0.log": "not for ranks",
+    "events.jsonl": "not for ranks",
+    ".lock": "not for ranks",
     f"{LEASE}/../../hub/access.json": "no path in the run folder",
-    "link": "leads through a link",
+    "link": "not for ranks",
+    "manifest": "leads through a link",
+    "manifest/secret": "leads through a link",
     f"{LEASE}/link": "leads through a link",
-    "folder-link/secret": "leads through a link",
     f"{LEASE}/folder-link/secret": "leads through a link",
 }
 
@@ -107,7 +112,7 @@ class AnyWith:
         return f"...{self.words}..."
 
 
-def test_all_else_of_the_run_folder_can_be_read(hub: Elsewhere) -> None:
+def test_job_and_checkpoints_can_be_read(hub: Elsewhere) -> None:
     reply = ask(hub.files, Read(operation=Read.CONTENT, path="job.toml", offset=4, count=100))
     assert reply.content == b"job" and reply.entries[0].bytes == 7
     assert ask(hub.files, Read(operation=Read.CONTENT, path="checkpoints/step-1/model/file", count=2)).content == b"ke"
@@ -115,7 +120,7 @@ def test_all_else_of_the_run_folder_can_be_read(hub: Elsewhere) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["job.toml", "events.jsonl", "checkpoints", LEASE, "checkpoints/step-1/model/file", "checkpoints/.saving-7/new"],
+    ["job.toml", "plan.json", "checkpoints", LEASE, "checkpoints/step-1/model/file", "checkpoints/.saving-7/new"],
 )
 def test_only_the_lease_of_ones_own_generation_is_written(hub: Elsewhere, path: str) -> None:
     before = sorted((str(one), one.read_bytes() if one.is_file() else b"") for one in hub.run.path.rglob("*"))
@@ -129,12 +134,20 @@ def test_only_the_lease_of_ones_own_generation_is_written(hub: Elsewhere, path: 
 def test_a_folder_of_the_lease_gets_the_name_of_a_checkpoint_and_no_other(hub: Elsewhere) -> None:
     (hub.run.lease(1) / "step-2.partial-ab").mkdir()
     partial = f"{LEASE}/step-2.partial-ab"
-    for target in ("job.toml", "checkpoints/other", "checkpoints/.saving-7/new", "checkpoints/step-1/model/file"):
+    for target in (
+        "job.toml",
+        "plan.json",
+        "checkpoints/other",
+        "checkpoints/.saving-7/new",
+        "checkpoints/step-1/model/file",
+    ):
         code, words = refusal(hub.files, Write(operation=Write.RENAME, path=partial, target=target))
         assert code == grpc.StatusCode.PERMISSION_DENIED and "no name of a checkpoint" in words
     request = Write(operation=Write.RENAME, path="checkpoints/step-1", target=f"{LEASE}/step-1")
     assert refusal(hub.files, request)[0] == grpc.StatusCode.PERMISSION_DENIED  # nothing comes back into a lease
-    assert not ask(hub.files, Write(operation=Write.RENAME, path=partial, target="checkpoints/step-2")).fault.errno
+    assert not ask(
+        hub.files, Write(operation=Write.RENAME, path=partial, target="checkpoints/step-2", id=9)
+    ).fault.errno
     assert (hub.run.checkpoints / "step-2").is_dir()
 
 
@@ -143,6 +156,8 @@ def test_a_renaming_whose_answer_was_lost_is_done_once(hub: Elsewhere) -> None:
         Write(operation=Write.RENAME, path=f"{LEASE}/mine", target=f"{LEASE}/other", id=number) for number in (5, 5, 6)
     ]
     assert [bool(ask(hub.files, request).fault.errno) for request in requests] == [False, False, True]
+    requests[0].id = 0
+    assert refusal(hub.files, requests[0]) == (grpc.StatusCode.PERMISSION_DENIED, "a renaming without an id")
 
 
 def test_the_secret_and_the_generation_are_needed(hub: Elsewhere) -> None:
@@ -216,7 +231,7 @@ def test_a_file_that_is_written_anew_while_it_is_read_is_read_whole(
     hub: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_disk, "CHUNK_BYTES", 10)
-    path = hub.run.path / "file"
+    path = hub.run.plan
     path.write_bytes(b"a" * 25)
     asked = []
     content = hub_disk.HubDisk._ask

@@ -1,7 +1,8 @@
 """The run folder for ranks of nodes that do not see its disk: what they may read and write there, at the driver.
 
-They read all of the run folder but hub/, which holds secrets. They write in the lease of their generation alone, and
-give checkpoints their names: out of the lease `step-N`, and from there `step-N.replaced-...` or `step-N.removed-...`.
+They read job, plan, data and checkpoints, and nothing else: other folders hold secrets. They write in the lease of
+their generation alone, and give checkpoints their names: out of the lease `step-N`, and from there
+`step-N.replaced-...` or `step-N.removed-...`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from meshwright.disk import OWN_DISK, Entry, require
 from meshwright.errors import InputError, MeshwrightError
 from meshwright.files import open_regular
-from meshwright.launch.access import HUB_FOLDER
 from meshwright.launch.messages import error_to_dict
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.run import RunFolder
@@ -43,7 +43,7 @@ class RunFiles:
         self._renamed: OrderedDict[int, wire.WriteReply] = OrderedDict()
 
     def read(self, request: wire.ReadRequest) -> wire.ReadReply:
-        """Raises Refused for a path that is not of the run folder, is of hub/, or leads through a link."""
+        """Raises Refused for a path that is not for ranks, or leads through a link."""
         path = self._path(request.path)
         if request.count > MAX_BYTES:
             raise Refused(f"{request.count} bytes at once are more than the {MAX_BYTES} allowed")
@@ -71,6 +71,8 @@ class RunFiles:
             raise Refused(f"{request.path} is not in {lease.name}, the folder of generation {generation}")
         if not (lease in target.parents and lease in path.parents) and not self._is_step(target):
             raise Refused(f"{request.target} is no name of a checkpoint")
+        if not request.id:
+            raise Refused("a renaming without an id")
         if (known := self._renamed.get(request.id)) is not None:
             return known
         reply = wire.WriteReply(fault=_fault_of(lambda: _rename(path, target, lease)))
@@ -93,12 +95,12 @@ class RunFiles:
 
     def _path(self, text: str) -> Path:
         """The path in the run folder that `text` names."""
-        path = self._folder().path
-        parts = text.split("/")
+        run, parts = self._folder(), text.split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts) or len(text.encode()) > MAX_PATH_BYTES:
             raise Refused(f"{text[:200]!r} is no path in the run folder")
-        if parts[0] == HUB_FOLDER:
-            raise Refused(f"{HUB_FOLDER}/ is for the hub alone")
+        if parts[0] not in {one.name for one in (run.job, run.plan, run.manifest, run.checkpoints)}:
+            raise Refused(f"{parts[0][:200]!r} is not for ranks")
+        path = run.path
         for part in parts:
             path = path / part
             if path.is_symlink():
