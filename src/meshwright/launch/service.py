@@ -145,7 +145,7 @@ class _Service(HubServicer):
         return self._hub.status()
 
     def Stop(self, request: wire.StopRequest, context: Any) -> wire.Received:
-        self._hub.ask_stop()
+        self._hub.ask_stop(by_person=True)
         return wire.Received()
 
     def _require_current(self, context: Any) -> int:
