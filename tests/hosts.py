@@ -115,7 +115,8 @@ class Host:
 
     def stop(self) -> None:
         """Holds every process of this host still (SIGSTOP)."""
-        self._until(signal.SIGSTOP, lambda: all(_state(pid) in "TtZX" for pid in self.processes()))
+        # D: it waits in the kernel, perhaps for a child that is held before its exec, and is held when it returns
+        self._until(signal.SIGSTOP, lambda: all(_state(pid) in "TtZXD" for pid in self.processes()))
 
     def go_on(self) -> None:
         """What `stop` held runs again."""

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the long tests run against real: Slurm (munge, slurmctld, slurmd). Debian and Ubuntu, as root; done
-# already, it does nothing, and elsewhere it says so: the tests that miss something are skipped with its name.
+# Installs what the long tests run against real: Slurm (munge, slurmctld, slurmd) and WireGuard. Debian and Ubuntu, as
+# root; done already, it does nothing, and elsewhere it says so: the tests that miss something are skipped with its name.
 # Their services are not started: the tests start what they need themselves.
 set -euo pipefail
 
-packages=(munge slurmctld slurmd slurm-client)
+packages=(munge slurmctld slurmd slurm-client wireguard-tools wireguard-go nftables)
 missing=()
 for package in "${packages[@]}"; do
   [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")

@@ -167,7 +167,7 @@ def slurm(folder: Path, nodes: int = 3, cpus: int = 2, grace_seconds: int = 10) 
 
     `grace_seconds` is what a preempted job of partition `low` has before it is ended; Slurm looks every 5 s or so.
     """
-    missing = [program for program in PROGRAMS if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         pytest.skip(f"Slurm is not installed ({', '.join(missing)} missing); tests/services.sh installs it")
     (folder / "state").mkdir(parents=True)

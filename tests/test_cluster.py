@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from meshwright import cluster, env
+from meshwright.accelerators import Gpu
 from meshwright.cluster import Cluster, Device, Link, cpu_cluster, named_cluster, resolve_cluster
-from meshwright.errors import InputError
+from meshwright.errors import CannotWork, InputError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def write(path: Path, text: str) -> None:
 
 
 def test_this_machine_without_gpus_is_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_nvidia_gpus", list)
+    monkeypatch.setattr(cluster, "gpus", tuple)
     monkeypatch.setattr(cluster, "available_cores", lambda: 3)
     found = resolve_cluster(Wish())
     assert (found.devices, found.devices_per_node, found.device.kind) == (3, 3, "cpu")
@@ -73,7 +74,7 @@ def test_fewer_processes_than_cores_have_several_threads_each(monkeypatch: pytes
 
 
 def test_gpus_of_this_machine_take_the_rates_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [("NVIDIA H100 80GB HBM3", 80 * 2**30)] * 4)
+    monkeypatch.setattr(cluster, "gpus", lambda: [Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, "CUDA")] * 4)
     found = resolve_cluster(Wish())
     assert (found.devices, found.device.kind, found.device.memory_bytes) == (4, "cuda", 80 * 2**30)
     assert found.device.flops["bf16"] == 989e12
@@ -103,21 +104,30 @@ def test_gpus_of_this_machine_take_the_rates_of_the_table(monkeypatch: pytest.Mo
 def test_what_nvidia_smi_prints_is_one_row_or_none(monkeypatch: pytest.MonkeyPatch, printed: str, row: str) -> None:
     rows = [name for name, known in cluster._device_table().items() if re.search(known["pattern"], printed)]
     assert rows == ([row] if row else [])
-    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [(printed, 80 * 2**30)])
+    monkeypatch.setattr(cluster, "gpus", lambda: [Gpu(printed, 80 * 2**30, "CUDA")])
     assert resolve_cluster(Wish()).device.name == (row or printed)
 
 
 def test_a_box_of_different_gpus_is_planned_as_the_first_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    boards = [("NVIDIA H100 80GB HBM3", 80 * 2**30), ("NVIDIA A100-SXM4-40GB", 40 * 2**30)]
-    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: boards)
+    boards = [Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, "CUDA"), Gpu("NVIDIA A100-SXM4-40GB", 40 * 2**30, "CUDA")]
+    monkeypatch.setattr(cluster, "gpus", lambda: boards)
     found = resolve_cluster(Wish())
     assert found.device.memory_bytes == 40 * 2**30
     assert any("though there are NVIDIA A100-SXM4-40GB too" in said for said in found.assumed)
 
 
 def test_an_unknown_gpu_is_planned_for_with_the_nearest_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_nvidia_gpus", lambda: [("NVIDIA Imaginary 9000", 81 * 10**9)])
+    monkeypatch.setattr(cluster, "gpus", lambda: [Gpu("NVIDIA Imaginary 9000", 81 * 10**9, "CUDA")])
     assert any("Imaginary" in said for said in resolve_cluster(Wish()).assumed)
+
+
+def test_a_machine_of_tpus_is_refused_by_name_and_its_cores_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "gpus", tuple)
+    monkeypatch.setattr(cluster, "tpus", lambda: ("tpu-v5e",) * 4)
+    with pytest.raises(CannotWork, match=r"4 tpu-v5e.*plan.*cluster.named: tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e"):
+        resolve_cluster(Wish())
+    assert resolve_cluster(Wish(devices=2)).device.kind == "cpu"
+    assert resolve_cluster(Wish(named="tpu-v5e")).device.generation == "tpu"
 
 
 def test_a_named_device_is_one_node_unless_told() -> None:

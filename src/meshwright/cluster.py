@@ -6,17 +6,16 @@ import csv
 import itertools
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshwright.accelerators import Gpu, gpus, tpus
 from meshwright.divisors import divisors
 from meshwright.env import control_groups, instruction_level
-from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 
 if TYPE_CHECKING:
     from meshwright.job.sections import ClusterSection
@@ -221,9 +220,18 @@ def device_names() -> tuple[str, ...]:
 
 
 def this_machine(devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
-    """This machine: its GPUs if it has any, else its CPU cores."""
-    gpus = _nvidia_gpus()
-    return _cuda_cluster(gpus, devices, devices_per_node) if gpus else cpu_cluster(devices, devices_per_node)
+    """This machine: its GPUs if it has any, else its CPU cores.
+
+    Raises CannotWork for a machine of TPUs whose CPU cores are not asked for by `devices`.
+    """
+    if found := gpus():
+        return _gpu_cluster(found, devices, devices_per_node)
+    if devices is None and (refused := tpus()):
+        what = f"this machine has {len(refused)} {refused[0]}, and torch's distributed training does not run on TPUs"
+        known = ", ".join(name for name in device_names() if name.startswith("tpu"))
+        hint = f"`plan` predicts them (cluster.named: {known}); cluster.devices=N takes N CPU cores instead"
+        raise CannotWork(Problem("cluster.devices", what, hint))
+    return cpu_cluster(devices, devices_per_node)
 
 
 def cpu_cluster(devices: int | None = None, devices_per_node: int | None = None) -> Cluster:
@@ -360,23 +368,7 @@ def _number(text: str) -> float:
     return float(text) if text else 0.0
 
 
-def _nvidia_gpus() -> list[tuple[str, int]]:
-    """(name, memory in bytes) of each GPU that nvidia-smi lists."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if answer.returncode != 0:
-        return []
-    rows = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if "," in line]
-    return [(name.strip(), int(float(mebibytes)) * 1024**2) for name, mebibytes in rows]
-
-
-def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_node: int | None) -> Cluster:
+def _gpu_cluster(gpus: Sequence[Gpu], devices: int | None, devices_per_node: int | None) -> Cluster:
     if devices is not None and devices > len(gpus):
         raise InputError(
             Problem(
@@ -385,7 +377,7 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
                 f"devices={len(gpus)}, or name a device to plan for: cluster.named=h100-sxm-80gb",
             )
         )
-    name, memory_bytes = gpus[0]
+    name, memory_bytes = gpus[0].name, gpus[0].memory_bytes
     count = len(gpus) if devices is None else devices
     table = _device_table()
     rows = [row for row in table.values() if re.search(row["pattern"], name)]
@@ -394,9 +386,9 @@ def _cuda_cluster(gpus: list[tuple[str, int]], devices: int | None, devices_per_
         near = min(table.values(), key=lambda row: abs(float(row["memory_gib"]) * GIB - memory_bytes))
         rows = [{**near, "name": name}]
         assumed = (f"'{name}' is not in the table of devices: speeds of {near['name']}",)
-    if others := sorted({other for other, _ in gpus} - {name}):
+    if others := sorted({gpu.name for gpu in gpus} - {name}):
         assumed = (*assumed, f"all GPUs are '{name}', though there are {', '.join(others)} too")
-    row = {**rows[0], "memory_gib": str(min(size for _, size in gpus) / GIB)}
+    row = {**rows[0], "memory_gib": str(min(gpu.memory_bytes for gpu in gpus) / GIB)}
     return _table_cluster(row, count, count if devices_per_node is None else devices_per_node, assumed)
 
 

@@ -46,6 +46,11 @@ def instruction_level() -> str:
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
+def cache_folder() -> Path:
+    """Where what was downloaded is kept: XDG_CACHE_HOME/meshwright, by default ~/.cache/meshwright."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright"
+
+
 def worker_files() -> WorkerFiles | None:
     """Those of this process; None where `launch` did not start it."""
     if WORKER_SPEC not in os.environ:
@@ -53,9 +58,45 @@ def worker_files() -> WorkerFiles | None:
     return WorkerFiles(*(int(os.environ[name]) for name in (WORKER_SPEC, WORKER_ANSWER, WORKER_PARENT)))
 
 
+def trainer_status() -> tuple[str, Path, Path] | None:
+    """KUBEFLOW_TRAINER_SERVER_URL, _CA_CERT and _TOKEN, which Kubeflow Trainer sets for the step that posts its
+    progress: the address, the file of the authority, the file of the token. None where it does not run us."""
+    names = ("KUBEFLOW_TRAINER_SERVER_URL", "KUBEFLOW_TRAINER_SERVER_CA_CERT", "KUBEFLOW_TRAINER_SERVER_TOKEN")
+    url, authority, token = (os.environ.get(name, "") for name in names)
+    return (url, Path(authority), Path(token)) if url and authority and token else None
+
+
 def for_child(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, overridden by `changes`, with `defaults` for variables that are not set."""
     return {**defaults, **os.environ, **changes}
+
+
+def set_ray_token(token: Path) -> None:
+    """Has Ray, in this process and those that it starts, ask for the token in a file, and report nothing to its makers.
+    Ray reads its environment when it is imported."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    quiet_ray()
+
+
+def ray_token() -> str:
+    """Where Ray finds its token: "RAY_AUTH_TOKEN", or a file; "" where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return str(path) if path.is_file() and path.stat().st_size else ""
+
+
+def use_ray_token() -> None:
+    """Has Ray show the token that `ray_token` finds."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    quiet_ray()
+
+
+def quiet_ray() -> None:
+    """No report to Ray's makers, no advice on the terminal."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
 
 
 def control_groups(controller: str) -> tuple[Path, ...]:

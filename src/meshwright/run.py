@@ -23,7 +23,10 @@ from meshwright.files import named_in_errors, write_atomic
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
-EVENTS = ("start", "step", "eval", "checkpoint", "failure", "recovery", "end")
+EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "end")
+
+#: A file in a checkpoint's folder that keeps it from being deleted while it is copied elsewhere.
+HELD_NAME = ".held"
 
 #: Name of a lease's folder, before its number.
 LEASE = ".saving-"
@@ -41,6 +44,7 @@ class RunFolder:
         self.events = self.path / "events.jsonl"  # one JSON object per line
         self.manifest = self.path / "manifest"  # folder of the indexed data
         self.checkpoints = self.path / "checkpoints"  # folder of step-N
+        self.copy = self.path / "copy.json"  # which run of the store at checkpoint.url this is
         self.logs = self.path / "logs"  # folder with a text log per rank
         self.hub = self.path / "hub"  # while the run is at work: how to reach it, for this user alone
         self.trace = self.path / "trace.json"  # Chrome trace of some steps

@@ -82,6 +82,8 @@ def test_the_live_line_says_where_a_run_is() -> None:
     progress.update({"event": "start", "step": 0, "steps": 40})
     step = {"event": "step", "step": 10, "loss": 3.5, "tokens_per_second": 1234.0, "step_seconds": 2.0}
     progress.update({**step, "predicted_step_seconds": 1.5})
+    assert progress.update({"event": "upload", "step": 10, "url": "s3://bucket/x", "bytes": 1}) == "step 10: uploaded"
+    assert progress.update({"event": "upload", "step": 10, "error": "no answer"}) is None  # which a warning tells
     remark = progress.update({"event": "eval", "step": 10, "held_out_loss": 3.25})
     assert remark == "step 10: held out: loss 3.25"
     line = progress.line("tokens")

@@ -17,6 +17,7 @@ from pathlib import Path
 from meshwright.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, read_manifest, stated_sequence
 from meshwright.errors import InputError
 from meshwright.files import sync_folder
+from meshwright.run import HELD_NAME
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})(?:\.(partial|replaced|removed)-[0-9a-f]+)?")
 
@@ -93,8 +94,11 @@ def commit_folder(root: Path, lease: Path, step: int, nonce: str) -> Path:
 
 
 def prune(root: Path, keep: int, nonce: str) -> None:
-    """Deletes all but the `keep` newest committed checkpoints; damaged ones are left for a person to inspect."""
+    """Deletes all but the `keep` newest committed checkpoints, and those that are being copied elsewhere; damaged ones
+    are left for a person to inspect."""
     for folder, manifest in committed_folders(root)[0][:-keep]:
+        if (folder / HELD_NAME).exists():
+            continue
         # Renamed first: a kill during deletion must not leave a folder that looks committed.
         removed = step_folder(root, manifest.step, "removed", nonce)
         folder.rename(removed)

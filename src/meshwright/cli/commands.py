@@ -283,6 +283,26 @@ def _logs(options: argparse.Namespace) -> None:
         print(line if options.rank is not None else f"{name}: {line}", flush=options.follow)
 
 
+def _launch(options: argparse.Namespace) -> None:
+    names = ("on", "write", "submit", "run", "image", "queue", "profile")
+    result = verbs.launch(options.job, options.overrides, **{name: getattr(options, name) for name in names})
+    if options.json:
+        return _print_json(result)
+    for one in result["omitted"]:
+        say(f"{options.on} is not told: {one}")
+    if result["folder"] is None:
+        for name, text in result["files"].items():
+            print(f"==> {name} <==\n{text}")
+        secret = f", {', '.join(result['private'])} with the job's secrets too" if result["private"] else ""
+        return say(f"nothing was written: --write DIR writes these files{secret}")
+    for name in (*result["files"], *result["private"]):
+        say(f"wrote {result['folder']}/{name}")
+    if result["answer"] is not None:
+        return print(result["answer"].rstrip())
+    for command in result["commands"]:
+        print(command)
+
+
 def _prompt_of_stdin() -> str:
     try:
         return decode_text(sys.stdin.buffer.read())
@@ -350,6 +370,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "stop": _stop,
     "logs": _logs,
     "train": _train,
+    "launch": _launch,
     "generate": _generate,
     "serve": _serve,
     "report": _report,

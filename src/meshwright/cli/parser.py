@@ -60,6 +60,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_prediction_verbs(add)
     _add_train_verbs(add)
     _add_access_verbs(add)
+    _add_launch_verbs(add)
     _add_serve_verbs(add)
     _add_report_verbs(add)
     return parser, verbs
@@ -182,6 +183,28 @@ def _add_access_verbs(add: Adder) -> None:
     verb.add_argument("--follow", action="store_true", help="go on as long as the run is at work")
 
 
+def _add_launch_verbs(add: Adder) -> None:
+    verb = add(
+        "launch",
+        "hand the planned job to a scheduler, in its own words",
+        "launch job.toml --on slurm",
+        "launch job.toml --on slurm --submit cluster.devices=6 cluster.devices_per_node=2",
+        "launch job.toml --on kubernetes --write manifests --queue team cluster.named=h100-sxm-80gb cluster.devices=16",
+    )
+    _takes_job(verb)
+    targets = ("slurm", "kubernetes", "ray", "yarn", "skypilot")
+    verb.add_argument("--on", required=True, choices=targets, help=", ".join(targets))
+    verb.add_argument("--write", metavar="DIR", help="write the files to DIR (default: show them)")
+    what = "write them, by default to RUN/launch, and give them to the scheduler"
+    verb.add_argument("--submit", action="store_true", help=what)
+    verb.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME of the job file)")
+    verb.add_argument("--image", metavar="IMAGE", help="container image (default: meshwright:VERSION)")
+    verb.add_argument("--queue", metavar="NAME", help="Slurm's partition, Kueue's or YARN's queue")
+    verb.add_argument(
+        "--profile", metavar="PROFILE", help="constants that `calibrate` wrote (default: the shipped ones)"
+    )
+
+
 def _add_serve_verbs(add: Adder) -> None:
     verb = add(
         "generate",
@@ -189,7 +212,9 @@ def _add_serve_verbs(add: Adder) -> None:
         'generate runs/job --prompt "def main("',
         "generate ./qwen3-folder --prompt Hello --temperature 0.8 --top-p 0.95 --seed 1",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
     verb.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="tokens to add (default: 128)")
     verb.add_argument("--temperature", type=_number(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default)")
@@ -209,7 +234,9 @@ def _add_serve_verbs(add: Adder) -> None:
         "serve runs/job",
         "serve ./qwen3-folder serve.http_port=9000 serve.tp=2",
     )
-    verb.add_argument("model", metavar="RUN_OR_FOLDER", help="run folder, or Hugging Face folder")
+    verb.add_argument(
+        "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
+    )
     verb.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
 
 

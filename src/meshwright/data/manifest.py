@@ -22,7 +22,7 @@ from meshwright.data.batch import Batch, Rows, Samples, TokenWindows, window_cou
 from meshwright.data.order import batch_samples
 from meshwright.data.sources import TextSource, file_digest, open_source
 from meshwright.data.tokenizer import SIDE_FILES, Tokenizer
-from meshwright.errors import InputError, Problem
+from meshwright.errors import InputError, Problem, RunFailed
 from meshwright.files import has_its_digest, named_in_errors, sync_folder, with_digest, write_atomic
 
 if TYPE_CHECKING:
@@ -320,8 +320,8 @@ def _if_there(read: Callable[[], T]) -> T | None:
     """What `read` returns, None if it cannot be opened any more: the manifest is enough to continue a run."""
     try:
         return read()
-    except InputError as error:
-        logger.info("%s; going on with the data as indexed", error)
+    except (InputError, RunFailed) as error:
+        logger.warning("%s; going on with the data as indexed", error)
         return None
 
 

@@ -9,12 +9,14 @@ import os
 import stat
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol
 
 from meshwright.errors import InputError, Problem
 from meshwright.files import decode_text, is_utf16, unique_keys
+from meshwright.storage import Entry, Store, is_url, open_store, url_fault
 
 #: Longer documents are cut, so that a file without line ends cannot fill the memory.
 DOCUMENT_BYTES = 16 * 2**20
@@ -44,45 +46,98 @@ Documents = Iterator[Document | Unreadable]
 DocumentReader = Callable[[BinaryIO, str], Documents]
 
 
+class SourceFile(Protocol):
+    """A file of a source: its bytes as a stream, which raises InputError where it cannot be read, and their number."""
+
+    def open(self) -> AbstractContextManager[BinaryIO]: ...
+
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this machine."""
+
+    path: Path
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        try:
+            with open(self.path, "rb") as file:
+                yield file
+        except OSError as error:
+            raise InputError(Problem(str(self.path), f"cannot be read: {error.strerror}")) from error
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An object of a store, streamed each time that it is read; refused where it is not what was listed."""
+
+    store: Store
+    name: str
+    entry: Entry
+
+    def open(self) -> AbstractContextManager[BinaryIO]:
+        return self.store.open(self.name, self.entry)
+
+    def size(self) -> int:
+        return self.entry.bytes
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Files in a fixed order, each with its name for messages and its reader; `alone`: one file, and not a folder."""
 
     name: str
-    files: tuple[tuple[str, Path, DocumentReader], ...]
+    files: tuple[tuple[str, SourceFile, DocumentReader], ...]
     alone: bool = False
 
     def documents(self) -> Documents:
         """Every document, and an Unreadable for all other data. Raises InputError if a file cannot be opened."""
-        for name, path, reader in self.files:
-            try:
-                with open(path, "rb") as file:
-                    start = file.read(4)
-                    if is_utf16(start):
-                        yield Unreadable(Problem(name, "is UTF-16 text", "convert it to UTF-8"), False)
-                        continue
-                    file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)  # a byte order mark is no text
-                    yield from reader(file, name)
-            except OSError as error:
-                raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+        for name, source, reader in self.files:
+            with source.open() as file:
+                start = file.read(4)
+                if is_utf16(start):
+                    yield Unreadable(Problem(name, "is UTF-16 text", "convert it to UTF-8"), False)
+                    continue
+                file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)  # a byte order mark is no text
+                yield from reader(file, name)
 
     def total_bytes(self) -> int:
         """The size of all files together."""
-        return sum(path.stat().st_size for _, path, _ in self.files)
+        return sum(file.size() for _, file, _ in self.files)
 
     def fingerprint(self) -> dict[str, Any]:
         """The identity of this source: files, their bytes, and a digest of names and contents. Reads all of it.
 
-        Of the name of a file that is alone only the suffix counts, which decides how it is read.
+        Of the name of a file that is alone only the suffix counts, which decides how it is read. Where a store lists a
+        tag of every object's content, `tags` is their digest.
         """
-        return self._fingerprints()[0]
+        tags = self._tags()
+        return self._fingerprints()[0] | ({"tags": tags} if tags else {})
 
     def has_fingerprint(self, known: dict[str, Any]) -> bool:
-        """Whether `known` is the fingerprint of this source; in earlier ones the whole name of a file alone counts."""
-        return known in self._fingerprints()
+        """Whether `known` is the fingerprint of this source; in earlier ones the whole name of a file alone counts.
+
+        Reads all of it, but for objects of a store whose tags are those of `known`.
+        """
+        if known.get("tags") is not None and known["tags"] == self._tags():
+            return True
+        return {key: value for key, value in known.items() if key != "tags"} in self._fingerprints()
+
+    def _tags(self) -> str:
+        """One digest of the names, sizes and tags of a store's objects; "" where one has no tag."""
+        tags = [
+            (name, file.entry.bytes, file.entry.tag) if isinstance(file, StoredFile) else (name, 0, "")
+            for name, file, _ in self.files
+        ]
+        return hashlib.sha256(json.dumps(tags).encode()).hexdigest() if all(tag for _, _, tag in tags) else ""
 
     def _fingerprints(self) -> list[dict[str, Any]]:
-        named = [(name, file_digest(path)) for name, path, _ in self.files]
+        named = [(name, _digest(file)) for name, file, _ in self.files]
         by_suffix = [[(Path(name).suffix, digest) for name, digest in named]] if self.alone else []
         digests = [hashlib.sha256(json.dumps(one).encode()).hexdigest() for one in (*by_suffix, named)]
         return [{"files": len(named), "bytes": self.total_bytes(), "digest": digest} for digest in digests]
@@ -90,22 +145,25 @@ class TextSource:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content. Raises InputError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    return _digest(LocalFile(path))
+
+
+def _digest(source: SourceFile) -> str:
+    with source.open() as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def open_source(source: str, text_key: str) -> TextSource:
-    """The TextSource that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text.
+    """The TextSource that `data.source` names: "stdlib", a .txt or .jsonl file, or a folder of text, or the URL of one.
 
-    Raises InputError for a source that is missing, has no reader, or cannot be indexed (a pipe, a socket, an address).
+    Raises InputError for a source that is missing, has no reader, or cannot be indexed (a pipe, a socket, a web page).
     """
     if source == "stdlib":
         return _standard_library()
-    if source == "-" or "://" in source or source.startswith(("/dev/", "/proc/")):
-        raise _not_indexable(source, "a stream or an address")
+    if is_url(source):
+        return _stored(source, text_key)
+    if source == "-" or source.startswith(("/dev/", "/proc/")):
+        raise _not_indexable(source, "a stream")
     path = Path(source)
     try:
         mode = path.stat().st_mode
@@ -117,11 +175,42 @@ def open_source(source: str, text_key: str) -> TextSource:
         return _folder(path, text_key)
     if not stat.S_ISREG(mode):
         raise _not_indexable(source, "a pipe, a socket or a device")
-    if path.suffix not in (".txt", ".jsonl"):
+    return TextSource(path.name, ((path.name, LocalFile(path), _reader_alone(path.name, text_key)),), alone=True)
+
+
+def _stored(url: str, text_key: str) -> TextSource:
+    """The object at a URL, or all below it, hidden ones left out."""
+    if fault := url_fault(url):
+        raise InputError(Problem("data.source", *fault))
+    store = open_store(url)
+    name = PurePosixPath(store.url).name
+    if store.is_object():
+        reader = _reader_alone(name, text_key)
+        (entry,) = store.entries().values()
+        return TextSource(name, ((name, StoredFile(store, "", entry), reader),), alone=True)
+    entries = {name: entry for name, entry in store.entries().items() if not _is_hidden(name)}
+    files = tuple((one, StoredFile(store, one, entry), _reader_within(one, text_key)) for one, entry in entries.items())
+    if not files:
+        raise InputError(Problem("data.source", f"no object below {store.url}", "put text or .jsonl files there"))
+    return TextSource(name, files)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _reader_alone(name: str, text_key: str) -> DocumentReader:
+    """How a file that is the whole source is read, by its suffix. Raises InputError where it has no reader."""
+    suffix = PurePosixPath(name).suffix
+    if suffix not in (".txt", ".jsonl"):
         near = "nearest: a .txt file (documents divided by blank lines), a .jsonl file, or a folder of text files"
-        raise InputError(Problem("data.source", f"no reader for {path.name!r}", near))
-    reader = _records(text_key) if path.suffix == ".jsonl" else _paragraphs
-    return TextSource(path.name, ((path.name, path, reader),), alone=True)
+        raise InputError(Problem("data.source", f"no reader for {name!r}", near))
+    return _records(text_key) if suffix == ".jsonl" else _paragraphs
+
+
+def _reader_within(name: str, text_key: str) -> DocumentReader:
+    """How a file of a folder is read, by its suffix."""
+    return _records(text_key) if PurePosixPath(name).suffix == ".jsonl" else _whole
 
 
 def _not_indexable(source: str, what: str) -> InputError:
@@ -132,19 +221,21 @@ def _not_indexable(source: str, what: str) -> InputError:
 def _standard_library() -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
     sources = [(name, path) for name, path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
-    return TextSource("stdlib", tuple((name, path, _whole) for name, path in sources if path.stem[:5] != "test_"))
+    files = ((name, LocalFile(path), _whole) for name, path in sources if path.stem[:5] != "test_")
+    return TextSource("stdlib", tuple(files))
 
 
 def _folder(root: Path, text_key: str) -> TextSource:
-    files = tuple((name, path, _records(text_key) if path.suffix == ".jsonl" else _whole) for name, path in _walk(root))
-    if not files:
+    paths = _walk(root)
+    if not paths:
         raise InputError(
             Problem("data.source", f"no file in the folder {str(root)!r}", "put text or .jsonl files there")
         )
-    for _, path, _ in files:
+    for _, path in paths:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _not_indexable(str(path), "a pipe, a socket or a device")
-    return TextSource(root.name, files)
+    files = ((name, LocalFile(path), _reader_within(name, text_key)) for name, path in paths)
+    return TextSource(root.name, tuple(files))
 
 
 def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:

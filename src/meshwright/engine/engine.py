@@ -30,6 +30,7 @@ from meshwright.engine.sampler import sample
 from meshwright.engine.scheduler import RunningRequest, Scheduler
 from meshwright.errors import CannotWork, InputError, Problem, nearest_name
 from meshwright.launch import Context
+from meshwright.nn import gpu_type, take_device
 
 PRECISIONS = ("auto", "fp32", "bf16")
 #: The largest share of the free memory beside the weights that the cache may grow to when the engine chooses `max_len`.
@@ -86,10 +87,7 @@ class Engine:
             check_split(model.shape, Ranks(context.rank, context.world))
         ranks = join(context)
         torch.set_num_threads(threads or min(torch.get_num_threads(), max(1, available_cores() // ranks.world)))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
-            torch.cuda.set_device(device)
+        device = take_device(ranks.rank)
         limit = _limit_len(model, ranks, max_batch, max_len, dtype)
         weights = read_weights(model, ranks, dtype, device)
         decoder = Decoder(model.shape, weights, ranks, max_batch, limit, widens(dtype, device))
@@ -211,9 +209,8 @@ def _limit_len(model: EngineModel, ranks: Ranks, max_batch: int, max_len: int | 
             raise InputError(Problem("max_len", f"{max_len} is more than the model takes: {why}", f"at most {longest}"))
         return max_len
     token_bytes = bytes_per_token(shape.layers, shape.kv_heads // ranks.world, shape.head_dim, dtype)
-    on_gpu = torch.cuda.is_available()
     # All ranks ask before any of them reads weights, which `minimum` waits for.
-    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else available_memory_bytes() // ranks.world
+    free_bytes = torch.accelerator.get_memory_info()[0] if gpu_type() else available_memory_bytes() // ranks.world
     weight_bytes = packed_bytes(model, ranks, dtype)
     if free_bytes <= weight_bytes:
         what = f"its weights take {weight_bytes / GIB:.1f} GiB in memory, of which {free_bytes / GIB:.1f} GiB are free"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meshwright.engine.scheduler import Work
 from meshwright.launch import Context
+from meshwright.nn import backend, gpu_type
 from meshwright.process_group import store_of
 
 #: Integers in the first broadcast of a step: enough for decoding; a step that reads prompts sends the rest after it.
@@ -81,9 +82,12 @@ def join(context: Context | None) -> Ranks:
     """The ranks of `context`, connected; one rank without a context. Ended by `leave`."""
     if context is None or context.world == 1:
         return Ranks()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=store_of(context), rank=context.rank, world_size=context.world, timeout=_COLLECTIVE_TIMEOUT
+        backend(torch.device(gpu_type() or "cpu")),
+        store=store_of(context),
+        rank=context.rank,
+        world_size=context.world,
+        timeout=_COLLECTIVE_TIMEOUT,
     )
     return Ranks(context.rank, context.world)
 

@@ -14,6 +14,7 @@ from meshwright.errors import Problem, nearest_name
 from meshwright.files import toml_value
 from meshwright.job.file import nearest_file
 from meshwright.job.sections import ModelSection
+from meshwright.storage.url import is_url, url_fault
 
 #: Keys that hold a path, and the words that are not one.
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,9 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
     "model.module_folder": (),
     "serve.token_file": (),
 }
+
+#: Keys that may hold the URL of a store; the first also a path.
+URL_KEYS = ("data.source", "checkpoint.url")
 
 #: An example of each key that must be given.
 EXAMPLES: dict[str, str] = {
@@ -147,7 +151,7 @@ def cross_problems(
 
     checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
     between_keys = [entry for check in checks for entry in check(good, bad)]
-    return [problem(*entry) for entry in (*between_keys, *_path_problems(good, must_exist))]
+    return [problem(*entry) for entry in (*between_keys, *_url_problems(good), *_path_problems(good, must_exist))]
 
 
 KeyProblems = Iterator[tuple[str, str, str]]
@@ -247,11 +251,23 @@ def _group_problems(good: Sections, bad: set[str]) -> KeyProblems:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
 
 
+def _url_problems(good: Sections) -> KeyProblems:
+    for key in (*URL_KEYS, *(key for key in PATH_KEYS if key not in URL_KEYS)):
+        section, _, name = key.partition(".")
+        value = good.get(section, {}).get(name)
+        if value is None or (not is_url(value) and key != "checkpoint.url"):
+            continue
+        if key not in URL_KEYS:
+            yield key, "is a URL where a path is needed", "copy it to this machine, and name that"
+        elif fault := url_fault(value):
+            yield key, *fault
+
+
 def _path_problems(good: Sections, must_exist: Collection[str]) -> KeyProblems:
     for key, words in PATH_KEYS.items():
         section, _, name = key.partition(".")
         value = good.get(section, {}).get(name)
-        if value is None or value in words or key == "serve.token_file":
+        if value is None or value in words or key == "serve.token_file" or is_url(value):
             continue
         if "\0" in value:
             yield key, "is not a path", ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from meshwright.job.checks import PATH_KEYS
+from meshwright.storage.url import is_url
 
 
 def with_defaults(sections: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,9 @@ def absolute_paths(sections: dict[str, Any], folders: dict[str, Path]) -> dict[s
         section, _, name = key.partition(".")
         content = result.get(section)
         value = content.get(name) if isinstance(content, dict) else None
-        if isinstance(content, dict) and isinstance(value, str) and value and value not in words and "\0" not in value:
+        if not isinstance(content, dict) or not isinstance(value, str):
+            continue
+        if value and value not in words and "\0" not in value and not is_url(value):
             # normpath, not resolve: a link that the user gave a name keeps that name
             absolute = os.path.normpath(Path.cwd() / folders.get(key, Path()) / os.path.expanduser(value))
             result[section] = {**content, name: absolute}

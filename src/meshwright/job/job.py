@@ -151,10 +151,15 @@ def read_serve(overrides: Sequence[str], run_job: Path) -> ServeSection:
 
 def job_to_toml(job: Job) -> str:
     """The resolved job as TOML that `load_job` reads back to an equal Job."""
-    sections = job.as_dict()
-    if job.model.family is None:  # the rest of [model] is the shape of a family
-        sections["model"] = {key: sections["model"][key] for key in NOT_SHAPE}
-    return toml_text(sections)
+    return sections_to_toml(job.as_dict())
+
+
+def sections_to_toml(sections: dict[str, dict[str, Any]]) -> str:
+    """`job_to_toml` of a Job's `as_dict`, as a checkpoint has it."""
+    model = sections["model"]
+    if model["family"] is None:  # the rest of [model] is the shape of a family
+        model = {key: model[key] for key in NOT_SHAPE}
+    return toml_text({**sections, "model": model})
 
 
 def json_schema() -> dict[str, Any]:

@@ -65,7 +65,7 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """What it is trained on."""
 
-    source: Text = _key("stdlib", '"stdlib", "digits", or the path of a .txt or .jsonl file or of a folder')
+    source: Text = _key("stdlib", '"stdlib", "digits", or path or URL of a .txt or .jsonl file or of a folder')
     seq_len: Annotated[int, Field(ge=1, le=2**27)] | None = _key(None, "tokens per sequence (language models)")
     tokenizer: Text = _key(
         "bpe", '"bpe" (trained on the source), "bytes", or the path of a tokenizer.json or its folder'
@@ -160,6 +160,7 @@ class CheckpointSection(_Section):
     )
     keep: Count = _key(2, "newest checkpoints kept")
     asynchronous: bool = _key(True, "write while training goes on")
+    url: Text | None = _key(None, "place in an object store, such as s3://bucket/runs/job, where copies are kept too")
 
 
 class LaunchSection(_Section):

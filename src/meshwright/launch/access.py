@@ -2,8 +2,8 @@
 
 RUN/hub/access.json    {join, read, act, certificate, key}     for the hub alone
 RUN/hub/agents.json    {address, secret, certificate}          for agents: scope join
-RUN/hub/people.json    {address, secret, certificate, ...}     for `status`, `logs` and `stop`: scope act
-RUN/hub/readers.json   {address, secret, certificate, ...}     for `status` and `logs` alone: scope read
+RUN/hub/people.json    {address, secret, certificate, socket}  for `stop`: scope act
+RUN/hub/readers.json   {address, secret, certificate, socket}  for `status`: scope read
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ def _certificate() -> tuple[str, str]:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
+
+
+def write_secret(path: Path) -> None:
+    """Writes a new secret into a file that only this user can read."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_atomic(path, secrets.token_hex(32).encode(), mode=0o600)
 
 
 def write_private(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from meshwright.errors import CannotWork, InputError, Problem
-from meshwright.launch.groups import Node, nodes_in_words
+from meshwright.launch.groups import Need, Node, nodes_in_words
 from meshwright.launch.hub_files import HubFiles
 
 
@@ -30,8 +30,8 @@ class AwaitedBackend:
         self._attending = attending
         return attending
 
-    def agents(self, names: Sequence[str]) -> None:
-        if gone := set(names) - {node.name for node in self._attending}:
+    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
+        if gone := set(wanted) - {node.name for node in self._attending}:
             what = f"{', '.join(sorted(gone))} attends no longer; there are {nodes_in_words(self._attending)}"
             raise CannotWork(Problem("launch", what))
 

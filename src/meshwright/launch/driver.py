@@ -6,14 +6,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
 from meshwright.launch.generation import Generation
-from meshwright.launch.groups import Node, Place, RankGroup, nodes_in_words, place
+from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
 from meshwright.launch.hub_files import Before, HubFiles
 from meshwright.launch.messages import (
     CallResult,
@@ -49,8 +49,9 @@ class ClusterBackend(Protocol):
     def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
         """The nodes that there are now; the agents of `attending` run already."""
 
-    def agents(self, names: Sequence[str]) -> None:
-        """Has an agent run on each of these nodes. Called again with those that run. Raises CannotWork."""
+    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
+        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
+        Raises CannotWork."""
 
     def close(self) -> None:
         """Ends what `agents` started; the hub has told them that the job is over."""
@@ -117,6 +118,7 @@ class Launch:
         self._lost: dict[str, float] = {}  # node -> when it was lost
         self._wait_until: float | None = None
         self._looked = time.monotonic()
+        self._leaving: set[str] = set()  # nodes that the cluster said will end
         self._known: set[str] = set()  # nodes that were there when groups were last asked for
         self._call_results: queue.SimpleQueue[CallResult] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -285,7 +287,7 @@ class Launch:
         nodes = self._nodes()
         try:
             places = place(groups, nodes)
-            self._await_agents(places)
+            self._await_agents(groups, places)
         except CannotWork:
             staying = {node.name for node in self._nodes() if node.leaving_seconds is None}
             gone = [node for node in asked if node.leaving_seconds is None and node.name not in staying]
@@ -319,7 +321,7 @@ class Launch:
         while not generation.over:
             for role in generation.roles_to_end():
                 self.hub.end_ranks(role, min(FAILED_GRACE_SECONDS, self._grace_seconds))
-            event = self.hub.event(generation.patience_seconds()) or self._new_node()
+            event = self.hub.event(generation.patience_seconds()) or self._change()
             if event is not None:
                 cause = self._take(event, generation, cause)
             if generation.begun:
@@ -328,12 +330,19 @@ class Launch:
             return cause if cause is not None and not self._stop_asked else Finished(generation.results())
         return first(generation.failures) if generation.failures else cause or StopAsked()
 
-    def _new_node(self) -> NodeJoined | None:
-        """A node that the cluster has now, and whose agent has not been asked for. Looked for every LOOK_SECONDS."""
+    def _change(self) -> NodeJoined | NodeLeaving | None:
+        """A node that the cluster has now, or that it says will end, of which no agent has told. Looked for every
+        LOOK_SECONDS."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return None
         self._looked = time.monotonic()
-        new = [node for node in self._nodes() if node.name not in self._known]
+        nodes = self._nodes()
+        self._leaving &= {node.name for node in nodes if node.leaving_seconds is not None}
+        for node in nodes:
+            if node.leaving_seconds is not None and node.name not in self._leaving:
+                self._leaving.add(node.name)
+                return NodeLeaving(node)
+        new = [node for node in nodes if node.name not in self._known]
         self._known.update(node.name for node in new)
         return NodeJoined(new[0]) if new else None
 
@@ -356,6 +365,8 @@ class Launch:
             if wanted is not None and wanted != list(generation.groups):
                 self.hub.end_ranks("", self._grace_seconds)
                 return event
+            if isinstance(event, NodeLeaving) and event.node.name in generation.nodes:
+                self.hub.end_ranks("", self._grace_seconds)  # all save and return while the node lasts
         return cause
 
     def _receive(self, message: Message) -> None:
@@ -366,10 +377,14 @@ class Launch:
         elif self._on_message is not None:
             self._on_message(message)
 
-    def _await_agents(self, places: Sequence[Place]) -> None:
+    def _await_agents(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
         """Has agents run on the nodes of `places`, and waits for their hello."""
-        names = list(dict.fromkeys(place.node for place in places))
-        self._backend.agents(names)
+        needs = {group.role: group.need for group in groups}
+        wanted: dict[str, list[Need]] = {}
+        for one in places:
+            wanted.setdefault(one.node, []).append(needs[one.role])
+        self._backend.agents(wanted)
+        names = list(wanted)
         deadline = time.monotonic() + self._start_seconds
         while missing := set(names) - {node.name for node in self.hub.nodes()}:
             event = self.hub.event(max(0.0, deadline - time.monotonic()))

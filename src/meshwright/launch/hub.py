@@ -170,6 +170,15 @@ class Hub:
             for member in self._members.values():
                 member.order(wire.HubMessage(stop=message))
 
+    def dismiss(self, node: str) -> None:
+        """Tells the agent of `node`, which runs no rank, that it is not needed, and forgets it."""
+        with self._lock:
+            member = self._members.pop(node, None)
+            if member is not None:
+                self._lost_tickets.add(member.ticket)
+                member.outbox.put(wire.HubMessage(done=wire.Received()))
+                member.outbox.put(None)
+
     def running(self, role: str = "") -> list[RankKey]:
         """The ranks of `role` ("": all) that have not ended."""
         with self._lock:

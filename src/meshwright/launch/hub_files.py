@@ -135,6 +135,8 @@ class HubFiles:
             (READERS, self._access.read),
         ):
             record = {"address": dial.address, "secret": secret, "certificate": dial.certificate}
+            if name != AGENTS:
+                record["socket"] = self.local.address.removeprefix("unix:")
             write_private(self.folder / name, record)
 
     def _write_facts(self) -> None:

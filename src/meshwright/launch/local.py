@@ -43,7 +43,7 @@ class LocalBackend:
     def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
         return [self._node]
 
-    def agents(self, names: Sequence[str]) -> None:
+    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
         if self._agent is None:
             assert self._files is not None
             agent = Agent(self._files.local, self._node, own_versions(), patience_seconds=float("inf"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from meshwright.errors import InputError, Problem, RunFailed
-from meshwright.launch.access import PEOPLE, READERS, read_dial
+from meshwright.launch.access import PEOPLE, READERS, read_dial, read_private
 from meshwright.launch.groups import Node
 from meshwright.launch.hub import node_of
 from meshwright.launch.service import connect
@@ -59,6 +59,8 @@ def _ask(folder: Path, name: str, call: Any) -> Any:
         if not path.exists():
             return None
         dial = read_dial(path)
+        if (local := read_private(path).get("socket")) and Path(local).exists():  # of a driver on this machine
+            dial = replace(dial, address=f"unix:{local}")
     except PermissionError as error:
         what = "may only be read by the user who started the run"
         raise InputError(Problem(str(path), what, "ask them for the file, or for a token")) from error

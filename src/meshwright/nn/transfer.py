@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.nn.device import GPU_TYPES
+
 
 def to_device(values: Any, device: torch.device | str) -> Tensor:
     """An array or tensor of the host as a tensor on `device`; on the CPU it shares the memory.
@@ -15,6 +17,6 @@ def to_device(values: Any, device: torch.device | str) -> Tensor:
     all the work before it is done (CUDA C++ Best Practices Guide, "Asynchronous and Overlapping Transfers").
     """
     tensor = torch.as_tensor(values)
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type in GPU_TYPES:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

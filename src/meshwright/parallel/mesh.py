@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.launch import Context
 from meshwright.layout import Coordinates, Layout, coordinates
+from meshwright.nn import backend, take_device
 from meshwright.process_group import USUAL_TIMEOUT_SECONDS, process_group
 
 
@@ -65,12 +66,8 @@ def start(
     NCCL where there are GPUs, gloo otherwise. The group is destroyed on exit. A missing rank or a stalled collective
     raises after `timeout_seconds`. `name` tells apart the meshes that the same ranks start one after another.
     """
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", context.device % torch.cuda.device_count()) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    with process_group(context, backend, timeout_seconds=timeout_seconds, name=name):
+    device = take_device(context.device)
+    with process_group(context, backend(device), timeout_seconds=timeout_seconds, name=name):
         yield _mesh(layout, context.rank, device)
 
 

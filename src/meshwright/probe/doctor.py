@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from meshwright.accelerators import gpus
 from meshwright.cluster import GIB, available_cores, available_memory_bytes, cpu_cluster, memory_bytes, this_machine
-from meshwright.errors import InputError, Problem
+from meshwright.errors import CannotWork, InputError, Problem
 from meshwright.job.sections import LaunchSection, ServeSection
+from meshwright.nn import gpu_type
 from meshwright.probe.sockets import listeners, socket_problems
 from meshwright.probe.speeds import Speeds, measure
 
@@ -40,7 +42,7 @@ def diagnose(quick: bool = False) -> dict[str, Any]:
     versions = {name: _version(name) for name in PACKAGES}
     memory = {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()}
     disk, compiler = _disk(), _compiler()
-    gpus = _cuda_devices()
+    devices = _gpus_of_torch()
     problems = [
         *_version_problems(versions),
         *_memory_problems(memory, disk),
@@ -51,10 +53,12 @@ def diagnose(quick: bool = False) -> dict[str, Any]:
     try:
         machine = this_machine()
         cluster = str(machine)
-        if machine.device.kind == "cuda" and not gpus:
-            what = f"the machine has {machine.devices} GPUs, and this build of torch ({torch.__version__}) uses none"
-            problems.append(Problem("torch", what, "install torch's CUDA build"))
-    except InputError as error:
+        if not devices and (found := gpus()):
+            what = (
+                f"the machine has {len(found)} {found[0].name}, and this build of torch ({torch.__version__}) uses none"
+            )
+            problems.append(Problem("torch", what, f"install torch's {found[0].build} build"))
+    except (InputError, CannotWork) as error:
         problems.extend(error.problems)
     speeds = None if quick else measure(interface=launch.interface)
     if speeds is not None:
@@ -66,7 +70,7 @@ def diagnose(quick: bool = False) -> dict[str, Any]:
         "packages": versions,
         "cpu": _cpu(),
         "memory": memory,
-        "devices": gpus or [{"kind": "cpu", "name": "CPU core", "count": available_cores()}],
+        "devices": devices or [{"kind": "cpu", "name": "CPU core", "count": available_cores()}],
         "cluster": cluster,
         "disk": disk,
         "compiler": compiler,
@@ -105,10 +109,14 @@ def _proc_fields(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _cuda_devices() -> list[dict[str, Any]]:
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+def _gpus_of_torch() -> list[dict[str, Any]]:
+    kind = gpu_type()
+    if kind is None:
+        return []
+    module = torch.get_device_module(kind)
+    devices = [module.get_device_properties(index) for index in range(module.device_count())]
     return [
-        {"kind": "cuda", "name": device.name, "index": index, "memory_bytes": device.total_memory}
+        {"kind": kind, "name": device.name, "index": index, "memory_bytes": device.total_memory}
         for index, device in enumerate(devices)
     ]
 

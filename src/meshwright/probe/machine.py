@@ -15,6 +15,7 @@ from torch import Tensor
 from meshwright import launch
 from meshwright.cluster import available_cores
 from meshwright.errors import CannotWork, Problem
+from meshwright.nn import backend
 from meshwright.plan.calibrate.from_machine import QUIET
 from meshwright.probe import parts
 from meshwright.probe.collectives import all_gather, all_reduce, reduce_scatter
@@ -116,8 +117,7 @@ def work(payload: dict[str, Any], context: launch.Context) -> dict[str, Any]:
         device = torch.device("cuda", context.device)
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)
-    backend = "cpu:gloo,cuda:nccl" if payload["kind"] == "cuda" else "gloo"
-    with process_group(context, backend, timeout_seconds=MOST_SECONDS):
+    with process_group(context, backend(device), timeout_seconds=MOST_SECONDS):
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if own_time else time.perf_counter
         typical = statistics.median if payload["whole"] else min  # one thread without a core delays all threads

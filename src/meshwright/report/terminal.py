@@ -230,6 +230,8 @@ class Progress:
             return f"step {event['step']}: held out: {_figures(self.held_out)}"
         if kind == "checkpoint":
             return f"step {event['step']}: checkpoint"
+        if kind == "upload" and "error" not in event:  # an error is told by a warning
+            return f"step {event['step']}: uploaded"
         if kind in ("failure", "recovery"):
             shown = [f"{key} {value}" for key, value in event.items() if key not in ("event", "time")]
             return f"{kind}: " + ", ".join(shown)

@@ -16,7 +16,7 @@ from meshwright.card import Card
 from meshwright.data import Manifest
 from meshwright.errors import Problem, RunFailed
 from meshwright.layout import Layout
-from meshwright.nn import to_device
+from meshwright.nn import GPU_TYPES, to_device
 from meshwright.parallel import Mesh, ParallelModel, Pipeline
 from meshwright.tasks import Task, Totals
 from meshwright.train.buffers import BufferTypes
@@ -285,8 +285,8 @@ class Trainer:
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has had: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type in GPU_TYPES:
+        return int(torch.accelerator.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

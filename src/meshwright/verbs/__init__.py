@@ -13,6 +13,7 @@ from meshwright.verbs.doctor import doctor
 from meshwright.verbs.exact import plan_exact
 from meshwright.verbs.explain import explain, resolved_toml
 from meshwright.verbs.generate import generate
+from meshwright.verbs.launch import launch
 from meshwright.verbs.new import new
 from meshwright.verbs.plan import layout_table, plan
 from meshwright.verbs.predict import predict
@@ -34,6 +35,7 @@ __all__ = [
     "doctor",
     "explain",
     "generate",
+    "launch",
     "layout_table",
     "logs",
     "new",

@@ -22,6 +22,8 @@ def generate(
 ) -> dict[str, Any]:
     """Continues `prompt`; `emit` gets the text as it comes. `temperature` 0 is greedy.
 
+    `model` is a run, a checkpoint or a Hugging Face folder, or the URL of one in a store.
+
     Returns {"text", "tokens", "finish_reason", "seconds"}. Raises InputError for a folder without a model, or
     a prompt that is not text.
     """
@@ -32,8 +34,9 @@ def generate(
     from meshwright.engine import Engine, TextStream
     from meshwright.engine.folder import find_model
     from meshwright.serve.workers.text import TextTokenizer
+    from meshwright.storage import local_model
 
-    folder = find_model(Path(model))
+    folder = find_model(local_model(model))
     tokenizer = TextTokenizer(folder)
     with Engine.open(folder, max_batch=1) as engine:
         ids = tokenizer.encode(prompt, add_special=True)

@@ -9,7 +9,8 @@ from meshwright.verbs.serving import plan_settings
 
 
 def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda _: None) -> None:
-    """Serves a model until SIGINT (Ctrl-C), SIGTERM or SIGHUP. Settings: the run's [serve] section, then overrides.
+    """Serves a model until SIGINT (Ctrl-C), SIGTERM or SIGHUP. `model` is a run, a checkpoint or a Hugging Face folder,
+    or the URL of one in a store. Settings: the [serve] section of a run's folder, then overrides.
 
     Settings that are left open are planned for this machine; `say` gets a one-line summary of the plan. Raises
     CannotWork for a model that does not fit, before weights are read.
@@ -18,9 +19,11 @@ def serve(model: str | Path, overrides: Sequence[str] = (), *, say: Callable[[st
     from meshwright.job import read_serve
     from meshwright.run import RunFolder
     from meshwright.serve import server
+    from meshwright.storage import local_model
 
+    model = local_model(model)
     settings = read_serve(overrides, RunFolder(model).job)
-    folder = find_model(Path(model))
+    folder = find_model(model)
     planned = plan_settings(folder, settings)
     say(planned.summary)
     figures = planned.plan.chosen.predicted

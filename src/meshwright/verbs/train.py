@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshwright.env import detached
+from meshwright.env import detached, trainer_status
 from meshwright.errors import CannotWork, InputError, Problem, RunFailed
 from meshwright.files import write_atomic
 from meshwright.verbs.plan import plan
@@ -58,7 +58,7 @@ def train(
     processes run, and may follow them until they end. Raises InputError where the folder holds a run and `resume` is
     not set (or the reverse), and RunFailed with the command that resumes, also where the processes ended early.
     """
-    from meshwright import data, families
+    from meshwright import data, families, storage
     from meshwright.job import Job, job_to_toml
 
     if run is None and isinstance(job, Job):
@@ -76,6 +76,8 @@ def train(
     with locate_problems(job):
         families.require_trainable(job)
         backend = backend_of_job(job)
+    if job.checkpoint.url is not None:
+        _bring_back(folder, job.checkpoint.url) if resume else storage.RunCopy(job.checkpoint.url).require_none()
     earlier_job = _earlier_job(folder, resume, resume_with)
     if earlier_job is not None:
         _check_same_run(earlier_job, job, folder)
@@ -97,22 +99,48 @@ def train(
             _earlier_job(folder, resume, resume_with)  # a run that began while this one was planned
         with locate_problems(job):
             data.build_manifest(job, folder.manifest)  # before job.toml, which marks a run that can be resumed
-        with _written_unless_refused(folder, job_to_toml(job)), locate_problems(job):
+        kept = _kept_in_store(folder, job, resume_with, new=earlier_job is None)
+        with _written_unless_refused(folder, job_to_toml(job)), locate_problems(job), kept:
             results = _run(folder, groups, backend, job, resume_with, watch)
     return {"run": str(folder.path), **results[0], "report": str(write_page(folder.path))}
+
+
+def _bring_back(folder: RunFolder, url: str) -> None:
+    """Fetches from the store what a resume needs and the folder lacks; job.toml last, which marks a run."""
+    from meshwright import storage
+    from meshwright.job import sections_to_toml
+
+    if not folder.job.exists() and not storage.RunCopy(url).checkpoints():
+        what = f"holds no committed checkpoint, and {folder.path} no run to resume"
+        raise InputError(Problem(url, what, "leave --resume out to start one"))
+    _create(folder)
+    with folder.lock():
+        meta = storage.bring_back(url, folder)
+        if meta is not None and not folder.job.exists():
+            folder.write_job(sections_to_toml(meta["job"]))
+
+
+@contextmanager
+def _kept_in_store(folder: RunFolder, job: Job, resume_with: str, *, new: bool) -> Iterator[None]:
+    """`storage.kept_in_store` as the job says; its RunFailed has the command that resumes."""
+    from meshwright import storage
+
+    try:
+        with storage.kept_in_store(job.checkpoint.url, folder, job.checkpoint.keep, new=new):
+            yield
+    except RunFailed as error:
+        raise RunFailed(error.problems, resume=resume_with) from error
 
 
 def backend_of_job(job: Job) -> ClusterBackend:
     """Where the ranks of the job run."""
     from meshwright.launch import LocalBackend
+    from meshwright.launch.backends import remote_backend
 
     section = job.launch
-    if section.on == "agents":
-        from meshwright.launch.awaited import AwaitedBackend
-
-        if section.address is None:
-            raise InputError(Problem("launch.address", "is needed: agents dial it", "such as 0.0.0.0:7474"))
-        return AwaitedBackend(section.address)
+    if section.on != "local":
+        interface = None if section.interface == "lo" else section.interface
+        return remote_backend(section.on, section.address, interface, job.cluster.devices)
     cluster = cluster_of_job(job)
     return LocalBackend(cluster.devices, kind=cluster.device.kind, interface=section.interface)
 
@@ -127,6 +155,7 @@ def _run(
 ) -> list[Any]:
     """Trains in processes; returns their results. Raises RunFailed with the command that resumes."""
     from meshwright import launch
+    from meshwright.report.progress import StatusAddress, posted
 
     def begin(_: Sequence[RankGroup]) -> int:
         assert groups.planned is not None
@@ -154,7 +183,9 @@ def _run(
             on_adopt=groups.adopt,
             patience_seconds=DETACHED_PATIENCE_SECONDS if detached() else 0.0,
         )
-        with processes:
+        told = trainer_status()
+        address = None if told is None else StatusAddress(*told)
+        with processes, posted(folder, job.train.steps, address):
             assert groups.planned is not None
             if watch is not None:
                 watch(folder, groups.planned, processes)
@@ -180,7 +211,7 @@ def _written_unless_refused(folder: RunFolder, job: str) -> Iterator[None]:
     except (InputError, CannotWork):
         if not any(event["event"] == "start" for event in events):
             for path, content in before.items():
-                path.unlink() if content is None else write_atomic(path, content)
+                path.unlink(missing_ok=True) if content is None else write_atomic(path, content)
         raise
 
 

@@ -56,8 +56,9 @@ class Share:
         return len(self.nodes) * self.per_node
 
 
-def equal_share(nodes: Sequence[Node], wanted: int | None) -> Share | None:
-    """The most devices that equal parts of nodes of one kind make, at most `wanted`; None without any."""
+def equal_shares(nodes: Sequence[Node], wanted: int | None) -> list[Share]:
+    """Equal parts of nodes of one kind, at most `wanted` devices, from the most devices to the fewest; of equally many,
+    those on the fewest nodes first."""
     shares = [
         Share(tuple(chosen[:count]), per_node)
         for kind in dict.fromkeys(node.kind for node in nodes)
@@ -66,7 +67,12 @@ def equal_share(nodes: Sequence[Node], wanted: int | None) -> Share | None:
         for count in range(1, len(chosen) + 1)
     ]
     fitting = [share for share in shares if wanted is None or share.devices <= wanted]
-    return max(fitting, key=lambda share: (share.devices, share.per_node), default=None)
+    return sorted(fitting, key=lambda share: (-share.devices, -share.per_node))
+
+
+def equal_share(nodes: Sequence[Node], wanted: int | None) -> Share | None:
+    """The first of `equal_shares`; None without any."""
+    return next(iter(equal_shares(nodes, wanted)), None)
 
 
 class OneStart:
@@ -120,20 +126,38 @@ class TrainingGroups:
         staying = [node for node in nodes if node.leaving_seconds is None]
         if isinstance(event, NodeLeaving) and not staying:
             return None  # its ranks save and return by themselves
-        share = equal_share(staying, self._job.cluster.devices)
-        if share is None or share.devices < self._least():
+        shares = [share for share in equal_shares(staying, self._job.cluster.devices) if share.devices >= self._least()]
+        if not shares:
             return self._lack(event, nodes)
-        at_work = self._share
-        if at_work is not None and isinstance(event, NodeJoined | NodeLeaving | NodeLost):
-            names = {node.name for node in staying}
-            untouched = all(node.name in names for node in at_work.nodes)
-            if untouched and share.devices <= at_work.devices:
-                self._found, self.planned = at_work, self._planned_at_work
-                return None
-        self.planned, self._found = self._plan_for(share), share
+        at_work = self._share if isinstance(event, NodeJoined | NodeLeaving | NodeLost) else None
+        if at_work is not None and self._untouched(at_work, staying):
+            shares = [share for share in shares if share.devices > at_work.devices]
+        found = self._first_that_fits(shares, may_lack=at_work is not None)
+        if found is None:  # the ranks at work stay; those that lose their node save and return
+            self._found, self.planned = at_work, self._planned_at_work
+            return None
+        share, planned = found
+        self._found, self.planned = share, planned
         resume = self._resume or self._starts > 0
         kind = share.nodes[0].kind
-        return [training_group(self._folder, self.planned, kind, resume=resume, per_node=share.per_node)]
+        return [training_group(self._folder, planned, kind, resume=resume, per_node=share.per_node)]
+
+    def _untouched(self, share: Share, staying: Sequence[Node]) -> bool:
+        names = {node.name for node in staying}
+        return all(node.name in names for node in share.nodes)
+
+    def _first_that_fits(self, shares: Sequence[Share], *, may_lack: bool) -> tuple[Share, Plan] | None:
+        """The first share with a plan, and that; of a run that has begun also one of fewer devices than there are.
+        Where none has one: None if that may be, else the CannotWork of the first is raised."""
+        error: CannotWork | None = None
+        for share in shares if self._starts else shares[:1]:
+            try:
+                return share, self._plan_for(share)
+            except CannotWork as refused:
+                error = error or refused
+        if error is not None and not may_lack:
+            raise error
+        return None
 
     def begin(self) -> None:
         """The groups that were named last are about to be started."""

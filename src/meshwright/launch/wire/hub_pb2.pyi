@@ -142,7 +142,7 @@ class RoleSpec(_message.Message):
     environment: _containers.ScalarMap[str, str]
     keep_memory: bool
     ranks: _containers.RepeatedCompositeFieldContainer[RankSpec]
-    def __init__(self, role: _Optional[str] = ..., function: _Optional[str] = ..., payload: _Optional[bytes] = ..., environment: _Optional[_Mapping[str, str]] = ..., keep_memory: _Optional[bool] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
+    def __init__(self, role: _Optional[str] = ..., function: _Optional[str] = ..., payload: _Optional[bytes] = ..., environment: _Optional[_Mapping[str, str]] = ..., keep_memory: bool = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("generation", "roles", "folder")
@@ -238,7 +238,7 @@ class KeyReply(_message.Message):
     found: bool
     value: bytes
     number: int
-    def __init__(self, found: _Optional[bool] = ..., value: _Optional[bytes] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, found: bool = ..., value: _Optional[bytes] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Told(_message.Message):
     __slots__ = ("name", "kind", "body", "blob", "number")

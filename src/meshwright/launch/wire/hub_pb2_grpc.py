@@ -5,7 +5,7 @@ import warnings
 
 from meshwright.launch.wire import hub_pb2 as meshwright_dot_launch_dot_wire_dot_hub__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class HubStub:
+class HubStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -71,7 +71,7 @@ class HubStub:
                 _registered_method=True)
 
 
-class HubServicer:
+class HubServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Attend(self, request_iterator, context):
@@ -168,7 +168,7 @@ def add_HubServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Hub:
+class Hub(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
