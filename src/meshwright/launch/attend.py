@@ -18,7 +18,7 @@ import grpc
 from meshwright.launch.groups import Node
 from meshwright.launch.hub import BEAT_SECONDS, wire_node
 from meshwright.launch.messages import Dial, RankPlace
-from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart
+from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart, log_name
 from meshwright.launch.service import connect
 from meshwright.launch.versions import Versions
 from meshwright.launch.wire import hub_pb2 as wire
@@ -197,6 +197,10 @@ class Agent:
         self._generation, self._reports = start.generation, []
         folder = Path(start.folder)
         starts = [self._rank_start(role, rank, start.generation, folder) for role in start.roles for rank in role.ranks]
+        logs = {(one.place.role, one.place.rank): folder / log_name(one.place.role, one.place.rank) for one in starts}
+        self._sent_logs = None
+        if not self._shared_folder:  # what earlier generations wrote has been sent
+            self._sent_logs = {key: path.stat().st_size if path.exists() else 0 for key, path in logs.items()}
         try:
             self._ranks = RankProcesses(starts, folder, self._node.interface)
         except (OSError, ValueError) as error:
@@ -204,7 +208,6 @@ class Agent:
             for one in starts:
                 self._report(one.place, kind="cannot-start", message=f"cannot start a process: {error}")
             return
-        self._sent_logs = None if self._shared_folder else {}
         started = wire.Started(generation=start.generation, pids=self._ranks.pids)
         self._reports.append(wire.AgentMessage(started=started))
         self._send(self._reports[-1])
