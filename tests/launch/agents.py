@@ -33,6 +33,7 @@ class AgentProcesses:
         self.paths: dict[str, str] = {}  # node -> its PYTHONPATH, where it is another
         self.address = ""  # "": the hub's own, else that of a proxy before it
         self.access = folder / "agents.json"  # by which agents find the hub
+        self.before: list[str] = []  # the begin of the command of every agent
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def open(self, files: HubFiles) -> None:
@@ -70,7 +71,7 @@ class AgentProcesses:
     def start(self, name: str, devices: int | None = None) -> None:
         """Starts the agent of a node, as its cluster would, or a person."""
         self.devices.setdefault(name, devices or 1)
-        command = [sys.executable, "-m", "meshwright.launch.agent", "--access", str(self.access)]
+        command = [*self.before, sys.executable, "-m", "meshwright.launch.agent", "--access", str(self.access)]
         command += ["--node", name, "--devices", str(self.devices[name]), *self._options]
         command += ["--hub", self.address] if self.address else []
         environment = {**os.environ, "PYTHONPATH": self.paths.get(name, PATHS), "OMP_NUM_THREADS": "1"}

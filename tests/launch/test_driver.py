@@ -80,3 +80,17 @@ def test_what_returned_while_the_driver_was_away_is_not_lost(tmp_path: Path) -> 
     again = start(tmp_path, 60.0)
     out, err = again.communicate(timeout=30)
     assert [result["pid"] for result in json.loads(out)] == ranks, err
+
+
+def test_an_agent_that_looks_for_a_hub_ends_when_its_node_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "meshwright.launch.agent", "--run", str(tmp_path / "run")]
+    agent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PATHS}, stderr=subprocess.PIPE, text=True)
+    try:
+        handled = 1 << (signal.SIGTERM - 1)
+        status = Path(f"/proc/{agent.pid}/status")
+        assert eventually(lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & handled)
+        agent.terminate()
+        assert agent.wait(10) == 0
+    finally:
+        agent.kill()
+        agent.communicate()

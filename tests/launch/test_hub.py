@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +107,7 @@ def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -
     group = RankGroup("rank", WORKERS + "tell_while_called", {}, 1)
     with launch.start(cluster, [group], tmp_path / "logs", on_message=said.append) as run, proxies[0] as proxy:
         before = run.pids
-        for round_ in range(3):
+        for round_ in range(2):
             assert eventually(lambda: len(said) > 20)
             heard = len(said)
             proxy.cut()
@@ -216,3 +218,23 @@ def test_an_error_of_the_driver_itself_has_ranks_end_in_order(tmp_path: Path) ->
     assert run.poll() == "failed"
     if (tmp_path / "pid-1-0").exists():  # it had begun
         assert (tmp_path / "saved-1-0").exists()
+
+
+def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("a disk of the node's own needs the right to mount one")
+    cluster = AgentProcesses(tmp_path, {"a": 1})
+    hidden = f"mount -t tmpfs tmpfs {shlex.quote(str(run))}"
+    cluster.before = ["unshare", "-m", "sh", "-c", hidden + ' && exec "$@"', "sh"]
+    ask = OnAll("print_until_asked", tmp_path, 1)
+    with launch.keep(cluster, ask, run / "logs", hub_folder=run / "hub") as at_work:
+        pids(tmp_path, 1, 1)
+        cluster.start("b")
+        pids(tmp_path, 2, 2)
+        (tmp_path / "end").touch()
+        at_work.wait(30)
+    logs = {path.name: path.read_text().splitlines() for path in (run / "logs").iterdir()}
+    ends = {number: [f"{word} of generation {number}" for word in ("begin", "end")] for number in (1, 2)}
+    assert logs == {"rank-0.log": [*ends[1], *ends[2]], "rank-1.log": ends[2]}

@@ -240,3 +240,10 @@ def sum_until(payload: dict[str, Any], context: Context) -> None:
             dist.all_reduce(torch.zeros(1))
             if context.rank == 1 and step == 20:
                 raise ValueError("the true cause")
+
+
+def print_until_asked(payload: dict[str, Any], context: Context) -> dict[str, Any]:
+    print(f"begin of generation {context.generation}")
+    result = until_asked(payload, context)
+    print(f"end of generation {context.generation}")
+    return result

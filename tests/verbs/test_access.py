@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from meshwright import verbs
 from meshwright.errors import InputError, RunFailed
+from meshwright.run import RunFolder
 from tests.launch.agents import PATHS, alive, eventually
 
 JOB = """
@@ -148,7 +150,7 @@ def test_a_run_at_work_is_not_started_twice(run: Path) -> None:
             text=True,
         )
         assert done.returncode == 4
-        assert "holds a run already" in done.stderr or "is training in it" in done.stderr
+        assert "holds a run already" in done.stderr or "is at work in it" in done.stderr
     assert trains(run)
 
 
@@ -183,6 +185,49 @@ def test_a_run_whose_driver_was_killed_cannot_be_reached(tmp_path: Path) -> None
     assert state_of(kept)["state"] == "unreachable"
     with pytest.raises(RunFailed, match="does not answer: its driver was killed"):
         verbs.stop(kept)
+
+
+@pytest.mark.slow
+def test_a_detached_run_goes_on_without_its_driver_until_another_takes_it_over(tmp_path: Path) -> None:
+    """Its ranks are the same, and no step is made twice or missing."""
+    new_job(tmp_path)
+    run = tmp_path / "runs" / "job"
+    command = [*MESHWRIGHT, "train", "job.toml", "launch.on=agents", "launch.address=127.0.0.1:0"]
+    agent = [sys.executable, "-m", "meshwright.launch.agent", "--run", str(run), "--devices", "1", "--node", "a"]
+    agents = subprocess.Popen(agent, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    drivers: list[int] = []
+
+    def detach(*words: str) -> None:
+        done = subprocess.run(
+            [*command, "--detach", "--json", *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        drivers.append(json.loads(done.stdout)["pid"])
+
+    try:
+        detach()
+        assert eventually(lambda: trains(run)), (run / "logs" / "driver.log").read_text()
+        (rank,) = _children(agents.pid)
+        os.kill(drivers[0], signal.SIGKILL)
+        assert eventually(lambda: not alive(drivers[0]))
+        time.sleep(8)  # longer than agents wait for a driver that is not detached
+        assert alive(rank) and state_of(run)["state"] == "unreachable"
+        last = state_of(run)["step"]
+        detach("--resume")
+        assert eventually(lambda: state_of(run)["state"] == "running" and state_of(run)["step"] > last + 5)
+        assert _children(agents.pid) == [rank] and alive(rank)
+        found = verbs.stop(run)
+        assert found["state"] == "stopped"
+        assert agents.wait(20) == 0
+    finally:
+        for pid in drivers:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        agents.kill()
+        agents.communicate()
+    events = RunFolder(run).read_events()
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, found["step"] + 1))
+    assert [event["event"] for event in events].count("start") == 1
 
 
 @pytest.mark.slow

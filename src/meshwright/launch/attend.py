@@ -22,7 +22,7 @@ from meshwright.launch.groups import Node
 from meshwright.launch.hub import BEAT_SECONDS, wire_node
 from meshwright.launch.messages import Dial, RankPlace
 from meshwright.launch.private_folder import private_folder
-from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart
+from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart, log_name
 from meshwright.launch.service import connect
 from meshwright.launch.versions import Versions
 from meshwright.launch.wire import hub_pb2 as wire
@@ -206,7 +206,7 @@ class Agent:
         folder, copies = Path(start.folder), ""
         if not self._shared_folder:
             try:
-                folder, copies = self._copies / f"logs-{start.generation}", str(self._copies)
+                folder, copies = self._copies / "logs", str(self._copies)
             except OSError as error:
                 self._outcome = Outcome("refused", f"no folder for copies of what is in the run folder: {error}")
                 return
@@ -215,6 +215,10 @@ class Agent:
             for role in start.roles
             for rank in role.ranks
         ]
+        logs = {(one.place.role, one.place.rank): folder / log_name(one.place.role, one.place.rank) for one in starts}
+        self._sent_logs = None
+        if not self._shared_folder:  # what earlier generations wrote has been sent
+            self._sent_logs = {key: path.stat().st_size if path.exists() else 0 for key, path in logs.items()}
         try:
             self._ranks = RankProcesses(starts, folder, self._node.interface)
         except (OSError, ValueError) as error:
@@ -222,7 +226,6 @@ class Agent:
             for one in starts:
                 self._report(one.place, kind="cannot-start", message=f"cannot start a process: {error}")
             return
-        self._sent_logs = None if self._shared_folder else {}
         pids, sees = self._ranks.pids, self._shared_folder
         started = wire.Started(generation=start.generation, pids=pids, sees_run_folder=sees)
         self._reports.append(wire.AgentMessage(started=started))

@@ -48,7 +48,8 @@ class Launch:
     when all ranks have returned. Where it then wants other groups, the ranks are asked to end (they save), and a new
     generation starts. `folder` gets the ranks' logs, `hub_folder` the files by which agents and people find the hub.
     `on_message` takes what ranks tell. `on_start` is called before ranks are started, with their groups, and returns
-    the number of the generation, above that of all before (default: the next number).
+    the number of the generation, above that of all before (default: the next number). `on_stop` is called where a
+    person asks the job to end, and then has it end in its own way (default: as `stop`).
 
     Where `hub_folder` is that of a driver which was killed and whose agents live on, their ranks are taken over, and
     `on_adopt` is told; agents wait for that for `patience_seconds` (0: as they were told at their start). Raises
@@ -68,11 +69,13 @@ class Launch:
         on_message: Callable[[Message], None] | None = None,
         on_start: Callable[[Sequence[RankGroup]], int] | None = None,
         on_adopt: Callable[[Before], None] | None = None,
+        on_stop: Callable[[], object] | None = None,
         patience_seconds: float = 0.0,
     ) -> None:
         self._backend, self._ask, self._folder = backend, ask, folder
         self._grace_seconds, self._start_seconds = grace_seconds, start_seconds
         self._on_message, self._on_start, self._on_adopt = on_message, on_start, on_adopt
+        self._on_stop = on_stop
         self._begun = threading.Event()
         self._stop_asked = False
         self._lost: dict[str, float] = {}  # node -> when it was lost
@@ -315,6 +318,8 @@ class Launch:
             self._receive(event)
         elif isinstance(event, CallResult):
             self._call_results.put(event)
+        elif isinstance(event, StopAsked) and event.by_person and self._on_stop is not None:
+            self._on_stop()
         elif isinstance(event, StopAsked):
             self._stop_asked = True
             self.hub.end_ranks("", self._grace_seconds)

@@ -276,7 +276,9 @@ class Hub:
                 member.node = replace(member.node, leaving_seconds=message.leaving_seconds)
                 self._events.put(NodeLeaving(member.node))
             elif kind == "log":
-                self._events.put(Message(message.log.name.role, message.log.name.rank, "log", None, message.log.text))
+                key = (message.log.name.role, message.log.name.rank)
+                if key in self._ranks and self._ranks[key].place.node == member.node.name:
+                    self._events.put(Message(*key, "log", None, message.log.text))
 
     def _end_rank(self, ended: wire.RankEnded, node: Node) -> None:
         key = (ended.name.role, ended.name.rank)
@@ -398,9 +400,9 @@ class Hub:
                 seconds=time.monotonic() - self._began,
             )
 
-    def ask_stop(self) -> None:
+    def ask_stop(self, *, by_person: bool = False) -> None:
         """Has the driver end the job: ranks save first."""
-        self._events.put(StopAsked())
+        self._events.put(StopAsked(by_person))
 
     @property
     def welcome(self) -> wire.Welcome:

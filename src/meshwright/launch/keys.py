@@ -57,6 +57,9 @@ class KeyTable:
                 self._replies[request.id] = reply
                 if len(self._replies) > KEPT_REPLIES:
                     self._replies.popitem(last=False)
+            if request.operation == operations.COMPARE:
+                value = self._values.get(keys[0], request.expected)
+                return wire.KeyReply(found=keys[0] in self._values, value=value)
             return reply
 
     def _write(self, request: wire.KeyRequest, key: str) -> wire.KeyReply:
@@ -72,7 +75,7 @@ class KeyTable:
             return reply
         if before == request.expected or (before is None and not request.expected):
             self._put(key, request.value)
-        return wire.KeyReply(found=key in self._values, value=self._values.get(key, request.expected))
+        return wire.KeyReply()
 
     def _put(self, key: str, value: bytes) -> None:
         size = len(value) - len(self._values[key]) if key in self._values else len(key) + len(value)

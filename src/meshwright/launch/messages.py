@@ -152,7 +152,10 @@ class RanksBegun:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """A person with the scope to act asks the job to end: as SIGTERM, it saves first."""
+    """The job is to end: as after SIGTERM, it saves first. `by_person`: somebody with the scope to act asks for it,
+    else the driver itself."""
+
+    by_person: bool = False
 
 
 Event = (

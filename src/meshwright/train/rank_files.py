@@ -15,14 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshwright import checkpoint, data
 from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES, MANIFEST_NAME
 from meshwright.disk import OWN_DISK, Disk
 from meshwright.errors import InputError
 from meshwright.launch import Context
-from meshwright.launch.hub_disk import HubDisk
 from meshwright.run import RunFolder
+
+if TYPE_CHECKING:
+    from meshwright.launch.hub_disk import HubDisk
 
 
 class RankFiles:
