@@ -34,7 +34,7 @@ def test_one_process_at_a_time_holds_a_run(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"\n"
-        with pytest.raises(InputError, match=f"process {holder.pid} on .* is training in it; wait"), run.lock():
+        with pytest.raises(InputError, match=f"process {holder.pid} on .* is at work in it; wait"), run.lock():
             pass
         holder.kill()  # the kernel releases what a dead process held
         holder.wait()

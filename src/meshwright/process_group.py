@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from meshwright.launch import Context
-from meshwright.launch.rank import Keys
+from meshwright.launch.hub_client import Keys
 
 #: The longest wait for the other ranks, where the caller names none.
 USUAL_TIMEOUT_SECONDS = 300.0

@@ -69,7 +69,7 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-                what, wait = f"{holder} is training in it", f"wait until it has ended, or {near}"
+                what, wait = f"{holder} is at work in it", f"wait until it has ended, or {near}"
                 raise InputError(Problem(str(self.path), what, wait)) from None
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -30,10 +30,16 @@ from tests.launch.agents import AgentProcesses, eventually
 from tests.launch.proxy import Proxy
 
 NAME = wire.RankName(role="rank", rank=0)
+
+
+def together(**told: Any) -> wire.ToldTogether:
+    return wire.ToldTogether(told=[wire.Told(name=NAME, **told)])
+
+
 METHODS = {
     "Attend": lambda stub, options: list(stub.Attend(iter([]), **options)),
     "Key": lambda stub, options: stub.Key(wire.KeyRequest(operation=wire.KeyRequest.COUNT), **options),
-    "Tell": lambda stub, options: stub.Tell(wire.Told(name=NAME, kind="number", number=10**9), **options),
+    "Tell": lambda stub, options: stub.Tell(together(kind="number", number=10**9), **options),
     "Calls": lambda stub, options: list(stub.Calls(wire.CallsRequest(name=NAME), **options)),
     "Answer": lambda stub, options: stub.Answer(wire.CallAnswer(name=NAME, id=1), **options),
     "Status": lambda stub, options: stub.Status(wire.StatusRequest(), **options),
@@ -232,7 +238,7 @@ def test_a_message_that_is_too_large_is_refused(run: Run) -> None:
     channel = grpc.secure_channel(run.join.address, credentials, options)
     metadata = [("secret", run.join.secret), ("generation", "1")]
     with pytest.raises(grpc.RpcError) as raised:
-        HubStub(channel).Tell(wire.Told(name=NAME, kind="x", blob=bytes(65 << 20)), metadata=metadata, timeout=30)
+        HubStub(channel).Tell(together(kind="x", blob=bytes(65 << 20)), metadata=metadata, timeout=30)
     assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     channel.close()
 
@@ -241,7 +247,7 @@ def test_words_that_are_no_json_are_refused(run: Run) -> None:
     channel = connect(run.join.address, run.join.certificate)
     metadata = [("secret", run.join.secret), ("generation", "1")]
     for call, request in (
-        (HubStub(channel).Tell, wire.Told(name=NAME, kind="x", body=b"{", number=10**9)),
+        (HubStub(channel).Tell, together(kind="x", body=b"{", number=10**9)),
         (HubStub(channel).Answer, wire.CallAnswer(name=NAME, id=1, body=b"\xff")),
         (HubStub(channel).Key, wire.KeyRequest(operation=wire.KeyRequest.GET, id=1)),
     ):

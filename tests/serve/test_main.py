@@ -268,3 +268,24 @@ def test_bad_starts_are_bad_input(tiny_folder, tmp_path):
 def test_models_are_named_after_their_folder_or_run(tmp_path):
     assert model_name(tmp_path / "Qwen3") == "Qwen3"
     assert model_name(tmp_path / "my-run" / "checkpoints" / "step-20" / "model") == "my-run"
+
+
+def test_a_detached_server_is_shown_and_stopped_by_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "server"
+    words = ["serve", str(tiny_folder), "serve.http_port=0", "serve.grpc_port=0", "--run", str(run), "--detach"]
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-m", "meshwright", *arguments]
+        return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+
+    started = command(*words)
+    assert started.returncode == 0, started.stderr
+    try:
+        assert stream_http(json.loads(started.stdout)["http"], {"prompt": "a", "max_tokens": 2})
+        assert "running" in command("status", str(run)).stdout
+        again = command(*words)
+        assert again.returncode != 0 and "is at work" in again.stderr
+    finally:
+        stopped = command("stop", str(run))
+    assert stopped.stdout == f"{run}: ended\n", stopped.stderr
+    assert "serving plan" in command("logs", str(run)).stdout

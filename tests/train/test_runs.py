@@ -292,10 +292,10 @@ def test_a_second_process_does_not_train_in_a_run(job: Path, killed: Path, tmp_p
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     before = files_of(run)
-    with RunFolder(run).lock(), pytest.raises(InputError, match=f"process {os.getpid()} on .* is training in it"):
+    with RunFolder(run).lock(), pytest.raises(InputError, match=f"process {os.getpid()} on .* is at work in it"):
         verbs.train(job, ["train.lr=1e-3"], run=run, resume=True)
     fresh = RunFolder(tmp_path / "fresh").create()
-    with fresh.lock(), pytest.raises(InputError, match="is training in it"):
+    with fresh.lock(), pytest.raises(InputError, match="is at work in it"):
         verbs.train(job, run=fresh.path)
     assert files_of(run) == before and not fresh.job.exists()
 

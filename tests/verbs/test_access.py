@@ -150,7 +150,7 @@ def test_a_run_at_work_is_not_started_twice(run: Path) -> None:
             text=True,
         )
         assert done.returncode == 4
-        assert "holds a run already" in done.stderr or "is training in it" in done.stderr
+        assert "holds a run already" in done.stderr or "is at work in it" in done.stderr
     assert trains(run)
 
 

@@ -256,9 +256,13 @@ def _detach(options: argparse.Namespace) -> None:
     result = verbs.detach([*words, *(["--resume"] if options.resume else [])], folder)
     if options.json:
         return _print_json(result)
-    print(f"{result['run']} is at work, process {result['pid']}")
+    _show_detached(result)
+
+
+def _show_detached(result: Mapping[str, Any]) -> None:
+    say(f"{result['run']} is at work, process {result['pid']}")
     for verb in ("status", "logs", "stop"):
-        print(f"  meshwright {verb} {shlex.quote(result['run'])}")
+        say(f"  meshwright {verb} {shlex.quote(result['run'])}")
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -275,7 +279,8 @@ def _stop(options: argparse.Namespace) -> None:
     result = verbs.stop(options.run)
     if options.json:
         return _print_json(result)
-    print(f"{result['run']}: {result['state']} at step {result['step']} of {result['steps']}")
+    at = "" if result["step"] is None else f" at step {result['step']} of {result['steps']}"
+    print(f"{result['run']}: {result['state']}{at}")
 
 
 def _logs(options: argparse.Namespace) -> None:
@@ -334,7 +339,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    verbs.serve(options.model, options.overrides, say=say)
+    if not options.detach:
+        return verbs.serve(options.model, options.overrides, run=options.run, say=say)
+    folder = verbs.serving_folder_of(options.model, options.run)
+    words = ["serve", options.model, *options.overrides, "--run", str(folder)]
+    result = verbs.detach(words, folder, ready=folder / "addresses.json")
+    _show_detached(result)
+    sys.stdout.write((folder / "addresses.json").read_text())
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -238,6 +238,8 @@ def _add_serve_verbs(add: Adder) -> None:
         "model", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or URL of one in a store"
     )
     verb.add_argument("overrides", metavar="serve.KEY=VALUE", nargs="*", help="settings of the [serve] section")
+    verb.add_argument("--run", metavar="DIR", help="folder for logs, status and stop (with --detach: runs/serve-NAME)")
+    verb.add_argument("--detach", action="store_true", help="return once it is ready; it goes on without this terminal")
 
 
 def _add_report_verbs(add: Adder) -> None:

@@ -10,7 +10,7 @@ from meshwright import env
 from meshwright.errors import InputError, Problem
 from meshwright.launch.access import write_secret
 from meshwright.launch.awaited import AwaitedBackend
-from meshwright.launch.driver import ClusterBackend
+from meshwright.launch.cluster_backend import ClusterBackend
 
 
 def remote_backend(on: str, address: str | None, interface: str | None, devices: int | None) -> ClusterBackend:

@@ -6,25 +6,29 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from meshwright.errors import CannotWork, MeshwrightError, Problem, RunFailed
+from meshwright.launch.cluster_backend import ClusterBackend
 from meshwright.launch.generation import Generation
 from meshwright.launch.groups import Need, Node, Place, RankGroup, nodes_in_words, place
 from meshwright.launch.hub_files import Before, HubFiles
 from meshwright.launch.messages import (
+    Ask,
     CallResult,
     Event,
     Failure,
+    Finished,
     Message,
     NodeJoined,
     NodeLeaving,
     NodeLost,
     NodeRefused,
     StopAsked,
+    Wait,
+    Waited,
     first,
 )
 from meshwright.launch.processes import log_name
@@ -37,50 +41,6 @@ LOST_SECONDS = 60.0
 LOOK_SECONDS = 2.0
 
 
-class ClusterBackend(Protocol):
-    """All that a cluster must do. What starts agents limits them, and starts others for those that end."""
-
-    def open(self, files: HubFiles) -> None:
-        """Called once, before all else: `files` says how agents reach the hub."""
-
-    def listen(self) -> Sequence[str]:
-        """The addresses that the hub listens on, for gRPC: a network's "HOST:PORT", or none."""
-
-    def nodes(self, attending: Sequence[Node]) -> Sequence[Node]:
-        """The nodes that there are now; the agents of `attending` run already."""
-
-    def agents(self, wanted: Mapping[str, Sequence[Need]]) -> None:
-        """Has an agent run on each of these nodes, holding what the ranks there need. Called again with those that run.
-        Raises CannotWork."""
-
-    def close(self) -> None:
-        """Ends what `agents` started; the hub has told them that the job is over."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All ranks have returned: `results`, group by group and by rank."""
-
-    results: list[Any]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """No groups yet: ask again when nodes join or leave, with the event Waited after `seconds` in all."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Waited:
-    """The time of a Wait is over."""
-
-
-#: What happened (None at the start), and the nodes there are -> the groups wanted now. None: for Finished that the job
-#: is done, for a failure that the caller gives up, for all else the same groups as before.
-Ask = Callable[["Event | Finished | Waited | None", Sequence[Node]], Sequence[RankGroup] | Wait | None]
-
-
 class Launch:
     """Keeps the groups that `ask` wants at work on the nodes of `backend`. As a context manager it ends them at exit.
 
@@ -88,7 +48,8 @@ class Launch:
     when all ranks have returned. Where it then wants other groups, the ranks are asked to end (they save), and a new
     generation starts. `folder` gets the ranks' logs, `hub_folder` the files by which agents and people find the hub.
     `on_message` takes what ranks tell. `on_start` is called before ranks are started, with their groups, and returns
-    the number of the generation, above that of all before (default: the next number).
+    the number of the generation, above that of all before (default: the next number). `on_stop` is called where a
+    person asks the job to end, and then has it end in its own way (default: as `stop`).
 
     Where `hub_folder` is that of a driver which was killed and whose agents live on, their ranks are taken over, and
     `on_adopt` is told; agents wait for that for `patience_seconds` (0: as they were told at their start). Raises
@@ -108,11 +69,13 @@ class Launch:
         on_message: Callable[[Message], None] | None = None,
         on_start: Callable[[Sequence[RankGroup]], int] | None = None,
         on_adopt: Callable[[Before], None] | None = None,
+        on_stop: Callable[[], object] | None = None,
         patience_seconds: float = 0.0,
     ) -> None:
         self._backend, self._ask, self._folder = backend, ask, folder
         self._grace_seconds, self._start_seconds = grace_seconds, start_seconds
         self._on_message, self._on_start, self._on_adopt = on_message, on_start, on_adopt
+        self._on_stop = on_stop
         self._begun = threading.Event()
         self._stop_asked = False
         self._lost: dict[str, float] = {}  # node -> when it was lost
@@ -355,6 +318,8 @@ class Launch:
             self._receive(event)
         elif isinstance(event, CallResult):
             self._call_results.put(event)
+        elif isinstance(event, StopAsked) and event.by_person and self._on_stop is not None:
+            self._on_stop()
         elif isinstance(event, StopAsked):
             self._stop_asked = True
             self.hub.end_ranks("", self._grace_seconds)

@@ -397,9 +397,9 @@ class Hub:
                 seconds=time.monotonic() - self._began,
             )
 
-    def ask_stop(self) -> None:
+    def ask_stop(self, *, by_person: bool = False) -> None:
         """Has the driver end the job: ranks save first."""
-        self._events.put(StopAsked())
+        self._events.put(StopAsked(by_person))
 
     @property
     def welcome(self) -> wire.Welcome:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meshwright.errors import CannotWork, InputError, LayoutsDisagree, MeshwrightError, Problem, RunFailed
-from meshwright.launch.groups import Node
+from meshwright.launch.groups import Node, RankGroup
 
 #: Errors of a rank that keep their class in the driver. Any other becomes RunFailed.
 ERRORS: dict[str, type[MeshwrightError]] = {
@@ -151,7 +151,10 @@ class RanksBegun:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """A person with the scope to act asks the job to end: as SIGTERM, it saves first."""
+    """The job is to end: as after SIGTERM, it saves first. `by_person`: somebody with the scope to act asks for it,
+    else the driver itself."""
+
+    by_person: bool = False
 
 
 Event = (
@@ -167,6 +170,30 @@ Event = (
     | Returned
     | Failure
 )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All ranks have returned: `results`, group by group and by rank."""
+
+    results: list[Any]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """No groups yet: ask again when nodes join or leave, with the event Waited after `seconds` in all."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Waited:
+    """The time of a Wait is over."""
+
+
+#: What happened (None at the start), and the nodes there are -> the groups wanted now. None: for Finished that the job
+#: is done, for a failure that the caller gives up, for all else the same groups as before.
+Ask = Callable[["Event | Finished | Waited | None", Sequence[Node]], Sequence[RankGroup] | Wait | None]
 
 
 @dataclass(frozen=True)

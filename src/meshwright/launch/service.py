@@ -118,8 +118,10 @@ class _Service(HubServicer):
                 return reply
             self._require_current(context)  # another generation has begun: this ends the call
 
-    def Tell(self, request: wire.Told, context: Any) -> wire.Received:
-        return self._take(self._hub.told, request, context)
+    def Tell(self, request: wire.ToldTogether, context: Any) -> wire.Received:
+        for told in request.told:
+            self._take(self._hub.told, told, context)
+        return wire.Received()
 
     def Calls(self, request: wire.CallsRequest, context: Any) -> Iterator[wire.Call]:
         self._require_current(context)
@@ -145,7 +147,7 @@ class _Service(HubServicer):
         return self._hub.status()
 
     def Stop(self, request: wire.StopRequest, context: Any) -> wire.Received:
-        self._hub.ask_stop()
+        self._hub.ask_stop(by_person=True)
         return wire.Received()
 
     def _require_current(self, context: Any) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import uvicorn
 
 from meshwright import launch
 from meshwright.errors import InputError, Problem, RunFailed
+from meshwright.files import write_atomic
 from meshwright.serve.access import Access, read_token
 from meshwright.serve.protocols.grpc import grpc_server
 from meshwright.serve.protocols.http import http_app
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0
+#: In the folder of a server that has one: the line that it prints when it is ready.
+ADDRESSES = "addresses.json"
 MAX_CONNECTIONS = 1024
 
 
@@ -121,9 +125,10 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def engine_processes(
-    folder: Path, config: ServeSection, precision: str, private: Path
+    folder: Path, config: ServeSection, precision: str, private: Path, run: Path | None, on_stop: Callable[[], object]
 ) -> AsyncIterator[tuple[ServedModel, launch.Launch]]:
-    """Starts and connects the engine's ranks, and ends them at exit. Raises the errors of opening the model."""
+    """Starts and connects the engine's ranks, and ends them at exit. `on_stop` is called where somebody asks for the
+    end by the files in `run`. Raises the errors of opening the model."""
     connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
 
     def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,7 +153,9 @@ async def engine_processes(
         "max_len": config.max_len,
         "precision": precision,
     }
-    processes = launch.local("meshwright.serve.workers.worker:run", payload, config.tp or 1, private)
+    logs, hub = (private, None) if run is None else (run / "logs", run / "hub")
+    work = "meshwright.serve.workers.worker:run"
+    processes = launch.local(work, payload, config.tp or 1, logs, hub_folder=hub, on_stop=on_stop)
     try:
         ended = asyncio.create_task(_wait_for_end(processes))
         either: set[asyncio.Future[Any]] = {connected, ended}
@@ -189,8 +196,9 @@ async def serve(
     template: ChatTemplate,
     access: Access,
     predicted: Mapping[str, float],
+    run: Path | None,
 ) -> None:
-    """Serves until SIGTERM, SIGINT or SIGHUP. Raises RunFailed if the engine ends by itself."""
+    """Serves until SIGTERM, SIGINT, SIGHUP or `meshwright stop`. Raises RunFailed if the engine ends by itself."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -200,7 +208,9 @@ async def serve(
         private = stack.enter_context(launch.scratch_folder("meshwright-"))
         renderer = await stack.enter_async_context(Renderer(template))
         stopping = asyncio.create_task(stop.wait())
-        opening = asyncio.create_task(stack.enter_async_context(engine_processes(folder, config, precision, private)))
+        asked = functools.partial(loop.call_soon_threadsafe, stop.set)
+        processes_of_engine = engine_processes(folder, config, precision, private, run, asked)
+        opening = asyncio.create_task(stack.enter_async_context(processes_of_engine))
         await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not opening.done():
             opening.cancel()
@@ -212,10 +222,12 @@ async def serve(
         addresses = await server.start(config.http_port, config.grpc_port)
         engine_lost = asyncio.create_task(model.engine_lost.wait())
         try:
-            _announce(addresses)
+            _announce(addresses, run)
             await asyncio.wait({stopping, engine_lost}, return_when=asyncio.FIRST_COMPLETED)
             failed = engine_lost.done()
         finally:
+            if run is not None:
+                (run / ADDRESSES).unlink(missing_ok=True)
             await server.stop(GRACE_SECONDS)
             engine_lost.cancel()
             stopping.cancel()
@@ -225,8 +237,11 @@ async def serve(
             raise RunFailed(Problem("serve", "the engine ended by itself"))
 
 
-def _announce(addresses: Addresses) -> None:
-    """Prints the addresses. Raises RunFailed where nobody can read them: a server that nobody can find would stay."""
+def _announce(addresses: Addresses, run: Path | None) -> None:
+    """Prints the addresses, and writes them to a file of `run`. Raises RunFailed where nobody can read them: a server
+    that nobody can find would stay."""
+    if run is not None:
+        write_atomic(run / ADDRESSES, (json.dumps(asdict(addresses)) + "\n").encode())
     try:
         print(json.dumps(asdict(addresses)), flush=True)
     except OSError as error:
@@ -240,11 +255,13 @@ def main(
     *,
     precision: str = "auto",
     predicted: Mapping[str, float] | None = None,
+    run: Path | None = None,
 ) -> None:
-    """Serve the model in `folder` until SIGTERM, SIGINT or SIGHUP, and return when all its processes have ended.
+    """Serve the model in `folder` until SIGTERM, SIGINT, SIGHUP or `stop`, and return when all processes have ended.
 
     Prints one JSON line, `{"model", "http", "grpc", "pid"}`, when it is ready. /metrics shows `predicted` beside the
-    measured figures. Raises InputError (address, token file, model folder), CannotWork (the model does not fit),
+    measured figures. `run` is a folder for logs, the addresses, and the files by which `status`, `logs` and `stop` find
+    it. Raises InputError (address, token file, model folder), CannotWork (the model does not fit),
     RunFailed (the engine died, or the line cannot be written).
     """
     folder = Path(folder)
@@ -255,4 +272,4 @@ def main(
     template = read_chat_template(folder)
     for key in ("http_port", "grpc_port"):  # an error now, not after the model is loaded
         bind(config.host, getattr(config, key), f"serve.{key}").close()
-    asyncio.run(serve(folder, config, precision, template, access, predicted or {}))
+    asyncio.run(serve(folder, config, precision, template, access, predicted or {}, run))

@@ -18,7 +18,7 @@ from meshwright.verbs.new import new
 from meshwright.verbs.plan import layout_table, plan
 from meshwright.verbs.predict import predict
 from meshwright.verbs.report import report
-from meshwright.verbs.serve import serve
+from meshwright.verbs.serve import serve, serving_folder_of
 from meshwright.verbs.serving import serving_plan
 from meshwright.verbs.start import card_of_job, cluster_of_job, read_job
 from meshwright.verbs.train import resume_command, run_folder_of, train
@@ -48,6 +48,7 @@ __all__ = [
     "resume_command",
     "run_folder_of",
     "serve",
+    "serving_folder_of",
     "serving_plan",
     "status",
     "stop",

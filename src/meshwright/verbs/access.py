@@ -23,7 +23,7 @@ def status(runs: Sequence[str | Path] = ()) -> list[dict[str, Any]]:
     "ranks", "failures", "seconds"}, None for what is not known. `runs` are run folders (default: those in runs/).
 
     States: running; unreachable (its driver was killed, or is on another machine); done; stopped (it can be resumed);
-    failed; new (it has not begun). Raises InputError for a folder that holds no run.
+    failed; new (it has not begun); ended (a server). Raises InputError for a folder that holds no run.
     """
     folders = [_run_folder(path) for path in runs] if runs else _runs_here()
     return [_status_of(folder) for folder in folders]
@@ -93,7 +93,7 @@ def _run_folder(path: str | Path) -> RunFolder:
     from meshwright.run import RunFolder
 
     folder = RunFolder(path)
-    if not folder.job.exists() and not folder.hub.exists():
+    if not (folder.job.exists() or folder.hub.exists() or folder.logs.exists()):
         near = ", ".join(str(one.path) for one in _runs_here()) or "none"
         raise InputError(Problem(str(path), "holds no run", f"runs here: {near}"))
     return folder
@@ -110,7 +110,8 @@ def _runs_here() -> list[RunFolder]:
 def _status_of(folder: RunFolder) -> dict[str, Any]:
     from meshwright.launch.people import hub_status
 
-    found: dict[str, Any] = {"run": str(folder.path), "state": "new", "step": None, "steps": None, "loss": None}
+    state = "new" if folder.job.exists() else "ended"
+    found: dict[str, Any] = {"run": str(folder.path), "state": state, "step": None, "steps": None, "loss": None}
     found |= {"tokens_per_second": None, "generation": None, "nodes": [], "ranks": [], "failures": [], "seconds": None}
     for event in folder.each_event():
         kind = event["event"]

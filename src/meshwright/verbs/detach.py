@@ -1,4 +1,4 @@
-"""`--detach`: the driver of a run as a process of its own, which outlives the terminal that started it."""
+"""`--detach`: the driver of a run or a server as a process of its own, which outlives the terminal that started it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ POLL_SECONDS = 0.1
 LOG_LINES = 12
 
 
-def detach(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+def detach(arguments: Sequence[str], folder: Path, ready: Path | None = None) -> dict[str, Any]:
     """Starts `meshwright ARGUMENTS` as a driver of its own, whose run folder is `folder`; returns {"run", "pid", "log"}
-    once its ranks have begun to start. Raises RunFailed with the end of its log where it ends before."""
+    once its ranks have begun to start, and where `ready` is given that file is there.
+
+    Raises RunFailed with the end of its log where it ends before.
+    """
     log = folder / "logs" / "driver.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
@@ -32,7 +35,7 @@ def detach(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # no signal of this terminal reaches it
         )
-    while not _is_at_work(folder / HUB_FOLDER, process.pid):
+    while not (_is_at_work(folder / HUB_FOLDER, process.pid) and (ready is None or ready.exists())):
         if process.poll() is not None:
             if process.returncode == 0:  # a run that had nothing left to do
                 break

@@ -262,6 +262,12 @@ class CallsRequest(_message.Message):
     after: int
     def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., after: _Optional[int] = ...) -> None: ...
 
+class ToldTogether(_message.Message):
+    __slots__ = ("told",)
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    told: _containers.RepeatedCompositeFieldContainer[Told]
+    def __init__(self, told: _Optional[_Iterable[_Union[Told, _Mapping]]] = ...) -> None: ...
+
 class Call(_message.Message):
     __slots__ = ("id", "name", "body", "blob")
     ID_FIELD_NUMBER: _ClassVar[int]

@@ -46,7 +46,7 @@ class HubStub(object):
                 _registered_method=True)
         self.Tell = channel.unary_unary(
                 '/meshwright.launch.Hub/Tell',
-                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.SerializeToString,
+                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ToldTogether.SerializeToString,
                 response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.FromString,
                 _registered_method=True)
         self.Calls = channel.unary_stream(
@@ -137,7 +137,7 @@ def add_HubServicer_to_server(servicer, server):
             ),
             'Tell': grpc.unary_unary_rpc_method_handler(
                     servicer.Tell,
-                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.FromString,
+                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ToldTogether.FromString,
                     response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.SerializeToString,
             ),
             'Calls': grpc.unary_stream_rpc_method_handler(
@@ -240,7 +240,7 @@ class Hub(object):
             request,
             target,
             '/meshwright.launch.Hub/Tell',
-            meshwright_dot_launch_dot_wire_dot_hub__pb2.Told.SerializeToString,
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.ToldTogether.SerializeToString,
             meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.FromString,
             options,
             channel_credentials,

@@ -65,6 +65,7 @@ def local(
     interface: str = "lo",
     grace_seconds: float = 5.0,
     keep_memory: bool = True,
+    **options: Any,
 ) -> Launch:
     """Start `processes` processes of this machine that each call `function(payload, context)`; see `launch.Context`.
 
@@ -74,6 +75,7 @@ def local(
     interface: the network interface that gloo and NCCL bind to.
     grace_seconds: from SIGTERM to SIGKILL.
     keep_memory: whether a process keeps the host's memory that it frees, which is quicker and takes more.
+    options: further ones of Launch.
     Raises InputError where the payload is not JSON, the folder cannot be written, or there is no such interface.
     """
     if processes < 1:
@@ -82,7 +84,7 @@ def local(
     group = RankGroup("rank", function, payload, processes, need=Need(), env=env or {}, keep_memory=keep_memory)
     check_payload(payload)
     make_log_folder(Path(folder))
-    return start(backend, [group], folder, grace_seconds=grace_seconds)
+    return start(backend, [group], folder, grace_seconds=grace_seconds, **options)
 
 
 def check_payload(payload: Mapping[str, Any]) -> None:
