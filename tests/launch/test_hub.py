@@ -210,14 +210,15 @@ def test_an_error_of_the_driver_itself_has_ranks_end_in_order(tmp_path: Path) ->
 
     groups = [
         RankGroup("rank", WORKERS + "until_asked", {"folder": str(tmp_path)}, 1, need=launch.Need(devices=0)),
-        RankGroup("teller", WORKERS + "tell", {"count": 1}, 1, need=launch.Need(devices=0)),
+        RankGroup(
+            "teller", WORKERS + "tell", {"count": 1, "after": str(tmp_path / "pid-1-0")}, 1, need=launch.Need(devices=0)
+        ),
     ]
     run = launch.start(cluster, groups, tmp_path / "logs", on_message=take)
     with pytest.raises(OSError, match=r"No space left on device: 'events\.jsonl'"):
         run.wait(30)
     assert run.poll() == "failed"
-    if (tmp_path / "pid-1-0").exists():  # it had begun
-        assert (tmp_path / "saved-1-0").exists()
+    assert (tmp_path / "saved-1-0").exists()
 
 
 def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp_path: Path) -> None:

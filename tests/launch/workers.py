@@ -186,6 +186,8 @@ def answer_calls(payload: dict[str, Any], context: Context) -> str:
 
 
 def tell(payload: dict[str, Any], context: Context) -> None:
+    while "after" in payload and not Path(payload["after"]).exists():
+        time.sleep(0.01)
     for number in range(payload["count"]):
         context.tell("number", {"number": number}, number.to_bytes(2, "big") * payload.get("blob", 1))
         time.sleep(payload.get("pause", 0.0))
