@@ -26,8 +26,8 @@ FLOORS: dict[str, int] = {
     # words
     **dict.fromkeys(
         (
-            *("errors", "env", "divisors", "files", "storage", "job", "cluster", "card", "layout", "placement", "run"),
-            *("accelerators", "families.card"),
+            *("errors", "env", "divisors", "files", "disk", "storage", "job", "cluster", "card", "layout", "placement"),
+            *("run", "accelerators", "families.card"),
         ),
         0,
     ),

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from meshwright.files import named_in_errors, write_atomic
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
-EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "end")
+EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "without-disk", "end")
 
 #: A file in a checkpoint's folder that keeps it from being deleted while it is copied elsewhere.
 HELD_NAME = ".held"
@@ -101,6 +101,14 @@ class RunFolder:
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         write_atomic(self.create().plan, (json.dumps(plan, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_trace(self, ranks: Mapping[int, list[dict[str, Any]]]) -> None:
+        """Writes trace.json, a Chrome trace with a row for each rank, from the events of each."""
+        events: list[dict[str, Any]] = []
+        for rank, spans in sorted(ranks.items()):
+            events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+            events += spans
+        write_atomic(self.trace, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add one line: {"event": kind, "time": unix seconds, ...fields}. Only rank 0 of a run writes.

@@ -106,6 +106,20 @@ def test_losses_are_those_of_this_machine_bit_for_bit(
     assert sorted(path.name for path in RunFolder(run).logs.iterdir()) == ["rank-0.log", "rank-1.log", "rank-2.log"]
 
 
+def test_hosts_without_the_disk_reach_it_through_the_driver(
+    cluster: RayCluster, job: Path, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run").create()
+    for host in cluster.hosts[1:]:
+        host.hide(run.path)
+    process = driver(cluster, job, run.path, "layout.dp=3", "cluster.devices_per_node=1")
+    assert process.wait(240) == 0, Path(f"{run.path}.log").read_text()
+    named = [event["node"] for event in run.read_events() if event["event"] == "without-disk"]
+    assert sorted(named) == sorted(host.name for host in cluster.hosts[1:])
+    assert losses(run) == losses(undisturbed)
+    checkpoint.check(run.checkpoints / f"step-{STEPS}")
+
+
 def test_a_run_goes_on_through_a_cut_cable_a_host_held_still_and_a_host_that_loses_power(
     cluster: RayCluster, job: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from meshwright.plan.pipeline.actions import actions
 from meshwright.plan.pipeline.replay import replay
 from meshwright.report.timeline import chrome_trace, text_rows, timeline_svg
 from meshwright.run import RunFolder
-from meshwright.train.spans import Spans, merge
+from meshwright.train.spans import Spans
 from tests.report.plans import choice
 
 TIMELINE = replay(actions("1f1b", 2, 2), [1.0, 1.0], [2.0, 2.0])
@@ -84,13 +84,10 @@ def test_svg_of_a_large_pipeline_shows_a_part_and_says_so() -> None:
 def test_trace_opens_beside_the_runs_own(tmp_path: Path) -> None:
     """Same keys, kinds and units as train/spans.py writes."""
     run = RunFolder(tmp_path)
-    run.logs.mkdir(parents=True)
-    for rank in range(2):
-        spans = Spans()
-        with spans("batch", 1):
-            pass
-        spans.write(run, rank)
-    merge(run, 2)
+    spans = Spans()
+    with spans("batch", 1):
+        pass
+    run.write_trace({rank: spans.events(rank) for rank in range(2)})
     real = json.loads(run.trace.read_text())
     planned = json.loads(chrome_trace(choice(Layout(dp=2, pp=2), 4), ranks_per_stage=2))
     assert planned.keys() == real.keys() and planned["displayTimeUnit"] == real["displayTimeUnit"]

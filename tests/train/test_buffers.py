@@ -21,6 +21,7 @@ from meshwright.launch import Context
 from meshwright.parallel import start
 from meshwright.run import RunFolder
 from meshwright.train.model import model_of_job
+from meshwright.train.rank_files import RankFiles
 from meshwright.train.work import Session
 from tests.checkpoint.simulate import as_version_1, forge
 from tests.train import normed_model
@@ -66,7 +67,7 @@ def train(run: RunFolder, steps: int, *, resume: bool = False, precision: str = 
         run.logs.mkdir()
     plan = verbs.plan(job)
     with start(plan.chosen.layout, Context.alone()) as mesh:
-        Session(job, plan, run, mesh, resume=resume).train()
+        Session(job, plan, RankFiles(run), mesh, resume=resume).train()
     return saved(run, steps)
 
 

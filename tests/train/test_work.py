@@ -21,6 +21,7 @@ from meshwright.launch import Context
 from meshwright.parallel import start
 from meshwright.run import RunFolder
 from meshwright.train.loop import BATCHES_UNTIL_ASKED
+from meshwright.train.rank_files import RankFiles
 from meshwright.train.work import Session
 
 #: AdamW's first update moves each weight by the rate: weights of this size are finite, their products are not.
@@ -59,7 +60,7 @@ def session(job: Job, run: RunFolder, *, resume: bool = False) -> dict[str, Any]
         run.logs.mkdir()
     plan = verbs.plan(job)
     with start(plan.chosen.layout, Context.alone()) as mesh:
-        return Session(job, plan, run, mesh, resume=resume).train()
+        return Session(job, plan, RankFiles(run), mesh, resume=resume).train()
 
 
 def checkpoints(run: RunFolder) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from meshwright.checkpoint.files import FILE_NAME, dump_json
 from meshwright.checkpoint.tensors import DTYPES, MAX_BYTES, TENSOR_NAME, Slot, cover_fault, is_shape, tile_count
+from meshwright.disk import OWN_DISK, Disk
 from meshwright.errors import InputError, Problem
-from meshwright.files import has_its_digest, parse_json, read_capped, with_digest
+from meshwright.files import has_its_digest, parse_json, with_digest
 from meshwright.layout import Box
 
 VERSION = 2
@@ -20,6 +21,8 @@ VERSION = 2
 VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_CAP_BYTES = 256 << 20
+#: The folders of a checkpoint.
+PARTS = ("model", "state")
 
 _SEQUENCE = re.compile(rb'"sequence": ?([0-9]{1,15})[,}]')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -119,13 +122,14 @@ def encode_manifest(manifest: CheckpointManifest) -> bytes:
     return with_digest(dump_json(record) + b"\n")
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint folder, after checking its digest, its schema and the sizes of the files.
+def read_manifest(folder: Path, disk: Disk = OWN_DISK) -> CheckpointManifest:
+    """The manifest of a checkpoint folder on `disk`, after checking its digest, its schema and the sizes of the files.
 
     Raises InputError, naming file and tensor, for a folder that is not a committed checkpoint or was changed since.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST_NAME).exists():
+    data = disk.read(folder / MANIFEST_NAME, MANIFEST_CAP_BYTES)
+    if data is None:
         raise InputError(
             Problem(
                 str(folder),
@@ -133,26 +137,27 @@ def read_manifest(folder: Path) -> CheckpointManifest:
                 "name a folder checkpoints/step-N of a run",
             )
         )
-    manifest = decode_manifest(read_capped(folder / MANIFEST_NAME, MANIFEST_CAP_BYTES), str(folder / MANIFEST_NAME))
+    manifest = decode_manifest(data, str(folder / MANIFEST_NAME))
+    found = {f"{part}/{name}": one for part in PARTS for name, one in disk.entries(folder / part).items()}
     problems = []
     for path, file in manifest.files.items():
-        target = folder / path
-        if target.is_symlink() or not target.is_file():
-            problems.append(Problem(str(target), "is missing, or is not a regular file"))
-        elif target.stat().st_size != file.bytes:
-            problems.append(Problem(str(target), f"is {target.stat().st_size} bytes, its manifest says {file.bytes}"))
+        entry, where = found.get(path), str(folder / path)
+        if entry is None or entry.is_folder:
+            problems.append(Problem(where, "is missing, or is not a regular file"))
+        elif entry.bytes != file.bytes:
+            problems.append(Problem(where, f"is {entry.bytes} bytes, its manifest says {file.bytes}"))
     if problems:
         raise InputError(problems)
     return manifest
 
 
-def stated_sequence(folder: Path) -> int | None:
+def stated_sequence(folder: Path, disk: Disk = OWN_DISK) -> int | None:
     """The `sequence` in the manifest of a damaged checkpoint, whose digest need not fit; None if none can be read."""
     try:
-        with open(folder / MANIFEST_NAME, "rb") as file:
-            stated = _SEQUENCE.search(file.read(1000))
-    except OSError:
-        stated = None
+        data = disk.read(folder / MANIFEST_NAME, MANIFEST_CAP_BYTES)
+    except (OSError, InputError):
+        data = None
+    stated = _SEQUENCE.search(data, 0, 1000) if data else None
     return int(stated.group(1)) if stated else None
 
 
@@ -235,7 +240,7 @@ class _RecordReader:
 
 def _decode_file(path: str, entry: Any, reader: _RecordReader) -> StoredFile:
     part, _, name = path.partition("/")
-    if part not in ("model", "state") or not FILE_NAME.fullmatch(name):
+    if part not in PARTS or not FILE_NAME.fullmatch(name):
         raise reader.fail("a path must be model/NAME or state/NAME: no other folder, no '..', no absolute path")
     reader.exactly(entry, ("bytes", "digested_bytes", "sha256"))
     size, digested = reader.count(entry, "bytes"), reader.count(entry, "digested_bytes")

@@ -28,6 +28,7 @@ from meshwright.checkpoint.tensors import (
     slices,
     tiles,
 )
+from meshwright.disk import OWN_DISK, Disk
 from meshwright.errors import InputError, Problem
 from meshwright.layout import Box
 from meshwright.placement import Placement
@@ -37,16 +38,16 @@ log = logging.getLogger(__name__)
 DAMAGED = "the file was changed or damaged; use another checkpoint"
 
 
-def latest(root: Path) -> Path | None:
-    """The newest committed checkpoint under `root` (a run's `checkpoints` folder), or None if there is none.
+def latest(root: Path, disk: Disk = OWN_DISK) -> Path | None:
+    """The newest committed checkpoint under `root` (a run's `checkpoints` folder) on `disk`, None if there is none.
 
     The newest is the last committed, which after a rewind is not the highest step. Folders left by dead writers do not
     count. Raises InputError if a checkpoint that may be newer was changed after its commit: remove its folder to
     continue from the one before, which the error names. A changed older one only gives a warning.
     """
-    sound, damaged = committed_folders(Path(root))
+    sound, damaged = committed_folders(Path(root), disk)
     for one in damaged:
-        if not sound or may_be_newer(one, *sound[-1]):
+        if not sound or may_be_newer(one, *sound[-1], disk):
             with intact_named(one.folder):
                 raise one.error
         log.warning("ignored a damaged older checkpoint: %s", one.error)

@@ -1,4 +1,4 @@
-"""Messages between the ranks of one save: small JSON files in a shared folder, no collectives.
+"""Messages between the ranks of one save: small JSON files in a folder on one disk, no collectives.
 
 A background thread must not use the training's process group, and a file of a killed run must not be taken for one of a
 living rank. So each rank repeats random words that were drawn for this save:
@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 
 from meshwright.checkpoint.files import dump_json
 from meshwright.checkpoint.folder import step_folder
+from meshwright.checkpoint.manifest import MANIFEST_CAP_BYTES, PARTS
+from meshwright.disk import OWN_DISK, Disk
 from meshwright.errors import Problem, RunFailed
-from meshwright.files import parse_json, write_atomic
+from meshwright.files import parse_json
 
 T = TypeVar("T")
 
@@ -35,9 +37,11 @@ _LONGEST_WAIT_SECONDS = 0.1
 class Rendezvous:
     """One rank's side of one save. A wait of `timeout_seconds` raises RunFailed naming the missing ranks."""
 
-    def __init__(self, lease: Path, step: int, rank: int, world: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, lease: Path, step: int, rank: int, world: int, timeout_seconds: float, disk: Disk = OWN_DISK
+    ) -> None:
         self.lease, self.step, self.rank, self.world = lease, step, rank, world
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.disk = timeout_seconds, disk
         self.id = secrets.token_hex(8)
         self.nonce = ""
         self._ids: dict[int, str] = {}
@@ -52,11 +56,10 @@ class Rendezvous:
     def begin(self) -> None:
         """Rank 0: announces the save and makes its folder."""
         self.nonce = secrets.token_hex(8)
-        self.partial.mkdir()
-        for part in ("model", "state"):
-            (self.partial / part).mkdir()
+        for folder in (self.partial, *(self.partial / part for part in PARTS)):
+            self.disk.make_folder(folder)
         record = {"nonce": self.nonce, "step": self.step, "world": self.world}
-        write_atomic(self.lease / "begin.json", dump_json(record), durable=False)
+        self.disk.write(self.lease / "begin.json", dump_json(record), durable=False)
 
     def gather_hellos(self) -> list[Any]:
         """Rank 0: the tensors of each rank's `say_hello`, by rank, once all have repeated this save's nonce."""
@@ -72,7 +75,7 @@ class Rendezvous:
     def publish_plan(self, places: dict[str, Any]) -> None:
         """Rank 0: publishes where the model's tensors go. The files must exist."""
         ids = [self._ids[rank] for rank in range(self.world)]
-        write_atomic(self.partial / "plan.json", dump_json({"ids": ids, "places": places}), durable=False)
+        self.disk.write(self.partial / "plan.json", dump_json({"ids": ids, "places": places}), durable=False)
 
     def gather_parts(self) -> list[Any]:
         """Rank 0: every rank's report, by rank; removes the files. Raises RunFailed with a failed rank's words."""
@@ -87,21 +90,21 @@ class Rendezvous:
 
         parts = self._gather(part_of, "nothing written by")
         for rank in range(self.world):
-            self._part(rank).unlink()
-        (self.partial / "plan.json").unlink()
+            self.disk.remove(self._part(rank))
+        self.disk.remove(self.partial / "plan.json")
         return parts
 
     def end(self, error: str = "") -> None:
         """Rank 0: publishes that the checkpoint is committed, or why it is not."""
         ids = {str(rank): word for rank, word in self._ids.items()}
-        write_atomic(self.lease / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
+        self.disk.write(self.lease / "end.json", dump_json({"ids": ids, "error": error}), durable=False)
 
     # Every rank
 
     def say_hello(self, tensors: Any) -> None:
         """Answers rank 0's announcement. Rank 0 calls this too, after `begin`."""
         record = {"nonce": self.nonce, "id": self.id, "tensors": tensors}
-        write_atomic(self.lease / f"hello-{self.rank}.json", dump_json(record), durable=False)
+        self.disk.write(self.lease / f"hello-{self.rank}.json", dump_json(record), durable=False)
 
     def await_plan(self, tensors: Any) -> dict[str, Any]:
         """Answers announcements of this step until rank 0 publishes a plan; returns where the tensors go.
@@ -127,7 +130,7 @@ class Rendezvous:
 
     def report(self, part: dict[str, Any]) -> None:
         """Reports to rank 0 what this rank wrote, or its error."""
-        write_atomic(self._part(self.rank), dump_json({"id": self.id, **part}), durable=False)
+        self.disk.write(self._part(self.rank), dump_json({"id": self.id, **part}), durable=False)
 
     def await_end(self) -> None:
         """Waits for the commit. Raises RunFailed with rank 0's words if it failed."""
@@ -150,11 +153,8 @@ class Rendezvous:
         return self.partial / "state" / f"rank-{rank}.json"
 
     def _read(self, path: Path) -> Any:
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        return parse_json(data, str(path))
+        data = self.disk.read(path, MANIFEST_CAP_BYTES)
+        return None if data is None else parse_json(data, str(path))
 
     def _gather(self, message_of: Callable[[int], Any], missing: str) -> list[Any]:
         """Every rank's message, by rank, once `message_of` returns one for all."""

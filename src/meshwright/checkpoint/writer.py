@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from meshwright.checkpoint.files import dump_json, write_at, write_durably
+from meshwright.checkpoint.files import dump_json
 from meshwright.checkpoint.folder import clear_leftovers, commit_folder, committed_folders, prune, step_folder
 from meshwright.checkpoint.manifest import (
     MANIFEST_NAME,
+    PARTS,
     CheckpointManifest,
     StoredFile,
     StoredPiece,
@@ -43,8 +41,9 @@ from meshwright.checkpoint.tensors import (
     tiles,
     to_bytes,
 )
+from meshwright.disk import OWN_DISK, Disk, Piece
 from meshwright.errors import MeshwrightError, Problem, RunFailed
-from meshwright.files import named_in_errors, sync_folder, write_atomic
+from meshwright.files import named_in_errors
 from meshwright.layout import Box, Layout
 from meshwright.placement import Placement
 
@@ -76,13 +75,15 @@ class _Save:
 
 
 class Writer:
-    """Saves checkpoints under `root`. Every rank of the world has a Writer, and all call `save` for the same steps.
+    """Saves checkpoints under `root` on `disk`. Every rank of the world has a Writer, and all call `save` for the same
+    steps.
 
-    The ranks share only the folder: nothing is gathered, and no collective runs. The newest `keep` committed
-    checkpoints stay. `parent` is the step that this run was resumed from. Checkpoints are prepared in the folder
-    `lease`; once it has been taken away, none is committed (default: one that nobody takes away). A missing rank fails
-    the save after `timeout_seconds`. With `asynchronous=False`, `save` returns once the checkpoint is committed. Rank 0
-    calls `committed(step, seconds)` after each commit, with how long `save` kept its caller.
+    The ranks share only the disk, which each may reach in another way: nothing is gathered, and no collective runs. The
+    newest `keep` committed checkpoints stay. `parent` is the step that this run was resumed from. Checkpoints are
+    prepared in the folder `lease`; once it has been taken away, none is committed (default: one of this machine's own
+    disk that nobody takes away). A missing rank fails the save after `timeout_seconds`. With `asynchronous=False`,
+    `save` returns once the checkpoint is committed. Rank 0 calls `committed(step, seconds)` after each commit, with how
+    long `save` kept its caller.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Writer:
         layout: Layout | None = None,
         parent: int | None = None,
         lease: Path | None = None,
+        disk: Disk = OWN_DISK,
         timeout_seconds: float = 600.0,
         committed: Callable[[int, float], None] | None = None,
     ) -> None:
@@ -106,7 +108,7 @@ class Writer:
         self.root, self.rank, self.world = Path(root), rank, world
         self.asynchronous, self.keep, self.timeout_seconds = asynchronous, keep, timeout_seconds
         self.layout = layout.as_dict() if layout else {}
-        self._parent, self._committed = parent, committed
+        self._parent, self._committed, self._disk = parent, committed, disk
         self._lease, self._owns_lease = lease or self.root / OWN_LEASE, lease is None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -176,7 +178,7 @@ class Writer:
         try:
             if self._owns_lease:
                 self._lease.mkdir(parents=True, exist_ok=True)
-            rendezvous = Rendezvous(self._lease, save.step, self.rank, self.world, self.timeout_seconds)
+            rendezvous = Rendezvous(self._lease, save.step, self.rank, self.world, self.timeout_seconds, self._disk)
             try:
                 with named_in_errors(step_folder(self.root, save.step)):
                     _write(save, self.root, rendezvous, self.keep, self.layout)
@@ -197,7 +199,7 @@ class Writer:
 
     def _refuse_without_lease(self, step: int) -> None:
         """Raises RunFailed where this generation of ranks is over."""
-        if not self._lease.is_dir():
+        if self._disk.entry(self._lease) is None:
             what = "is not committed: other ranks train this run now"
             raise RunFailed(Problem(f"rank {self.rank}, step {step}", what))
 
@@ -206,18 +208,22 @@ def _give_up(rendezvous: Rendezvous, error: Exception) -> None:
     """Frees the disk of a save that failed, and tells the others. Raises RunFailed where rank 0 had failed before."""
     if not rendezvous.nonce:
         return
-    with contextlib.suppress(FileNotFoundError):  # rank 0 may delete the folder meanwhile
-        for path in rendezvous.partial.glob("*/*.safetensors"):  # emptied, for others may be about to open them
-            with contextlib.suppress(OSError):
-                os.truncate(path, 0)
+    disk, partial = rendezvous.disk, rendezvous.partial
+    for part in PARTS:
+        for name in disk.entries(partial / part):
+            if name.endswith(".safetensors"):  # emptied, for others may be about to open them
+                with contextlib.suppress(OSError):  # rank 0 may delete the folder meanwhile
+                    disk.resize(partial / part / name, 0)
     _tell_others(rendezvous, error)
     if rendezvous.rank == 0:
-        shutil.rmtree(rendezvous.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            disk.remove(partial)
         return
     try:
         rendezvous.raise_if_failed()
     except RunFailed:  # rank 0 removes the folder, which may fail where this rank made a file meanwhile
-        shutil.rmtree(rendezvous.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            disk.remove(partial)
         raise
 
 
@@ -226,7 +232,7 @@ def _tell_others(rendezvous: Rendezvous, error: Exception) -> None:
     try:
         if rendezvous.rank == 0 and rendezvous.nonce:
             rendezvous.end(error=_words(error))
-        elif rendezvous.nonce and rendezvous.partial.is_dir():
+        elif rendezvous.nonce and rendezvous.disk.entry(rendezvous.partial) is not None:
             rendezvous.report({"error": _words(error)})
     except OSError as second:  # a full disk has no room for this file either
         log.warning("rank %d could not tell the others that its save failed: %s", rendezvous.rank, second)
@@ -241,15 +247,15 @@ def _write(save: _Save, root: Path, rendezvous: Rendezvous, keep: int, layout: M
     tensors = {name: [staged.dtype, list(staged.box.global_shape)] for name, staged in save.model.items()}
     files: dict[str, StoredFile] = {}
     if rendezvous.rank == 0:
-        clear_leftovers(root, rendezvous.lease)
+        clear_leftovers(root, rendezvous.lease, rendezvous.disk)
         rendezvous.begin()
         rendezvous.say_hello(tensors)
         places, files = _prepare_model(save, rendezvous)
         rendezvous.publish_plan(places)
     else:
         places = rendezvous.await_plan(tensors)
-    pieces = _write_model(save, rendezvous.partial, places)
-    state_pieces, state_files = _write_state(save, rendezvous.partial, rendezvous.rank)
+    pieces = _write_model(save, rendezvous, places)
+    state_pieces, state_files = _write_state(save, rendezvous)
     record = {
         name: vars(piece) | {"dtype": staged.dtype, "global_shape": list(staged.box.global_shape)}
         for name, (piece, staged) in (pieces | state_pieces).items()
@@ -258,7 +264,7 @@ def _write(save: _Save, root: Path, rendezvous: Rendezvous, keep: int, layout: M
     if rendezvous.rank == 0:
         parts = rendezvous.gather_parts()
         _commit(save, root, rendezvous, parts, files, layout)
-        prune(root, keep, rendezvous.nonce)
+        prune(root, keep, rendezvous.nonce, rendezvous.disk)
         rendezvous.end()
     else:
         rendezvous.await_end()
@@ -278,55 +284,52 @@ def _prepare_model(save: _Save, rendezvous: Rendezvous) -> tuple[dict[str, Any],
     planned, places, index = plan_files(save.model_files, shapes)
     files = {}
     for path, weight_file in planned.items():
-        with open(rendezvous.partial / path, "wb") as stream:
-            stream.write(weight_file.header)
-            stream.truncate(weight_file.total_bytes)
-            stream.flush()
-            os.fsync(stream.fileno())
+        rendezvous.disk.write(rendezvous.partial / path, weight_file.header, durable=False)
+        rendezvous.disk.resize(rendezvous.partial / path, weight_file.total_bytes)
         files[path] = _stored_file(weight_file.header, weight_file.total_bytes)
     beside = dict(save.model_files.side_files)
     if index is not None:
         beside["model.safetensors.index.json"] = index
     for name, data in beside.items():
-        write_durably(rendezvous.partial / "model" / name, data)
+        rendezvous.disk.write(rendezvous.partial / "model" / name, data)
         files[f"model/{name}"] = _stored_file(data, len(data))
     return {name: [path, slot.offset] for name, (path, slot) in places.items()}, files
 
 
-def _write_model(save: _Save, partial: Path, places: Mapping[str, Any]) -> dict[str, tuple[StoredPiece, _HostBox]]:
+def _write_model(
+    save: _Save, rendezvous: Rendezvous, places: Mapping[str, Any]
+) -> dict[str, tuple[StoredPiece, _HostBox]]:
     """Writes this rank's boxes of the model at their places in the shared files."""
+    by_file: dict[str, list[tuple[int, _HostBox]]] = {}
     pieces = {}
-    with ExitStack() as stack:
-        open_files: dict[str, int] = {}
-        for name, staged in save.model.items():
-            path, offset = places[name]
-            if path not in open_files:
-                open_files[path] = os.open(partial / path, os.O_WRONLY | os.O_CLOEXEC)
-                stack.callback(os.close, open_files[path])
-            data = staged.bytes.data
-            whole = Box.whole(staged.box.global_shape)
-            for source, target, size in runs(staged.box, whole, DTYPES[staged.dtype].itemsize):
-                write_at(open_files[path], data[source : source + size], offset + target)
-            pieces[name] = (_stored_piece(path, offset, staged), staged)
-        for descriptor in open_files.values():
-            os.fsync(descriptor)
+    for name, staged in save.model.items():
+        path, offset = places[name]
+        by_file.setdefault(path, []).append((offset, staged))
+        pieces[name] = (_stored_piece(path, offset, staged), staged)
+    for path, boxes in by_file.items():
+        placed = (piece for offset, staged in boxes for piece in _placed(staged, offset))
+        rendezvous.disk.write_at(rendezvous.partial / path, placed)
     return pieces
 
 
+def _placed(staged: _HostBox, offset: int) -> Iterator[Piece]:
+    """The runs of a box at their places in a file whose tensor begins at `offset`."""
+    data, whole = staged.bytes.data, Box.whole(staged.box.global_shape)
+    for source, target, size in runs(staged.box, whole, DTYPES[staged.dtype].itemsize):
+        yield offset + target, data[source : source + size]
+
+
 def _write_state(
-    save: _Save, partial: Path, rank: int
+    save: _Save, rendezvous: Rendezvous
 ) -> tuple[dict[str, tuple[StoredPiece, _HostBox]], dict[str, StoredFile]]:
     """Writes this rank's boxes of the training state into its own file, if it owns any."""
     if not save.state:
         return {}, {}
-    path = f"state/rank-{rank}.safetensors"
+    path = f"state/rank-{rendezvous.rank}.safetensors"
     header, slots, total_bytes = build_header((n, staged.dtype, staged.box.shape) for n, staged in save.state.items())
-    with open(partial / path, "wb") as stream:
-        stream.write(header)
-        stream.flush()
-        for name, staged in save.state.items():
-            write_at(stream.fileno(), staged.bytes.data, slots[name].offset)
-        os.fsync(stream.fileno())
+    placed = ((slots[name].offset, staged.bytes.data) for name, staged in save.state.items())
+    rendezvous.disk.write(rendezvous.partial / path, header, durable=False)
+    rendezvous.disk.write_at(rendezvous.partial / path, placed)
     pieces = {name: (_stored_piece(path, slots[name].offset, staged), staged) for name, staged in save.state.items()}
     return pieces, {path: _stored_file(header, total_bytes)}
 
@@ -356,7 +359,7 @@ def _commit(
         fault = cover_fault([piece.box(global_shape) for piece in pieces], global_shape)
         if fault:
             raise RunFailed(Problem(f"saving step {save.step}", f"tensor {name}: {fault}"))
-    sound, damaged = committed_folders(root)
+    sound, damaged = committed_folders(root, rendezvous.disk)
     earlier = [*(manifest.sequence for _, manifest in sound), *(one.sequence for one in damaged)]
     sequence = max((number for number in earlier if number is not None), default=-1) + 1
     manifest = CheckpointManifest(
@@ -369,10 +372,10 @@ def _commit(
         tensors={name: StoredTensor(dtype, shape, tuple(pieces)) for name, (dtype, shape, pieces) in tensors.items()},
         files=files,
     )
-    for part in ("model", "state"):
-        sync_folder(rendezvous.partial / part)
-    write_atomic(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest))
-    commit_folder(root, rendezvous.lease, save.step, rendezvous.nonce)
+    for part in PARTS:
+        rendezvous.disk.sync(rendezvous.partial / part)
+    rendezvous.disk.write(rendezvous.partial / MANIFEST_NAME, encode_manifest(manifest))
+    commit_folder(root, rendezvous.lease, save.step, rendezvous.nonce, rendezvous.disk)
 
 
 def _stored_file(digested: bytes, total_bytes: int) -> StoredFile:

@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 VERSION = 2
 SPLITS = ("train", "held_out")
+MANIFEST_NAME = "manifest.json"
 _MANIFEST_BYTES = 2**20
 _CHANGED, _NEAR_CHANGED = "was changed since the run began", "bring it back, or use another run folder"
 
@@ -214,12 +215,12 @@ def _build(job: Job, folder: Path) -> None:
     for file in _files(folder):
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    write_atomic(folder / "manifest.json", with_digest(text.encode()))
+    write_atomic(folder / MANIFEST_NAME, with_digest(text.encode()))
 
 
 def _files(folder: Path) -> list[Path]:
     """Every file of the folder but its manifest.json, in the order of names."""
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "manifest.json"]
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST_NAME]
 
 
 def _build_text(job: Job, folder: Path) -> dict[str, Any]:
@@ -294,13 +295,23 @@ def _refuse_other_data(job: Job, folder: Path) -> None:
         source = _if_there(lambda: open_source(job.data.source, job.data.text_key))
         if source is not None and not source.has_fingerprint(content["source"]):
             problems = [Problem("data.source", f"{source.name!r} is not what it was when the run began", near)]
-    problems += [
+    problems += _changed_files(folder, content)
+    if problems:
+        raise InputError(problems)
+
+
+def check_manifest(folder: Path) -> None:
+    """Checks the digest of every file of the manifest in `folder`. Raises InputError naming those that differ."""
+    if problems := _changed_files(folder, _read_content(folder)):
+        raise InputError(problems)
+
+
+def _changed_files(folder: Path, content: dict[str, Any]) -> list[Problem]:
+    return [
         Problem(str(folder / name), _CHANGED, _NEAR_CHANGED)
         for name, digest in content["files"].items()
         if file_digest(folder / name) != digest
     ]
-    if problems:
-        raise InputError(problems)
 
 
 def _tokenizer_now(job: Job, before: str, folder: Path) -> str:
@@ -334,7 +345,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+    path = folder / MANIFEST_NAME
     try:
         if path.stat().st_size > _MANIFEST_BYTES:
             raise ValueError("too large")
@@ -355,7 +366,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
 
 def _no_manifest(folder: Path, error: Exception) -> InputError:
     words = f"is no data manifest: {type(error).__name__}: {error}"
-    return InputError(Problem(str(folder / "manifest.json"), words, "remove the folder to build anew"))
+    return InputError(Problem(str(folder / MANIFEST_NAME), words, "remove the folder to build anew"))
 
 
 def _map(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,10 +6,13 @@ import contextlib
 import json
 import queue
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import grpc
 from meshwright.launch.groups import Node
 from meshwright.launch.hub import BEAT_SECONDS, wire_node
 from meshwright.launch.messages import Dial, RankPlace
+from meshwright.launch.private_folder import private_folder
 from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart, log_name
 from meshwright.launch.service import connect
 from meshwright.launch.versions import Versions
@@ -30,6 +34,8 @@ LOST_GRACE_SECONDS = 2.0
 RETRY_SECONDS = 0.5
 #: Time for the last words of an agent that leaves to arrive.
 TOLD_SECONDS = 2.0
+#: Of the folder that a node which does not see the run folder keeps copies in.
+COPIES_PREFIX = "meshwright-copies-"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Agent:
         self.attended = False
         self._sent_logs: dict[tuple[str, int], int] | None = None  # bytes of each log sent; None: the disk is shared
         self._shared_folder = True
+        self._closing = ExitStack()
 
     def run(self) -> Outcome:
         """Attends until the job is over, the hub is silent or refuses this node, or `leave` was called."""
@@ -92,6 +99,7 @@ class Agent:
                 self._end_ranks()
             if self._connection is not None:
                 self._connection.close()
+            self._closing.close()
 
     def leave(self, seconds: float) -> None:
         """Tells the hub that the node ends in `seconds`, and asks the ranks to save. From any thread or a signal."""
@@ -195,8 +203,18 @@ class Agent:
         if self._ranks is not None:
             self._ranks.kill()  # of an older generation: whoever is left of it cannot be of use
         self._generation, self._reports = start.generation, []
-        folder = Path(start.folder)
-        starts = [self._rank_start(role, rank, start.generation, folder) for role in start.roles for rank in role.ranks]
+        folder, copies = Path(start.folder), ""
+        if not self._shared_folder:
+            try:
+                folder, copies = self._copies / "logs", str(self._copies)
+            except OSError as error:
+                self._outcome = Outcome("refused", f"no folder for copies of what is in the run folder: {error}")
+                return
+        starts = [
+            self._rank_start(role, rank, start.generation, folder, copies)
+            for role in start.roles
+            for rank in role.ranks
+        ]
         logs = {(one.place.role, one.place.rank): folder / log_name(one.place.role, one.place.rank) for one in starts}
         self._sent_logs = None
         if not self._shared_folder:  # what earlier generations wrote has been sent
@@ -208,14 +226,21 @@ class Agent:
             for one in starts:
                 self._report(one.place, kind="cannot-start", message=f"cannot start a process: {error}")
             return
-        started = wire.Started(generation=start.generation, pids=self._ranks.pids)
+        pids, sees = self._ranks.pids, self._shared_folder
+        started = wire.Started(generation=start.generation, pids=pids, sees_run_folder=sees)
         self._reports.append(wire.AgentMessage(started=started))
         self._send(self._reports[-1])
 
-    def _rank_start(self, role: wire.RoleSpec, rank: wire.RankSpec, generation: int, folder: Path) -> RankStart:
-        place = RankPlace(
-            role.role, rank.name.rank, rank.world, rank.local_rank, rank.device, generation, folder, self._dial
-        )
+    @cached_property
+    def _copies(self) -> Path:
+        """A folder of this node's own, for logs and for copies of what is in the run folder."""
+        return self._closing.enter_context(private_folder(COPIES_PREFIX, Path(tempfile.gettempdir())))
+
+    def _rank_start(
+        self, role: wire.RoleSpec, rank: wire.RankSpec, generation: int, folder: Path, copies: str
+    ) -> RankStart:
+        number, local, device, node = rank.name.rank, rank.local_rank, rank.device, self._node.name
+        place = RankPlace(role.role, number, rank.world, local, device, generation, folder, self._dial, node, copies)
         return RankStart(place, role.function, json.loads(role.payload), dict(role.environment), role.keep_memory)
 
     def _report_ends(self) -> None:

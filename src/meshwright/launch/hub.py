@@ -266,6 +266,9 @@ class Hub:
                 self._end_rank(message.ended, member.node)
             elif kind == "started" and message.started.generation == self.generation:
                 here = [rank for rank in self._ranks.values() if rank.place.node == member.node.name]
+                if not message.started.sees_run_folder and here and not here[0].pid:  # not told again
+                    place = here[0].place
+                    self._events.put(Message(place.role, place.rank, "without-disk", {"node": place.node}, b""))
                 for rank, pid in zip(here, message.started.pids, strict=False):
                     rank.pid = pid
                 self._events.put(RanksBegun(member.node.name))

@@ -94,6 +94,14 @@ class HubClient:
         reply: wire.KeyReply = self._call(self._stub.Key, request, HUB_SECONDS + request.wait_seconds)
         return reply
 
+    def read(self, request: wire.ReadRequest) -> wire.ReadReply:
+        reply: wire.ReadReply = self._call(self._stub.Read, request, None)
+        return reply
+
+    def write(self, request: wire.WriteRequest) -> wire.WriteReply:
+        reply: wire.WriteReply = self._call(self._stub.Write, request, None)
+        return reply
+
     def answer(self, answer: wire.CallAnswer) -> None:
         self._call(self._stub.Answer, answer, HUB_SECONDS)
 

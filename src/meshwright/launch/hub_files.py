@@ -8,15 +8,13 @@ RUN/hub/mark        by it an agent sees whether it shares this disk
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +35,8 @@ from meshwright.launch.groups import Need, Place, RankGroup
 from meshwright.launch.hub import Hub
 from meshwright.launch.messages import Dial
 from meshwright.launch.network import outward_address
+from meshwright.launch.private_folder import private_folder
+from meshwright.launch.run_files import RunFiles
 from meshwright.launch.service import HubServer
 from meshwright.launch.versions import own_versions
 
@@ -71,7 +71,7 @@ class HubFiles:
         self.groups: Sequence[RankGroup] = ()
         self.places: Sequence[Place] = ()
         try:
-            private = self._stack.enter_context(_socket_folder())
+            private = self._stack.enter_context(private_folder(PREFIX, _socket_root()))
             self._access = _access_of(folder, bool(listen))
             self.before, listen = _before(folder, listen)
             mark = ("", "")
@@ -79,7 +79,7 @@ class HubFiles:
                 mark = (str((folder / MARK).resolve()), secrets.token_hex(16))
             addresses = [f"unix:{private / 'socket'}", *listen]
             self.hub = Hub(self._access, own_versions(), mark, patience_seconds)
-            server = HubServer(self.hub, addresses)
+            server = HubServer(self.hub, addresses, RunFiles(None if folder is None else folder.parent))
             self._stack.callback(server.close)
             self._addresses = server.addresses
             self.local = Dial(server.addresses[0], self._access.join)
@@ -200,28 +200,8 @@ def _before(folder: Path | None, listen: Sequence[str]) -> tuple[Before | None, 
     return Before(facts["generation"], groups, places, facts["tickets"]), facts["addresses"][1:]
 
 
-@contextmanager
-def _socket_folder() -> Iterator[Path]:
-    """A new folder of mode 0700 for the hub's socket. Removes those that killed processes left."""
+def _socket_root() -> Path:
+    """Where the folder of the hub's socket goes: a socket's path may not be long."""
     root = Path(tempfile.gettempdir())
-    if len(os.fsencode(root / f"{PREFIX}12345678/socket")) > MAX_SOCKET_PATH_BYTES:
-        root = Path("/tmp")
-    _sweep(root)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-    try:
-        with open(folder / "lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(root: Path) -> None:
-    """Removes folders of hubs whose process is dead: no process holds their lock."""
-    for folder in root.glob(PREFIX + "*"):
-        try:
-            with open(folder / "lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # its process lives, or is just creating it, or it is another user's
+    long = len(os.fsencode(root / f"{PREFIX}12345678/socket")) > MAX_SOCKET_PATH_BYTES
+    return Path("/tmp") if long else root

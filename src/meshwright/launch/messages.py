@@ -87,7 +87,8 @@ class CallResult:
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank told the driver."""
+    """What a rank told the driver; or its agent: "log", and "without-disk" where the node does not see the run folder's
+    disk, once a generation, of its first rank there."""
 
     role: str
     rank: int
@@ -208,7 +209,8 @@ class Dial:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """A rank's place among the ranks of its role, as its agent tells it."""
+    """A rank's place among the ranks of its role, as its agent tells it. `copies` is a folder of the node's own, and ""
+    where the node sees the run folder's disk."""
 
     role: str
     rank: int
@@ -218,6 +220,8 @@ class RankPlace:
     generation: int
     folder: Path
     dial: Dial = field(repr=False)
+    node: str = ""
+    copies: str = ""
 
 
 def error_to_dict(error: MeshwrightError) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from meshwright.launch.messages import Dial, RankPlace
 
 if TYPE_CHECKING:
     from meshwright.launch.hub_client import HubClient, Keys, Telling
+    from meshwright.launch.hub_disk import HubDisk
     from meshwright.launch.wire import hub_pb2 as wire
 
 
@@ -30,7 +31,8 @@ class Context:
     """A rank's place among the ranks of its role, and its connection to the hub, made on first use.
 
     rank, world: among the ranks of `role`; local_rank: among those of this node; device: the index of its device on the
-    node; generation: rises with every start of ranks; folder: that of the logs.
+    node; generation: rises with every start of ranks; folder: that of the logs; node: its name; copies: a folder of
+    the node's own for copies of what is in the run folder, None where the node sees the run folder's disk.
     """
 
     def __init__(self, place: RankPlace, secret: Callable[[], str] | None = None) -> None:
@@ -38,6 +40,7 @@ class Context:
         self.role, self.rank, self.world = place.role, place.rank, place.world
         self.local_rank, self.device = place.local_rank, place.device
         self.generation, self.folder = place.generation, place.folder
+        self.node, self.copies = place.node, Path(place.copies) if place.copies else None
         self._dial, self._secret = place.dial, secret or (lambda: place.dial.secret)
         self._telling: Telling | None = None
         #: What must live as long as the rank.
@@ -65,6 +68,15 @@ class Context:
         from meshwright.launch.hub_client import Keys
 
         return Keys(self._hub, prefix)
+
+    def hub_disk(self, root: Path) -> HubDisk | None:
+        """The run folder `root`, which is the driver's, through the hub, which it waits for as `tell` does; None where
+        the node sees its disk."""
+        if self.copies is None:
+            return None
+        from meshwright.launch.hub_disk import HubDisk
+
+        return HubDisk(root, self._hub.read, self._hub.write)
 
     def tell(self, kind: str, body: Any = None, blob: bytes = b"") -> None:
         """Tells the driver, in the order of the calls and without waiting; body: JSON. What was told has arrived when

@@ -8,15 +8,18 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from meshwright.errors import InputError, Problem
 from meshwright.launch.access import CERTIFICATE_NAME, Access
 from meshwright.launch.hub import BEAT_SECONDS, Hub, Member
+from meshwright.launch.run_files import Refused, RunFiles
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.launch.wire.hub_pb2_grpc import HubServicer, add_HubServicer_to_server
+
+T = TypeVar("T")
 
 #: For the last words to agents to leave.
 CLOSE_SECONDS = 1.0
@@ -25,7 +28,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_THREADS = 4096
 #: Method -> the scope whose secret it needs.
 SCOPE_OF: Mapping[str, str] = {
-    **dict.fromkeys(("Attend", "Key", "Tell", "Calls", "Answer"), "join"),
+    **dict.fromkeys(("Attend", "Key", "Tell", "Calls", "Answer", "Read", "Write"), "join"),
     "Status": "read",
     "Stop": "act",
 }
@@ -44,14 +47,14 @@ class HubServer:
     """Lets others reach `hub` at `listen`, gRPC's addresses; those of a network ("HOST:PORT") are encrypted with the
     certificate of the hub's access. Raises InputError where it cannot listen there."""
 
-    def __init__(self, hub: Hub, listen: Sequence[str]) -> None:
+    def __init__(self, hub: Hub, listen: Sequence[str], files: RunFiles) -> None:
         self._hub = hub
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="meshwright-hub"),
             interceptors=[_Guard(lambda: hub.access)],
             options=[*OPTIONS, *SERVER_OPTIONS],
         )
-        add_HubServicer_to_server(_Service(hub), self._server)
+        add_HubServicer_to_server(_Service(hub, files), self._server)
         if any(not address.startswith("unix:") for address in listen):
             _allow_more_files()
         #: The addresses, with the ports that were free.
@@ -80,8 +83,8 @@ class HubServer:
 class _Service(HubServicer):
     """The methods of the wire, each a few lines over the hub."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
+    def __init__(self, hub: Hub, files: RunFiles) -> None:
+        self._hub, self._files = hub, files
 
     def Attend(self, requests: Iterator[wire.AgentMessage], context: Any) -> Iterator[wire.HubMessage]:
         first = next(requests, None)
@@ -145,6 +148,21 @@ class _Service(HubServicer):
         except ValueError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not JSON: {error}")
         return wire.Received()
+
+    def Read(self, request: wire.ReadRequest, context: Any) -> wire.ReadReply:
+        self._require_current(context)
+        return self._unless_refused(lambda: self._files.read(request), context)
+
+    def Write(self, request: wire.WriteRequest, context: Any) -> wire.WriteReply:
+        generation = self._require_current(context)
+        return self._unless_refused(lambda: self._files.write(request, generation), context)
+
+    def _unless_refused(self, act: Callable[[], T], context: Any) -> T:
+        try:
+            return act()
+        except Refused as refused:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refused))
+            raise
 
     def Status(self, request: wire.StatusRequest, context: Any) -> wire.StatusReply:
         return self._hub.status()

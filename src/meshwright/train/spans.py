@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from meshwright.files import write_atomic
-from meshwright.run import RunFolder
+from typing import Any
 
 #: Spans that a rank keeps: the last steps of a run. A step has five, and two for each micro-batch.
 MAX_SPANS = 2000
@@ -30,25 +26,9 @@ class Spans:
         finally:
             self._spans.append((name, start, time.time() - start, {"step": step}))
 
-    def write(self, run: RunFolder, rank: int) -> None:
-        """Writes this rank's part beside its log; `merge` makes one trace of all parts."""
-        events = [
+    def events(self, rank: int) -> list[dict[str, Any]]:
+        """The spans as events of a Chrome trace, in the row of `rank`; see RunFolder.write_trace."""
+        return [
             {"name": name, "ph": "X", "ts": start * 1e6, "dur": seconds * 1e6, "pid": rank, "tid": 0, "args": args}
             for name, start, seconds, args in self._spans
         ]
-        _part(run, rank).write_text(json.dumps(events))
-
-
-def merge(run: RunFolder, world: int) -> None:
-    """Writes trace.json from the parts of all ranks, one row per rank."""
-    events = []
-    for rank in range(world):
-        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
-        part = _part(run, rank)
-        events += json.loads(part.read_text())
-        part.unlink()
-    write_atomic(run.trace, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
-
-
-def _part(run: RunFolder, rank: int) -> Path:
-    return run.logs / f"trace-{rank}.json"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from meshwright import checkpoint, data, tasks
@@ -23,18 +23,21 @@ from meshwright.run import RunFolder
 from meshwright.train.loop import Clock, Evaluation, StepResult, Trainer
 from meshwright.train.model import Model, model_of_job
 from meshwright.train.optimizer import moment_names
+from meshwright.train.rank_files import RankFiles, files_of
 from meshwright.train.same_model import refuse_other_model, source_changed, unsaved_buffers
-from meshwright.train.spans import merge
 
 
 def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 tells the events.
+    """Trains the run in folder `payload["run"]`, whose manifest exists, to its last step; rank 0 tells the events, and
+    at the end each rank its part of the trace.
 
     `payload["resume"]`: continue from the newest committed checkpoint. Returns {"step", "loss", ...} of the last step.
     """
     run = RunFolder(payload["run"])
-    job = load_job(run.job, data_must_exist=False)
-    plan = Plan.read(run.plan)
+    files = files_of(context, run)
+    with files.located():
+        job = load_job(files.run.job, data_must_exist=False)
+    plan = Plan.read(files.run.plan)
     layout = plan.chosen.layout
     torch.set_flush_denormal(True)
 
@@ -42,9 +45,12 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
         context.tell("event", {"kind": kind, **fields})
 
     with start(layout, context, timeout_seconds=job.launch.timeout_seconds) as mesh:
-        lease = run.lease(context.generation)
-        session = Session(job, plan, run, mesh, resume=bool(payload.get("resume")), lease=lease, event=event)
-        return session.train()
+        resume, lease = bool(payload.get("resume")), run.lease(context.generation)
+        with files.located():
+            session = Session(job, plan, files, mesh, resume=resume, lease=lease, event=event)
+        result = session.train()
+    context.tell("trace", blob=json.dumps(session.trainer.spans.events(context.rank)).encode())
+    return result
 
 
 class Session:
@@ -54,7 +60,7 @@ class Session:
         self,
         job: Job,
         plan: Plan,
-        run: RunFolder,
+        files: RankFiles,
         mesh: Mesh,
         *,
         resume: bool,
@@ -63,9 +69,9 @@ class Session:
     ) -> None:
         """lease: the folder that this generation of ranks prepares its checkpoints in; event(kind, **fields): takes
         the run's events (default: the run's own log)."""
-        self.job, self.plan, self.run, self.mesh = job, plan, run, mesh
-        self._write_event = event or run.append_event
-        self.manifest = data.Manifest.open(run.manifest)
+        self.job, self.plan, self.files, self.mesh = job, plan, files, mesh
+        self._write_event = event or files.run.append_event
+        self.manifest = data.Manifest.open(files.run.manifest)
         self.model: Model = model_of_job(job, self.manifest.content.get("eos"))
         chosen = plan.chosen
         parallel_model = apply(chosen, self.model.card, self.model.module, mesh)
@@ -76,7 +82,7 @@ class Session:
         every, planned = job.checkpoint.every, plan.outlook.checkpoint_steps if plan.outlook else 0
         self.checkpoint_steps = planned if every is None else every
         self.writer = checkpoint.Writer(
-            run.checkpoints,
+            files.checkpoints,
             mesh.rank,
             chosen.layout.devices,
             asynchronous=job.checkpoint.asynchronous,
@@ -84,6 +90,7 @@ class Session:
             layout=chosen.layout,
             parent=self.first_step - 1 or None,
             lease=lease,
+            disk=files.disk,
             committed=lambda step, seconds: self._event("checkpoint", step=step, seconds=seconds),
         )
 
@@ -101,10 +108,6 @@ class Session:
                 self.writer.wait()
             raise
         self.writer.wait()
-        self.trainer.spans.write(self.run, self.mesh.rank)
-        dist.barrier()
-        if self.mesh.rank == 0:
-            merge(self.run, self.mesh.layout.devices)
         self._event("end", step=step, finished=step == self.job.train.steps, **held_out)
         return {"step": step, "loss": loss, **held_out}
 
@@ -176,7 +179,7 @@ class Session:
 
     def _restore(self) -> int:
         """Loads the newest committed checkpoint; returns its step, 0 if there is none. An event says so."""
-        folder = checkpoint.latest(self.run.checkpoints)
+        folder = self.files.newest_checkpoint()
         if folder is None:
             self._event("recovery", step=0, checkpoint="none was committed: from the start")
             return 0
@@ -185,7 +188,7 @@ class Session:
             what = f"holds step {manifest.step}, the job ends at {self.job.train.steps}"
             raise InputError(Problem(str(folder), what, f"nearest: train.steps={manifest.step}"))
         hf = self.job.model.hf
-        refuse_other_model(self.model, str(Path(hf) / "config.json") if hf else str(self.run.job), folder)
+        refuse_other_model(self.model, str(Path(hf) / "config.json") if hf else str(self.files.run.job), folder)
         parameters = [parameter.name for parameter in self.model.card.parameters]
         complete = {*self.model.names, *moment_names(parameters)}
         unsaved = unsaved_buffers(self.model, manifest, folder)

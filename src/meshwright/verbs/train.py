@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from meshwright.plan import Plan
     from meshwright.run import RunFolder
 
+logger = logging.getLogger("meshwright")
+
 #: Sections that a resumed run may not change, because its checkpoints depend on them.
 FIXED_SECTIONS = ("model", "data", "task")
 #: Keys of these that name a place: what is there is compared, not where it is (data.build_manifest, train.same_model).
@@ -30,6 +34,9 @@ PLACES = ("model.hf", "model.module_folder", "data.source", "data.tokenizer")
 #: Another key that it may not change: the order of the samples follows from it.
 FIXED_KEYS = ("train.seed",)
 
+WITHOUT_DISK = (
+    "does not see the run folder's disk: its ranks copy job, data and checkpoint from the driver, and save through it"
+)
 #: How long the ranks of a detached run go on without their driver, which may be started again meanwhile.
 DETACHED_PATIENCE_SECONDS = 600.0
 #: Sections that decide the plan: where they have not changed, a resumed run keeps its plan.
@@ -157,13 +164,23 @@ def _run(
     from meshwright import launch
     from meshwright.report.progress import StatusAddress, posted
 
+    traces: dict[int, list[dict[str, Any]]] = {}
+
     def begin(_: Sequence[RankGroup]) -> int:
         assert groups.planned is not None
+        traces.clear()
         folder.write_plan(groups.planned.as_dict())
         groups.begin()
         return folder.grant_lease()
 
     def take(message: Message) -> None:
+        if message.kind == "trace":
+            traces[message.rank] = json.loads(message.blob)
+            return
+        if message.kind == "without-disk":
+            logger.warning("node %s %s", message.body["node"], WITHOUT_DISK)
+            folder.append_event("without-disk", node=message.body["node"], reason=WITHOUT_DISK)
+            return
         kind = message.body.pop("kind")
         try:
             folder.append_event(kind, **message.body)
@@ -190,6 +207,7 @@ def _run(
             if watch is not None:
                 watch(folder, groups.planned, processes)
             results = processes.wait()
+        folder.write_trace(traces)
     except RunFailed as error:
         with suppress(OSError):  # as where a full disk is the failure
             folder.append_event("failure", reason=str(error.problems[0]))

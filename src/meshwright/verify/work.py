@@ -20,6 +20,7 @@ from meshwright.parallel import ParallelModel, start
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
 from meshwright.train.loop import BatchReader, Record
+from meshwright.train.rank_files import RankFiles
 from meshwright.train.recorder import recorder
 from meshwright.train.work import Session
 
@@ -39,7 +40,7 @@ def work(payload: Mapping[str, Any], context: Context) -> dict[str, Any]:
     dropout = False
     with start(plan.chosen.layout, context, timeout_seconds=job.launch.timeout_seconds) as mesh:
         for one in payload["passes"]:
-            trainer = Session(job, plan, run, mesh, resume=False).trainer
+            trainer = Session(job, plan, RankFiles(run), mesh, resume=False).trainer
             dropout = _without_dropout(trainer.model.module)
             if context.world == 1:
                 refuse_random_numbers(trainer.model.module)

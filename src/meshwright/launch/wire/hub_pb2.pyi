@@ -102,12 +102,14 @@ class AgentMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[Received, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., leaving_seconds: _Optional[float] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("generation", "pids")
+    __slots__ = ("generation", "pids", "sees_run_folder")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    SEES_RUN_FOLDER_FIELD_NUMBER: _ClassVar[int]
     generation: int
     pids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, generation: _Optional[int] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+    sees_run_folder: bool
+    def __init__(self, generation: _Optional[int] = ..., pids: _Optional[_Iterable[int]] = ..., sees_run_folder: bool = ...) -> None: ...
 
 class RankSpec(_message.Message):
     __slots__ = ("name", "local_rank", "world", "device")
@@ -293,6 +295,104 @@ class CallAnswer(_message.Message):
     blob: bytes
     error: str
     def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., id: _Optional[int] = ..., body: _Optional[bytes] = ..., blob: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("operation", "path", "offset", "count")
+    class Operation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        ENTRY: _ClassVar[ReadRequest.Operation]
+        ENTRIES: _ClassVar[ReadRequest.Operation]
+        CONTENT: _ClassVar[ReadRequest.Operation]
+    ENTRY: ReadRequest.Operation
+    ENTRIES: ReadRequest.Operation
+    CONTENT: ReadRequest.Operation
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    operation: ReadRequest.Operation
+    path: str
+    offset: int
+    count: int
+    def __init__(self, operation: _Optional[_Union[ReadRequest.Operation, str]] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Entry(_message.Message):
+    __slots__ = ("name", "is_folder", "bytes", "changed_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IS_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    is_folder: bool
+    bytes: int
+    changed_ns: int
+    def __init__(self, name: _Optional[str] = ..., is_folder: bool = ..., bytes: _Optional[int] = ..., changed_ns: _Optional[int] = ...) -> None: ...
+
+class ReadReply(_message.Message):
+    __slots__ = ("entries", "content", "fault")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[Entry]
+    content: bytes
+    fault: Fault
+    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., content: _Optional[bytes] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("errno", "error")
+    ERRNO_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    errno: int
+    error: bytes
+    def __init__(self, errno: _Optional[int] = ..., error: _Optional[bytes] = ...) -> None: ...
+
+class FilePiece(_message.Message):
+    __slots__ = ("offset", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("operation", "path", "target", "pieces", "size_bytes", "durable", "id")
+    class Operation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        WRITE: _ClassVar[WriteRequest.Operation]
+        RESIZE: _ClassVar[WriteRequest.Operation]
+        WRITE_AT: _ClassVar[WriteRequest.Operation]
+        MAKE_FOLDER: _ClassVar[WriteRequest.Operation]
+        RENAME: _ClassVar[WriteRequest.Operation]
+        REMOVE: _ClassVar[WriteRequest.Operation]
+        SYNC: _ClassVar[WriteRequest.Operation]
+    WRITE: WriteRequest.Operation
+    RESIZE: WriteRequest.Operation
+    WRITE_AT: WriteRequest.Operation
+    MAKE_FOLDER: WriteRequest.Operation
+    RENAME: WriteRequest.Operation
+    REMOVE: WriteRequest.Operation
+    SYNC: WriteRequest.Operation
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    operation: WriteRequest.Operation
+    path: str
+    target: str
+    pieces: _containers.RepeatedCompositeFieldContainer[FilePiece]
+    size_bytes: int
+    durable: bool
+    id: int
+    def __init__(self, operation: _Optional[_Union[WriteRequest.Operation, str]] = ..., path: _Optional[str] = ..., target: _Optional[str] = ..., pieces: _Optional[_Iterable[_Union[FilePiece, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., durable: bool = ..., id: _Optional[int] = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ("fault",)
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    fault: Fault
+    def __init__(self, fault: _Optional[_Union[Fault, _Mapping]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

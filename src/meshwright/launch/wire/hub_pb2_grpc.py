@@ -59,6 +59,16 @@ class HubStub(object):
                 request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.CallAnswer.SerializeToString,
                 response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.FromString,
                 _registered_method=True)
+        self.Read = channel.unary_unary(
+                '/meshwright.launch.Hub/Read',
+                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadRequest.SerializeToString,
+                response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadReply.FromString,
+                _registered_method=True)
+        self.Write = channel.unary_unary(
+                '/meshwright.launch.Hub/Write',
+                request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteRequest.SerializeToString,
+                response_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/meshwright.launch.Hub/Status',
                 request_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.StatusRequest.SerializeToString,
@@ -108,6 +118,19 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Read(self, request, context):
+        """scope join: the run folder, for ranks of nodes that do not see its disk (run_files.py)
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Write(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """scope read
         """
@@ -149,6 +172,16 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.Answer,
                     request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.CallAnswer.FromString,
                     response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.SerializeToString,
+            ),
+            'Read': grpc.unary_unary_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadRequest.FromString,
+                    response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadReply.SerializeToString,
+            ),
+            'Write': grpc.unary_unary_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteRequest.FromString,
+                    response_serializer=meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -296,6 +329,60 @@ class Hub(object):
             '/meshwright.launch.Hub/Answer',
             meshwright_dot_launch_dot_wire_dot_hub__pb2.CallAnswer.SerializeToString,
             meshwright_dot_launch_dot_wire_dot_hub__pb2.Received.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshwright.launch.Hub/Read',
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadRequest.SerializeToString,
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.ReadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshwright.launch.Hub/Write',
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteRequest.SerializeToString,
+            meshwright_dot_launch_dot_wire_dot_hub__pb2.WriteReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,34 @@
+"""Temporary folders that only this user can read, and that do not outlive the processes that made them for long."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def private_folder(prefix: str, root: Path) -> Iterator[Path]:
+    """A new folder of mode 0700 in `root`. Removes those of the same prefix that killed processes left there."""
+    _sweep(prefix, root)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    try:
+        with open(folder / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(prefix: str, root: Path) -> None:
+    """Removes folders whose process is dead: no process holds their lock."""
+    for folder in root.glob(prefix + "*"):
+        try:
+            with open(folder / "lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # its process lives, or is just creating it, or it is another user's
