@@ -107,6 +107,7 @@ def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -
     group = RankGroup("rank", WORKERS + "tell_while_called", {}, 1)
     with launch.start(cluster, [group], tmp_path / "logs", on_message=said.append) as run, proxies[0] as proxy:
         before = run.pids
+        kept = [run.call("rank", 0, "keep", word) for word in "ab"]
         for round_ in range(2):
             assert eventually(lambda: len(said) > 20)
             heard = len(said)
@@ -118,8 +119,12 @@ def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -
             assert (answer.id, answer.body, answer.error) == (call, round_, "")
             assert eventually(lambda heard=heard: len(said) > heard + 20)  # type: ignore[misc]
         assert run.pids == before and run.hub.generation == 1
+        run.call("rank", 0, "kept")
+        assert run.call_result(20).body == ["a", "b"]  # each has come once
         run.call("rank", 0, "return")
         (count,) = run.wait(30)
+        ends = {result.id: result.error for result in (run.call_result(10) for _ in range(3)) if result.error}
+        assert ends == dict.fromkeys(kept, "the rank has returned")
     assert [message.body for message in said] == list(range(1, count + 1))
 
 
