@@ -23,7 +23,7 @@ from meshwright.files import named_in_errors, write_atomic
 logger = logging.getLogger("meshwright")
 
 #: Kinds of events. A "step" event is written every step, the others when they happen.
-EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "without-disk", "end")
+EVENTS = ("start", "step", "eval", "checkpoint", "upload", "failure", "recovery", "without-disk", "copied", "end")
 
 #: A file in a checkpoint's folder that keeps it from being deleted while it is copied elsewhere.
 HELD_NAME = ".held"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 from meshwright import env, launch
 from meshwright.errors import RunFailed
 from meshwright.launch import LocalBackend, RankGroup
+from meshwright.launch.groups import Place
+from meshwright.launch.hub import Hub
+from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Failure, Message, first
+from meshwright.launch.wire import hub_pb2 as wire
 
 WORKERS = "tests.launch.workers:"
 
@@ -119,3 +124,56 @@ def test_the_order_of_causes() -> None:
     assert first([closed, silent, raised]) is silent
     assert first([closed, raised, earlier]) is earlier
     assert closed.consequence and not raised.consequence and not killed.consequence
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub with a rank on each of the nodes a and b, as it takes them over from one that was killed."""
+    files = HubFiles(None, [])
+    places = [Place("rank", rank, node, 0, 0) for rank, node in enumerate("ab")]
+    files.hub.adopt(1, places, {"a": "ticket of a", "b": "ticket of b"})
+    yield files.hub
+    files.close()
+
+
+def events(hub: Hub) -> list[Any]:
+    return list(iter(lambda: hub.event(0), None))
+
+
+def test_what_arrives_twice_is_taken_once(hub: Hub) -> None:
+    name = wire.RankName(role="rank", rank=0)
+    for number in (1, 1, 2, 1, 2, 3):
+        hub.told(wire.Told(name=name, kind="n", body=str(number).encode(), number=number))
+    assert [event.body for event in events(hub)] == [1, 2, 3]
+    call = hub.call("rank", 0, "name")
+    for _ in range(2):
+        hub.answered(wire.CallAnswer(name=name, id=call, body=b"1"))
+    hub.answered(wire.CallAnswer(name=wire.RankName(role="rank", rank=1), id=hub.call("rank", 0, "name"), body=b"1"))
+    assert [event.id for event in events(hub)] == [call]  # nor does another rank answer for it
+
+
+def test_a_rank_that_listens_anew_gets_the_calls_that_have_not_arrived(hub: Hub) -> None:
+    name = wire.RankName(role="rank", rank=0)
+    calls = [hub.call("rank", 0, word) for word in ("before", "it", "listens")]
+    assert calls == sorted(set(calls))
+    first = hub.calls_of(name, 0)
+    assert first is not None
+    assert [first.get(timeout=1).id for _ in calls] == calls  # type: ignore[union-attr]
+    again = hub.calls_of(name, calls[0])
+    assert again is not None
+    assert first.get(timeout=1) is None
+    later = hub.call("rank", 0, "later")
+    assert [again.get(timeout=1).id for _ in range(3)] == [*calls[1:], later]  # type: ignore[union-attr]
+    assert first.empty() and again.empty()
+    assert hub.calls_of(wire.RankName(role="rank", rank=9), 0) is None
+
+
+def test_an_agent_speaks_for_the_ranks_of_its_own_node_alone(hub: Hub) -> None:
+    member = hub._members["a"]
+    for rank in (1, 0):
+        name = wire.RankName(role="rank", rank=rank)
+        hub.hear(member, wire.AgentMessage(log=wire.Log(name=name, text=b"words")))
+        hub.hear(member, wire.AgentMessage(ended=wire.RankEnded(name=name, generation=1, result=b"1")))
+    assert [(type(event).__name__, event.rank) for event in events(hub)] == [("Message", 0), ("Returned", 0)]
+    hub.hear(member, wire.AgentMessage(ended=wire.RankEnded(name=name, generation=0, result=b"1")))
+    assert events(hub) == [] and hub.running() == [("rank", 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,14 +15,17 @@ from pathlib import Path
 import pytest
 
 from meshwright.launch.access import AGENTS, read_dial
+from meshwright.launch.people import hub_status
 from tests.launch.agents import PATHS, alive, eventually
 
 
-def start(folder: Path, patience_seconds: float) -> subprocess.Popen[str]:
+def start(folder: Path, patience_seconds: float, files: int = 0) -> subprocess.Popen[str]:
+    """files: how many it may have open, until it asks for more."""
     command = f"from tests.launch.agents import drive; drive({str(folder)!r}, {patience_seconds})"
     environment = {**os.environ, "PYTHONPATH": PATHS}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", command], env=environment, stdout=pipe, stderr=pipe, text=True)
+    limited = ["sh", "-c", f'ulimit -Sn {files} && exec "$@"', "sh"] if files else []
+    words, pipe = [*limited, sys.executable, "-c", command], subprocess.PIPE
+    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def kill(driver: subprocess.Popen[str]) -> None:
@@ -94,3 +98,21 @@ def test_an_agent_that_looks_for_a_hub_ends_when_its_node_does(tmp_path: Path) -
     finally:
         agent.kill()
         agent.communicate()
+
+
+def test_more_strangers_than_files_that_it_may_open_by_itself_do_not_disturb_it(tmp_path: Path) -> None:
+    driver = start(tmp_path, 0.0, files=128)
+    try:
+        assert eventually((tmp_path / "started").exists), driver.communicate()
+        host, _, port = read_dial(tmp_path / "hub" / AGENTS).address.rpartition(":")
+        with contextlib.ExitStack() as strangers:
+            for _ in range(400):
+                strangers.enter_context(socket.create_connection((host, int(port)), 10))
+            status = hub_status(tmp_path / "hub")
+            assert status is not None and len(status.nodes) == 2
+            (tmp_path / "end").touch()
+            out, err = driver.communicate(timeout=30)
+    finally:
+        driver.kill()
+    assert len(json.loads(out)) == 2
+    assert not err

@@ -107,6 +107,7 @@ def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -
     group = RankGroup("rank", WORKERS + "tell_while_called", {}, 1)
     with launch.start(cluster, [group], tmp_path / "logs", on_message=said.append) as run, proxies[0] as proxy:
         before = run.pids
+        kept = [run.call("rank", 0, "keep", word) for word in "ab"]
         for round_ in range(2):
             assert eventually(lambda: len(said) > 20)
             heard = len(said)
@@ -118,8 +119,12 @@ def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -
             assert (answer.id, answer.body, answer.error) == (call, round_, "")
             assert eventually(lambda heard=heard: len(said) > heard + 20)  # type: ignore[misc]
         assert run.pids == before and run.hub.generation == 1
+        run.call("rank", 0, "kept")
+        assert run.call_result(20).body == ["a", "b"]  # each has come once
         run.call("rank", 0, "return")
         (count,) = run.wait(30)
+        ends = {result.id: result.error for result in (run.call_result(10) for _ in range(3)) if result.error}
+        assert ends == dict.fromkeys(kept, "the rank has returned")
     assert [message.body for message in said] == list(range(1, count + 1))
 
 
@@ -210,14 +215,15 @@ def test_an_error_of_the_driver_itself_has_ranks_end_in_order(tmp_path: Path) ->
 
     groups = [
         RankGroup("rank", WORKERS + "until_asked", {"folder": str(tmp_path)}, 1, need=launch.Need(devices=0)),
-        RankGroup("teller", WORKERS + "tell", {"count": 1}, 1, need=launch.Need(devices=0)),
+        RankGroup(
+            "teller", WORKERS + "tell", {"count": 1, "after": str(tmp_path / "pid-1-0")}, 1, need=launch.Need(devices=0)
+        ),
     ]
     run = launch.start(cluster, groups, tmp_path / "logs", on_message=take)
     with pytest.raises(OSError, match=r"No space left on device: 'events\.jsonl'"):
         run.wait(30)
     assert run.poll() == "failed"
-    if (tmp_path / "pid-1-0").exists():  # it had begun
-        assert (tmp_path / "saved-1-0").exists()
+    assert (tmp_path / "saved-1-0").exists()
 
 
 def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp_path: Path) -> None:

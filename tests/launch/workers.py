@@ -186,6 +186,8 @@ def answer_calls(payload: dict[str, Any], context: Context) -> str:
 
 
 def tell(payload: dict[str, Any], context: Context) -> None:
+    while "after" in payload and not Path(payload["after"]).exists():
+        time.sleep(0.01)
     for number in range(payload["count"]):
         context.tell("number", {"number": number}, number.to_bytes(2, "big") * payload.get("blob", 1))
         time.sleep(payload.get("pause", 0.0))
@@ -196,10 +198,14 @@ def tell_while_called(payload: dict[str, Any], context: Context) -> int:
     import threading
 
     def listen() -> None:
+        kept = []
         for call in context.calls():
+            if call.name == "keep":  # without an answer
+                kept.append(call.body)
+                continue
             if call.name == "return":
                 end.set()
-            call.reply(call.body)
+            call.reply(kept if call.name == "kept" else call.body)
 
     end, keys, added = threading.Event(), context.keys(), 0
     threading.Thread(target=listen, daemon=True).start()

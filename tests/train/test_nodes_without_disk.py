@@ -202,6 +202,8 @@ def test_a_run_where_rank_0_does_not_see_the_disk_is_as_on_this_machine(
         assert_same_content(run.run.checkpoints / step, local.checkpoints / step)
     copied = ["copied job, plan and data from" in (run.run.logs / f"rank-{rank}.log").read_text() for rank in range(3)]
     assert copied[0] and sum(copied) == 2
+    told = [event for event in run.run.read_events() if event["event"] == "copied"]
+    assert len(told) == 2 and all(event["bytes"] > 1000 for event in told)
     for host in (second, third):
         assert list(run.temporary(host).glob("meshwright-*")) == []  # nothing is left
         assert host.run(["find", str(run.run.path), "-mindepth", "1"]).stdout == ""

@@ -124,7 +124,7 @@ def test_losses_are_those_of_one_machine_bit_for_bit(folder: Path, undisturbed: 
 
 
 @pytest.mark.parametrize("fault", ["kill", "cut", "stop"])
-def test_a_host_that_fails_is_gone_within_seconds_and_one_that_comes_back_joins(
+def test_a_host_that_fails_is_left_out_within_seconds_and_one_that_comes_back_joins(
     folder: Path, undisturbed: dict[int, float], fault: str
 ) -> None:
     with cluster(folder, fault, megabits=MEGABITS) as at_work:
@@ -139,6 +139,15 @@ def test_a_host_that_fails_is_gone_within_seconds_and_one_that_comes_back_joins(
             {"cut": host.mend, "stop": host.go_on}[fault]()
             at_work.until(lambda: len(starts(run)) == 3 and last_step(run) > 0)
             devices.append(3)
+        else:  # and another ends in order
+            at_work.agents["host-2"].terminate()
+            at_work.until(lambda: len(starts(run)) == 3 and last_step(run) > 0)
+            devices.append(1)
+            events = run.read_events()
+            last = max(index for index, event in enumerate(events) if event["event"] == "start")
+            made = [event["step"] for event in events[:last] if event["event"] == "step"]
+            assert events[last]["step"] == made[-1]  # it has lost no step
+            assert at_work.agents["host-2"].wait(20) == 0
         assert at_work.driver.wait(90) == 0, at_work.said()
         assert at_work.said().count("its node host-3 ") == 1
         check(run, undisturbed, devices)

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright import Job, verbs
+from meshwright.cluster import cpu_cluster
 from meshwright.launch import Node
-from meshwright.verbs.training_groups import equal_share
+from meshwright.launch.messages import Failure, NodeLost
+from meshwright.plan import Plan
+from meshwright.run import RunFolder
+from meshwright.verbs.training_groups import Share, TrainingGroups, equal_share
 
 NODES = st.lists(st.builds(Node, name=st.just("n"), kind=st.sampled_from(["cpu", "cuda"]), devices=st.integers(0, 6)))
 
@@ -34,3 +41,32 @@ def test_the_share_is_equal_of_one_kind_and_the_largest(nodes: list[Node], wante
             max(sum(node.kind == kind and node.devices >= per_node for node in nodes) for kind in ("cpu", "cuda"))
         ]
     )
+
+
+def test_nodes_that_need_to_be_sent_least_are_taken(tmp_path: Path) -> None:
+    """Of four equal nodes two are wanted. Those at work hold the run's files: when one is lost, a spare that has copied
+    them comes before one that has not."""
+    job = Job(
+        model={"family": "llama", "layers": 1, "hidden": 8, "heads": 1, "ffn": 8, "vocab": 300},
+        data={"seq_len": 8},
+        train={"steps": 10, "lr": 1e-3, "global_batch": 4},
+        cluster={"devices": 2},
+        launch={"on": "agents", "address": "127.0.0.1:0"},
+    )
+    nodes = [Node(name, devices=1) for name in ("a", "b", "c", "d")]
+    used: list[list[str]] = []
+
+    def plan_for(share: Share) -> Plan:
+        used.append([node.name for node in share.nodes])
+        return verbs.plan(job, cluster=cpu_cluster(share.devices))
+
+    groups = TrainingGroups(job, RunFolder(tmp_path).create(), plan_for, resume=False, may_grow=True)
+    groups(None, nodes)
+    groups.begin()
+    for name, count in (("a", 100), ("b", 100), ("d", 50)):
+        groups.holds(name, 0)
+        groups.holds(name, count)
+    groups(NodeLost(nodes[0], "silent", "gone"), nodes[1:])
+    failure = Failure("rank", 0, "a", 1, "silent", "gone", 1.0)
+    assert isinstance(groups(failure, nodes[1:]), list)
+    assert used[0] == ["a", "b"] and used[-1] == ["b", "d"]

@@ -9,6 +9,7 @@ Where the hub is silent for longer than its patience, the agent ends its ranks, 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -154,4 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # not sys.exit: a thread of gRPC that outlives the interpreter would hold its end up

@@ -150,6 +150,7 @@ class _Tries:
             self._refused_until = self._refused_until or now + SECRET_SECONDS
             hopeless = now > self._refused_until
         else:
+            self._refused_until = None
             hopeless = error.code() != grpc.StatusCode.UNAVAILABLE or (self._until is not None and now > self._until)
         if hopeless:
             raise _in_words(error) from error

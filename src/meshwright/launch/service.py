@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,8 @@ class HubServer:
             options=[*OPTIONS, *SERVER_OPTIONS],
         )
         add_HubServicer_to_server(_Service(hub, files), self._server)
+        if any(not address.startswith("unix:") for address in listen):
+            _allow_more_files()
         #: The addresses, with the ports that were free.
         self.addresses: tuple[str, ...] = tuple(self._listen(address) for address in listen)
         self._server.start()
@@ -191,6 +194,13 @@ class _Guard(grpc.ServerInterceptor):
 
 def _refuse(_: Any, context: Any) -> None:
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "the secret is missing, wrong, or of another scope")
+
+
+def _allow_more_files() -> None:
+    """As many open files as this process may ask for: connections of strangers, each for as long as it may say nothing,
+    must not use up those that the driver itself needs."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def connect(address: str, certificate: str) -> grpc.Channel:

@@ -31,9 +31,7 @@ def write_files(
     root = Path(folder)
     written = _Written(root, record, writer)
     try:
-        if not root.is_dir():
-            written.check_conflicts(files, written.read())
-            root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
             return written.replace_all(files, private)
     except OSError as error:

@@ -125,7 +125,12 @@ def bind(host: str, port: int, key: str = "serve.http_port") -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def engine_processes(
-    folder: Path, config: ServeSection, precision: str, private: Path, run: Path | None, on_stop: Callable[[], object]
+    folder: Path,
+    config: ServeSection,
+    precision: str,
+    private: Path,
+    run: Path | None = None,
+    on_stop: Callable[[], object] | None = None,
 ) -> AsyncIterator[tuple[ServedModel, launch.Launch]]:
     """Starts and connects the engine's ranks, and ends them at exit. `on_stop` is called where somebody asks for the
     end by the files in `run`. Raises the errors of opening the model."""

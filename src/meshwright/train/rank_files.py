@@ -49,11 +49,12 @@ class RankFiles:
 class CopiedFiles(RankFiles):
     """Those of a rank whose node does not see the disk of the run folder. Making one copies what ranks read."""
 
-    def __init__(self, run: RunFolder, hub: HubDisk, copies: Path, node: str, generation: int) -> None:
-        self._origin, self._hub, self._copies, self._node = run, hub, copies, node
+    def __init__(self, run: RunFolder, hub: HubDisk, copies: Path, context: Context) -> None:
+        self._origin, self._hub, self._copies, self._node = run, hub, copies, context.node
+        self._tell = context.tell
         self.run, self.checkpoints, self.disk = RunFolder(copies / "run"), run.checkpoints, hub
         with self._first_of_node(), self.located():
-            self._bring(generation)
+            self._bring(context.generation)
 
     def _bring(self, generation: int) -> None:
         """Copies job, plan and data, unless another rank of this node has."""
@@ -108,6 +109,7 @@ class CopiedFiles(RankFiles):
 
     def _say(self, what: str, count: int, begin: float) -> None:
         seconds = time.monotonic() - begin
+        self._tell("event", {"kind": "copied", "node": self._node, "what": what, "bytes": count, "seconds": seconds})
         print(f"copied {what} from the driver: {count / 1e6:.3g} MB in {seconds:.2g} s", file=sys.stderr)
 
     @contextmanager
@@ -127,4 +129,4 @@ def files_of(context: Context, run: RunFolder) -> RankFiles:
     if hub is None:
         return RankFiles(run)
     assert context.copies is not None
-    return CopiedFiles(run, hub, context.copies, context.node, context.generation)
+    return CopiedFiles(run, hub, context.copies, context)

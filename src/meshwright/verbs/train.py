@@ -7,6 +7,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,20 +174,6 @@ def _run(
         groups.begin()
         return folder.grant_lease()
 
-    def take(message: Message) -> None:
-        if message.kind == "trace":
-            traces[message.rank] = json.loads(message.blob)
-            return
-        if message.kind == "without-disk":
-            logger.warning("node %s %s", message.body["node"], WITHOUT_DISK)
-            folder.append_event("without-disk", node=message.body["node"], reason=WITHOUT_DISK)
-            return
-        kind = message.body.pop("kind")
-        try:
-            folder.append_event(kind, **message.body)
-        except OSError as error:
-            raise RunFailed(Problem(str(folder.events), f"cannot be written: {error.strerror}")) from error
-
     try:
         processes = launch.keep(
             backend,
@@ -195,7 +182,7 @@ def _run(
             hub_folder=folder.hub,
             grace_seconds=60.0,  # time to save a checkpoint
             start_seconds=job.launch.timeout_seconds,
-            on_message=take,
+            on_message=partial(_take, folder, groups, traces),
             on_start=begin,
             on_adopt=groups.adopt,
             patience_seconds=DETACHED_PATIENCE_SECONDS if detached() else 0.0,
@@ -216,6 +203,27 @@ def _run(
         what = f"its processes were asked to end: saved at step {results[0]['step']} of {job.train.steps}"
         raise RunFailed(Problem(str(folder.path), what), resume=resume_with)
     return results
+
+
+def _take(
+    folder: RunFolder, groups: OneStart | TrainingGroups, traces: dict[int, list[dict[str, Any]]], message: Message
+) -> None:
+    """Writes down what a rank tells: an event, its trace, or that its node does not see the run folder."""
+    if message.kind == "trace":
+        traces[message.rank] = json.loads(message.blob)
+        return
+    if message.kind == "without-disk":
+        logger.warning("node %s %s", message.body["node"], WITHOUT_DISK)
+        groups.holds(message.body["node"], 0)
+        folder.append_event("without-disk", node=message.body["node"], reason=WITHOUT_DISK)
+        return
+    kind = message.body.pop("kind")
+    if kind == "copied":
+        groups.holds(message.body["node"], message.body["bytes"])
+    try:
+        folder.append_event(kind, **message.body)
+    except OSError as error:
+        raise RunFailed(Problem(str(folder.events), f"cannot be written: {error.strerror}")) from error
 
 
 @contextmanager

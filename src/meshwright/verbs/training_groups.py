@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -91,6 +92,9 @@ class OneStart:
     def adopt(self, before: Before) -> None:
         """Ranks of this machine end with their driver: there is nothing to adopt."""
 
+    def holds(self, node: str, more_bytes: int) -> None:
+        """There is one node, which has the run's disk."""
+
 
 class TrainingGroups:
     """Plans for the nodes there are, and again when some join, leave or are lost. `planned` is the plan of the groups
@@ -114,6 +118,7 @@ class TrainingGroups:
         self._starts, self._starts_in_vain, self._progress = 0, 0, 0
         self.planned: Plan | None = None
         self._planned_at_work: Plan | None = None
+        self._held_bytes: dict[str, float] = {}  # node that has been at work -> what it has of the run's files
 
     def __call__(self, event: Event | Finished | Waited | None, nodes: Sequence[Node]) -> list[RankGroup] | Wait | None:
         """The groups wanted now; see launch.keep."""
@@ -123,7 +128,11 @@ class TrainingGroups:
             self._share = None
             what = f"{event.role} {event.rank} on {event.node}: {event.message}"
             self._folder.append_event("failure", reason=what, rank=event.rank, node=event.node, cause=event.kind)
+        if isinstance(event, NodeLost):
+            self._held_bytes.pop(event.node.name, None)
+        # Where there are more nodes than are wanted, those that need to be sent the least are taken.
         staying = [node for node in nodes if node.leaving_seconds is None]
+        staying.sort(key=lambda node: -self._held_bytes.get(node.name, 0.0))
         if isinstance(event, NodeLeaving) and not staying:
             return None  # its ranks save and return by themselves
         shares = [share for share in equal_shares(staying, self._job.cluster.devices) if share.devices >= self._least()]
@@ -162,6 +171,8 @@ class TrainingGroups:
     def begin(self) -> None:
         """The groups that were named last are about to be started."""
         self._share, self._starts = self._found, self._starts + 1
+        for node in self._share.nodes if self._share is not None else ():
+            self._held_bytes.setdefault(node.name, math.inf)  # until it says that it lacks the run's disk
         self._planned_at_work = self.planned
 
     def adopt(self, before: Before) -> None:
@@ -170,6 +181,11 @@ class TrainingGroups:
         self._share = Share(tuple(Node(name) for name in names), len(before.places) // len(names))
         self._starts, self.planned = 1, Plan.read(self._folder.plan)
         self._found, self._planned_at_work = self._share, self.planned
+
+    def holds(self, node: str, more_bytes: int) -> None:
+        """`node` does not see the run's disk, and has copied `more_bytes` of its files."""
+        held = self._held_bytes.get(node, 0.0)
+        self._held_bytes[node] = more_bytes + (0.0 if math.isinf(held) else held)
 
     def _least(self) -> int:
         section = self._job.launch
