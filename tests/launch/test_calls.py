@@ -11,7 +11,7 @@ import pytest
 from meshwright import env, launch
 from meshwright.errors import RunFailed
 from meshwright.launch import LocalBackend, RankGroup
-from meshwright.launch.groups import Place
+from meshwright.launch.groups import Node, Place
 from meshwright.launch.hub import Hub
 from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Failure, Message, first
@@ -131,7 +131,7 @@ def hub() -> Iterator[Hub]:
     """A hub with a rank on each of the nodes a and b, as it takes them over from one that was killed."""
     files = HubFiles(None, [])
     places = [Place("rank", rank, node, 0, 0) for rank, node in enumerate("ab")]
-    files.hub.adopt(1, places, {"a": "ticket of a", "b": "ticket of b"})
+    files.hub.adopt(1, places, [Node("a"), Node("b")], {"a": "ticket of a", "b": "ticket of b"})
     yield files.hub
     files.close()
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.launch import RankGroup
 from meshwright.launch.access import AGENTS, read_dial
+from meshwright.launch.groups import Place
+from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.people import hub_status
 from tests.launch.agents import PATHS, alive, eventually
 
@@ -116,3 +119,32 @@ def test_more_strangers_than_files_that_it_may_open_by_itself_do_not_disturb_it(
         driver.kill()
     assert len(json.loads(out)) == 2
     assert not err
+
+
+def test_a_hub_whose_addresses_are_taken_is_no_hindrance_to_the_next(tmp_path: Path) -> None:
+    """A driver was killed, and another program listens where it did: the run is started anew and not taken over."""
+    hub = tmp_path / "hub"
+    before = HubFiles(hub, ["127.0.0.1:0"])
+    group = RankGroup("rank", "m:f", {}, 1)
+    before.begin(5, [group], [Place("rank", 0, "a", 0, 0)], tmp_path)
+    kept = {path.name: path.read_bytes() for path in hub.iterdir()}
+    before.close()
+    address = json.loads(kept["hub.json"])["addresses"][1]
+    host, _, port = address.rpartition(":")
+    hub.mkdir()
+    for name, content in kept.items():
+        (hub / name).write_bytes(content)
+        (hub / name).chmod(0o600)
+    after = HubFiles(hub, ["127.0.0.1:0"])
+    assert after.before is not None and after.hub.generation == 5  # it knows from the first moment
+    assert after.network is not None and after.network.address == address
+    after.close()
+    for name, content in kept.items():
+        hub.mkdir(exist_ok=True)
+        (hub / name).write_bytes(content)
+        (hub / name).chmod(0o600)
+    with socket.create_server((host, int(port))):
+        third = HubFiles(hub, ["127.0.0.1:0"])
+        assert third.before is None and third.hub.generation == 0
+        assert third.network is not None and third.network.address != address
+        third.close()

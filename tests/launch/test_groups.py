@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def groups(role: str = "rank") -> st.SearchStrategy[RankGroup]:
         memory_bytes=st.integers(0, 3),
     )
     return st.builds(
-        lambda near, sets, most, need: RankGroup(role, "m:f", {}, near * sets, near, most, need),
+        lambda near, sets, most, need: RankGroup(role, "m:f", {}, near * sets, near, most, need=need),
         st.integers(1, 3),
         st.integers(1, 4),
         st.integers(0, 4),
@@ -140,3 +141,11 @@ def test_two_groups_of_one_role_are_refused() -> None:
     group = RankGroup("rank", "m:f", {}, 1)
     with pytest.raises(InputError, match="rank, rank"):
         place([group, group], TWO)
+
+
+def test_named_nodes_alone_are_used_in_their_order() -> None:
+    there = [Node("a", devices=1), Node("b", devices=2), Node("c", devices=2)]
+    group = RankGroup("rank", "m:f", {}, 4, most_per_node=2, nodes=("c", "b"))
+    assert [one.node for one in place([group], there)] == ["c", "c", "b", "b"]
+    with pytest.raises(CannotWork, match=r"2 ranks, .*on a, .*nearest: 1 ranks"):
+        place([replace(group, ranks=2, nodes=("a",))], there)

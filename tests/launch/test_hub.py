@@ -192,6 +192,25 @@ def test_the_only_node_ends_and_its_ranks_save(tmp_path: Path) -> None:
         assert [result["asked"] for result in run.wait(30)] == [True, True]
 
 
+def test_where_a_spare_takes_over_the_same_groups_go_on(tmp_path: Path) -> None:
+    cluster = AgentProcesses(tmp_path, {"a": 1, "b": 1})
+    group = RankGroup("rank", WORKERS + "until_asked", {"folder": str(tmp_path)}, 1)
+    asked: list[Any] = []
+
+    def ask(event: Any, nodes: Sequence[Node]) -> Any:
+        asked.append(event)
+        return None if isinstance(event, Finished) else [group]
+
+    with launch.keep(cluster, ask, tmp_path / "logs") as run:
+        pids(tmp_path, 1, 1)
+        cluster.start("b")
+        cluster.take_away("a", signal.SIGTERM)
+        pids(tmp_path, 2, 1)
+        assert run.hub.generation == 2 and (tmp_path / "saved-1-0").exists()
+        (rank,) = run.hub.status().ranks
+        assert rank.node == "b"
+
+
 def test_a_lack_after_a_loss_ends_the_job_and_the_rest_in_order(tmp_path: Path) -> None:
     """What cannot work any more is a failure of the run, which can be resumed, and no bad input."""
     cluster = AgentProcesses(tmp_path, {"a": 1, "b": 1})

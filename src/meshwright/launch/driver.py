@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ from meshwright.launch.messages import (
     first,
 )
 from meshwright.launch.processes import log_name
+
+log = logging.getLogger("meshwright")
 
 #: The longest grace of ranks whose group has failed: they cannot go on.
 FAILED_GRACE_SECONDS = 1.0
@@ -170,13 +173,12 @@ class Launch:
             self._error = error
             self._end_ranks()
         finally:
-            try:
-                self._files.close()
-                self._backend.close()
-            except BaseException as error:
-                self._error = self._error or error
-            finally:
-                self._begun.set()
+            for close in (self._files.close, self._backend.close):
+                try:
+                    close()
+                except BaseException as error:
+                    self._error = self._error or error
+            self._begun.set()
 
     def _generations(self) -> list[Any] | None:
         """Starts generations until one returns; None where the job was stopped before."""
@@ -275,7 +277,6 @@ class Launch:
         if self._on_adopt is not None:
             self._on_adopt(before)
         generation = Generation(before.groups, before.places)
-        self._files.adopt(before)
         return self._follow(generation)
 
     def _follow(self, generation: Generation) -> Event | Finished:
@@ -327,11 +328,13 @@ class Launch:
             if isinstance(event, NodeLost) and event.node.name in generation.nodes:
                 return cause  # the failures of its ranks follow
             wanted = self._wanted(event, self._nodes())
-            if wanted is not None and wanted != list(generation.groups):
-                self.hub.end_ranks("", self._grace_seconds)
-                return event
-            if isinstance(event, NodeLeaving) and event.node.name in generation.nodes:
-                self.hub.end_ranks("", self._grace_seconds)  # all save and return while the node lasts
+            hit = isinstance(event, NodeLeaving) and event.node.name in generation.nodes
+            other = wanted is not None and wanted != list(generation.groups)
+            if hit or other:
+                self.hub.end_ranks("", self._grace_seconds)  # all save and return, while the node lasts
+                return event if wanted is not None else cause
+        elif isinstance(event, NodeRefused):
+            log.warning("%s", event.reason)
         return cause
 
     def _receive(self, message: Message) -> None:

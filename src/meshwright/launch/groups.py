@@ -27,9 +27,9 @@ class RankGroup:
     """Ranks that call `function(payload, context)`, all or none: where one fails, the others of the group are ended.
 
     function: "package.module:function", importable on every node; payload: JSON. Each run of `near` ranks, counted from
-    rank 0, is placed on one node, and a node gets at most `most_per_node` (0: as many as fit). `env` are more
-    environment variables, `keep_memory` says whether a rank keeps the host's memory that it frees, which is quicker and
-    takes more.
+    rank 0, is placed on one node, and a node gets at most `most_per_node` (0: as many as fit). `nodes` names those that
+    may be used, in the order in which they are filled (none: all, as they come). `env` are more environment variables,
+    `keep_memory` says whether a rank keeps the host's memory that it frees, which is quicker and takes more.
     """
 
     role: str
@@ -38,6 +38,7 @@ class RankGroup:
     ranks: int
     near: int = 1
     most_per_node: int = 0
+    nodes: tuple[str, ...] = ()
     need: Need = field(default_factory=Need)
     env: Mapping[str, str] = field(default_factory=dict)
     keep_memory: bool = True
@@ -85,7 +86,7 @@ def place(groups: Sequence[RankGroup], nodes: Sequence[Node]) -> tuple[Place, ..
             what = f"{group.ranks} ranks in sets of {group.near} that share a node"
             raise CannotWork(Problem(f"role {group.role}", what, f"nearest: {max(1, group.ranks // group.near)} sets"))
         rank = 0
-        for node in free.values():
+        for node in [free[name] for name in group.nodes if name in free] if group.nodes else free.values():
             sets = min(node.sets(group), (group.ranks - rank) // group.near)
             for _ in range(sets * group.near):
                 places.append(node.take(group, rank))
@@ -138,6 +139,8 @@ def _lack(group: RankGroup, placed: int, nodes: Sequence[Node]) -> Problem:
         asked.append(f"{need.cores} cores each")
     if need.memory_bytes:
         asked.append(f"{need.memory_bytes / 2**30:.3g} GiB each")
+    if group.nodes:
+        asked.append(f"on {', '.join(group.nodes)}")
     if group.near > 1:
         asked.append(f"{group.near} on one node")
     if group.most_per_node:

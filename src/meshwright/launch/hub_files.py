@@ -8,6 +8,7 @@ RUN/hub/mark        by it an agent sees whether it shares this disk
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -31,7 +32,7 @@ from meshwright.launch.access import (
     read_private,
     write_private,
 )
-from meshwright.launch.groups import Need, Place, RankGroup
+from meshwright.launch.groups import Need, Node, Place, RankGroup
 from meshwright.launch.hub import Hub
 from meshwright.launch.messages import Dial
 from meshwright.launch.network import outward_address
@@ -39,6 +40,8 @@ from meshwright.launch.private_folder import private_folder
 from meshwright.launch.run_files import RunFiles
 from meshwright.launch.service import HubServer
 from meshwright.launch.versions import own_versions
+
+log = logging.getLogger("meshwright")
 
 PREFIX = "meshwright-hub-"
 #: The kernel's limit of a socket's path, less its end.
@@ -56,12 +59,14 @@ class Before:
     generation: int
     groups: tuple[RankGroup, ...]
     places: tuple[Place, ...]
+    nodes: tuple[Node, ...]  # of the places
     tickets: Mapping[str, str]
+    addresses: tuple[str, ...]  # that it listened on
 
 
 class HubFiles:
     """`hub`, and how to reach it: `local` from this machine, `network` from others (None where it does not listen).
-    `before`: what a hub that was killed has left in `folder`, whose agents may come back."""
+    `before`: what a hub that was killed has left in `folder`: its ranks are this hub's now."""
 
     def __init__(self, folder: Path | None, listen: Sequence[str], patience_seconds: float = 0.0) -> None:
         """folder: RUN/hub; None for a job that only its own processes need to find. listen: addresses of a network;
@@ -73,13 +78,11 @@ class HubFiles:
         try:
             private = self._stack.enter_context(private_folder(PREFIX, _socket_root()))
             self._access = _access_of(folder, bool(listen))
-            self.before, listen = _before(folder, listen)
+            self.before = _before(folder, listen)
             mark = ("", "")
             if folder is not None:
                 mark = (str((folder / MARK).resolve()), secrets.token_hex(16))
-            addresses = [f"unix:{private / 'socket'}", *listen]
-            self.hub = Hub(self._access, own_versions(), mark, patience_seconds)
-            server = HubServer(self.hub, addresses, RunFiles(None if folder is None else folder.parent))
+            server = self._serve(f"unix:{private / 'socket'}", listen, mark, patience_seconds)
             self._stack.callback(server.close)
             self._addresses = server.addresses
             self.local = Dial(server.addresses[0], self._access.join)
@@ -100,17 +103,31 @@ class HubFiles:
         self.hub.begin(generation, groups, places, str(folder.absolute()))
         self._write_facts()
 
-    def adopt(self, before: Before) -> None:
-        """Takes the ranks of a hub that was killed (see Hub.adopt)."""
-        self.groups, self.places = before.groups, before.places
-        self.hub.adopt(before.generation, before.places, before.tickets)
-        self._write_facts()
+    def _serve(
+        self, socket_path: str, listen: Sequence[str], mark: tuple[str, str], patience_seconds: float
+    ) -> HubServer:
+        """Serves a new hub: at the addresses of the one before, where its agents look for it, or where these cannot be
+        had any more as a hub that knows nothing of it."""
+        self.hub = Hub(self._access, own_versions(), mark, patience_seconds)
+        files = RunFiles(None if self.folder is None else self.folder.parent)
+        if self.before is not None:
+            # Before anybody reaches it: what it does not know of it would refuse.
+            self.hub.adopt(self.before.generation, self.before.places, self.before.nodes, self.before.tickets)
+            try:
+                server = HubServer(self.hub, [socket_path, *self.before.addresses], files)
+            except InputError as error:
+                log.warning("the ranks of the driver before cannot be taken over: %s", error)
+                self.hub.end()
+                self.before = None
+                return self._serve(socket_path, listen, mark, patience_seconds)
+            self.groups, self.places = self.before.groups, self.before.places
+            return server
+        return HubServer(self.hub, [socket_path, *listen], files)
 
     def _publish(self, folder: Path, mark: str) -> None:
         write_private(folder / ACCESS, asdict(self._access))
         (folder / MARK).write_text(mark)
-        if self.before is None:
-            self._write_facts()
+        self._write_facts()
         self._write_dials()
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(folder, over), name="meshwright-hub-secrets", daemon=True)
@@ -148,19 +165,27 @@ class HubFiles:
                 "generation": self.hub.generation,
                 "groups": [asdict(group) for group in self.groups],
                 "places": [asdict(place) for place in self.places],
+                "nodes": [asdict(node) for node in self.hub.nodes()],
                 "tickets": self.hub.tickets(),
             }
             write_private(self.folder / FACTS, facts)
 
     def _watch(self, folder: Path, over: threading.Event) -> None:
         """Takes new secrets when a person has written them (`rotate`)."""
+        told = ""
         while not over.wait(CHECK_SECONDS):
-            with contextlib.suppress(OSError):  # the folder is on a disk that may be away for a moment
+            try:
                 access = read_access(folder / ACCESS)
                 if access != self._access:
                     self._access = access
                     self.hub.renew(access)
                     self._write_dials()
+            except OSError:
+                continue  # the folder is on a disk that may be away for a moment
+            except InputError as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("the secrets stay as they are: %s", error)
 
     def close(self) -> None:
         """Tells the agents that the job is over, and removes the files."""
@@ -188,16 +213,21 @@ def _access_of(folder: Path | None, network: bool) -> Access:
     return new_access(network=network)
 
 
-def _before(folder: Path | None, listen: Sequence[str]) -> tuple[Before | None, Sequence[str]]:
-    """What a killed hub has left, and the addresses to listen on: its own, where its agents look for it."""
+def _before(folder: Path | None, listen: Sequence[str]) -> Before | None:
+    """What a killed hub of a network has left, if it had ranks at work."""
     if folder is None or not listen or not (folder / FACTS).exists():
-        return None, listen
+        return None
     facts = read_private(folder / FACTS)
     if not facts["places"] or len(facts["addresses"]) < 2:
-        return None, listen
-    groups = tuple(RankGroup(**{**group, "need": Need(**group["need"])}) for group in facts["groups"])
+        return None
+    groups = tuple(
+        RankGroup(**{**group, "need": Need(**group["need"]), "nodes": tuple(group["nodes"])})
+        for group in facts["groups"]
+    )
     places = tuple(Place(**place) for place in facts["places"])
-    return Before(facts["generation"], groups, places, facts["tickets"]), facts["addresses"][1:]
+    used = {place.node for place in places}
+    nodes = tuple(Node(**node) for node in facts["nodes"] if node["name"] in used)
+    return Before(facts["generation"], groups, places, nodes, facts["tickets"], tuple(facts["addresses"][1:]))
 
 
 def _socket_root() -> Path:

@@ -14,10 +14,11 @@ from pathlib import Path
 def private_folder(prefix: str, root: Path) -> Iterator[Path]:
     """A new folder of mode 0700 in `root`. Removes those of the same prefix that killed processes left there."""
     _sweep(prefix, root)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=root))  # a name that no other process removes
     try:
         with open(folder / "lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            folder = folder.rename(folder.with_name(folder.name[1:]))
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -31,4 +32,4 @@ def _sweep(prefix: str, root: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # its process lives, or is just creating it, or it is another user's
+            continue  # its process lives, or it is another user's

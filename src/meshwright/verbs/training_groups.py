@@ -28,10 +28,13 @@ NETWORK_LATENCY_SECONDS = 100e-6
 USUAL_LINK_BYTES_PER_SECOND = 125e6
 
 
-def training_group(folder: RunFolder, chosen: Plan, kind: str, *, resume: bool, per_node: int = 0) -> RankGroup:
-    """The ranks that train `folder` as `chosen` says on devices of `kind`, at most `per_node` on a node (0: all). The
-    tensor-parallel neighbours share a node where one can hold them."""
+def training_group(
+    folder: RunFolder, chosen: Plan, kind: str, *, resume: bool, share: Share | None = None
+) -> RankGroup:
+    """The ranks that train `folder` as `chosen` says on devices of `kind`, of the nodes of `share` (None: wherever).
+    The tensor-parallel neighbours share a node where one can hold them."""
     layout = chosen.chosen.layout
+    per_node = 0 if share is None else share.per_node
     near = layout.tp if not per_node or per_node % layout.tp == 0 else 1
     return RankGroup(
         "rank",
@@ -40,6 +43,7 @@ def training_group(folder: RunFolder, chosen: Plan, kind: str, *, resume: bool, 
         layout.devices,
         near=near,
         most_per_node=per_node,
+        nodes=() if share is None else tuple(node.name for node in share.nodes),
         need=Need(kind=kind),
         keep_memory=chosen.chosen.keeps_freed_memory,
     )
@@ -149,7 +153,7 @@ class TrainingGroups:
         self._found, self.planned = share, planned
         resume = self._resume or self._starts > 0
         kind = share.nodes[0].kind
-        return [training_group(self._folder, planned, kind, resume=resume, per_node=share.per_node)]
+        return [training_group(self._folder, planned, kind, resume=resume, share=share)]
 
     def _untouched(self, share: Share, staying: Sequence[Node]) -> bool:
         names = {node.name for node in staying}
@@ -177,8 +181,7 @@ class TrainingGroups:
 
     def adopt(self, before: Before) -> None:
         """Ranks of a driver that was killed go on."""
-        names = list(dict.fromkeys(place.node for place in before.places))
-        self._share = Share(tuple(Node(name) for name in names), len(before.places) // len(names))
+        self._share = Share(before.nodes, len(before.places) // len(before.nodes))
         self._starts, self.planned = 1, Plan.read(self._folder.plan)
         self._found, self._planned_at_work = self._share, self.planned
 
