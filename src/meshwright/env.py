@@ -99,6 +99,11 @@ def quiet_ray() -> None:
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
 
 
+def for_rank(changes: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+    """`for_child` without the token of the cluster, which ranks have no use for."""
+    return {name: value for name, value in for_child(changes, defaults).items() if name != "RAY_AUTH_TOKEN"}
+
+
 def control_groups(controller: str) -> tuple[Path, ...]:
     """Folders of the control groups that hold this process: its own, and those above, whose limits count as well.
 

@@ -153,7 +153,7 @@ class RankProcesses:
             with open(self.log(place), "ab") as log:
                 rank.process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "meshwright.launch.worker"],
-                    env=environment.for_child(changes, defaults),
+                    env=environment.for_rank(changes, defaults),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

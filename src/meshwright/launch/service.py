@@ -32,14 +32,18 @@ SCOPE_OF: Mapping[str, str] = {
     "Status": "read",
     "Stop": "act",
 }
-#: For channel and server: beats go through idle connections, and a dead one is noticed by them, not by TCP.
+#: For channel and server.
 OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES))
+#: A call that waits on a connection which nobody closed, as after a cut cable, is noticed by gRPC's pings: TCP itself
+#: would try for a quarter of an hour.
+KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000))
 #: Connections that say nothing are closed: a stranger's half-open ones after the first, a rank's, which are made again
 #: when it calls, after the second.
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # a client may ping as often as KEEPALIVE says
 )
 
 
@@ -205,7 +209,12 @@ def _allow_more_files() -> None:
 
 def connect(address: str, certificate: str) -> grpc.Channel:
     """A channel to a hub. Over a network it is encrypted, and only the owner of `certificate` is taken for the hub."""
-    options = [*OPTIONS, ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+    options = [
+        *OPTIONS,
+        *KEEPALIVE,
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
     if address.startswith("unix:"):
         return grpc.insecure_channel(address, [*options, ("grpc.default_authority", CERTIFICATE_NAME)])
     credentials = grpc.ssl_channel_credentials(certificate.encode())
