@@ -44,3 +44,16 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_has
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_what_others_put_there_is_left_alone(tmp_path: Path) -> None:
+    """Anybody may write into /tmp: a pipe in place of a lock is not waited for, a folder of another user stays."""
+    for name in ("meshwright-test-a", "meshwright-test-b"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "meshwright-test-a" / "lock")
+    (tmp_path / "meshwright-test-b" / "lock").touch()
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "meshwright-test-b", 65534, 65534)
+    with private_folder("meshwright-test-", tmp_path) as folder:
+        assert folder.exists()
+        assert (tmp_path / "meshwright-test-b").exists() == (os.geteuid() == 0)

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright import Job, verbs
 from meshwright.cluster import cpu_cluster
-from meshwright.launch import Node
-from meshwright.launch.messages import Failure, NodeLost
+from meshwright.errors import RunFailed
+from meshwright.launch import Node, Wait, Waited
+from meshwright.launch.messages import Failure, NodeJoined, NodeLost
 from meshwright.plan import Plan
 from meshwright.run import RunFolder
 from meshwright.verbs.training_groups import Share, TrainingGroups, equal_share
@@ -70,3 +72,24 @@ def test_nodes_that_need_to_be_sent_least_are_taken(tmp_path: Path) -> None:
     failure = Failure("rank", 0, "a", 1, "silent", "gone", 1.0)
     assert isinstance(groups(failure, nodes[1:]), list)
     assert used[0] == ["a", "b"] and used[-1] == ["b", "d"]
+
+
+def test_fewer_devices_are_taken_once_all_have_been_waited_for(tmp_path: Path) -> None:
+    job = Job(
+        model={"family": "llama", "layers": 1, "hidden": 8, "heads": 1, "ffn": 8, "vocab": 300},
+        data={"seq_len": 8},
+        train={"steps": 10, "lr": 1e-3, "global_batch": 4},
+        cluster={"devices": 2},
+        launch={"on": "agents", "address": "127.0.0.1:0", "devices_min": 1, "timeout_seconds": 7.0},
+    )
+    one = [Node("a", devices=1)]
+
+    def plan_for(share: Share) -> Plan:
+        return verbs.plan(job, cluster=cpu_cluster(share.devices))
+
+    groups = TrainingGroups(job, RunFolder(tmp_path), plan_for, resume=False, may_grow=True)
+    assert groups(None, one) == Wait(7.0) == groups(NodeJoined(one[0]), one)
+    (group,) = groups(Waited(), one)  # type: ignore[misc]
+    assert (group.ranks, group.nodes) == (1, ("a",))
+    with pytest.raises(RunFailed, match=r"1 devices are needed; there are no nodes after 7 s .*launch\.agent --run"):
+        groups(Waited(), [])

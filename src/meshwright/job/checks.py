@@ -149,7 +149,8 @@ def cross_problems(
         place = origin_of(key)
         return Problem(f"{place}: {key}" if place else key, what, nearest)
 
-    checks = (_model_problems, _shape_problems, _module_problems, _task_problems, _length_problems, _group_problems)
+    about_model = (_model_problems, _shape_problems, _module_problems)
+    checks = (*about_model, _task_problems, _length_problems, _group_problems, _launch_problems)
     between_keys = [entry for check in checks for entry in check(good, bad)]
     return [problem(*entry) for entry in (*between_keys, *_url_problems(good), *_path_problems(good, must_exist))]
 
@@ -249,6 +250,12 @@ def _group_problems(good: Sections, bad: set[str]) -> KeyProblems:
             yield f"cluster.{key}", "is given by each of cluster.groups", "leave it out"
     if len(groups) == 1:
         yield "cluster.groups", "is one group", "one kind of device is cluster.named and cluster.devices"
+
+
+def _launch_problems(good: Sections, bad: set[str]) -> KeyProblems:
+    least, devices = good.get("launch", {}).get("devices_min"), good.get("cluster", {}).get("devices")
+    if least is not None and devices is not None and least > devices:
+        yield "launch.devices_min", f"is {least}, more than cluster.devices = {devices}", f"nearest: {devices}"
 
 
 def _url_problems(good: Sections) -> KeyProblems:

@@ -200,7 +200,7 @@ class Launch:
             self._groups = groups
             with self._run_failed_once_begun():
                 places = self._places(groups, nodes)
-            event = places if isinstance(places, NodeLost) else self._one_generation(groups, places)
+            event = places if isinstance(places, NodeLost | StopAsked) else self._one_generation(groups, places)
         return event.results if isinstance(event, Finished) else None
 
     def _wanted(
@@ -220,14 +220,15 @@ class Launch:
             raise RunFailed(error.problems) from error
 
     def _wait(self, wait: Wait) -> Event | Waited:
-        """The next event that concerns nodes, or Waited once `wait` is over."""
+        """The next event that concerns nodes, StopAsked, or Waited once `wait` is over."""
         if self._wait_until is None:
             self._wait_until = time.monotonic() + wait.seconds
         before = {node.name for node in self._nodes()}
         while (left := self._wait_until - time.monotonic()) > 0:
             event = self.hub.event(min(left, LOOK_SECONDS))
             if isinstance(event, StopAsked):
-                raise RunFailed(Problem("launch", "the job was stopped while it waited for nodes"))
+                self._stop_asked = True
+                return event
             if isinstance(event, NodeRefused):
                 raise CannotWork(Problem("launch", event.reason))
             if isinstance(event, NodeLost):
@@ -245,14 +246,15 @@ class Launch:
         lost = {name for name, when in self._lost.items() if when > recently and name not in names}
         return [node for node in self._backend.nodes(attending) if node.name not in lost]
 
-    def _places(self, groups: Sequence[RankGroup], asked: Sequence[Node]) -> Sequence[Place] | NodeLost:
+    def _places(self, groups: Sequence[RankGroup], asked: Sequence[Node]) -> Sequence[Place] | NodeLost | StopAsked:
         """The places of all ranks, on nodes whose agents attend. Where that fails because a node is gone since the
         nodes `asked`, for which the groups were wanted: that node."""
         self._wait_until = None
         nodes = self._nodes()
         try:
             places = place(groups, nodes)
-            self._await_agents(groups, places)
+            if not self._await_agents(groups, places):
+                return StopAsked()
         except CannotWork:
             staying = {node.name for node in self._nodes() if node.leaving_seconds is None}
             gone = [node for node in asked if node.leaving_seconds is None and node.name not in staying]
@@ -345,8 +347,8 @@ class Launch:
         elif self._on_message is not None:
             self._on_message(message)
 
-    def _await_agents(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> None:
-        """Has agents run on the nodes of `places`, and waits for their hello."""
+    def _await_agents(self, groups: Sequence[RankGroup], places: Sequence[Place]) -> bool:
+        """Has agents run on the nodes of `places`, and waits for their hello; False where the job was stopped."""
         needs = {group.role: group.need for group in groups}
         wanted: dict[str, list[Need]] = {}
         for one in places:
@@ -363,10 +365,12 @@ class Launch:
                 if event.node.name in names:
                     raise CannotWork(Problem("launch", event.reason))
             if isinstance(event, StopAsked):
-                raise RunFailed(Problem("launch", "the job was stopped before its ranks were started"))
+                self._stop_asked = True
+                return False
             if event is None:
                 what = f"no word from {', '.join(sorted(missing))} within {self._start_seconds:g} s"
                 raise CannotWork(Problem("launch", what, f"there are {nodes_in_words(self.hub.nodes())}"))
+        return True
 
     def _end_ranks(self) -> None:
         """Has the ranks that run end in order, after an error of the driver's own."""

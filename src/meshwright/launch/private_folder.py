@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +29,16 @@ def _sweep(prefix: str, root: Path) -> None:
     """Removes folders whose process is dead: no process holds their lock."""
     for folder in root.glob(prefix + "*"):
         try:
-            with open(folder / "lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.lstat().st_uid != os.geteuid():
+                continue  # whatever lies there
+            # Neither a pipe, which would be waited for, nor a link.
+            lock = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            continue  # its process lives, or it is another user's
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # its process lives
+        finally:
+            os.close(lock)

@@ -112,6 +112,7 @@ class RankProcesses:
     def ask_to_save(self) -> None:
         """SIGTERM to every rank, without a deadline: a rank that trains saves and returns."""
         for rank in self._ranks:
+            rank.saves = True
             _signal(rank, signal.SIGTERM)
 
     def kill(self) -> None:
@@ -192,6 +193,8 @@ class RankProcesses:
             return ("asked" if rank.asked else "refused"), "refused its work"
         if rank.asked and "failure" not in answer:
             return "asked", "was asked to end"
+        if status == -signal.SIGTERM and rank.saves:
+            return "asked", "was asked to end before it had begun"
         if status == -signal.SIGKILL and _memory_kills() > self._memory_kills:
             return "memory", "was killed because the memory of its control group is used up"
         if status == -signal.SIGKILL:
@@ -218,7 +221,7 @@ class _Rank:
     def __init__(self, start: RankStart) -> None:
         self.start = start
         self.spec, self.answer = _memory_file("spec"), _memory_file("answer")
-        self.asked = self.told = self.held = False
+        self.asked = self.told = self.held = self.saves = False
         self.kill_at: float | None = None
         self.held_since: float | None = None
         self.seen = time.monotonic()

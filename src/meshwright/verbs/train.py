@@ -174,6 +174,7 @@ def _run(
         groups.begin()
         return folder.grant_lease()
 
+    processes: Launch | None = None
     try:
         processes = launch.keep(
             backend,
@@ -196,6 +197,9 @@ def _run(
             results = processes.wait()
         folder.write_trace(traces)
     except RunFailed as error:
+        if processes is not None and processes.poll() == "stopped":
+            what = "was stopped before it had saved" if folder.steps() else "was stopped before its first step"
+            raise RunFailed(Problem(str(folder.path), what), resume=resume_with) from error
         with suppress(OSError):  # as where a full disk is the failure
             folder.append_event("failure", reason=str(error.problems[0]))
         raise RunFailed(error.problems, resume=resume_with) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from meshwright.errors import CannotWork, Problem
+from meshwright.errors import CannotWork, Problem, RunFailed
 from meshwright.launch import Finished, Need, Node, RankGroup, Wait, Waited
 from meshwright.launch.groups import nodes_in_words
 from meshwright.launch.hub_files import Before
@@ -139,7 +139,8 @@ class TrainingGroups:
         staying.sort(key=lambda node: -self._held_bytes.get(node.name, 0.0))
         if isinstance(event, NodeLeaving) and not staying:
             return None  # its ranks save and return by themselves
-        shares = [share for share in equal_shares(staying, self._job.cluster.devices) if share.devices >= self._least()]
+        least = self._least(waited=isinstance(event, Waited))
+        shares = [share for share in equal_shares(staying, self._job.cluster.devices) if share.devices >= least]
         if not shares:
             return self._lack(event, nodes)
         at_work = self._share if isinstance(event, NodeJoined | NodeLeaving | NodeLost) else None
@@ -190,18 +191,25 @@ class TrainingGroups:
         held = self._held_bytes.get(node, 0.0)
         self._held_bytes[node] = more_bytes + (0.0 if math.isinf(held) else held)
 
-    def _least(self) -> int:
+    def _least(self, *, waited: bool) -> int:
+        """Fewest devices to start with: all that are wanted, but for what has been waited for or was lost."""
         section = self._job.launch
         if self._starts:
             return section.devices_min or 1
-        return section.devices_min or self._job.cluster.devices or 1
+        wanted = self._job.cluster.devices or 1
+        return wanted if self._may_grow and not waited else section.devices_min or wanted
 
     def _lack(self, event: Event | Finished | Waited | None, nodes: Sequence[Node]) -> Wait:
         if self._may_grow and not isinstance(event, Waited):
             return Wait(self._job.launch.timeout_seconds)
-        what = f"{self._least()} devices are needed; there are {nodes_in_words(nodes)}"
+        what = f"{self._least(waited=True)} devices are needed; there are {nodes_in_words(nodes)}"
         share = equal_share(nodes, None)
         near = f"nearest: cluster.devices={share.devices}" if share else "start nodes"
+        if isinstance(event, Waited):
+            section = self._job.launch
+            what += f" after {section.timeout_seconds:g} s (launch.timeout_seconds)"
+            near = f"on each node: python -m meshwright.launch.agent --run {self._folder.path}"
+            raise RunFailed(Problem("cluster.devices", what, near))  # another time they may be there
         raise CannotWork(Problem("cluster.devices", what, near))
 
     def _may_go_on(self, failure: Failure) -> bool:
