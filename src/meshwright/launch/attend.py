@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from meshwright.launch.groups import Node
-from meshwright.launch.hub import BEAT_SECONDS, wire_node
+from meshwright.launch.hub import BEAT_SECONDS
 from meshwright.launch.messages import Dial, RankPlace
 from meshwright.launch.private_folder import private_folder
 from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart, log_name
@@ -28,6 +28,7 @@ from meshwright.launch.service import connect
 from meshwright.launch.versions import Versions
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.launch.wire.hub_pb2_grpc import HubStub
+from meshwright.launch.wire_forms import wire_node
 
 #: How long an agent goes on without a word of the hub. With the grace below, ranks have ended 10 s after the hub has.
 PATIENCE_SECONDS = 6.0

@@ -36,6 +36,7 @@ from meshwright.launch.messages import (
 )
 from meshwright.launch.versions import Versions, difference
 from meshwright.launch.wire import hub_pb2 as wire
+from meshwright.launch.wire_forms import node_of, role_spec, wire_node
 
 BEAT_SECONDS = 1.0
 #: A node that has not been heard of for so long is lost. A beat is a thread's that does nothing else.
@@ -43,8 +44,6 @@ SILENT_SECONDS = 5.0
 CHECK_SECONDS = 0.25
 #: The most that a call to a rank may take with its name: what gRPC lets pass is the hub's and the ranks' limit.
 MAX_CALL_BYTES = (64 << 20) - 1024
-#: Fields of a Node that its agent states.
-NODE_FIELDS = ("name", "address", "interface", "kind", "devices", "cores", "memory_bytes", "link_bytes_per_second")
 RankKey = tuple[str, int]
 
 
@@ -137,7 +136,7 @@ class Hub:
                 member.orders.clear()
                 here = [place for place in places if place.node == node]
                 if here:
-                    roles = [_role_spec(group, here) for group in groups]
+                    roles = [role_spec(group, here) for group in groups]
                     message = wire.Start(
                         generation=self.generation, roles=[role for role in roles if role.ranks], folder=folder
                     )
@@ -274,9 +273,8 @@ class Hub:
                     rank.pid = pid
                 self._events.put(RanksBegun(member.node.name))
             elif kind == "leaving_seconds":
-                told_again = member.node.leaving_seconds is not None
-                member.node = replace(member.node, leaving_seconds=message.leaving_seconds)
-                if not told_again:
+                before, member.node = member.node, replace(member.node, leaving_seconds=message.leaving_seconds)
+                if before.leaving_seconds is None:  # not told again
                     self._events.put(NodeLeaving(member.node))
             elif kind == "log":
                 self._take_log(message.log, member.node)
@@ -419,34 +417,3 @@ class Hub:
     @property
     def welcome(self) -> wire.Welcome:
         return self._welcome
-
-
-def wire_node(node: Node) -> wire.Node:
-    """A node for the wire."""
-    return wire.Node(**{name: getattr(node, name) for name in NODE_FIELDS})
-
-
-def node_of(node: wire.Node) -> Node:
-    """The inverse of `wire_node`."""
-    return Node(**{name: getattr(node, name) for name in NODE_FIELDS})
-
-
-def _role_spec(group: RankGroup, here: Sequence[Place]) -> wire.RoleSpec:
-    ranks = [
-        wire.RankSpec(
-            name=wire.RankName(role=place.role, rank=place.rank),
-            local_rank=place.local_rank,
-            world=group.ranks,
-            device=place.device,
-        )
-        for place in here
-        if place.role == group.role
-    ]
-    return wire.RoleSpec(
-        role=group.role,
-        function=group.function,
-        payload=json.dumps(group.payload, allow_nan=True).encode(),
-        environment=dict(group.env),
-        keep_memory=group.keep_memory,
-        ranks=ranks,
-    )

@@ -11,10 +11,10 @@ import grpc
 from meshwright.errors import InputError, Problem, RunFailed
 from meshwright.launch.access import PEOPLE, READERS, read_dial, read_private
 from meshwright.launch.groups import Node
-from meshwright.launch.hub import node_of
 from meshwright.launch.service import connect
 from meshwright.launch.wire import hub_pb2 as wire
 from meshwright.launch.wire.hub_pb2_grpc import HubStub
+from meshwright.launch.wire_forms import node_of
 
 ANSWER_SECONDS = 5.0
 
