@@ -385,3 +385,14 @@ def test_any_arguments_survive_the_round_trip(tmp_path: Path, arguments: dict[st
 @given(st.dictionaries(st.text("ab", min_size=1, max_size=3), plain, max_size=4))
 def test_toml_text_is_toml(content: dict[str, Any]) -> None:
     assert tomllib.loads(toml_text({"s": content})).get("s", {}) == content
+
+
+def test_a_least_number_of_devices_above_all_of_them_is_refused() -> None:
+    with pytest.raises(InputError, match=r"launch\.devices_min: is 5, more than cluster\.devices = 2; nearest: 2"):
+        Job(
+            model={"family": "llama", "layers": 1, "hidden": 8, "heads": 1, "ffn": 8, "vocab": 300},
+            data={"seq_len": 8},
+            train={"steps": 1, "lr": 1e-3, "global_batch": 2},
+            cluster={"devices": 2},
+            launch={"devices_min": 5},
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.launch import RankGroup
-from meshwright.launch.access import AGENTS, read_dial
+from meshwright.launch.access import AGENTS, read_dial, write_private
 from meshwright.launch.groups import Place
 from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.people import hub_status
@@ -148,3 +148,25 @@ def test_a_hub_whose_addresses_are_taken_is_no_hindrance_to_the_next(tmp_path: P
         assert third.before is None and third.hub.generation == 0
         assert third.network is not None and third.network.address != address
         third.close()
+
+
+@pytest.mark.parametrize(("host", "interface"), [("no-such-host.invalid", None), ("192.0.2.1", "lo")])
+def test_a_hub_that_cannot_be_reached_yet_is_waited_for(tmp_path: Path, host: str, interface: str | None) -> None:
+    """As while a cluster's names come up: 4 says that no hub was found, 2 would say that none can be."""
+    access = tmp_path / "agents.json"
+    write_private(access, {"address": f"{host}:1", "secret": "none", "certificate": "none"})
+    options = ["--access", str(access), "--wait", "1", "--patience", "1"]
+    agent = run_agent(*options, *(["--interface", interface] if interface else []))
+    assert agent.returncode == 4, agent.stderr
+    assert interface or f"{host} cannot be reached" in agent.stderr
+
+
+def test_an_access_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    agent = run_agent("--access", str(tmp_path / "none"))
+    assert agent.returncode == 2 and f"{tmp_path}/none: cannot be read: No such file" in agent.stderr
+    assert "Traceback" not in agent.stderr
+
+
+def run_agent(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meshwright.launch.agent", *options]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True, timeout=60)

@@ -43,6 +43,17 @@ class OnAll:
         return [RankGroup("rank", self._function, {"folder": str(self._folder)}, count)]
 
 
+class BehindAProxy(AgentProcesses):
+    """Agents whose connections to the hub can be broken."""
+
+    proxy: Proxy
+
+    def open(self, files: HubFiles) -> None:
+        super().open(files)
+        self.proxy = Proxy(self.hub_address)
+        self.address = self.proxy.address
+
+
 def pids(folder: Path, generation: int, count: int) -> list[int]:
     """The processes of a generation, once all have begun."""
     paths = [folder / f"pid-{generation}-{rank}" for rank in range(count)]
@@ -95,17 +106,9 @@ def test_two_faults_within_three_seconds(tmp_path: Path) -> None:
 def test_a_connection_that_breaks_for_a_moment_changes_nothing(tmp_path: Path) -> None:
     """No word of a rank is lost or comes twice, keys and calls go on, and no rank is started anew."""
     said: list[Message] = []
-    proxies: list[Proxy] = []
-
-    class BehindAProxy(AgentProcesses):
-        def open(self, files: HubFiles) -> None:
-            super().open(files)
-            proxies.append(Proxy(self.hub_address))
-            self.address = proxies[0].address
-
     cluster = BehindAProxy(tmp_path, {"a": 1})
     group = RankGroup("rank", WORKERS + "tell_while_called", {}, 1)
-    with launch.start(cluster, [group], tmp_path / "logs", on_message=said.append) as run, proxies[0] as proxy:
+    with launch.start(cluster, [group], tmp_path / "logs", on_message=said.append) as run, cluster.proxy as proxy:
         before = run.pids
         kept = [run.call("rank", 0, "keep", word) for word in "ab"]
         for round_ in range(2):
@@ -245,14 +248,19 @@ def test_an_error_of_the_driver_itself_has_ranks_end_in_order(tmp_path: Path) ->
     assert (tmp_path / "saved-1-0").exists()
 
 
-def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def without(run: Path) -> list[str]:
+    """The begin of the command of an agent that does not see the folder `run`, which is made."""
     run.mkdir()
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("a disk of the node's own needs the right to mount one")
-    cluster = AgentProcesses(tmp_path, {"a": 1})
     hidden = f"mount -t tmpfs tmpfs {shlex.quote(str(run))}"
-    cluster.before = ["unshare", "-m", "sh", "-c", hidden + ' && exec "$@"', "sh"]
+    return ["unshare", "-m", "sh", "-c", hidden + ' && exec "$@"', "sh"]
+
+
+def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cluster = AgentProcesses(tmp_path, {"a": 1})
+    cluster.before = without(run)
     ask = OnAll("print_until_asked", tmp_path, 1)
     with launch.keep(cluster, ask, run / "logs", hub_folder=run / "hub") as at_work:
         pids(tmp_path, 1, 1)
@@ -263,3 +271,36 @@ def test_logs_of_a_node_that_does_not_share_the_disk_come_to_the_driver_once(tmp
     logs = {path.name: path.read_text().splitlines() for path in (run / "logs").iterdir()}
     ends = {number: [f"{word} of generation {number}" for word in ("begin", "end")] for number in (1, 2)}
     assert logs == {"rank-0.log": [*ends[1], *ends[2]], "rank-1.log": ends[2]}
+
+
+def test_such_logs_are_whole_and_a_leaving_node_is_heard_after_the_connection_broke(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cluster = BehindAProxy(tmp_path, {"a": 1})
+    cluster.before = without(run)
+    group = RankGroup("rank", WORKERS + "print_lines_until_asked", {"folder": str(tmp_path)}, 1)
+    events: list[Any] = []
+
+    def ask(event: Any, _: Sequence[Node]) -> list[RankGroup] | None:
+        events.append(event)
+        return [group] if event is None else None
+
+    with launch.keep(cluster, ask, run / "logs", hub_folder=run / "hub") as at_work, cluster.proxy as proxy:
+        log = run / "logs" / "rank-0.log"
+
+        def lines() -> int:
+            return len(log.read_text().splitlines()) if log.exists() else 0
+
+        for _ in range(2):
+            heard = lines()
+            assert eventually(lambda heard=heard: lines() > heard + 10)  # type: ignore[misc]
+            proxy.cut()
+            time.sleep(2.0)
+            proxy.mend()
+        proxy.cut()
+        cluster.take_away("a", signal.SIGTERM)  # it is told while the connection is broken, and so is the rank's end
+        assert eventually((tmp_path / "printed").exists)
+        time.sleep(0.5)
+        proxy.mend()
+        at_work.wait(30)
+    assert "NodeLeaving" in [type(event).__name__ for event in events]
+    assert log.read_text().splitlines() == [f"line {n}" for n in range(int((tmp_path / "printed").read_text()))]

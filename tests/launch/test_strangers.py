@@ -227,7 +227,7 @@ def test_a_hello_of_a_generation_that_is_over_is_given_up(run: Run) -> None:
 
 def test_what_begins_without_a_hello_is_no_agent(run: Run) -> None:
     channel = connect(run.join.address, run.join.certificate)
-    for first in ([], [wire.AgentMessage(beat=wire.Received())]):
+    for first in ([], [wire.AgentMessage(beat=wire.Beat())]):
         assert list(HubStub(channel).Attend(iter(first), metadata=[("secret", run.join.secret)], timeout=10)) == []
     channel.close()
 

@@ -253,3 +253,16 @@ def print_until_asked(payload: dict[str, Any], context: Context) -> dict[str, An
     result = until_asked(payload, context)
     print(f"end of generation {context.generation}")
     return result
+
+
+def print_lines_until_asked(payload: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Prints numbered lines until it is asked to end; leaves their number in "printed"."""
+    asked: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    number = 0
+    while not asked:
+        print(f"line {number}")
+        number += 1
+        time.sleep(0.05)
+    (Path(payload["folder"]) / "printed").write_text(str(number))
+    return {"asked": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -138,6 +139,28 @@ def test_logs_are_printed_followed_and_named(run: Path) -> None:
             follower.communicate()
     with pytest.raises(InputError, match=r"has no log of rank 3.*there are: driver, rank-0"):
         verbs.logs(run, rank=3)
+
+
+def test_a_log_that_comes_later_is_followed_too(run: Path) -> None:
+    lines = verbs.logs(run, follow=True)
+    next(lines)
+    (run / "logs" / "rank-7.log").write_text("of a later generation\n")
+    try:
+        assert ("rank-7", "of a later generation") in itertools.islice(lines, 10_000)
+    finally:
+        (run / "logs" / "rank-7.log").unlink()
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "hub").mkdir(parents=True)
+    (other / "hub" / "readers.json").write_text("{}")
+    (other / "hub" / "readers.json").chmod(0o644)  # what a secret's file may not be
+    readable, unreadable = verbs.status([run, other])
+    assert readable["state"] == "running"
+    assert unreadable["state"] == "unreadable" and "others can read it" in unreadable["failures"][0]
+    with pytest.raises(InputError, match="others can read it"):
+        verbs.status([other])
 
 
 def test_a_run_at_work_is_not_started_twice(run: Path) -> None:

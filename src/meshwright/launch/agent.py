@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cluster import available_cores, memory_bytes, this_machine
-from meshwright.errors import MeshwrightError
+from meshwright.errors import InputError, MeshwrightError, Problem
 from meshwright.launch.access import AGENTS, HUB_FOLDER, read_dial
 from meshwright.launch.attend import PATIENCE_SECONDS, RETRY_SECONDS, Agent, Outcome
 from meshwright.launch.groups import Node
 from meshwright.launch.messages import Dial
-from meshwright.launch.network import interface_towards, link_bytes_per_second, refuse_public
+from meshwright.launch.network import NoRoute, interface_towards, link_bytes_per_second, refuse_public
 from meshwright.launch.versions import own_versions
 
 WAIT_SECONDS = 300.0
@@ -49,12 +49,16 @@ def attend(
         if leaving.called:
             return Outcome("left")
         dial = find()
-        if dial is None:
+        try:
+            here = None if dial is None else node(dial)
+        except NoRoute as error:  # yet: names and routes come as clusters start
+            here, outcome = None, Outcome("lost", str(error))
+        if dial is None or here is None:
             time.sleep(RETRY_SECONDS)
             continue
         agent = Agent(
             dial,
-            node(dial),
+            here,
             own_versions(),
             patience_seconds=patience_seconds,
             find=find,
@@ -94,7 +98,8 @@ class Leaving:
 def describe_node(dial: Dial, name: str | None, devices: int | None, interface: str | None) -> Node:
     """This machine as a node: its devices, its memory, and the interface by which it reaches the hub, or `interface`.
 
-    Raises CannotWork where that interface has a public address, InputError where no route leads to the hub.
+    Raises CannotWork where that interface has a public address, NoRoute where the hub's name is unknown or no route
+    leads there.
     """
     chosen = interface or interface_towards(dial.address.rpartition(":")[0].strip("[]"))
     cluster = this_machine()
@@ -129,9 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.access or options.run / HUB_FOLDER / AGENTS
 
     def find() -> Dial | None:
-        if options.run is not None and not path.exists():
-            return None
-        dial = read_dial(path)
+        try:
+            dial = read_dial(path)
+        except OSError as error:
+            if options.run is not None and not isinstance(
+                error, PermissionError
+            ):  # the driver has not written it yet, or has ended
+                return None
+            raise InputError(
+                Problem(str(path), f"cannot be read: {error.strerror}", "agents.json of the driver")
+            ) from error
         return replace(dial, address=options.hub) if options.hub else dial
 
     leaving = Leaving(options.grace)

@@ -23,6 +23,7 @@ from meshwright.launch.hub import BEAT_SECONDS
 from meshwright.launch.messages import Dial, RankPlace
 from meshwright.launch.private_folder import private_folder
 from meshwright.launch.processes import POLL_SECONDS, RankEnd, RankProcesses, RankStart, log_name
+from meshwright.launch.sent_logs import SentLogs
 from meshwright.launch.service import connect
 from meshwright.launch.versions import Versions
 from meshwright.launch.wire import hub_pb2 as wire
@@ -81,7 +82,9 @@ class Agent:
         self._outcome: Outcome | None = None
         #: Whether a hub has welcomed it.
         self.attended = False
-        self._sent_logs: dict[tuple[str, int], int] | None = None  # bytes of each log sent; None: the disk is shared
+        self._welcomed = False  # by the hub, on this connection: before, what is sent may be lost
+        self._beats = 0
+        self._logs: SentLogs | None = None  # None: the disk is shared
         self._shared_folder = True
         self._closing = ExitStack()
 
@@ -108,8 +111,8 @@ class Agent:
 
     def _leave(self, seconds: float) -> None:
         self._told = time.monotonic()
-        self._send(wire.AgentMessage(leaving_seconds=seconds))
         self._leave_at = time.monotonic() + seconds
+        self._send(wire.AgentMessage(leaving_seconds=seconds))
         if self._ranks is not None:
             self._ranks.ask_to_save()
 
@@ -117,7 +120,8 @@ class Agent:
         """Ends this agent once its ranks have, or when the node's time is up."""
         now = time.monotonic()
         running = self._ranks is not None and bool(self._ranks.running)
-        if now > self._leave_at or (self._leave_at < float("inf") and not running and now - self._told > TOLD_SECONDS):
+        told = (self._welcomed or not self._reports) and now - self._told > TOLD_SECONDS
+        if now > self._leave_at or (self._leave_at < float("inf") and not running and told):
             self._outcome = Outcome("left")
 
     def _end_ranks(self) -> None:
@@ -134,10 +138,13 @@ class Agent:
         connection = self._connection
         if connection is not None:
             self._heard = max(self._heard, connection.heard)
-            if now - self._beat >= BEAT_SECONDS:
+            if self._welcomed and now - self._beat >= BEAT_SECONDS:
                 self._beat = now
                 self._send_logs()
-                self._send(wire.AgentMessage(beat=wire.Received()))
+                self._beats += 1
+                if self._logs is not None:
+                    self._logs.beat(self._beats)
+                self._send(wire.AgentMessage(beat=wire.Beat(number=self._beats)))
         if now - self._heard > self._patience_seconds:
             self._outcome = Outcome("lost", f"the hub has been silent for {self._patience_seconds:g} s")
         elif (connection is None or connection.ended) and now - self._tried >= RETRY_SECONDS * (connection is not None):
@@ -148,10 +155,8 @@ class Agent:
                     self._outcome = Outcome("refused", connection.refused)
                     return
                 self._take_dial(found or self._dial)
-            self._tried = now
+            self._tried, self._welcomed = now, False
             self._connection = _Connection(self._dial, self._hello(), self._inbox.put)
-            for report in self._reports:
-                self._connection.send(report)
 
     def _hello(self) -> wire.AgentMessage:
         running = self._ranks.running if self._ranks is not None else []
@@ -168,8 +173,19 @@ class Agent:
         return wire.AgentMessage(hello=hello)
 
     def _send(self, message: wire.AgentMessage) -> None:
-        if self._connection is not None:
+        if self._connection is not None and self._welcomed:
             self._connection.send(message)
+
+    def _send_again(self) -> None:
+        """Tells a hub that has just welcomed this agent what it may not have heard: logs before the ends of ranks."""
+        if self._logs is not None:
+            self._logs.go_back()
+            self._send_logs()
+        if self._leave_at < float("inf"):
+            self._told = time.monotonic()
+            self._send(wire.AgentMessage(leaving_seconds=max(0.0, self._leave_at - self._told)))
+        for report in self._reports:
+            self._send(report)
 
     def _obey(self, message: wire.HubMessage | Callable[[], None]) -> None:
         if not isinstance(message, wire.HubMessage):
@@ -181,9 +197,12 @@ class Agent:
         elif kind == "stop" and self._ranks is not None and message.stop.generation == self._generation:
             self._ranks.end(message.stop.role, message.stop.grace_seconds)
         elif kind == "welcome":
-            self.attended = True
+            self.attended = self._welcomed = True
             self._patience_seconds = message.welcome.patience_seconds or self._own_patience_seconds
             self._shared_folder = _holds(message.welcome.folder_mark_path, message.welcome.folder_mark)
+            self._send_again()
+        elif kind == "beat" and self._logs is not None:
+            self._logs.answered(message.beat.number)
         elif kind == "secret":
             self._take_dial(replace(self._dial, secret=message.secret))
         elif kind == "refused":
@@ -217,9 +236,7 @@ class Agent:
             for rank in role.ranks
         ]
         logs = {(one.place.role, one.place.rank): folder / log_name(one.place.role, one.place.rank) for one in starts}
-        self._sent_logs = None
-        if not self._shared_folder:  # what earlier generations wrote has been sent
-            self._sent_logs = {key: path.stat().st_size if path.exists() else 0 for key, path in logs.items()}
+        self._logs = None if self._shared_folder else SentLogs(logs)
         try:
             self._ranks = RankProcesses(starts, folder, self._node.interface)
         except (OSError, ValueError) as error:
@@ -268,16 +285,9 @@ class Agent:
 
     def _send_logs(self) -> None:
         """Sends what ranks have written since the last time, where the driver cannot read it."""
-        if self._sent_logs is None or self._ranks is None:
-            return
-        for place in self._ranks.places:
-            key = (place.role, place.rank)
-            with open(self._ranks.log(place), "rb") as log:
-                log.seek(self._sent_logs.get(key, 0))
-                while text := log.read(1 << 20):
-                    name = wire.RankName(role=place.role, rank=place.rank)
-                    self._send(wire.AgentMessage(log=wire.Log(name=name, text=text)))
-                self._sent_logs[key] = log.tell()
+        if self._logs is not None and self._welcomed:
+            for log in self._logs.unsent():
+                self._send(wire.AgentMessage(log=log))
 
 
 class _Connection:

@@ -18,11 +18,14 @@ def remote_backend(on: str, address: str | None, interface: str | None, devices:
 
     address: what `launch.address` says; interface: that ranks on Ray's nodes talk over (None: the one that leads to the
     hub); devices: of a Ray cluster that is started for the job. Raises InputError for an address that is missing or
-    wrong, and what `launch.ray.RayBackend` raises.
+    wrong or an interface for "agents", and what `launch.ray.RayBackend` raises.
     """
     if on == "agents":
         if address is None:
             raise InputError(Problem("launch.address", "is needed: agents dial it", "such as 0.0.0.0:7474"))
+        if interface is not None:
+            what = f"{interface!r} says nothing to agents that come by themselves"
+            raise InputError(Problem("launch.interface", what, f"start each with --interface {interface}"))
         return AwaitedBackend(address)
     if importlib.util.find_spec("ray") is None:
         raise InputError(Problem("launch.on", "Ray is not installed", "pip install 'meshwright[ray]'"))

@@ -101,6 +101,7 @@ class Hub:
         self._failures: list[str] = []
         self._keys = KeyTable()
         self._told: dict[RankKey, int] = {}  # the number of what each rank told last
+        self._logged: dict[RankKey, int] = {}  # where in its agent's file the log goes on
         self._calls: dict[RankKey, queue.SimpleQueue[wire.Call | None]] = {}  # to ranks that listen
         self._open_calls: dict[int, tuple[RankKey, wire.Call]] = {}
         self._call_ids = itertools.count(time.time_ns())  # above those of a hub that was killed
@@ -161,7 +162,7 @@ class Hub:
         self._ranks = {(place.role, place.rank): _Rank(place) for place in places}
         for calls in self._calls.values():
             calls.put(None)
-        self._calls, self._told = {}, {}
+        self._calls, self._told, self._logged = {}, {}, {}
         self._open_calls.clear()
 
     def end_ranks(self, role: str, grace_seconds: float) -> None:
@@ -274,12 +275,22 @@ class Hub:
                     rank.pid = pid
                 self._events.put(RanksBegun(member.node.name))
             elif kind == "leaving_seconds":
-                member.node = replace(member.node, leaving_seconds=message.leaving_seconds)
-                self._events.put(NodeLeaving(member.node))
+                before, member.node = member.node, replace(member.node, leaving_seconds=message.leaving_seconds)
+                if before.leaving_seconds is None:  # not told again
+                    self._events.put(NodeLeaving(member.node))
             elif kind == "log":
-                key = (message.log.name.role, message.log.name.rank)
-                if key in self._ranks and self._ranks[key].place.node == member.node.name:
-                    self._events.put(Message(*key, "log", None, message.log.text))
+                self._take_log(message.log, member.node)
+            elif kind == "beat":
+                member.outbox.put(wire.HubMessage(beat=message.beat))
+
+    def _take_log(self, log: wire.Log, node: Node) -> None:
+        """Takes what an agent sends of a log, less what has come already."""
+        key = (log.name.role, log.name.rank)
+        if key in self._ranks and self._ranks[key].place.node == node.name:
+            taken = self._logged.get(key, log.offset)
+            self._logged[key] = max(taken, log.offset + len(log.text))
+            if text := log.text[max(0, taken - log.offset) :]:
+                self._events.put(Message(*key, "log", None, text))
 
     def _end_rank(self, ended: wire.RankEnded, node: Node) -> None:
         key = (ended.name.role, ended.name.rank)

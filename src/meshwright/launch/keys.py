@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 
 from meshwright.launch.wire import hub_pb2 as wire
 
@@ -95,7 +94,10 @@ class KeyTable:
 
     def _wait(self, keys: list[str], wait_seconds: float, generation: int) -> wire.KeyReply | None:
         deadline = time.monotonic() + min(wait_seconds, LONGEST_WAIT_SECONDS)
-        over: Callable[[], bool] = lambda: self._has(keys) or generation != self._generation  # noqa: E731
+
+        def over() -> bool:
+            return self._has(keys) or generation != self._generation
+
         found = self._changed.wait_for(over, max(0.0, deadline - time.monotonic()))
         if generation != self._generation:
             return None

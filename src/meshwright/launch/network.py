@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import socket
@@ -9,7 +10,13 @@ from pathlib import Path
 
 from meshwright.errors import CannotWork, InputError, Problem
 
+#: An address for documentation, which no host has: packets there leave by the default route.
+FAR_HOST = "192.0.2.1"
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+class NoRoute(InputError):
+    """A host's name is unknown, or no route leads there: now, which may change."""
 
 
 def interface_names() -> list[str]:
@@ -37,8 +44,12 @@ def interface_address(name: str) -> str | None:
 
 
 def outward_address() -> str:
-    """An IPv4 address by which other hosts may reach this one: that of the first interface beside loopback. Raises
-    CannotWork without one."""
+    """An IPv4 address by which other hosts may reach this one: that of the interface of the default route, else of the
+    first interface beside loopback. Raises CannotWork without one."""
+    with contextlib.suppress(NoRoute):
+        towards = _address_towards(FAR_HOST)
+        if not ipaddress.ip_address(towards).is_loopback:
+            return towards
     for name in interface_names():
         address = interface_address(name)
         if address is not None and not ipaddress.ip_address(address).is_loopback:
@@ -47,15 +58,19 @@ def outward_address() -> str:
 
 
 def interface_towards(host: str) -> str:
-    """The interface that packets to `host` leave by. Raises InputError where the name is unknown or no route leads
-    there."""
+    """The interface that packets to `host` leave by. Raises NoRoute where the name or a route is unknown."""
+    address = _address_towards(host)
+    return next((name for name in interface_names() if interface_address(name) == address), "lo")
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address in packets to `host`. Raises as `interface_towards`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # a datagram socket sends nothing here, it asks the routing table
         except OSError as error:
-            raise InputError(Problem("launch.address", f"{host} cannot be reached: {error}")) from error
-        address = probe.getsockname()[0]
-    return next((name for name in interface_names() if interface_address(name) == address), "lo")
+            raise NoRoute(Problem("launch.address", f"{host} cannot be reached: {error}")) from error
+        return str(probe.getsockname()[0])
 
 
 def link_bytes_per_second(name: str) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunFiles:
 
     def __init__(self, run: Path | None) -> None:
         self._run = None if run is None else RunFolder(run.resolve())
+        self._renaming = threading.Lock()
         self._renamed: OrderedDict[int, wire.WriteReply] = OrderedDict()
 
     def read(self, request: wire.ReadRequest) -> wire.ReadReply:
@@ -73,13 +75,14 @@ class RunFiles:
             raise Refused(f"{request.target} is no name of a checkpoint")
         if not request.id:
             raise Refused("a renaming without an id")
-        if (known := self._renamed.get(request.id)) is not None:
-            return known
-        reply = wire.WriteReply(fault=_fault_of(lambda: _rename(path, target, lease)))
-        self._renamed[request.id] = reply
-        while len(self._renamed) > ANSWERS:
-            self._renamed.popitem(last=False)
-        return reply
+        with self._renaming:  # the second may come while the first is at work
+            if (known := self._renamed.get(request.id)) is not None:
+                return known
+            reply = wire.WriteReply(fault=_fault_of(lambda: _rename(path, target, lease)))
+            self._renamed[request.id] = reply
+            while len(self._renamed) > ANSWERS:
+                self._renamed.popitem(last=False)
+            return reply
 
     def _folder(self) -> RunFolder:
         if self._run is None:

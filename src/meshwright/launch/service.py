@@ -107,7 +107,7 @@ class _Service(HubServicer):
             try:
                 message = outbox.get(timeout=BEAT_SECONDS)
             except queue.Empty:
-                message = wire.HubMessage(beat=wire.Received())
+                message = wire.HubMessage(beat=wire.Beat())
             if message is None:
                 return
             yield message

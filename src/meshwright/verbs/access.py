@@ -23,10 +23,11 @@ def status(runs: Sequence[str | Path] = ()) -> list[dict[str, Any]]:
     "ranks", "failures", "seconds"}, None for what is not known. `runs` are run folders (default: those in runs/).
 
     States: running; unreachable (its driver was killed, or is on another machine); done; stopped (it can be resumed);
-    failed; new (it has not begun); ended (a server). Raises InputError for a folder that holds no run.
+    failed; new (it has not begun); ended (a server); unreadable (another user's, among several; why is in "failures").
+    Raises InputError for a folder that holds no run.
     """
     folders = [_run_folder(path) for path in runs] if runs else _runs_here()
-    return [_status_of(folder) for folder in folders]
+    return [_status_of(folder) if len(folders) == 1 else _readable_status_of(folder) for folder in folders]
 
 
 def stop(run: str | Path, *, timeout_seconds: float = 120.0) -> dict[str, Any]:
@@ -52,14 +53,20 @@ def logs(run: str | Path, *, rank: int | None = None, follow: bool = False) -> I
     Raises InputError where the folder holds no run, or the run no such rank.
     """
     folder = _run_folder(run)
-    known = {path.stem: path for path in sorted(folder.logs.glob("*.log"), key=_order)}
-    if rank is not None:
-        if f"rank-{rank}" not in known:
-            there = ", ".join(known) or "none"
-            raise InputError(Problem(str(folder.path), f"has no log of rank {rank}", f"there are: {there}"))
-        known = {f"rank-{rank}": known[f"rank-{rank}"]}
-    offsets = dict.fromkeys(known, 0)
-    return _lines(known, offsets, lambda: follow and folder.hub.exists())
+    known = _logs_of(folder)
+    if rank is not None and f"rank-{rank}" not in known:
+        there = ", ".join(known) or "none"
+        raise InputError(Problem(str(folder.path), f"has no log of rank {rank}", f"there are: {there}"))
+
+    def wanted() -> dict[str, Path]:
+        return {name: path for name, path in _logs_of(folder).items() if rank is None or name == f"rank-{rank}"}
+
+    return _lines(wanted, lambda: follow and folder.hub.exists())
+
+
+def _logs_of(folder: RunFolder) -> dict[str, Path]:
+    """The logs that are there now, by name."""
+    return {path.stem: path for path in sorted(folder.logs.glob("*.log"), key=_order)}
 
 
 def _order(path: Path) -> tuple[str, int]:
@@ -67,11 +74,13 @@ def _order(path: Path) -> tuple[str, int]:
     return (role, int(number)) if number.isdecimal() else (path.stem, 0)
 
 
-def _lines(known: dict[str, Path], offsets: dict[str, int], goes_on: Callable[[], bool]) -> Iterator[tuple[str, str]]:
-    """Complete lines of each log from its offset on, and once nothing more comes the rest."""
+def _lines(logs_now: Callable[[], dict[str, Path]], goes_on: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+    """Complete lines of each log, of those too that come later, and once nothing more comes the rest."""
+    offsets: dict[str, int] = {}
     last = False
     while True:
-        for name, path in known.items():
+        for name, path in logs_now().items():
+            offsets.setdefault(name, 0)
             with open(path, "rb") as log:
                 log.seek(offsets[name])
                 while text := log.read(READ_BYTES):
@@ -107,12 +116,30 @@ def _runs_here() -> list[RunFolder]:
     return [folder for folder in found if folder.job.exists() or folder.hub.exists()]
 
 
+def _readable_status_of(folder: RunFolder) -> dict[str, Any]:
+    """As `_status_of`; a run that this user may not read does not keep the others' from being told."""
+    try:
+        return _status_of(folder)
+    except (InputError, PermissionError) as error:
+        return _nothing_known(folder, "unreadable") | {"failures": [str(error)]}
+
+
+def _nothing_known(folder: RunFolder, state: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"run": str(folder.path), "state": state, "step": None, "steps": None, "loss": None}
+    return found | {
+        "tokens_per_second": None,
+        "generation": None,
+        "nodes": [],
+        "ranks": [],
+        "failures": [],
+        "seconds": None,
+    }
+
+
 def _status_of(folder: RunFolder) -> dict[str, Any]:
     from meshwright.launch.people import hub_status
 
-    state = "new" if folder.job.exists() else "ended"
-    found: dict[str, Any] = {"run": str(folder.path), "state": state, "step": None, "steps": None, "loss": None}
-    found |= {"tokens_per_second": None, "generation": None, "nodes": [], "ranks": [], "failures": [], "seconds": None}
+    found = _nothing_known(folder, "new" if folder.job.exists() else "ended")
     for event in folder.each_event():
         kind = event["event"]
         if kind == "start":

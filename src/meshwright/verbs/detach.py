@@ -20,12 +20,13 @@ LOG_LINES = 12
 
 def detach(arguments: Sequence[str], folder: Path, ready: Path | None = None) -> dict[str, Any]:
     """Starts `meshwright ARGUMENTS` as a driver of its own, whose run folder is `folder`; returns {"run", "pid", "log"}
-    once its ranks have begun to start, and where `ready` is given that file is there.
+    once its ranks have begun to start, and where `ready` is given it has written that file.
 
     Raises RunFailed with the end of its log where it ends before.
     """
     log = folder / "logs" / "driver.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    before = _written_ns(ready)  # by a driver that was killed
     with open(log, "ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "meshwright", *arguments],
@@ -35,7 +36,7 @@ def detach(arguments: Sequence[str], folder: Path, ready: Path | None = None) ->
             stderr=subprocess.STDOUT,
             start_new_session=True,  # no signal of this terminal reaches it
         )
-    while not (_is_at_work(folder / HUB_FOLDER, process.pid) and (ready is None or ready.exists())):
+    while not (_is_at_work(folder / HUB_FOLDER, process.pid) and (ready is None or _written_ns(ready) != before)):
         if process.poll() is not None:
             if process.returncode == 0:  # a run that had nothing left to do
                 break
@@ -46,7 +47,17 @@ def detach(arguments: Sequence[str], folder: Path, ready: Path | None = None) ->
     return {"run": str(folder), "pid": process.pid, "log": str(log)}
 
 
+def _written_ns(path: Path | None) -> int | None:
+    """When a file was last written; None where there is none."""
+    try:
+        return None if path is None else path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def _is_at_work(hub: Path, driver: int) -> bool:
     """Whether the files in `hub` are complete and of the process `driver`: one that was killed may have left some."""
-    facts = hub / FACTS
-    return facts.exists() and (hub / PEOPLE).exists() and read_private(facts)["pid"] == driver
+    try:
+        return (hub / PEOPLE).exists() and read_private(hub / FACTS)["pid"] == driver
+    except FileNotFoundError:  # not yet, or withdrawn while we looked
+        return False

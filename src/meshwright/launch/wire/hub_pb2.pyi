@@ -78,12 +78,20 @@ class RankEnded(_message.Message):
     def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., generation: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ..., result: _Optional[bytes] = ..., error: _Optional[bytes] = ..., seconds_ago: _Optional[float] = ..., log_tail: _Optional[str] = ...) -> None: ...
 
 class Log(_message.Message):
-    __slots__ = ("name", "text")
+    __slots__ = ("name", "text", "offset")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     name: RankName
     text: bytes
-    def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., text: _Optional[bytes] = ...) -> None: ...
+    offset: int
+    def __init__(self, name: _Optional[_Union[RankName, _Mapping]] = ..., text: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Beat(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
     __slots__ = ("hello", "beat", "ended", "leaving_seconds", "log", "started")
@@ -94,12 +102,12 @@ class AgentMessage(_message.Message):
     LOG_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
-    beat: Received
+    beat: Beat
     ended: RankEnded
     leaving_seconds: float
     log: Log
     started: Started
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[Received, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., leaving_seconds: _Optional[float] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., leaving_seconds: _Optional[float] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("generation", "pids", "sees_run_folder")
@@ -176,7 +184,7 @@ class HubMessage(_message.Message):
     DONE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
-    beat: Received
+    beat: Beat
     start: Start
     stop: StopRanks
     refused: str
@@ -184,7 +192,7 @@ class HubMessage(_message.Message):
     done: Received
     welcome: Welcome
     secret: str
-    def __init__(self, beat: _Optional[_Union[Received, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., refused: _Optional[str] = ..., given_up: _Optional[str] = ..., done: _Optional[_Union[Received, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
+    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., refused: _Optional[str] = ..., given_up: _Optional[str] = ..., done: _Optional[_Union[Received, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("folder_mark", "folder_mark_path", "patience_seconds")
