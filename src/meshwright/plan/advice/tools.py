@@ -46,8 +46,8 @@ class Tool:
     """A tool: the kinds of device that it runs on, the least experience that it needs, and either its row in FRAMEWORKS
     or the fields of the Layout that it splits by (`own_splits`).
 
-    `models` is "any", or "language" for tools that bring their own transformer. `caution` is a warning for devices other
-    than CPUs, `ended` says when its development ended.
+    `models` is "any", or "language" for tools that bring their own transformer. `caution` is a warning for devices
+    other than CPUs, `ended` says when its development ended.
     """
 
     name: str
