@@ -15,6 +15,7 @@ import pytest
 
 from meshwright import checkpoint, verbs
 from meshwright.run import RunFolder
+from tests.hosts import hosts
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.train.test_runs import new_job
 
@@ -47,6 +48,7 @@ recompute = "none"
 [checkpoint]
 every = 10
 """
+ENDLESS = ["train.steps=100000", "train.decay=constant", "train.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_a_run_goes_on_through_a_cut_cable_a_host_held_still_and_a_host_that_los
 ) -> None:
     """One after the other; after each but the last the host comes back, and is used again. Then the run is stopped."""
     run = RunFolder(tmp_path / "run")
-    endless = ["train.steps=100000", "train.decay=constant", "train.warmup_steps=0", "checkpoint.every=5"]
+    endless = [*ENDLESS, "checkpoint.every=5"]
     process = driver(cluster, job, run.path, *endless)
 
     def goes_on_after(number: int) -> float:
@@ -214,6 +216,19 @@ def test_what_cannot_work_is_told_before_ray_would(cluster: RayCluster, job: Pat
     words, _ = refusal(cluster, job, tmp_path / "d", f"launch.address={cluster.head.address}:9")
     assert "no Ray cluster answers at" in words
     assert not list(tmp_path.glob("?/job.toml"))
+
+
+def test_an_open_cluster_is_refused_with_the_command_that_closes_it(job: Path, tmp_path: Path) -> None:
+    with hosts(1) as made:
+        cluster = RayCluster(made, tmp_path, cpus=1)
+        cluster.environment |= {"RAY_AUTH_MODE": "disabled"}
+        del cluster.environment["RAY_AUTH_TOKEN_PATH"]
+        cluster.start(cluster.head)
+        at, with_token = f"launch.address={cluster.address}", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        words, _ = refusal(cluster, job, tmp_path / "run", at, **with_token)
+    assert f"the Ray cluster at {cluster.address} asks for no token" in words
+    assert "RAY_AUTH_MODE=token ray start --head --port=6379" in words
+    assert not (tmp_path / "run" / "job.toml").exists()
 
 
 def test_a_cluster_that_is_started_for_the_job(job: Path, tmp_path: Path) -> None:

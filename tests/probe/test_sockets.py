@@ -32,6 +32,16 @@ def test_the_table_has_every_listener_and_says_which_ask_for_nothing() -> None:
     assert [row.authenticated for row in with_token][:2] == ["bearer token of key"] * 2
 
 
+@pytest.mark.parametrize("on", ["ray", "agents"])
+def test_on_several_nodes_ranks_talk_over_what_leads_to_the_hub_or_what_the_job_names(on: str) -> None:
+    def address(launch: LaunchSection) -> str:
+        rows = sockets.listeners(ServeSection(http_port=0, grpc_port=0), launch)
+        return next(row.address for row in rows if row.what.startswith("gloo"))
+
+    assert address(LaunchSection(on=on)) == "each node's interface towards the hub"
+    assert address(LaunchSection(on=on, interface="eth7")) == "eth7 (no address)"
+
+
 def test_a_port_in_use_is_a_problem(busy_port: int) -> None:
     problems = sockets.socket_problems(ServeSection(http_port=busy_port, grpc_port=0), LaunchSection())
     assert [problem.where for problem in problems] == ["serve.http_port"]

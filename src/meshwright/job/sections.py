@@ -176,7 +176,7 @@ class LaunchSection(_Section):
         None, "fewest devices to start with, and to go on with after a loss; default: all to start with, one to go on"
     )
     interface: Text = _key("lo", "network interface that the ranks talk over; with several nodes, lo: each node's own")
-    timeout_seconds: Positive = _key(300.0, "longest wait for another process")
+    timeout_seconds: Positive = _key(300.0, "longest wait for another process, and for the nodes to start with")
 
 
 class ServeSection(_Section):

@@ -32,7 +32,9 @@ class Listener:
 def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...]:
     """All sockets of a job with these sections."""
     token = f"bearer token of {serve.token_file}" if serve.token_file else ""
-    where = interface_address(launch.interface) or "no address"
+    ranks_at = f"{launch.interface} ({interface_address(launch.interface) or 'no address'})"
+    if launch.on != "local" and launch.interface == "lo":
+        ranks_at = "each node's interface towards the hub"
     return (
         Listener(
             "HTTP: completions, chat, health, metrics",
@@ -55,7 +57,7 @@ def listeners(serve: ServeSection, launch: LaunchSection) -> tuple[Listener, ...
         Listener(
             "gloo or NCCL: tensors between the processes of a job",
             "train, verify, serve with tp > 1",
-            f"{launch.interface} ({where})",
+            ranks_at,
             "any free",
             "",
             "",

@@ -119,7 +119,7 @@ def test_what_asks_for_more_experience_says_what_it_would_bring() -> None:
 
 
 def test_where_none_suits_the_nearest_is_named() -> None:
-    facts = replace(NODES, experience="new")
+    facts = replace(NODES, experience="new", untrained="trained are llama")
     advice = advise(facts, plans(facts, Layout(dp=64, shard=64), torchtitan=8.0, megatron=4.0))
     assert suiting(advice) == [] and advice.strategies[0].strategy == "no tool suits"
     assert "torchtitan is the closest, but needs more experience (some)" in advice.strategies[0].why
@@ -132,9 +132,9 @@ def test_a_model_that_train_does_not_build_speaks_against_meshwright() -> None:
     assert not against.suits and against.why == "plans this model, does not train it yet (trained are llama)"
 
 
-def test_meshwright_trains_on_one_machine() -> None:
-    advice = advise(NODES, plans(NODES))
-    assert verdict(advice, "Meshwright").why == "trains on one machine so far, and these are 8"
+def test_meshwright_is_planned_for_and_suits_on_many_machines_too() -> None:
+    assert NODES.cluster.nodes == 8 and "meshwright" in frameworks(NODES)
+    assert verdict(advise(NODES, plans(NODES)), "Meshwright").suits
 
 
 def test_a_framework_that_has_no_layout_says_why() -> None:

@@ -46,8 +46,8 @@ class Tool:
     """A tool: the kinds of device that it runs on, the least experience that it needs, and either its row in FRAMEWORKS
     or the fields of the Layout that it splits by (`own_splits`).
 
-    `models` is "any", or "language" for tools that bring their own transformer. `machines` is the most it runs on (0:
-    any number). `caution` is a warning for devices other than CPUs, `ended` says when its development ended.
+    `models` is "any", or "language" for tools that bring their own transformer. `caution` is a warning for devices
+    other than CPUs, `ended` says when its development ended.
     """
 
     name: str
@@ -57,7 +57,6 @@ class Tool:
     good_for: str
     framework: str = ""
     own_splits: frozenset[str] = frozenset()
-    machines: int = 0
     caution: str = ""
     ended: str = ""
 
@@ -109,7 +108,7 @@ def _tool(name: str, splits: str, kinds: str, experience: str, models: str, good
 TOOLS: tuple[Tool, ...] = (
     _row("Meshwright", "meshwright", "cpu cuda", "new", "any",
          "one job file, a layout planned and proven, runs that resume exactly, a server",
-         machines=1, caution="not yet run on GPUs"),
+         caution="not yet run on GPUs"),
     _tool("PyTorch DDP", "dp", "cpu cuda", "new", "any", "a model that fits one device, in your own loop"),
     _row("PyTorch FSDP2 (torchtitan)", "torchtitan", "cuda", "some", "language",
          "language models in plain PyTorch that you mean to change"),
@@ -218,8 +217,6 @@ def _cannot_run(tool: Tool, situation: Situation) -> list[str]:
         against.append("brings its own language models; this one is yours")
     if tool.framework == "meshwright" and situation.untrained:
         against.append(f"plans this model, does not train it yet ({situation.untrained})")
-    if tool.machines and situation.cluster.nodes > tool.machines:
-        against.append(f"trains on one machine so far, and these are {situation.cluster.nodes}")
     return against
 
 
