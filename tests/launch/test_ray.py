@@ -16,6 +16,7 @@ import pytest
 from meshwright import checkpoint, verbs
 from meshwright.run import RunFolder
 from tests.hosts import hosts
+from tests.launch.agents import PATHS
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.train.test_runs import new_job
 
@@ -238,3 +239,20 @@ def test_a_cluster_that_is_started_for_the_job(job: Path, tmp_path: Path) -> Non
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert len(losses(RunFolder(tmp_path / "run"))) == 3
+
+
+def test_why_an_agent_cannot_attend_is_told(tmp_path: Path) -> None:
+    code = """
+from meshwright import launch
+from meshwright.errors import CannotWork
+from meshwright.launch.backends import remote_backend
+group = launch.RankGroup("rank", "tests.launch.workers:where", {}, 1)
+try:
+    launch.start(remote_backend("ray", None, "none0", 1), [group], "logs", start_seconds=30).wait(60)
+except CannotWork as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert "the agent on node " in done.stdout and "'none0' has no IPv4 address" in done.stdout, done.stderr

@@ -30,8 +30,11 @@ from meshwright.launch.messages import Dial
 from meshwright.launch.network import interface_address, interface_names
 
 CONNECT_SECONDS = 3.0
+KNOCK_SECONDS = 60.0
 #: For actors to start on nodes that are known to be free.
 PLACE_SECONDS = 60.0
+#: For the process of a placed actor to run, or to fail, before its agent is waited for.
+BEGIN_SECONDS = 3.0
 #: The least object store that Ray takes: nothing of ours goes through it.
 OBJECT_STORE_BYTES = 80 << 20
 #: Asks a cluster who it is, without a token: one that answers is open to everyone.
@@ -40,11 +43,12 @@ KNOCK = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=
 
 @dataclass
 class _Agent:
-    """An actor, its resources, and the end of its work."""
+    """An actor, its resources, and Ray's references to the begin and the end of its work."""
 
     actor: Any
     group: Any
     resources: Mapping[str, float]
+    begun: Any
     outcome: Any
 
 
@@ -147,24 +151,27 @@ class RayBackend:
         dial = self._files.network
         devices = int(resources.get("GPU", 0) or resources.get("CPU", 0))
         running = actor.remote()
+        begun = running.begin.remote(dial.address, name, self._interface, devices)  # type: ignore[attr-defined]
         outcome = running.attend.remote(  # type: ignore[attr-defined]
             dial.address, dial.secret, dial.certificate, name, self._interface, devices
         )
-        return _Agent(running, group, resources, outcome)
+        return _Agent(running, group, resources, begun, outcome)
 
     def _require_placed(self, name: str) -> None:
+        """Raises CannotWork where the actor has no place, or has failed already; one whose process takes longer to
+        start is waited for by the driver."""
         agent = self._agents[name]
         if not agent.group.wait(PLACE_SECONDS):
             what = f"Ray has not placed {_in_words(agent.resources)} on node {name} within {PLACE_SECONDS:g} s"
             raise CannotWork(Problem("launch", what, "see `ray status`"))
-        ready, _ = ray.wait([agent.outcome], timeout=0)
+        ready, _ = ray.wait([agent.begun, agent.outcome], timeout=BEGIN_SECONDS)
         if ready:
-            self._raise_cause(name)
+            self._raise_cause(name, ready[0])
 
-    def _raise_cause(self, name: str) -> None:
+    def _raise_cause(self, name: str, of: Any) -> None:
         """Raises CannotWork with the real cause of an actor that failed."""
         try:
-            ray.get(self._agents[name].outcome)
+            ray.get(of)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             what = f"the agent on node {name} failed: {type(cause).__name__}: {cause}"
@@ -185,7 +192,15 @@ class RayBackend:
 
 
 class _Actor:
-    """An agent inside Ray: its one method runs as long as the agent attends."""
+    """An agent inside Ray: `attend` runs as long as the agent attends.
+
+    Its secret and address stay those that it was started with. Where the secrets were replaced while it was out of
+    reach, the hub refuses it, and the backend starts another.
+    """
+
+    def begin(self, address: str, name: str, interface: str | None, devices: int) -> None:
+        """Returns once its process runs on a machine that can attend; raises what keeps it from that."""
+        describe_node(Dial(address, "", ""), name, devices, interface)
 
     def attend(
         self, address: str, secret: str, certificate: str, name: str, interface: str | None, devices: int
@@ -241,13 +256,17 @@ def _require_cluster(address: str) -> None:
     except OSError as error:
         what = f"no Ray cluster answers at {address}: {error.strerror or error}"
         raise InputError(Problem("launch.address", what, "the address that `ray start --head` printed")) from error
-    knock = subprocess.run(
-        [sys.executable, "-c", KNOCK, address],
-        env=env.for_child({"RAY_AUTH_MODE": "disabled"}, {}),
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+    try:
+        knock = subprocess.run(
+            [sys.executable, "-c", KNOCK, address],
+            env=env.for_child({"RAY_AUTH_MODE": "disabled"}, {}),
+            capture_output=True,
+            check=False,
+            timeout=KNOCK_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"what listens at {address} has not answered as a Ray cluster within {KNOCK_SECONDS:g} s"
+        raise InputError(Problem("launch.address", what, "the address that `ray start --head` printed")) from error
     if knock.returncode == 0:
         what = f"the Ray cluster at {address} asks for no token: whoever reaches it can run programs on every node"
         how = "start it anew with RAY_AUTH_MODE=token ray start --head --port=" + port

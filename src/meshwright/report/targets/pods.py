@@ -143,7 +143,8 @@ def pod(
         **({"restartPolicy": restart} if restart else {}),
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": job.grace_seconds,
-        "securityContext": {"fsGroup": USER},  # volumes and secrets belong to this group
+        # Volumes and secrets belong to this group; files of a run that are its already keep their modes.
+        "securityContext": {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"},
         "containers": [spec],
         "volumes": [volume for volume, _ in mounts],
     }

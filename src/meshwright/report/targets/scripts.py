@@ -14,7 +14,10 @@ def driver_script(job: ScheduledJob, *, job_file: str, run: str, address: str | 
     """Starts the driver, whose hub listens on `address`, or on the Ray cluster that starts this script (None). It
     resumes where the run folder holds a run. `access` is a file with the hub's secrets."""
     command = shell_words(["meshwright", *job.driver(job_file=job_file, run=run, address=address)])
+    hub = shlex.quote(f"{run}/hub")
     return _script(
+        # A volume that is given to a group opens to it what a driver that was killed has left.
+        f"if [ -d {hub} ]; then chmod -R go= {hub}; fi",
         *([] if access is None else _secrets_of_hub(access, run)),
         "resume=",
         f"if [ -f {shlex.quote(f'{run}/job.toml')} ]; then resume=--resume; fi",

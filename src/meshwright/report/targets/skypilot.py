@@ -106,6 +106,8 @@ def _omitted(job: ScheduledJob) -> list[str]:
         *missing_paths(job, "into the image"),
         "a disk for the run: it is a bucket that is written behind a cache, so a machine that is taken away may lose "
         "the checkpoint that it wrote last, and the run goes on from the one before",
+        "the modes of files in the bucket: RUN/hub holds the hub's secrets, and the driver refuses them where the "
+        "mount shows them as open to others",
         "a warning before a machine is taken away: the run goes on from its newest checkpoint in the bucket",
         *whole_nodes(job),
     ]
