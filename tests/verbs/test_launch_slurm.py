@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -72,10 +73,21 @@ def test_a_job_is_preempted_and_loses_a_node_and_goes_on(tmp_path: Path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = job_of(tmp_path)
     undisturbed = verbs.train(job, run=tmp_path / "undisturbed")
-    run, out = RunFolder(tmp_path / "run"), tmp_path / "out"
-    verbs.launch(job, on="slurm", write=out, run=run.path)
+    run = RunFolder(tmp_path / "run")
+    submit = [
+        sys.executable,
+        "-m",
+        "meshwright",
+        "launch",
+        str(job),
+        "--on",
+        "slurm",
+        "--submit",
+        "--run",
+        str(run.path),
+    ]
     with slurm(tmp_path / "slurm", nodes=4, cpus=1, grace_seconds=20) as cluster:
-        number = cluster.submit(out / "job.sbatch")
+        number = cluster.run(*submit).split()[-1]  # "Submitted batch job 1"
         wait_for_step(run, 30, cluster, number)
         cluster.run("sbatch", "--partition=high", "--nodes=4", "--output=/dev/null", "--wrap", "sleep 1")
         cluster.wait(number, "PENDING", "RUNNING", restarts=1)
