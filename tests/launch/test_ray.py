@@ -232,6 +232,40 @@ def test_an_open_cluster_is_refused_with_the_command_that_closes_it(job: Path, t
     assert not (tmp_path / "run" / "job.toml").exists()
 
 
+def test_a_host_that_is_drained_is_left_after_a_save(cluster: RayCluster, job: Path, tmp_path: Path) -> None:
+    """The last test of this cluster: a host that was drained stays so."""
+    run, leaving = RunFolder(tmp_path / "run"), cluster.hosts[2]
+    process = driver(cluster, job, run.path, *ENDLESS, "checkpoint.every=0")
+    until(lambda: run.events.exists() and len(run.steps()) >= 5, process, run.path)
+    drain(cluster, leaving.address)
+    until(lambda: len(starts(run)) == 2 and run.read_events()[-1]["event"] == "step", process, run.path)
+    places = json.loads((run.hub / "hub.json").read_text())["places"]
+    assert len(places) == 2 and leaving.name not in {place["node"] for place in places}
+    verbs.stop(run.path)
+    assert process.wait(60) == 4, Path(f"{run.path}.log").read_text()
+    events = run.read_events()
+    assert [start["layout"]["dp"] for start in starts(run)] == [3, 2]
+    assert not [event for event in events if event["event"] == "failure" and "host" in event["reason"]]
+    begun = [index for index, event in enumerate(events) if event["event"] == "start"]
+    saved = [event["step"] for event in events[: begun[1]] if event["event"] == "checkpoint"]
+    made = [event["step"] for event in events if event["event"] == "step"]
+    assert saved == [max(event["step"] for event in events[: begun[1]] if event["event"] == "step")]
+    assert made == list(range(1, len(made) + 1))  # none is made twice
+
+
+def drain(cluster: RayCluster, address: str) -> None:
+    """Tells Ray that a node will end."""
+    find = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); living = filter(lambda n: n['Alive'], "
+    find += "ray.nodes()); print(*(node['NodeID'] for node in living if node['NodeManagerAddress'] == sys.argv[2]))"
+    found = cluster.drive(find, cluster.address, address)
+    assert found.returncode == 0, found.stderr
+    node = ["--address", cluster.address, "--node-id", found.stdout.split()[-1]]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    done = cluster.head.run([ray, "drain-node", *node, *why], env=cluster.environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_cluster_that_is_started_for_the_job(job: Path, tmp_path: Path) -> None:
     """On this machine, in a process of its own: Ray reads its environment once."""
     command = [sys.executable, "-m", "meshwright", "train", str(job), "--run", str(tmp_path / "run"), "launch.on=ray"]

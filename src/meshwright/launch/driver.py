@@ -287,7 +287,7 @@ class Launch:
         while not generation.over:
             for role in generation.roles_to_end():
                 self.hub.end_ranks(role, min(FAILED_GRACE_SECONDS, self._grace_seconds))
-            event = self.hub.event(generation.patience_seconds()) or self._change()
+            event = self._change() or self.hub.event(generation.patience_seconds())
             if event is not None:
                 cause = self._take(event, generation, cause)
             if generation.begun:
