@@ -210,6 +210,13 @@ def test_a_run_whose_driver_was_killed_cannot_be_reached(tmp_path: Path) -> None
         verbs.stop(kept)
 
 
+def test_a_job_that_is_refused_ends_as_without_detaching(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*MESHWRIGHT, "train", "none.toml", "--detach"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "none.toml: no such job file" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_detached_run_goes_on_without_its_driver_until_another_takes_it_over(tmp_path: Path) -> None:
     """Its ranks are the same, and no step is made twice or missing."""
