@@ -23,6 +23,7 @@ from tests.hosts import Host, hosts
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 PATIENCE_SECONDS = 60.0
 
+#: The spool is on the host's own /dev/shm: sockets lie in it, whose paths are short.
 #: Jobs of partition `low`, the default one, give way to those of `high`: they have GraceTime, and are queued again.
 #: cred_expire is also how long a job that is queued again waits (120 s where not set, 5 at least), and a node that
 #: does not answer for SlurmdTimeout is lost: both short, as tests wait for them.
@@ -35,7 +36,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket=/dev/shm/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/dev/shm/slurmd-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
