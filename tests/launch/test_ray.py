@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from meshwright import checkpoint, verbs
+from meshwright.errors import InputError
 from meshwright.run import RunFolder
 from tests.hosts import hosts
 from tests.launch.agents import PATHS
@@ -264,6 +266,16 @@ def drain(cluster: RayCluster, address: str) -> None:
     ray = str(Path(sys.executable).with_name("ray"))
     done = cluster.head.run([ray, "drain-node", *node, *why], env=cluster.environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_listens_and_is_no_cluster_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from meshwright.launch import ray
+
+    monkeypatch.setattr(ray, "KNOCK_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"what listens at {address} has not answered as a Ray cluster within 2 s"):
+            ray._require_cluster(address)
 
 
 def test_a_cluster_that_is_started_for_the_job(job: Path, tmp_path: Path) -> None:

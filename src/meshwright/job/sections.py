@@ -173,7 +173,8 @@ class LaunchSection(_Section):
         None, "agents: HOST:PORT that the hub listens on; ray: the cluster's address (default: one is started)"
     )
     devices_min: Count | None = _key(
-        None, "fewest devices to start with, and to go on with after a loss; default: all to start with, one to go on"
+        None,
+        "fewest devices to start with once all were waited for, and to go on with after a loss; default: all, then one",
     )
     interface: Text = _key("lo", "network interface that the ranks talk over; with several nodes, lo: each node's own")
     timeout_seconds: Positive = _key(300.0, "longest wait for another process, and for the nodes to start with")

@@ -30,7 +30,8 @@ from meshwright.launch.messages import Dial
 from meshwright.launch.network import interface_address, interface_names
 
 CONNECT_SECONDS = 3.0
-KNOCK_SECONDS = 60.0
+#: A cluster answers in one; what is no cluster would be waited for by Ray for forty.
+KNOCK_SECONDS = 20.0
 #: For actors to start on nodes that are known to be free.
 PLACE_SECONDS = 60.0
 #: For the process of a placed actor to run, or to fail, before its agent is waited for.
