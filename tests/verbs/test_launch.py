@@ -172,3 +172,9 @@ def test_submitting_says_what_the_scheduler_says(small: Path, monkeypatch: pytes
     with pytest.raises(RunFailed, match=r"sh submit\.sh: ended with 2: no token of the Ray cluster"):
         verbs.launch(small, CORES, on="ray", submit=True)
     assert (small.parent / "runs" / "my job" / "launch" / "submit.sh").exists()
+
+
+@pytest.mark.parametrize("words", [{"queue": "a\n#SBATCH --exclusive"}, {"image": "a\tb"}, {"run": "runs/a\nb"}])
+def test_what_would_begin_a_line_of_its_own_in_a_script_is_refused(small: Path, words: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=f"--{next(iter(words))}: .* has a control character"):
+        verbs.launch(small, on="slurm", **words)  # type: ignore[arg-type]

@@ -72,6 +72,9 @@ def launch(
     if run is None and isinstance(job, Job):
         raise InputError(Problem("run", "a Job has no name for its run folder", 'give run="runs/name"'))
     folder = run_folder_of(job if not isinstance(job, Job) else "", run).path.resolve()
+    for where, text in (("--queue", queue), ("--image", image), ("--run", str(folder))):
+        if text is not None and not text.isprintable():  # it would begin a line of its own in a script
+            raise InputError(Problem(f"command line: {where}", f"{text!a} has a control character", "leave it out"))
     if submit and write is None:
         write = folder / "launch"
     written = Path.cwd() if write is None else Path(write).resolve()
