@@ -342,8 +342,8 @@ class Launch:
     def _receive(self, message: Message) -> None:
         if message.kind == "log":  # of a node that does not share the disk
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self.log(message.rank, message.role), "ab") as log:
-                log.write(message.blob)
+            with open(self.log(message.rank, message.role), "ab") as file:
+                file.write(message.blob)
         elif self._on_message is not None:
             self._on_message(message)
 
