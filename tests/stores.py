@@ -111,13 +111,17 @@ class Cable:
         self._end_all()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while self._listener.fileno() != -1:
+            with contextlib.suppress(OSError):
                 near, _ = self._listener.accept()
                 if self.is_cut:
                     near.close()
                     continue
-                far = socket.create_connection(("127.0.0.1", self._to))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._to))
+                except OSError:
+                    near.close()
+                    continue
                 self._open |= {near, far}
                 for pair in ((near, far, True), (far, near, False)):
                     threading.Thread(target=self._carry, args=pair, daemon=True).start()

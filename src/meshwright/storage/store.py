@@ -26,11 +26,18 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PART_BYTES, _MOST_PARTS = 16 << 20, 10_000
 #: What the clients of some protocols are told: to make folders, where objects' names alone do not; how many parts of a
 #: file are in memory at the same time.
+#: s3fs tries five times, and its client as often each time: a store that takes connections and does not answer would be
+#: waited for six minutes.
+_S3 = {
+    "max_concurrency": 4,
+    "default_block_size": PART_BYTES,
+    "config_kwargs": {"retries": {"total_max_attempts": 2}},
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "file": {"auto_mkdir": True},
     "local": {"auto_mkdir": True},
-    "s3": {"max_concurrency": 4, "default_block_size": PART_BYTES},
-    "s3a": {"max_concurrency": 4, "default_block_size": PART_BYTES},
+    "s3": _S3,
+    "s3a": _S3,
 }
 _EXTRAS = {"s3": "meshwright[s3]", "s3a": "meshwright[s3]"}
 _NEAR_CREDENTIALS = "set the store's credentials, for S3 by AWS_PROFILE, or by AWS_ACCESS_KEY_ID and its secret"
