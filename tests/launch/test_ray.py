@@ -237,6 +237,8 @@ def test_an_open_cluster_is_refused_with_the_command_that_closes_it(job: Path, t
 def test_a_host_that_is_drained_is_left_after_a_save(cluster: RayCluster, job: Path, tmp_path: Path) -> None:
     """The last test of this cluster: a host that was drained stays so."""
     run, leaving = RunFolder(tmp_path / "run"), cluster.hosts[2]
+    if not leaving.processes():  # another test has killed it
+        cluster.start(leaving)
     process = driver(cluster, job, run.path, *ENDLESS, "checkpoint.every=0")
     until(lambda: run.events.exists() and len(run.steps()) >= 5, process, run.path)
     drain(cluster, leaving.address)
