@@ -273,7 +273,7 @@ def drain(cluster: RayCluster, address: str) -> None:
 def test_what_listens_and_is_no_cluster_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from meshwright.launch import ray
 
-    monkeypatch.setattr(ray, "KNOCK_SECONDS", 2.0)
+    monkeypatch.setattr(ray, "ANSWER_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(InputError, match=f"what listens at {address} has not answered as a Ray cluster within 2 s"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from meshwright.errors import CannotWork, InputError, Problem
+from meshwright.errors import CannotWork, Problem
 from meshwright.launch.groups import Need, Node, nodes_in_words
 from meshwright.launch.hub_files import HubFiles
+from meshwright.launch.network import host_and_port
 
 
 class AwaitedBackend:
@@ -14,9 +15,7 @@ class AwaitedBackend:
 
     def __init__(self, address: str) -> None:
         """Raises InputError where `address` is not HOST:PORT."""
-        host, separator, port = address.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
-            raise InputError(Problem("launch.address", f"{address!r} is not HOST:PORT", "such as 0.0.0.0:7474"))
+        host_and_port(address, "0.0.0.0:7474")
         self._address = address
         self._attending: Sequence[Node] = ()
 

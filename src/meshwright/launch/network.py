@@ -19,6 +19,14 @@ class NoRoute(InputError):
     """A host's name is unknown, or no route leads there: now, which may change."""
 
 
+def host_and_port(address: str, example: str) -> tuple[str, int]:
+    """The parts of `launch.address`. Raises InputError, with an example, where it is not HOST:PORT."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(Problem("launch.address", f"{address!r} is not HOST:PORT", f"such as {example}"))
+    return host, int(port)
+
+
 def interface_names() -> list[str]:
     """The network interfaces of this machine."""
     return [name for _, name in socket.if_nameindex()]

@@ -27,11 +27,11 @@ from meshwright.launch.agent import Leaving, attend, describe_node
 from meshwright.launch.groups import Need, Node
 from meshwright.launch.hub_files import HubFiles
 from meshwright.launch.messages import Dial
-from meshwright.launch.network import interface_address, interface_names
+from meshwright.launch.network import host_and_port, interface_address, interface_names
 
 CONNECT_SECONDS = 3.0
 #: A cluster answers in one; what is no cluster would be waited for by Ray for forty.
-KNOCK_SECONDS = 20.0
+ANSWER_SECONDS = 20.0
 #: For actors to start on nodes that are known to be free.
 PLACE_SECONDS = 60.0
 #: For the process of a placed actor to run, or to fail, before its agent is waited for.
@@ -39,7 +39,7 @@ BEGIN_SECONDS = 3.0
 #: The least object store that Ray takes: nothing of ours goes through it.
 OBJECT_STORE_BYTES = 80 << 20
 #: Asks a cluster who it is, without a token: one that answers is open to everyone.
-KNOCK = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).cluster_id)"
+ASK_WITHOUT_TOKEN = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).cluster_id)"
 
 
 @dataclass
@@ -249,28 +249,26 @@ def _seconds_left(deadline_milliseconds: float | None) -> float | None:
 def _require_cluster(address: str) -> None:
     """Raises InputError or CannotWork where the driver cannot work with the cluster at `address`. Ray itself would say
     so after 20 s or more, in other words, or not at all."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdecimal():
-        raise InputError(Problem("launch.address", f"{address!r} is not HOST:PORT", "such as 10.0.0.1:6379"))
+    host, port = host_and_port(address, "10.0.0.1:6379")
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as error:
         what = f"no Ray cluster answers at {address}: {error.strerror or error}"
         raise InputError(Problem("launch.address", what, "the address that `ray start --head` printed")) from error
     try:
-        knock = subprocess.run(
-            [sys.executable, "-c", KNOCK, address],
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK_WITHOUT_TOKEN, address],
             env=env.for_child({"RAY_AUTH_MODE": "disabled"}, {}),
             capture_output=True,
             check=False,
-            timeout=KNOCK_SECONDS,
+            timeout=ANSWER_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        what = f"what listens at {address} has not answered as a Ray cluster within {KNOCK_SECONDS:g} s"
+        what = f"what listens at {address} has not answered as a Ray cluster within {ANSWER_SECONDS:g} s"
         raise InputError(Problem("launch.address", what, "the address that `ray start --head` printed")) from error
-    if knock.returncode == 0:
+    if asked.returncode == 0:
         what = f"the Ray cluster at {address} asks for no token: whoever reaches it can run programs on every node"
-        how = "start it anew with RAY_AUTH_MODE=token ray start --head --port=" + port
+        how = "start it anew with RAY_AUTH_MODE=token ray start --head --port=" + str(port)
         raise CannotWork(Problem("launch.address", what, how))
     try:
         client = GcsClient(address=address)
